@@ -1,0 +1,175 @@
+"""AdversarialAugment: the inner maximisation over a corruption network's weights, per example.
+
+Source: Calian et al., "Defending Against Image Corruptions Through Adversarial Augmentations".
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ada_jax import keys, losses, perturbation, ssim
+from ada_jax.corruption_nets import CorruptionNet
+from ada_jax.errors import UserError
+
+PyTree = object
+LogitsFn = Callable[[jax.Array], jax.Array]
+
+
+def adversarial_augment(
+    key: jax.Array,
+    x: jax.Array,
+    y: jax.Array,
+    *,
+    logits_fn: LogitsFn,
+    net: CorruptionNet,
+    nu: float = 0.015,
+    steps: int = 10,
+    step_rule: str = "sign",
+    step_scale: float = 0.25,
+    ssim_threshold: float = 0.3,
+    root_rule: str = "in_range",
+    microbatch: int | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Renders, for every image, the corruption within reach that the classifier takes worst.
+
+    Args:
+      key: random key, or one per example [B].
+      x: images [B,H,W,C] in [0,1].
+      y: labels [B], int.
+      logits_fn: the classifier, [b,H,W,C] -> [b,K]; any framework's, closed over its parameters.
+      net: the corruption network, `ada_jax.make_corruption_net(name)` or your own.
+      nu: radius of every leaf's ball relative to the leaf's norm.
+      steps: steps of gradient ascent, at least 1.
+      step_rule: 'sign' (the paper's) or 'l2' (per leaf).
+      step_scale: step in units of the median radius ('sign') or of the leaf's own radius ('l2').
+      ssim_threshold: images with a lower SSIM to x are drawn back to about it; -1 switches it off.
+      root_rule: 'in_range' or 'paper', see `ada_jax.ssim.line_search`.
+      microbatch: examples attacked at a time, a divisor of B; bounds memory. The result does not
+        depend on it unless logits_fn mixes examples (batch-statistics batch norm).
+
+    Returns:
+      The augmented images [B,H,W,C] in [0,1], a constant for the outer gradient, and metrics, each
+      per example [B]: 'loss_start' (random start), 'loss_end' (after the ascent), 'ssim_before' and
+      'ssim_after' the line search, 'changed' by it (0 or 1), 'on_surface' (share of leaves).
+
+    Raises:
+      UserError: a parameter out of its range.
+    """
+    _check(x, nu, steps, step_rule, root_rule, microbatch)
+    # One key per example makes the draw independent of the batch around it and of `microbatch`.
+    example_keys = keys.per_example(key, len(x))
+
+    def one_microbatch(batch):
+        example_keys, x, y = batch
+        loss_fn = lambda images: losses.cross_entropy(logits_fn(images), y)  # noqa: E731
+        delta, metrics = maximise(
+            example_keys,
+            x,
+            loss_fn,
+            net,
+            nu=nu,
+            steps=steps,
+            step_rule=step_rule,
+            step_scale=step_scale,
+        )
+        images = render(net, delta, x, example_keys)
+        metrics["loss_end"] = loss_fn(images)
+        images, search = ssim.line_search(x, images, ssim_threshold, root_rule)
+        metrics |= {"changed": search["changed"], "ssim_before": search["ssim_before"]}
+        metrics["ssim_after"] = ssim.ssim(x, images)
+        return images, metrics
+
+    groups = len(x) // (microbatch or len(x))
+    if groups == 1:
+        out = one_microbatch((example_keys, x, y))
+    else:
+        split = jax.tree.map(lambda a: a.reshape(groups, -1, *a.shape[1:]), (example_keys, x, y))
+        out = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), lax.map(one_microbatch, split))
+    return lax.stop_gradient(out)
+
+
+def maximise(
+    example_keys: jax.Array,
+    x: jax.Array,
+    loss_fn: Callable[[jax.Array], jax.Array],
+    net: CorruptionNet,
+    *,
+    nu: float,
+    steps: int,
+    step_rule: str = "sign",
+    step_scale: float = 0.25,
+) -> tuple[PyTree, dict[str, jax.Array]]:
+    """Projected gradient ascent on delta from a random start in the ball (paper, equation 2).
+
+    Args:
+      example_keys: one key per example [B].
+      x: images [B,H,W,C] in [0,1].
+      loss_fn: images [B,H,W,C] -> losses [B].
+      net: the corruption network; theta is not changed.
+      nu: relative radius.
+      steps: number of steps.
+      step_rule: a key of `perturbation.STEP_RULES`.
+      step_scale: see there.
+
+    Returns:
+      delta, a tree of [B, *theta_i.shape] inside its balls, and metrics [B]: 'loss_start',
+      'on_surface'.
+    """
+    radii = perturbation.radii(net.theta, nu)
+    step = perturbation.STEP_RULES[step_rule]
+
+    def total_loss(delta):
+        # The sum, not the mean: an example's gradient must not depend on the size of the batch.
+        per_example = loss_fn(render(net, delta, x, example_keys))
+        return per_example.sum(), per_example
+
+    def ascend(i, carry):
+        delta, start = carry
+        gradient, loss = jax.grad(total_loss, has_aux=True)(delta)
+        start = jnp.where(i == 0, loss, start)
+        delta = perturbation.add(delta, step(gradient, radii, step_scale))
+        return perturbation.project(delta, radii), start
+
+    delta = perturbation.init(example_keys, net.theta, radii)
+    delta, start = lax.fori_loop(0, steps, ascend, (delta, jnp.zeros(len(x))))
+    delta = lax.stop_gradient(delta)
+    return delta, {"loss_start": start, "on_surface": perturbation.on_surface(delta, radii)}
+
+
+def render(net: CorruptionNet, delta: PyTree, x: jax.Array, example_keys: jax.Array) -> jax.Array:
+    """c_{theta + delta_i}(x_i), clipped to [0,1]: every image through its own network.
+
+    Args:
+      net: the corruption network.
+      delta: tree of [B, *theta_i.shape].
+      x: images [B,H,W,C] in [0,1].
+      example_keys: [B]; a stochastic network's noise is fixed by them, so all steps see the same.
+
+    Returns:
+      Images [B,H,W,C] in [0,1].
+    """
+
+    def one(delta, x, key):
+        theta = perturbation.add(net.theta, delta)
+        return net.apply(theta, x[None], key)[0]
+
+    return jnp.clip(jax.vmap(one)(delta, x, example_keys), 0.0, 1.0)
+
+
+def _check(x, nu, steps, step_rule, root_rule, microbatch) -> None:
+    if isinstance(nu, int | float) and not nu >= 0:
+        raise UserError(f"nu={nu} is negative: a radius is 0 or more (the paper's is 0.015).")
+    if steps < 1:
+        raise UserError(f"steps={steps} makes no attack: take at least 1 (the paper takes 10).")
+    if step_rule not in perturbation.STEP_RULES:
+        known = ", ".join(perturbation.STEP_RULES)
+        raise UserError(f"step_rule={step_rule!r} is unknown: choose one of {known}.")
+    if root_rule not in ssim.ROOT_RULES:
+        known = ", ".join(ssim.ROOT_RULES)
+        raise UserError(f"root_rule={root_rule!r} is unknown: choose one of {known}.")
+    if microbatch and len(x) % microbatch:
+        raise UserError(
+            f"microbatch={microbatch} does not divide the batch of {len(x)}: take a divisor."
+        )

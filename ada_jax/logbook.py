@@ -1,0 +1,131 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard and the terminal."""
+
+import contextlib
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import tqdm
+from absl import logging
+
+Record = dict[str, Any]
+
+
+class Logbook:
+    """Writes records to metrics.jsonl and TensorBoard; a resumed run leaves none of them twice."""
+
+    def __init__(self, workdir: str, step: int, *, write: bool = True) -> None:
+        """Opens the run's records and drops those after `step`, which will be written again.
+
+        Args:
+          workdir: the run's folder.
+          step: step that the run goes on from.
+          write: False on the processes that leave writing to another.
+        """
+        from clu import metric_writers  # imports TensorFlow: takes seconds
+
+        self._file = None
+        self._writer = metric_writers.create_default_writer(
+            os.path.join(workdir, "tensorboard"), just_logging=not write, asynchronous=False
+        )
+        if write:
+            path = pathlib.Path(workdir) / "metrics.jsonl"
+            _keep_until(path, step)
+            self._file = path.open("a")
+
+    def write(self, step: int, kind: str, metrics: dict[str, float]) -> None:
+        """Writes one record of scalars: kind is 'train', 'eval' and so on."""
+        metrics = {k: float(v) for k, v in metrics.items()}
+        self._writer.write_scalars(step, {f"{kind}/{k}": v for k, v in metrics.items()})
+        if self._file:
+            self._file.write(json.dumps({"step": step, "kind": kind, **metrics}) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """Writes out what is buffered."""
+        self._writer.flush()
+        self._writer.close()
+        if self._file:
+            self._file.close()
+
+
+def read(workdir: str) -> list[Record]:
+    """The records of a run; a last line cut short by a kill is left out."""
+    path = pathlib.Path(workdir) / "metrics.jsonl"
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def _keep_until(path: pathlib.Path, step: int) -> None:
+    records = [r for r in read(str(path.parent)) if r["step"] <= step]
+    write_atomically(path, "".join(json.dumps(r) + "\n" for r in records))
+
+
+def write_atomically(path: str | os.PathLike, text: str) -> None:
+    """Writes a text file whole or not at all."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def summarise(steps: list[dict[str, float]]) -> dict[str, float]:
+    """One value per metric over several steps: the least of those named '*_min', else the mean."""
+    return {
+        name: float((np.min if name.endswith("_min") else np.mean)([s[name] for s in steps]))
+        for name in steps[0]
+    }
+
+
+class Timer:
+    """Speed, time left and time spent waiting for data, on the terminal and for the log."""
+
+    def __init__(self, step: int, total: int, batch_size: int, *, show: bool = True) -> None:
+        """Starts at `step` of `total` steps of `batch_size` examples."""
+        self._step, self._total, self._batch_size, self._show = step, total, batch_size, show
+        self._since, self._waited = time.monotonic(), 0.0
+        self._bar = tqdm.tqdm(
+            initial=step * batch_size,
+            total=total * batch_size,
+            unit=" examples",
+            unit_scale=True,
+            disable=not (show and sys.stderr.isatty()),
+        )
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts what runs inside as waiting for data."""
+        start = time.monotonic()
+        yield
+        self._waited += time.monotonic() - start
+
+    def lap(self, step: int) -> dict[str, float]:
+        """Shows progress; returns the speed and the share of waiting since the last lap."""
+        seconds = max(time.monotonic() - self._since, 1e-9)
+        examples = (step - self._step) * self._batch_size
+        rate, waited = examples / seconds, 100 * self._waited / seconds
+        self._bar.update(examples)
+        if self._show and self._bar.disable:
+            left = clock((self._total - step) * self._batch_size / max(rate, 1e-9))
+            logging.info("step %d of %d, %.0f examples/s, %s left", step, self._total, rate, left)
+        self._step, self._since, self._waited = step, time.monotonic(), 0.0
+        return {"examples_per_second": rate, "input_wait_percent": waited}
+
+    def close(self) -> None:
+        """Ends the progress bar."""
+        self._bar.close()
+
+
+def clock(seconds: float) -> str:
+    """'1:02:03' or '02:03'."""
+    return tqdm.tqdm.format_interval(seconds)

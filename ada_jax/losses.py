@@ -1,0 +1,95 @@
+"""Losses of a classifier's logits, one value per example, and weight decay."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Returns the cross-entropy of each example.
+
+    Args:
+      logits: [B, K], any float type; computed in float32.
+      labels: [B] integers in [0, K).
+
+    Returns:
+      [B] float32, in nats, non-negative.
+
+    Source: eq. (3) of Calian et al., "Defending against image corruptions through adversarial
+    augmentations" (2021).
+    """
+    _check(logits, labels)
+    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
+
+
+def jsd(logits_clean: jax.Array, logits_aug1: jax.Array, logits_aug2: jax.Array) -> jax.Array:
+    """Returns the Jensen-Shannon divergence between three predictions for each example.
+
+    It is the mean over the three of KL(p_k || M), M their mean probabilities clamped to
+    [1e-7, 1] before the logarithm. The weight (12 in AugMix) is left to the caller.
+
+    Args:
+      logits_clean: [B, K], any float type; computed in float32.
+      logits_aug1: [B, K], for the same examples augmented.
+      logits_aug2: [B, K], for the same examples augmented once more.
+
+    Returns:
+      [B] float32, in nats, between 0 and log(3) up to the clamp and rounding.
+
+    Source: Hendrycks et al., "AugMix" (2020), section 3, with the clamp of its code.
+    """
+    chex.assert_rank(logits_clean, 2)
+    chex.assert_equal_shape([logits_clean, logits_aug1, logits_aug2])
+    logits = jnp.stack([logits_clean, logits_aug1, logits_aug2]).astype(jnp.float32)
+    log_p = jax.nn.log_softmax(logits)
+    p = jnp.exp(log_p)
+    log_mixture = jnp.log(jnp.clip(jnp.mean(p, axis=0), 1e-7, 1.0))
+    return jnp.mean(jnp.sum(p * (log_p - log_mixture), axis=-1), axis=0)
+
+
+def margin(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Returns by how much the best wrong logit exceeds the true one, max_{i != y} z_i - z_y.
+
+    Args:
+      logits: [B, K] with K > 1, any float type; computed in float32.
+      labels: [B] integers in [0, K).
+
+    Returns:
+      [B] float32, positive for the examples that are misclassified.
+
+    Source: Carlini and Wagner, "Towards evaluating the robustness of neural networks" (2017).
+    """
+    _check(logits, labels)
+    logits = logits.astype(jnp.float32)
+    is_true = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
+    best_wrong = jnp.max(jnp.where(is_true, -jnp.inf, logits), axis=-1)
+    return best_wrong - jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+
+
+def weight_decay(params: chex.ArrayTree, *, include_bn: bool = False) -> jax.Array:
+    """Returns half the sum of squares of the parameters.
+
+    Args:
+      params: a tree of arrays of any shape, named as Haiku does.
+      include_bn: whether to count the parameters of batch normalisation, `scale` and `offset`.
+
+    Returns:
+      A float32 scalar, to be multiplied with the weight decay's coefficient.
+
+    Source: Calian et al. (2021), the "global weight decay" of the training details; they do not
+    say whether it spans batch normalisation.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    squares = [
+        jnp.sum(jnp.square(leaf.astype(jnp.float32)))
+        for path, leaf in leaves
+        if include_bn or jax.tree_util.keystr(path[-1:], simple=True) not in ("scale", "offset")
+    ]
+    return 0.5 * sum(squares, start=jnp.float32(0.0))
+
+
+def _check(logits: jax.Array, labels: jax.Array) -> None:
+    chex.assert_rank([logits, labels], [2, 1])
+    chex.assert_equal_shape_prefix([logits, labels], 1)
+    chex.assert_type([logits, labels], [float, int])

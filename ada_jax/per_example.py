@@ -1,0 +1,224 @@
+"""Convolutions that stay fast when every example has its own kernel.
+
+`jax.vmap` of an ordinary convolution over its kernels becomes one grouped convolution. TPUs and
+GPUs take that well; XLA's CPU back end does not: the gradient runs at about one percent of the
+machine's peak. `conv2d` is an ordinary convolution with a batching rule and a gradient of its own,
+so code that is written for one example takes the fast path under `jax.vmap` by itself. The
+lowering is chosen per platform when the program is lowered:
+
+* CPU, one kernel per example: a loop over the examples, each small enough to stay in cache. The
+  backward pass builds the patches of the output's gradient once and takes both gradients from
+  them by one matrix product each.
+* CPU, shared kernel: XLA's convolution, but for the kernel's gradient the same patches by groups.
+* elsewhere: XLA's convolution, grouped where kernels differ.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+
+_ROWS = 4096  # rows of one patch matrix: enough for a good matrix product, few enough for the cache
+
+
+def conv2d(
+    x: jax.Array,
+    w: jax.Array,
+    b: jax.Array | None = None,
+    *,
+    stride: int = 1,
+    padding: int | None = None,
+) -> jax.Array:
+    """Convolves images with a kernel; under `jax.vmap` over `w` each example has its own, fast.
+
+    Args:
+      x: images [B,H,W,C].
+      w: kernel [kh,kw,C,O].
+      b: bias [O], or None.
+      stride: step in pixels, the same both ways.
+      padding: zeros on every side, in pixels; None means kh // 2.
+
+    Returns:
+      [B,H',W',O] with H' = (H + 2 padding - kh) // stride + 1.
+    """
+    y = _conv2d(x, w, stride, w.shape[0] // 2 if padding is None else padding)
+    return y if b is None else y + b
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _conv2d(x: jax.Array, w: jax.Array, stride: int, padding: int) -> jax.Array:
+    return _forward_op(stride, padding)(x, w)
+
+
+def _conv2d_fwd(x, w, stride, padding):
+    return _conv2d(x, w, stride, padding), (x, w)
+
+
+def _conv2d_bwd(stride, padding, saved, dy):
+    return _gradients_op(stride, padding)(*saved, dy)
+
+
+_conv2d.defvjp(_conv2d_fwd, _conv2d_bwd)
+
+
+# -------------------------------------------------------------- the batching rules
+
+
+@functools.cache
+def _forward_op(stride: int, padding: int) -> Callable:
+    """The convolution of one kernel, batched over kernels by `per_example_forward`."""
+
+    @custom_vmap
+    def forward(x, w):
+        return plain_forward(x, w, stride, padding)
+
+    @forward.def_vmap
+    def _(size, batched, x, w):
+        if not batched[1]:
+            return _split(forward(_merge(x), w), size), True
+        x = x if batched[0] else _repeat(x, size)
+        return _many_op(stride, padding, False)(x, w), True
+
+    return forward
+
+
+@functools.cache
+def _gradients_op(stride: int, padding: int) -> Callable:
+    """Gradients (dx, dw) of one kernel's convolution, batched over kernels in the same way."""
+
+    @custom_vmap
+    def gradients(x, w, dy):
+        # Two separate values, so that the compiler can drop the one that nobody uses.
+        dx = plain_gradients(x, w, dy, stride, padding)[0]
+        dw = lax.platform_dependent(
+            x,
+            w,
+            dy,
+            cpu=lambda x, w, dy: grouped_kernel_gradient(x, w, dy, stride, padding),
+            default=lambda x, w, dy: plain_gradients(x, w, dy, stride, padding)[1],
+        )
+        return dx, dw
+
+    @gradients.def_vmap
+    def _(size, batched, x, w, dy):
+        x, w, dy = (a if b else _repeat(a, size) for a, b in zip((x, w, dy), batched, strict=True))
+        return _many_op(stride, padding, True)(x, w, dy), (True, True)
+
+    return gradients
+
+
+@functools.cache
+def _many_op(stride: int, padding: int, gradients: bool) -> Callable:
+    """N kernels on N groups of images; further `jax.vmap` axes are merged into N."""
+    cpu, default = plain_forward, plain_forward
+    if gradients:
+        cpu, default = patch_gradients, plain_gradients
+
+    @custom_vmap
+    def many(*args):
+        return lax.platform_dependent(
+            *args,
+            cpu=lambda *args: lax.map(lambda a: cpu(*a, stride, padding), args),
+            default=jax.vmap(lambda *a: default(*a, stride, padding)),
+        )
+
+    @many.def_vmap
+    def _(size, batched, *args):
+        args = [a if b else _repeat(a, size) for a, b in zip(args, batched, strict=True)]
+        out = many(*(_merge(a) for a in args))
+        return jax.tree.map(lambda a: _split(a, size), out), jax.tree.map(lambda a: True, out)
+
+    return many
+
+
+def _merge(a: jax.Array) -> jax.Array:
+    return a.reshape(-1, *a.shape[2:])
+
+
+def _split(a: jax.Array, size: int) -> jax.Array:
+    return a.reshape(size, -1, *a.shape[1:])
+
+
+def _repeat(a: jax.Array, size: int) -> jax.Array:
+    return jnp.broadcast_to(a, (size, *a.shape))
+
+
+# ------------------------------------------------- lowerings: x [G,H,W,C], w [kh,kw,C,O]
+
+
+def plain_forward(x: jax.Array, w: jax.Array, stride: int, padding: int) -> jax.Array:
+    """The convolution as XLA has it."""
+    return lax.conv_general_dilated(
+        x,
+        w,
+        (stride, stride),
+        [(padding, padding)] * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+def plain_gradients(
+    x: jax.Array, w: jax.Array, dy: jax.Array, stride: int, padding: int
+) -> tuple[jax.Array, jax.Array]:
+    """Its gradients (dx, dw) as XLA has them."""
+    return jax.vjp(lambda x, w: plain_forward(x, w, stride, padding), x, w)[1](dy)
+
+
+def patch_gradients(
+    x: jax.Array, w: jax.Array, dy: jax.Array, stride: int, padding: int
+) -> tuple[jax.Array, jax.Array]:
+    """Its gradients (dx, dw) by one patch matrix and two matrix products."""
+    kh, kw, c, out = w.shape
+    if _keeps_size(w, stride, padding):
+        # One patch matrix, of dy, serves both gradients: building it costs as much as the products.
+        p = _patches(dy, (kh, kw), 1, padding)
+        dx = p @ jnp.swapaxes(w[::-1, ::-1], 2, 3).reshape(-1, c)
+        return dx.reshape(x.shape), _mirror((x.reshape(-1, c).T @ p).reshape(c, kh, kw, out))
+    p, transpose = jax.vjp(lambda x: _patches(x, (kh, kw), stride, padding), x)
+    dy = dy.reshape(-1, out)
+    return transpose(dy @ w.reshape(-1, out).T)[0], (p.T @ dy).reshape(w.shape)
+
+
+def grouped_kernel_gradient(
+    x: jax.Array, w: jax.Array, dy: jax.Array, stride: int, padding: int
+) -> jax.Array:
+    """The gradient dw of a shared kernel, summed over groups of images that fit in the cache."""
+    rows = dy.shape[1] * dy.shape[2]
+    divisors = (g for g in range(1, x.shape[0] + 1) if x.shape[0] % g == 0)
+    group = max((g for g in divisors if g * rows <= _ROWS), default=1)
+
+    def add(dw, group):
+        return dw + patch_gradients(group[0], w, group[1], stride, padding)[1], None
+
+    x, dy = (a.reshape(-1, group, *a.shape[1:]) for a in (x, dy))
+    return lax.scan(add, jnp.zeros_like(w), (x, dy))[0]
+
+
+def _patches(x: jax.Array, kernel: tuple[int, int], stride: int, padding: int) -> jax.Array:
+    """Patch matrix [G * h * w, kh * kw * C] of the zero-padded images, one row per output pixel."""
+    (kh, kw), channels = kernel, x.shape[-1]
+    h, w = _output_size(x, kernel, stride, padding)
+    x = jnp.pad(x, [(0, 0), (padding, padding), (padding, padding), (0, 0)])
+    rows, columns = (h - 1) * stride + 1, (w - 1) * stride + 1
+    taps = [
+        x[:, i : i + rows : stride, j : j + columns : stride] for i in range(kh) for j in range(kw)
+    ]
+    return jnp.concatenate(taps, -1).reshape(-1, kh * kw * channels)
+
+
+def _output_size(
+    x: jax.Array, kernel: tuple[int, int], stride: int, padding: int
+) -> tuple[int, int]:
+    return tuple((x.shape[i + 1] + 2 * padding - kernel[i]) // stride + 1 for i in (0, 1))
+
+
+def _keeps_size(w: jax.Array, stride: int, padding: int) -> bool:
+    return stride == 1 and w.shape[0] == w.shape[1] == 2 * padding + 1
+
+
+def _mirror(dw: jax.Array) -> jax.Array:
+    """[C,kh,kw,O] of mirrored taps to [kh,kw,C,O]."""
+    return dw[:, ::-1, ::-1].transpose(1, 2, 0, 3)

@@ -1,0 +1,705 @@
+"""Trains a classifier with AdA.
+
+python -m ada_jax.train --config=experiments/cifar10.py [--workdir=DIR] [--config.FIELD=VALUE]
+"""
+
+import functools
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from absl import logging
+
+from ada_jax import (
+    ada,
+    checkpoint,
+    classifiers,
+    cli,
+    corruption_nets,
+    data,
+    figures,
+    keys,
+    logbook,
+    losses,
+    perturbation,
+    ssim,
+)
+from ada_jax.errors import UserError
+
+AXIS = "devices"
+METHODS = ("ada", "nominal")
+Batch = dict[str, Any]
+
+
+class TrainState(NamedTuple):
+    """All that changes during training.
+
+    Attributes:
+      step: updates made, int32 scalar.
+      params: the classifier's parameters.
+      net_state: its batch-norm averages.
+      opt_state: the optimiser's state.
+    """
+
+    step: jax.Array
+    params: hk.Params
+    net_state: hk.State
+    opt_state: optax.OptState
+
+
+# ------------------------------------------------------------------------ the step
+
+
+def make_update_step(
+    config: ml_collections.ConfigDict,
+    classifier: hk.TransformedWithState,
+    net_apply: Callable[..., jax.Array] | None,
+    optimizer: optax.GradientTransformation,
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """Makes the step of one device: crop/flip -> AdA -> line search -> classifier -> metrics.
+
+    Args:
+      config: the run's config.
+      classifier: Haiku classifier.
+      net_apply: the corruption network's function; None trains without AdA.
+      optimizer: of the classifier.
+
+    Returns:
+      `update_step(state, theta, batch, key) -> (state, metrics)`, to be mapped over AXIS; `batch`
+      has 'image' [b,H,W,3] and 'label' [b] of this device, `key` is the run's.
+    """
+
+    def logits_in_attack(params, net_state, x):
+        local = config.ada.batch_norm == "batch"
+        return classifier.apply(
+            params, net_state, None, x, is_training=False, test_local_stats=local
+        )[0]
+
+    def attack(state, theta, example_keys, x, y):
+        return ada.adversarial_augment(
+            example_keys,
+            x,
+            y,
+            logits_fn=functools.partial(logits_in_attack, state.params, state.net_state),
+            net=corruption_nets.CorruptionNet(net_apply, theta),
+            nu=config.ada.nu,
+            steps=config.ada.steps,
+            step_rule=config.ada.step_rule,
+            step_scale=config.ada.step_scale,
+            ssim_threshold=config.ada.ssim_threshold,
+            root_rule=config.ada.root_rule,
+            microbatch=config.ada.microbatch or None,
+        )
+
+    def loss_fn(params, net_state, x, y):
+        logits, net_state = classifier.apply(params, net_state, None, x, is_training=True)
+        decay = losses.weight_decay(params, include_bn=config.weight_decay_bn)
+        loss = losses.cross_entropy(logits, y).mean()
+        return loss + config.weight_decay * decay, (net_state, loss, logits)
+
+    def update_step(state, theta, batch, key):
+        x, y = data.to_float(batch["image"]), batch["label"]
+        # Keys by position in the global batch: the number of devices does not change the draw.
+        first = jax.lax.axis_index(AXIS) * len(y)
+        example_keys = keys.of_positions(jax.random.fold_in(key, state.step), first, len(y))
+        crop_keys, ada_keys = jnp.moveaxis(jax.vmap(jax.random.split)(example_keys), 1, 0)
+
+        x = data.random_crop_flip(crop_keys, x, pad=config.pad, flip=config.flip)
+        metrics = {}
+        if net_apply is not None:
+            x, attacked = attack(state, theta, ada_keys, x, y)
+            metrics = attack_metrics(attacked)
+
+        gradient_fn = jax.grad(loss_fn, has_aux=True)
+        gradient, (net_state, loss, logits) = gradient_fn(state.params, state.net_state, x, y)
+        gradient, net_state = average((gradient, net_state))
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+
+        metrics |= {
+            "loss": loss,
+            "error": 100 * jnp.mean(jnp.argmax(logits, -1) != y),
+            "gradient_norm": optax.global_norm(gradient),
+        }
+        return TrainState(state.step + 1, params, net_state, opt_state), reduce_metrics(metrics)
+
+    return update_step
+
+
+def average(tree: Any) -> Any:
+    """Mean over all devices; integers (batch norm's step counts) are the same everywhere."""
+    return jax.tree.map(
+        lambda a: jax.lax.pmean(a, AXIS) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree
+    )
+
+
+def attack_metrics(attacked: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Scalars for the log from `ada.adversarial_augment`'s per-example metrics."""
+    means = {f"ada_{name}": jnp.mean(value) for name, value in attacked.items()}
+    return means | {
+        "ada_ssim_before_min": jnp.min(attacked["ssim_before"]),
+        "ada_ssim_after_min": jnp.min(attacked["ssim_after"]),
+    }
+
+
+def reduce_metrics(metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Over all devices: the least of those named '*_min', the mean of the others."""
+    return {
+        name: (jax.lax.pmin if name.endswith("_min") else jax.lax.pmean)(value, AXIS)
+        for name, value in metrics.items()
+    }
+
+
+def learning_rate_schedule(
+    config: ml_collections.ConfigDict, steps_per_epoch: float, total_steps: int
+) -> optax.Schedule:
+    """Linear warm-up from 0, then cosine to 0 at the last step (paper, appendix A).
+
+    The peak follows the linear scaling rule, max(lr * batch size / 256, lr).
+    """
+    peak = max(config.learning_rate * config.batch_size / 256, config.learning_rate)
+    warmup = min(round(config.warmup_epochs * steps_per_epoch), total_steps - 1)
+    return optax.warmup_cosine_decay_schedule(0.0 if warmup else peak, peak, warmup, total_steps)
+
+
+def make_optimizer(
+    config: ml_collections.ConfigDict, schedule: optax.Schedule
+) -> optax.GradientTransformation:
+    """SGD with Nesterov momentum; weight decay is part of the loss."""
+    return optax.sgd(schedule, momentum=config.momentum, nesterov=True)
+
+
+def initial_state(
+    classifier: hk.TransformedWithState,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    images: jax.Array,
+) -> TrainState:
+    """The state before the first step; `images` are real ones, for the batch-norm averages."""
+    params, net_state = jax.jit(classifier.init, static_argnames="is_training")(
+        key, images, is_training=True
+    )
+    return TrainState(jnp.zeros((), jnp.int32), params, net_state, optimizer.init(params))
+
+
+# ------------------------------------------------------------------------ evaluation
+
+
+def make_eval_step(classifier: hk.TransformedWithState) -> Callable[..., dict[str, jax.Array]]:
+    """Makes `eval_step(params, net_state, batch)`: sums over all devices, padding masked out."""
+
+    def eval_step(params, net_state, batch):
+        x, y, mask = data.to_float(batch["image"]), batch["label"], batch["mask"]
+        logits, _ = classifier.apply(params, net_state, None, x, is_training=False)
+        sums = {
+            "examples": mask,
+            "wrong": mask * (jnp.argmax(logits, -1) != y),
+            "loss": mask * losses.cross_entropy(logits, y),
+        }
+        return jax.lax.psum({name: v.sum() for name, v in sums.items()}, AXIS)
+
+    return eval_step
+
+
+def evaluate(
+    eval_step: Callable[..., dict[str, jax.Array]],
+    state: TrainState,
+    dataset: data.Dataset,
+    batch_size: int,
+) -> dict[str, float]:
+    """Clean error and loss; every example counts once, whatever the number of devices.
+
+    Args:
+      eval_step: mapped over devices.
+      state: replicated.
+      dataset: images and labels.
+      batch_size: global batch size.
+
+    Returns:
+      'examples', 'error' in percent, 'loss'.
+    """
+    batches = data.eval_batches(
+        dataset,
+        batch_size=batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    sums = [eval_step(state.params, state.net_state, shard(batch)) for batch in batches]
+    total = {name: sum(float(s[name][0]) for s in sums) for name in sums[0]}
+    return {
+        "examples": total["examples"],
+        "error": 100 * total["wrong"] / total["examples"],
+        "loss": total["loss"] / total["examples"],
+    }
+
+
+# ------------------------------------------------------------------------ devices
+
+
+def shard(batch: Batch) -> Batch:
+    """Splits a process's batch [b, ...] over its devices: [devices, b / devices, ...]."""
+    devices = jax.local_device_count()
+    return {name: a.reshape(devices, -1, *a.shape[1:]) for name, a in batch.items()}
+
+
+def replicate(tree: Any) -> Any:
+    """Puts a copy of every leaf on every local device, with a leading device axis."""
+    devices = jax.local_device_count()
+    tree = jax.tree.map(lambda a: np.broadcast_to(a, (devices, *np.shape(a))), tree)
+    return jax.pmap(lambda a: a)(tree)
+
+
+def unreplicate(tree: Any) -> Any:
+    """The first device's copy, on the host."""
+    return jax.tree.map(lambda a: np.asarray(a[0]), tree)
+
+
+# ------------------------------------------------------------------------ the config
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Finds what is wrong with a config before anything is compiled.
+
+    Raises:
+      UserError: a field out of its range; the sentence names the field, its value and the fix.
+    """
+
+    def require(good: bool, field: str, fix: str) -> None:
+        value = functools.reduce(lambda c, name: c[name], field.split("."), config)
+        if not good:
+            raise UserError(f"config.{field}={value!r} {fix}.")
+
+    def one_of(field: str, value: str, known: tuple[str, ...]) -> None:
+        require(value in known, field, f"is unknown: choose one of {', '.join(known)}")
+
+    one_of("method", config.method, METHODS)
+    one_of("dataset", config.dataset, data.NAMES)
+    one_of("classifier", config.classifier, classifiers.names())
+    one_of("ada.corruption_net", config.ada.corruption_net, corruption_nets.names())
+    one_of("ada.step_rule", config.ada.step_rule, tuple(perturbation.STEP_RULES))
+    one_of("ada.root_rule", config.ada.root_rule, ssim.ROOT_RULES)
+    one_of("ada.batch_norm", config.ada.batch_norm, ("batch", "running"))
+    require(config.ada.nu >= 0, "ada.nu", "is negative: a radius is 0 or more (paper: 0.015)")
+    require(config.ada.steps >= 1, "ada.steps", "makes no attack: take 1 or more (paper: 10)")
+    require(config.ada.step_scale > 0, "ada.step_scale", "must be positive (paper: 0.25)")
+    require(-1 <= config.ada.ssim_threshold < 1, "ada.ssim_threshold", "must be in [-1, 1)")
+    require(config.ada.microbatch >= 0, "ada.microbatch", "must be 0 (off) or more")
+    require(config.learning_rate > 0, "learning_rate", "must be positive")
+    require(0 <= config.momentum < 1, "momentum", "must be in [0, 1)")
+    require(0 <= config.bn_decay < 1, "bn_decay", "must be in [0, 1)")
+    require(config.weight_decay >= 0, "weight_decay", "must be 0 or more")
+    require(config.warmup_epochs >= 0, "warmup_epochs", "must be 0 or more")
+    require(config.pad >= 0, "pad", "must be 0 or more pixels")
+    for field in ("batch_size", "eval_batch_size", "log_steps", "keep_checkpoints", "image_size"):
+        require(config[field] >= 1, field, "must be 1 or more")
+    for field in ("eval_epochs", "checkpoint_epochs", "figure_examples", "cpu_devices"):
+        require(config[field] >= 0, field, "must be 0 (off) or more")
+    require(
+        (config.epochs > 0) != (config.train_steps > 0),
+        "epochs",
+        f"and config.train_steps={config.train_steps} must not both be set: make one of them 0",
+    )
+
+
+def validate_devices(config: ml_collections.ConfigDict) -> None:
+    """Finds batch sizes that the devices do not divide.
+
+    Raises:
+      UserError: naming the field, its value and the number of devices.
+    """
+    devices = jax.device_count()
+    for field in ("batch_size", "eval_batch_size"):
+        if config[field] % devices:
+            raise UserError(
+                f"config.{field}={config[field]} is not divisible by the {devices} devices: "
+                f"take a multiple of {devices}."
+            )
+    local = config.batch_size // devices
+    if config.method == "ada" and config.ada.microbatch and local % config.ada.microbatch:
+        raise UserError(
+            f"config.ada.microbatch={config.ada.microbatch} does not divide the {local} examples "
+            "of a device: take a divisor."
+        )
+
+
+# ------------------------------------------------------------------------ the run
+
+
+class Parts(NamedTuple):
+    """What a run is made of; nothing here changes during training."""
+
+    config: ml_collections.ConfigDict
+    train_set: data.Dataset
+    eval_set: data.Dataset
+    net: corruption_nets.CorruptionNet | None
+    classifier: hk.TransformedWithState
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    steps_per_epoch: float
+    total_steps: int
+
+
+def build(config: ml_collections.ConfigDict) -> Parts:
+    """Loads the data and the corruption network and makes the classifier and its optimiser."""
+    load = functools.partial(
+        data.load, config.dataset, data_dir=config.data_dir or None, image_size=config.image_size
+    )
+    train_set, eval_set = load(config.train_split), load(config.eval_split)
+    net = None
+    if config.method == "ada":
+        net = corruption_nets.make(config.ada.corruption_net, config.ada.corruption_weights or None)
+    steps_per_epoch = len(train_set) / config.batch_size
+    total_steps = config.train_steps or round(config.epochs * steps_per_epoch)
+    schedule = learning_rate_schedule(config, steps_per_epoch, total_steps)
+    return Parts(
+        config,
+        train_set,
+        eval_set,
+        net,
+        make_classifier(config, train_set.num_classes),
+        make_optimizer(config, schedule),
+        schedule,
+        steps_per_epoch,
+        total_steps,
+    )
+
+
+def make_classifier(config: ml_collections.ConfigDict, num_classes: int) -> hk.TransformedWithState:
+    """The config's classifier."""
+    return classifiers.make(
+        config.classifier,
+        num_classes,
+        mean=tuple(config.mean),
+        std=tuple(config.std),
+        bn_decay=config.bn_decay,
+        bn_axis_name=AXIS if config.cross_replica_bn else None,
+        zero_init_logits=config.zero_init_logits,
+    )
+
+
+def main(config: ml_collections.ConfigDict, workdir: str) -> int | None:
+    """Trains, or goes on training, in `workdir`; returns an exit status."""
+    validate(config)
+    cli.set_up_devices(config.cpu_devices, config.compilation_cache)
+    validate_devices(config)
+    parts = build(config)
+    key = jax.random.key(config.seed)
+    images = data.to_float(next(data.eval_batches(parts.train_set, batch_size=8))["image"])
+    state = initial_state(parts.classifier, parts.optimizer, key, images)
+
+    theta = parts.net.theta if parts.net else {}
+    checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints)
+    expect = identity(config, theta)
+    restored = checkpoints.restore(state, expect)
+    extra = {"expect": expect, "pending": []}
+    if restored:
+        state, extra, step = restored
+        logging.info("Going on from step %d of %s.", step, workdir)
+    else:
+        show_parameters(state.params)
+    if jax.process_index() == 0:
+        write_json(os.path.join(workdir, "config.json"), config.to_dict())
+    log = logbook.Logbook(workdir, int(state.step), write=jax.process_index() == 0)
+
+    started = time.monotonic()
+    state, interrupted = train(parts, state, theta, key, checkpoints, extra, log)
+    checkpoints.close()
+    log.close()
+    if interrupted:
+        logging.warning("SIGTERM: saved step %d; the same command goes on.", state.step)
+        return cli.INTERRUPTED
+    finish(parts, workdir, state, time.monotonic() - started)
+    return None
+
+
+def train(
+    parts: Parts,
+    state: TrainState,
+    theta: Any,
+    key: jax.Array,
+    checkpoints: checkpoint.Checkpoints,
+    extra: dict[str, Any],
+    log: logbook.Logbook,
+) -> tuple[TrainState, bool]:
+    """Trains from `state` to the last step, or until SIGTERM.
+
+    Args:
+      parts: the run.
+      state: on the host, one copy.
+      theta: the corruption network's parameters.
+      key: the run's key.
+      checkpoints: where to save.
+      extra: what is saved beside the state; 'pending' are metrics of steps not yet logged.
+      log: where metrics go.
+
+    Returns:
+      The last state, saved, on the host; and whether SIGTERM came before the end.
+
+    Raises:
+      UserError: the loss is no longer finite; the checkpoints saved before are kept.
+    """
+    config, total_steps, step = parts.config, parts.total_steps, int(state.step)
+    update_step, eval_step = compile_steps(parts)
+    state, theta = replicate(state), replicate(theta)
+    batches = data.train_batches(
+        parts.train_set,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        start_step=step,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    evaluate_at = every_epochs(config.eval_epochs, parts)
+    save_at = every_epochs(config.checkpoint_epochs, parts)
+    pending = extra["pending"]
+    timer = logbook.Timer(step, total_steps, config.batch_size, show=jax.process_index() == 0)
+    with StopSignal() as stop:
+        while step < total_steps and not stop.received:
+            with timer.waiting():
+                batch = shard(next(batches))
+            state, metrics = update_step(state, theta, batch, key)
+            pending.append(metrics)
+            step += 1
+            if step % config.log_steps == 0 or step == total_steps:
+                summary = logbook.summarise(finite(pending, step))
+                pending = []
+                progress = {"epoch": step / parts.steps_per_epoch, **timer.lap(step)}
+                rate = {"learning_rate": parts.schedule(step - 1)}
+                log.write(step, "train", summary | rate | progress)
+            if evaluate_at(step) or step == total_steps:
+                clean = evaluate(eval_step, state, parts.eval_set, config.eval_batch_size)
+                log.write(step, "eval", clean)
+            if save_at(step) and step < total_steps:
+                pending = finite(pending, step)
+                checkpoints.save(step, unreplicate(state), extra | {"pending": pending})
+    timer.close()
+    state = unreplicate(state)
+    checkpoints.save(step, state, extra | {"pending": finite(pending, step)}, wait=True)
+    return state, step < total_steps
+
+
+def compile_steps(parts: Parts) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The update step and the evaluation step, mapped over all devices."""
+    update_step = make_update_step(
+        parts.config, parts.classifier, parts.net and parts.net.apply, parts.optimizer
+    )
+    return (
+        jax.pmap(update_step, AXIS, in_axes=(0, 0, 0, None), donate_argnums=0),
+        jax.pmap(make_eval_step(parts.classifier), AXIS),
+    )
+
+
+def every_epochs(epochs: float, parts: Parts) -> Callable[[int], bool]:
+    """Whether a step is the last of a period of so many epochs; never for 0."""
+
+    def at(step: int) -> bool:
+        period = epochs * parts.steps_per_epoch
+        return period > 0 and int(step / period) > int((step - 1) / period)
+
+    return at
+
+
+def finite(pending: list[dict[str, Any]], step: int) -> list[dict[str, float]]:
+    """Brings the last steps' metrics to the host, and stops the run where a loss is not finite.
+
+    Args:
+      pending: metrics of the steps up to `step`, each of the devices (replicated) or of the host.
+      step: the last of these steps.
+
+    Raises:
+      UserError: naming the first step with a loss that is not finite.
+    """
+    fetched = [
+        {name: float(np.ravel(value)[0]) for name, value in metrics.items()}
+        for metrics in jax.device_get(pending)
+    ]
+    for i, metrics in enumerate(fetched):
+        if not np.isfinite(metrics["loss"]):
+            raise UserError(
+                f"The loss is {metrics['loss']} at step {step - len(fetched) + i + 1}, so the run "
+                "stops; its last good checkpoint is kept: lower config.learning_rate or "
+                "config.ada.nu and start again in another --workdir."
+            )
+    return fetched
+
+
+class StopSignal:
+    """Notes SIGTERM while it is open, so that the loop can save before it leaves."""
+
+    def __enter__(self) -> "StopSignal":
+        self.received = False
+        self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def _note(self, *_: Any) -> None:
+        self.received = True
+
+    def __exit__(self, *_: Any) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+
+_BOOKKEEPING = frozenset(
+    (
+        "name",
+        "data_dir",
+        "compilation_cache",
+        "cpu_devices",
+        "log_steps",
+        "eval_epochs",
+        "eval_batch_size",
+        "eval_split",
+        "checkpoint_epochs",
+        "keep_checkpoints",
+        "figure_examples",
+        "ada.microbatch",
+        "ada.corruption_weights",
+    )
+)
+
+
+def identity(config: ml_collections.ConfigDict, theta: Any) -> dict[str, Any]:
+    """The values a checkpoint must agree on with the config: all but the bookkeeping.
+
+    The corruption network's weights count by their digest, whatever their file is called.
+    """
+    fields = {k: v for k, v in config.items() if k != "ada"}
+    if config.method == "ada":
+        fields |= {f"ada.{k}": v for k, v in config.ada.items()}
+        fields["ada.weights_digest"] = checkpoint.digest(theta)
+    fields = {f"config.{k}": v for k, v in fields.items() if k not in _BOOKKEEPING}
+    return json.loads(json.dumps(fields))  # tuples become lists, as they come back
+
+
+def finish(parts: Parts, workdir: str, state: TrainState, seconds: float) -> None:
+    """Writes the run's weights, results and picture, and prints its table."""
+    if jax.process_index() != 0:
+        return
+    clean = next(r for r in reversed(logbook.read(workdir)) if r["kind"] == "eval")
+    weights = {"params": state.params, "state": state.net_state}
+    metadata = {"classifier": parts.config.classifier, "step": int(state.step)}
+    digest = checkpoint.save_weights(
+        os.path.join(workdir, "classifier.safetensors"), weights, metadata
+    )
+    results = {
+        "schema": 1,
+        "name": parts.config.name,
+        "step": int(state.step),
+        "clean": {name: clean[name] for name in ("examples", "error", "loss")},
+        "config": parts.config.to_dict(),
+        "weights_digest": digest,
+        "commit": commit(),
+        "device": jax.devices()[0].device_kind,
+        "seconds": seconds,
+    }
+    rows = [("clean accuracy", f"{100 - clean['error']:.2f}% of {clean['examples']:.0f} images")]
+    if parts.net and parts.config.figure_examples:
+        attacked = show_attack(parts, state, os.path.join(workdir, "adversarial.png"))
+        results["ada"] = attacked
+        rows += [
+            (
+                "accuracy under AdA",
+                f"{100 - attacked['error']:.2f}% of {attacked['examples']} images",
+            ),
+            ("mean SSIM of its images", f"{attacked['ssim']:.3f}"),
+            ("picture", os.path.join(workdir, "adversarial.png")),
+        ]
+    write_json(os.path.join(workdir, "results.json"), results)
+    rows += [
+        ("weights", os.path.join(workdir, "classifier.safetensors")),
+        ("results", os.path.join(workdir, "results.json")),
+        ("time", logbook.clock(seconds)),
+    ]
+    print("\n" + "\n".join(f"| {name:24} | {value:44} |" for name, value in rows), flush=True)
+
+
+def show_attack(parts: Parts, state: TrainState, path: str) -> dict[str, float]:
+    """Attacks the finished classifier on the first evaluation images, and draws some.
+
+    Args:
+      parts: the run.
+      state: its last state.
+      path: the PNG to write: clean, augmented, difference, SSIM and verdicts (paper, figure 1a).
+
+    Returns:
+      'examples', 'error' in percent and mean 'ssim' of the attacked images.
+    """
+    config = parts.config
+    batch = next(data.eval_batches(parts.eval_set, batch_size=config.figure_examples))
+    real = batch["mask"] > 0
+    x, y = data.to_float(batch["image"][real]), jnp.asarray(batch["label"][real])
+
+    def logits_fn(images):
+        return parts.classifier.apply(
+            state.params, state.net_state, None, images, is_training=False
+        )[0]
+
+    @jax.jit
+    def attack(key):
+        images, metrics = ada.adversarial_augment(
+            key,
+            x,
+            y,
+            logits_fn=logits_fn,
+            net=parts.net,
+            nu=config.ada.nu,
+            steps=config.ada.steps,
+            step_rule=config.ada.step_rule,
+            step_scale=config.ada.step_scale,
+            ssim_threshold=config.ada.ssim_threshold,
+            root_rule=config.ada.root_rule,
+        )
+        return images, metrics["ssim_after"], logits_fn(x), logits_fn(images)
+
+    images, similarity, clean_logits, logits = attack(jax.random.key(config.seed))
+    figures.adversarial_rows(
+        path,
+        clean=np.asarray(x),
+        augmented=np.asarray(images),
+        similarity=np.asarray(similarity),
+        label=np.asarray(y),
+        clean_verdict=np.argmax(clean_logits, -1),
+        augmented_verdict=np.argmax(logits, -1),
+        class_names=parts.eval_set.class_names,
+    )
+    return {
+        "examples": len(x),
+        "error": float(100 * jnp.mean(jnp.argmax(logits, -1) != y)),
+        "ssim": float(similarity.mean()),
+    }
+
+
+def show_parameters(params: hk.Params) -> None:
+    """Logs a table of the classifier's parameters."""
+    from clu import parameter_overview  # imports TensorFlow: takes seconds
+
+    parameter_overview.log_parameter_overview(params, include_stats=False)
+
+
+def write_json(path: str, value: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    logbook.write_atomically(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def commit() -> str:
+    """The git commit of the code that ran, '' outside a checkout."""
+    folder = pathlib.Path(__file__).parent
+    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,37 @@
+"""AdA in a few minutes on a laptop, offline: 5,000 real handwritten digits, a small network.
+
+    python -m ada_jax.train --config=experiments/quickstart.py
+
+Two CPU cores take about three minutes and reach at least 95% accuracy on the 500 held-out digits.
+Words after the colon: nominal (no AdA, for comparison).
+"""
+
+import importlib.util
+import pathlib
+
+import ml_collections
+
+
+def get_config(words: str = "") -> ml_collections.ConfigDict:
+    """The small CIFAR-10 config on the embedded digits."""
+    config = _cifar10(",".join(word for word in (words, "small") if word)).unlock()
+    config.name = "quickstart" + (f"_{words}" if words else "")
+    config.dataset = "mnist5k"
+    config.flip = False  # a mirrored digit is another sign
+    config.pad = 2
+    config.mean = (0.13, 0.13, 0.13)
+    config.std = (0.31, 0.31, 0.31)
+    config.epochs = 6.0
+    config.warmup_epochs = 0.5
+    config.eval_epochs = 2.0
+    config.eval_batch_size = 250
+    config.log_steps = 20
+    return config.lock()
+
+
+def _cifar10(words: str) -> ml_collections.ConfigDict:
+    path = pathlib.Path(__file__).with_name("cifar10.py")
+    spec = importlib.util.spec_from_file_location("cifar10", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(words)

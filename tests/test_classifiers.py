@@ -1,0 +1,310 @@
+"""Tests of the classifiers: sizes, structure, batch-norm modes and initialisation."""
+
+import functools
+from collections.abc import Callable
+
+import chex
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ada_jax import classifiers
+from ada_jax.errors import UserError
+
+PARAMETERS = {
+    "preact_resnet20": 272_282,
+    "resnet9": 486_938,
+    "preact_resnet18": 11_172_170,
+    "preact_resnet50": 23_513_162,
+}
+
+
+def images(batch: int, height: int = 32, width: int = 32, seed: int = 0) -> jax.Array:
+    return jax.random.uniform(jax.random.key(seed), (batch, height, width, 3))
+
+
+def shapes(name: str, x: jax.Array, num_classes: int = 10) -> tuple[hk.Params, hk.State]:
+    net = classifiers.make(name, num_classes)
+    return jax.eval_shape(functools.partial(net.init, is_training=True), jax.random.key(0), x)
+
+
+@functools.cache
+def fitted(name: str) -> tuple[hk.TransformedWithState, hk.Params, hk.State]:
+    """Returns a network as if trained: none of its parameters and statistics is at its start."""
+    rng = np.random.default_rng(0)
+    ranges = {"scale": (0.7, 1.3), "offset": (-0.3, 0.3), "average": (0.1, 0.5)}
+
+    def fill(_: str, leaf: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        if leaf == "counter":
+            return jnp.int32(20)
+        bound = np.prod(shape.shape[:-1]) ** -0.5
+        values = rng.uniform(*ranges.get(leaf, (-bound, bound)), shape.shape)
+        return jnp.asarray(values, jnp.float32)
+
+    params, state = (hk.data_structures.map(fill, tree) for tree in shapes(name, images(2)))
+    return classifiers.make(name, 10), params, state
+
+
+@functools.cache
+def jitted(name: str, **modes: bool) -> Callable:
+    return jax.jit(functools.partial(classifiers.make(name, 10).apply, **modes))
+
+
+def apply(name: str, x: jax.Array, **modes: bool) -> tuple[jax.Array, hk.State]:
+    _, params, state = fitted(name)
+    return jitted(name, **modes)(params, state, None, x)
+
+
+def test_names() -> None:
+    assert classifiers.names() == tuple(PARAMETERS)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_count(name: str) -> None:
+    params, _ = shapes(name, images(2))
+    assert hk.data_structures.tree_size(params) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize(("name", "count"), [("preact_resnet18", 20), ("preact_resnet50", 53)])
+def test_convolutions_have_no_bias(name: str, count: int) -> None:
+    params, _ = shapes(name, images(2))
+    convolutions = [p for p in params.values() if "w" in p and p["w"].ndim == 4]
+    assert len(convolutions) == count
+    assert all(set(p) == {"w"} for p in convolutions)
+
+
+def test_preact_resnet50_projects_in_the_first_block_of_each_stage() -> None:
+    params, _ = shapes("preact_resnet50", images(2))
+    projections = {k: p["w"].shape for k, p in params.items() if k.endswith("shortcut")}
+    assert projections == {
+        "stage1_block1/shortcut": (1, 1, 64, 256),
+        "stage2_block1/shortcut": (1, 1, 256, 512),
+        "stage3_block1/shortcut": (1, 1, 512, 1024),
+        "stage4_block1/shortcut": (1, 1, 1024, 2048),
+    }
+
+
+@pytest.mark.parametrize("size", [(32, 32), (48, 40)])
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_logits_for_any_image_size(name: str, size: tuple[int, int]) -> None:
+    net = classifiers.make(name, 7)
+    x = images(2, *size)
+    params, state = shapes(name, x, num_classes=7)
+    apply_fn = functools.partial(net.apply, is_training=True)
+    logits, new_state = jax.eval_shape(apply_fn, params, state, None, x)
+    assert (logits.shape, logits.dtype) == ((2, 7), jnp.float32)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
+    chex.assert_trees_all_equal_shapes(params, shapes(name, images(2), num_classes=7)[0])
+
+
+def test_logits_are_float32_with_bfloat16_inputs_and_parameters() -> None:
+    net = classifiers.make("resnet9", 10)
+    params, state = shapes("resnet9", images(2))
+    params, x = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), (params, images(2))
+    )
+    apply_fn = functools.partial(net.apply, is_training=True)
+    logits, new_state = jax.eval_shape(apply_fn, params, state, None, x)
+    assert logits.dtype == jnp.float32
+    chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
+
+
+def test_state_changes_in_training_only() -> None:
+    x = images(4, 8, 8, seed=3)
+    _, _, state = fitted("resnet9")
+    _, running_state = apply("resnet9", x, is_training=False)
+    _, local_state = apply("resnet9", x, is_training=False, test_local_stats=True)
+    _, trained_state = apply("resnet9", x, is_training=True)
+    chex.assert_trees_all_equal(running_state, state)
+    chex.assert_trees_all_equal(local_state, state)
+    same = jax.tree.map(np.array_equal, trained_state, state)
+    assert not any(jax.tree.leaves(same))
+
+
+def test_local_statistics_equal_training_and_running_ones_do_not() -> None:
+    x = images(4, 8, 8, seed=3)
+    trained, _ = apply("resnet9", x, is_training=True)
+    local, _ = apply("resnet9", x, is_training=False, test_local_stats=True)
+    running, _ = apply("resnet9", x, is_training=False)
+    np.testing.assert_allclose(local, trained, atol=1e-6)
+    assert np.abs(running - local).max() > 1e-2
+
+
+def test_examples_are_independent_with_running_statistics_only() -> None:
+    x = images(4, 8, 8, seed=3)
+    other = x.at[1:].set(images(3, 8, 8, seed=4))
+    running = [apply("resnet9", v, is_training=False)[0][0] for v in (x, other)]
+    local = [
+        apply("resnet9", v, is_training=False, test_local_stats=True)[0][0] for v in (x, other)
+    ]
+    np.testing.assert_allclose(*running, atol=1e-6)
+    assert np.abs(local[0] - local[1]).max() > 1e-3
+
+
+def test_running_statistics_decay() -> None:
+    _, params, state = fitted("resnet9")
+    net = classifiers.make("resnet9", 10, bn_decay=0.75)
+    x = images(4, 8, 8)
+    _, new_state = jax.jit(functools.partial(net.apply, is_training=True))(params, state, None, x)
+    h = reference_conv(normalised(x), params["stem"]["w"])
+    for which, batch in (("mean", h.mean((0, 1, 2))), ("var", h.var((0, 1, 2)))):
+        old, new = (s[f"stem_bn/~/{which}_ema"] for s in (state, new_state))
+        hidden = 0.75 * old["hidden"] + 0.25 * batch
+        np.testing.assert_allclose(new["hidden"], hidden, atol=1e-5)
+        # Haiku corrects for the zero it starts from.
+        np.testing.assert_allclose(new["average"], hidden / (1 - 0.75**21), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["resnet9", "preact_resnet20"])
+def test_gradients_are_finite_and_reach_every_parameter(name: str) -> None:
+    net, params, state = fitted(name)
+
+    def loss(params: hk.Params, x: jax.Array) -> jax.Array:
+        logits, _ = net.apply(params, state, None, x, is_training=True)
+        return jnp.sum(jax.nn.logsumexp(logits, axis=-1) - logits[:, 0])
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    grads, flat_grads = (
+        jax.tree.leaves(jax.device_get(gradient(params, x)))
+        for x in (images(4, 8, 8, seed=3), jnp.full((4, 8, 8, 3), 0.5, jnp.float32))
+    )
+    assert all(np.all(np.isfinite(g)) and np.any(g) for g in grads)
+    assert all(np.all(np.isfinite(g)) for g in flat_grads)
+
+
+@pytest.mark.parametrize("name", ["preact_resnet18", "preact_resnet20", "preact_resnet50"])
+def test_preact_resnets_equal_an_independent_statement(name: str) -> None:
+    _, params, state = fitted(name)
+    x = images(2, 12, 16, seed=5)
+    logits, _ = apply(name, x, is_training=False)
+    expected = jax.jit(reference_preact_resnet)(params, state, x)
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_resnet9_equals_an_independent_statement() -> None:
+    _, params, state = fitted("resnet9")
+    x = images(2, 12, 15, seed=5)
+    logits, _ = apply("resnet9", x, is_training=False)
+    conv, norm_relu = reference_layers(params, state)
+    h = norm_relu(conv(normalised(x), "stem"), "stem_bn")
+    for stage in ("stage1", "stage2", "stage3"):
+        h = norm_relu(conv(h, f"{stage}/down", 2), f"{stage}/down_bn")
+        r = norm_relu(conv(h, f"{stage}/conv1"), f"{stage}/bn1")
+        h = h + norm_relu(conv(r, f"{stage}/conv2"), f"{stage}/bn2")
+    expected = h.mean((1, 2)) @ params["logits"]["w"] + params["logits"]["b"]
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_normalisation_is_the_one_asked_for() -> None:
+    x = images(2, 8, 8)
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.4, 0.3)
+    _, params, state = fitted("resnet9")
+    plain = classifiers.make("resnet9", 10, mean=(0.0,) * 3, std=(1.0,) * 3)
+    asked = classifiers.make("resnet9", 10, mean=mean, std=std)
+    by_hand = (x - np.array(mean)) / np.array(std)
+    plain, asked = (jax.jit(functools.partial(n.apply, is_training=False)) for n in (plain, asked))
+    expected, _ = plain(params, state, None, by_hand)
+    logits, _ = asked(params, state, None, x)
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+def initialised(**options: bool) -> hk.Params:
+    net = classifiers.make("resnet9", 10, **options)
+    key = jax.random.key(0, impl="unsafe_rbg")  # Compiles faster than the default.
+    # Without the state the compiler drops the forward pass.
+    return jax.jit(lambda: net.init(key, images(2, 8, 8), is_training=True)[0])()
+
+
+def test_initialisation_is_pytorchs() -> None:
+    params = jax.tree.map(np.asarray, initialised())
+    for path, leaves in params.items():
+        if "scale" in leaves:
+            assert np.all(leaves["scale"] == 1)
+            assert np.all(leaves["offset"] == 0)
+            continue
+        bound = np.prod(leaves["w"].shape[:-1]) ** -0.5
+        assert all(np.abs(leaf).max() <= bound for leaf in leaves.values()), path
+        if leaves["w"].size > 2000:
+            assert np.abs(leaves["w"]).max() > 0.99 * bound
+            np.testing.assert_allclose(leaves["w"].std(), bound / 3**0.5, rtol=0.05)
+    assert np.unique(params["logits"]["b"]).size == 10
+
+
+def test_zero_init_logits() -> None:
+    params = initialised(zero_init_logits=True)
+    assert not any(np.any(leaf) for leaf in params["logits"].values())
+    assert np.any(params["stem"]["w"])
+
+
+def test_statistics_are_averaged_over_the_named_axis() -> None:
+    net = classifiers.make("resnet9", 10, bn_axis_name="devices")
+    _, params, state = fitted("resnet9")
+    x = images(4, 8, 8, seed=6)
+    # `init` runs without the axis.
+    jax.eval_shape(functools.partial(net.init, is_training=True), jax.random.key(0), x)
+    train = functools.partial(net.apply, is_training=True)
+    train = jax.jit(jax.vmap(train, (None, None, None, 0), axis_name="devices"))
+    logits, new_state = train(params, state, None, x.reshape(2, 2, 8, 8, 3))
+    expected, expected_state = apply("resnet9", x, is_training=True)
+    np.testing.assert_allclose(logits.reshape(4, 10), expected, atol=1e-4)
+    chex.assert_trees_all_close(
+        jax.tree.map(lambda leaf: leaf[0], new_state), expected_state, atol=1e-4
+    )
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(UserError, match="'resnet8' is not known: choose one of preact_resnet20, "):
+        classifiers.make("resnet8", 10)
+
+
+def test_integer_images_are_refused() -> None:
+    net, params, state = fitted("resnet9")
+    with pytest.raises(AssertionError):
+        net.apply(params, state, None, jnp.zeros((2, 8, 8, 3), jnp.uint8), is_training=False)
+
+
+# An independent statement of the networks, from their parameters alone.
+
+
+def normalised(x: jax.Array) -> jax.Array:
+    return (x - np.array([0.4914, 0.4822, 0.4465])) / np.array([0.2471, 0.2435, 0.2616])
+
+
+def reference_conv(x: jax.Array, w: jax.Array, stride: int = 1) -> jax.Array:
+    pad = w.shape[0] // 2
+    return jax.lax.conv_general_dilated(
+        x, w, (stride, stride), [(pad, pad)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def reference_layers(params: hk.Params, state: hk.State) -> tuple[Callable, Callable]:
+    def conv(x: jax.Array, name: str, stride: int = 1) -> jax.Array:
+        return reference_conv(x, params[name]["w"], stride)
+
+    def norm_relu(x: jax.Array, name: str) -> jax.Array:
+        mean, var = (state[f"{name}/~/{which}_ema"]["average"] for which in ("mean", "var"))
+        x = (x - mean) / jnp.sqrt(var + 1e-5)
+        return jnp.maximum(x * params[name]["scale"] + params[name]["offset"], 0)
+
+    return conv, norm_relu
+
+
+def reference_preact_resnet(params: hk.Params, state: hk.State, x: jax.Array) -> jax.Array:
+    conv, norm_relu = reference_layers(params, state)
+    x = conv(normalised(x), "stem")
+    for block in sorted({name.split("/")[0] for name in params if name.startswith("stage")}):
+        stride = 2 if block.endswith("_block1") and block != "stage1_block1" else 1
+        pre = norm_relu(x, f"{block}/bn1")
+        if f"{block}/conv3" in params:
+            h = norm_relu(conv(pre, f"{block}/conv1"), f"{block}/bn2")
+            h = norm_relu(conv(h, f"{block}/conv2", stride), f"{block}/bn3")
+            h, projected = conv(h, f"{block}/conv3"), pre
+        else:
+            h = norm_relu(conv(pre, f"{block}/conv1", stride), f"{block}/bn2")
+            h, projected = conv(h, f"{block}/conv2"), x
+        shortcut = f"{block}/shortcut"
+        x = h + (conv(projected, shortcut, stride) if shortcut in params else x)
+    features = norm_relu(x, "bn").mean((1, 2))
+    return features @ params["logits"]["w"] + params["logits"]["b"]

@@ -1,0 +1,218 @@
+"""EDSR against straightforward statements, and the shipped weights on photographs."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+import pytest
+import skimage.data
+import skimage.transform
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import lax
+
+from ada_jax import checkpoint, corruption_nets, ssim
+from ada_jax.errors import UserError
+
+SCALES = [1, 2, 4]
+
+
+def images(*shape: int, seed: int = 0) -> jax.Array:
+    return jax.random.uniform(jax.random.key(seed), shape)
+
+
+@functools.cache
+def small(scale: int, seed: int = 0):
+    """A small network with weights large enough that every layer can be seen in the output."""
+    net = corruption_nets.edsr(blocks=2, features=4, scale=scale)
+    return net, jax.tree.map(lambda a: 2 * a, net.init(jax.random.key(seed)))
+
+
+# ------------------------------------------------------------------------------- parameters
+
+
+def test_the_published_network_has_74_leaves_and_1517571_parameters():
+    init = corruption_nets.architecture("edsr_baseline_x4").init
+    leaves = jax.tree.leaves(jax.eval_shape(init, jax.random.key(0)))
+    assert len(leaves) == 74
+    assert sum(leaf.size for leaf in leaves) == 1_517_571
+    assert {leaf.dtype for leaf in leaves} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize(("scale", "convolutions"), [(1, 7), (2, 8), (4, 9)])
+def test_every_convolution_has_a_kernel_and_a_bias(scale, convolutions):
+    _, theta = small(scale)
+    assert len(theta) == convolutions
+    for name, conv in theta.items():
+        chex.assert_shape(conv["w"], (3, 3, 3 if name == "head" else 4, None))
+        chex.assert_shape(conv["b"], conv["w"].shape[-1:])
+
+
+def test_random_parameters_fill_the_range_of_their_fan_in_and_follow_their_key():
+    init = corruption_nets.edsr(blocks=1, features=32, scale=1).init
+    theta, again, other = (init(jax.random.key(seed)) for seed in (0, 0, 1))
+    chex.assert_trees_all_equal(theta, again)
+    for name, conv in theta.items():
+        bound = (9 * conv["w"].shape[2]) ** -0.5
+        for kind, leaf in conv.items():
+            assert np.all(np.abs(leaf) <= bound)
+            assert not np.any(leaf == other[name][kind])
+        np.testing.assert_allclose(np.std(conv["w"]), bound / 3**0.5, rtol=0.05)
+    first, second = theta["block00/conv0"]["w"], theta["block00/conv1"]["w"]
+    assert not np.any(first == second)
+
+
+# ------------------------------------------------------------------------------- the function
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3))
+def test_pixel_shuffle_follows_pytorchs_order(height, width, channels):
+    x = np.arange(2 * height * width * 4 * channels).reshape(2, height, width, 4 * channels)
+    y = corruption_nets.pixel_shuffle(jnp.asarray(x))
+    assert y.shape == (2, 2 * height, 2 * width, channels)
+    for b, h, w, c in np.ndindex(2, height, width, channels):
+        for i, j in np.ndindex(2, 2):
+            assert y[b, 2 * h + i, 2 * w + j, c] == x[b, h, w, 4 * c + 2 * i + j]
+
+
+def straightforward_edsr(theta, x, blocks: int, upsamplers: int):
+    """The published code's forward pass on 0..255, channels first as in PyTorch."""
+    mean = 255 * jnp.array([0.4488, 0.4371, 0.4040]).reshape(3, 1, 1)
+
+    def conv(name, x):
+        w = theta[name]["w"].transpose(3, 2, 0, 1)
+        return lax.conv(x, w, (1, 1), "SAME") + theta[name]["b"].reshape(-1, 1, 1)
+
+    def shuffle(x):
+        b, c, h, w = x.shape
+        x = x.reshape(b, c // 4, 2, 2, h, w).transpose(0, 1, 4, 2, 5, 3)
+        return x.reshape(b, c // 4, 2 * h, 2 * w)
+
+    x = conv("head", 255 * x.transpose(0, 3, 1, 2) - mean)
+    skip = x
+    for i in range(blocks):
+        x = x + conv(f"block{i:02d}/conv1", jnp.maximum(conv(f"block{i:02d}/conv0", x), 0))
+    x = skip + conv("body_end", x)
+    for i in range(upsamplers):
+        x = shuffle(conv(f"up{i}", x))
+    return (conv("tail", x) + mean).transpose(0, 2, 3, 1) / 255
+
+
+@pytest.mark.parametrize(("scale", "upsamplers"), [(1, 0), (2, 1), (4, 2)])
+def test_edsr_equals_a_straightforward_statement(scale, upsamplers):
+    _, theta = small(scale)
+    x = images(2, 7, 10, 3)
+    y = jax.jit(corruption_nets.edsr_apply)(theta, x)
+    assert y.shape == (2, 7 * scale, 10 * scale, 3)
+    np.testing.assert_allclose(y, straightforward_edsr(theta, x, 2, upsamplers), atol=2e-5)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_output_has_the_inputs_size_even_if_it_is_odd(scale):
+    net, theta = small(scale)
+    y = jax.jit(net.apply)(theta, images(2, 33, 40, 3), jax.random.key(0))
+    assert (y.shape, y.dtype) == ((2, 33, 40, 3), jnp.float32)
+    assert np.all(np.isfinite(y))
+
+
+@pytest.mark.parametrize("scale", [2, 4])
+def test_the_output_is_brought_back_by_pillows_bicubic_filter(scale):
+    net, theta = small(scale)
+    x = images(1, 13, 10, 3)
+    large = np.asarray(corruption_nets.edsr_apply(theta, x))[0]
+    expected = [
+        PIL.Image.fromarray(channel).resize((10, 13), PIL.Image.Resampling.BICUBIC)
+        for channel in large.transpose(2, 0, 1)
+    ]
+    np.testing.assert_allclose(net.apply(theta, x)[0], np.stack(expected, -1), atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_one_network_per_example_equals_a_loop(scale):
+    net, _ = small(scale)
+    thetas = [small(scale, seed)[1] for seed in range(3)]
+    x = images(3, 6, 9, 3)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *thetas)
+    together = jax.jit(jax.vmap(lambda t, x: net.apply(t, x[None])[0]))(stacked, x)
+    alone = [net.apply(t, x[i : i + 1])[0] for i, t in enumerate(thetas)]
+    np.testing.assert_allclose(together, jnp.stack(alone), atol=2e-5)
+
+
+def test_large_images_have_the_gradient_of_the_straightforward_statement():
+    """One image of 132x160 pixels (at four times the scale) is more than one group of patches."""
+    net, theta = small(4)
+    x, direction = images(2, 33, 40, 3), images(2, 132, 160, 3, seed=1) / 1e4
+    ours = lambda t: (corruption_nets.edsr_apply(t, x) * direction).sum()  # noqa: E731
+    reference = lambda t: (straightforward_edsr(t, x, 2, 2) * direction).sum()  # noqa: E731
+    chex.assert_trees_all_close(
+        jax.jit(jax.grad(ours))(theta), jax.jit(jax.grad(reference))(theta), rtol=1e-3, atol=1e-3
+    )
+
+
+# ------------------------------------------------------------------------------- presets
+
+
+def test_unknown_names_are_refused_with_the_names_there_are():
+    for refuse in (corruption_nets.make, corruption_nets.architecture):
+        with pytest.raises(UserError, match=r"'edsr_tiny'.*edsr_baseline_x4.*edsr_small"):
+            refuse("edsr_tiny")
+
+
+def test_a_preset_without_shipped_weights_says_how_to_get_some(monkeypatch, tmp_path):
+    monkeypatch.setattr(corruption_nets, "WEIGHTS", tmp_path)
+    with pytest.raises(UserError, match=r"no shipped weights.*pretrain.*corruption_weights"):
+        corruption_nets.make("edsr_small")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="nowhere"):
+        corruption_nets.make("edsr_small", str(tmp_path / "nowhere.safetensors"))
+
+
+def test_weights_of_ones_own_are_loaded(tmp_path):
+    theta = corruption_nets.architecture("edsr_small").init(jax.random.key(3))
+    path = str(tmp_path / "mine.safetensors")
+    checkpoint.save_weights(path, theta, {})
+    net = corruption_nets.make("edsr_small", path)
+    chex.assert_trees_all_equal(net.theta, theta)
+    x = images(1, 12, 12, 3)
+    apply = corruption_nets.architecture("edsr_small").apply
+    np.testing.assert_array_equal(net.apply(net.theta, x, None), apply(theta, x))
+
+
+def test_weights_of_another_network_are_refused(tmp_path):
+    path = str(tmp_path / "other.safetensors")
+    checkpoint.save_weights(path, small(1)[1], {})
+    with pytest.raises(UserError, match="does not fit"):
+        corruption_nets.make("edsr_small", path)
+
+
+# ------------------------------------------------------------------------------- shipped weights
+
+SHIPPED = sorted(path.stem for path in corruption_nets.WEIGHTS.glob("*.safetensors"))
+
+
+def photographs() -> jax.Array:
+    """Eight 32x32 patches of photographs, each shrunk from 128x128 pixels."""
+    sources = [skimage.data.astronaut(), skimage.data.chelsea()]
+    corners = [(0, 150), (100, 10), (120, 200), (40, 300)]
+    crops = [image[i : i + 128, j : j + 128] for image in sources for i, j in corners]
+    resize = functools.partial(skimage.transform.resize, anti_aliasing=True)
+    return jnp.asarray([resize(crop, (32, 32)) for crop in crops], jnp.float32)
+
+
+def test_the_default_corruption_network_is_shipped_and_nothing_without_a_name():
+    assert "edsr_small" in SHIPPED
+    assert set(SHIPPED) <= set(corruption_nets.names())
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_weights_are_nearly_the_identity_on_photographs(name):
+    net = corruption_nets.make(name)
+    x = photographs()
+    y = jnp.clip(jax.jit(net.apply)(net.theta, x), 0, 1)
+    assert np.mean(ssim.ssim(x, y)) >= 0.98

@@ -1,0 +1,521 @@
+"""Batches, splits, crop and flip, and the sentence that answers each bad input."""
+
+import itertools
+import os
+import time
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from ada_jax import data
+from ada_jax.errors import UserError
+
+
+def numbered(size, classes=3, name="numbered"):
+    """A set whose image i has all pixels i, so that a mix-up of images and indices shows."""
+    images = np.broadcast_to(np.arange(size, dtype=np.uint8)[:, None, None, None], (size, 4, 5, 3))
+    names = [str(c) for c in range(classes)]
+    return data.from_arrays(images, np.arange(size) % classes, class_names=names, name=name)
+
+
+def take(batches, count):
+    return list(itertools.islice(batches, count))
+
+
+def indices(batches):
+    return np.concatenate([batch["index"] for batch in batches])
+
+
+def assert_batches_equal(got, want):
+    for a, b in zip(got, want, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key])
+
+
+# ----------------------------------------------------------------------------- training batches
+
+
+def test_batch_holds_the_examples_it_names():
+    dataset = numbered(20)
+    for batch in take(data.train_batches(dataset, batch_size=8, seed=0), 5):
+        assert {key: value.dtype for key, value in batch.items()} == {
+            "image": np.uint8,
+            "label": np.int32,
+            "index": np.int32,
+        }
+        assert batch["image"].shape == (8, 4, 5, 3)
+        np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], batch["index"])
+        np.testing.assert_array_equal(batch["label"], batch["index"] % 3)
+
+
+def test_a_source_decoded_on_demand_gives_the_same_batches(monkeypatch, tmp_path):
+    write_folder(tmp_path, {"a": 6, "b": 6})
+    in_memory = data.load("folder", "all", data_dir=tmp_path, image_size=8)
+    monkeypatch.setattr(data, "_MEMORY_LIMIT", 0)
+    on_demand = data.load("folder", "all", data_dir=tmp_path, image_size=8)
+    assert isinstance(in_memory.source, data.ArraySource)
+    assert not isinstance(on_demand.source, data.ArraySource)
+    want, got = (
+        take(data.train_batches(d, batch_size=4, seed=1), 4) for d in (in_memory, on_demand)
+    )
+    assert_batches_equal(got, want)
+
+
+def test_seed_decides_and_threads_do_not():
+    dataset = numbered(50)
+    want = take(data.train_batches(dataset, batch_size=8, seed=3), 9)
+    for threads in (0, 1, 3):
+        got = data.train_batches(dataset, batch_size=8, seed=3, num_threads=threads)
+        assert_batches_equal(take(got, 9), want)
+    other = take(data.train_batches(dataset, batch_size=8, seed=4), 9)
+    assert not np.array_equal(indices(other), indices(want))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    size=st.integers(2, 40),
+    local=st.integers(1, 6),
+    processes=st.sampled_from([1, 2, 3, 4]),
+    start=st.integers(0, 30),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_any_start_and_any_number_of_processes_give_the_same_steps(
+    size, local, processes, start, seed
+):
+    dataset, batch_size = numbered(size), local * processes
+    if batch_size > size:
+        return
+    running = take(data.train_batches(dataset, batch_size=batch_size, seed=seed), start + 3)
+    parts = [
+        take(
+            data.train_batches(
+                dataset,
+                batch_size=batch_size,
+                seed=seed,
+                start_step=start,
+                process_index=process,
+                process_count=processes,
+            ),
+            3,
+        )
+        for process in range(processes)
+    ]
+    together = [
+        {key: np.concatenate([part[key] for part in step]) for key in step[0]}
+        for step in zip(*parts, strict=True)
+    ]
+    assert_batches_equal(together, running[start:])
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 7, 24])
+def test_every_epoch_is_another_permutation(batch_size):
+    size = 24
+    batches = take(data.train_batches(numbered(size), batch_size=batch_size, seed=0), 4 * size)
+    epochs = indices(batches)[: 4 * size].reshape(4, size)
+    np.testing.assert_array_equal(np.sort(epochs), np.broadcast_to(np.arange(size), (4, size)))
+    assert len({epoch.tobytes() for epoch in epochs}) == 4
+    neighbour = indices(take(data.train_batches(numbered(size), batch_size=24, seed=1), 4))
+    # Neighbouring seeds must not share an epoch either.
+    assert not {e.tobytes() for e in epochs} & {e.tobytes() for e in neighbour.reshape(4, size)}
+
+
+def test_the_order_is_the_one_of_earlier_releases():
+    # Golden: when this changes, a resumed run no longer sees the data it would have seen.
+    batches = take(data.train_batches(numbered(10), batch_size=5, seed=42, start_step=1), 2)
+    np.testing.assert_array_equal(indices(batches), [7, 3, 1, 8, 9, 3, 1, 2, 9, 5])
+
+
+def test_a_late_start_is_as_quick_as_an_early_one():
+    began = time.perf_counter()
+    next(data.train_batches(numbered(100), batch_size=10, seed=0, start_step=10**8))
+    assert time.perf_counter() - began < 1
+
+
+def test_bad_batch_sizes_and_seeds_are_refused():
+    for arguments, message in (
+        ({"batch_size": 21, "seed": 0}, "config.batch_size = 21 is larger than the 20 examples"),
+        ({"batch_size": 0, "seed": 0}, "= 0 cannot be shared"),
+        ({"batch_size": 9, "seed": 0, "process_count": 2}, "multiple of 2"),
+        ({"batch_size": 8, "seed": -1}, "config.seed = -1"),
+        ({"batch_size": 8, "seed": 2**32}, "config.seed = 4294967296"),
+    ):
+        with pytest.raises(UserError, match=message):
+            data.train_batches(numbered(20), **arguments)
+    with pytest.raises(UserError, match=r"multiple of 2"):
+        data.eval_batches(numbered(20), batch_size=9, process_count=2)
+
+
+# --------------------------------------------------------------------------- evaluation batches
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize(("size", "batch_size"), [(2, 8), (8, 8), (9, 8), (23, 4), (24, 4)])
+def test_evaluation_counts_every_example_once(size, batch_size, processes):
+    parts = [
+        list(
+            data.eval_batches(
+                numbered(size),
+                batch_size=batch_size,
+                process_index=process,
+                process_count=processes,
+            )
+        )
+        for process in range(processes)
+    ]
+    assert {len(part) for part in parts} == {-(-size // batch_size)}
+    counts = np.zeros(size)
+    for batch in itertools.chain(*parts):
+        assert batch["image"].shape == (batch_size // processes, 4, 5, 3)
+        assert batch["mask"].dtype == np.float32
+        np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], batch["index"])
+        np.add.at(counts, batch["index"], batch["mask"])
+    np.testing.assert_array_equal(counts, 1)
+
+
+# ------------------------------------------------------------------------------- crop and flip
+
+
+def crops(image, pad, flip):
+    """Every picture that a crop and a flip may make of one, said in NumPy."""
+    height, width, _ = image.shape
+    padded = np.pad(image, ((pad, pad), (pad, pad), (0, 0)))
+    shifts = itertools.product(range(2 * pad + 1), repeat=2)
+    shifted = [padded[i : i + height, j : j + width] for i, j in shifts]
+    return shifted + [x[:, ::-1] for x in shifted] if flip else shifted
+
+
+@pytest.mark.parametrize(("pad", "flip"), [(0, False), (0, True), (2, False), (1, True)])
+def test_crop_and_flip_reach_exactly_what_numpy_says(pad, flip):
+    image = np.random.default_rng(0).uniform(0.1, 1, (6, 5, 3)).astype(np.float32)
+    got = data.random_crop_flip(jax.random.key(0), np.stack([image] * 800), pad=pad, flip=flip)
+    allowed = [x.tobytes() for x in crops(image, pad, flip)]
+    counts = np.bincount([allowed.index(np.asarray(x).tobytes()) for x in got])
+    expected = 800 / len(allowed)
+    assert len(counts) == len(allowed)
+    assert np.all(np.abs(counts - expected) <= 5 * np.sqrt(expected))
+
+
+def test_crop_and_flip_follow_the_key_and_choose_per_example():
+    x = np.random.default_rng(0).uniform(size=(8, 32, 32, 3)).astype(np.float32)
+    first = data.random_crop_flip(jax.random.key(0), x)
+    np.testing.assert_array_equal(first, data.random_crop_flip(jax.random.key(0), x))
+    assert not np.array_equal(first, data.random_crop_flip(jax.random.key(1), x))
+    same = data.random_crop_flip(jax.random.key(0), np.broadcast_to(x[:1], x.shape))
+    assert len({np.asarray(image).tobytes() for image in same}) > 4
+
+
+def test_to_float():
+    pixels = np.arange(256, dtype=np.uint8)
+    got = data.to_float(pixels)
+    assert got.dtype == np.float32 and got[-1] == 1
+    np.testing.assert_allclose(got, pixels / 255, atol=1e-7)
+    np.testing.assert_array_equal(data.to_float(got), got)
+    with pytest.raises(AssertionError):
+        data.to_float(np.zeros(3, np.int32))
+
+
+# -------------------------------------------------------------------------------------- splits
+
+
+@pytest.mark.parametrize(
+    ("split", "start", "stop"),
+    [
+        ("train", 0, 40),
+        ("train[:]", 0, 40),
+        ("train[:9]", 0, 9),
+        ("train[9:]", 9, 40),
+        ("train[-9:]", 31, 40),
+        ("train[10%:20%]", 4, 8),
+        ("train[:33%]", 0, 13),
+        ("train[-25%:]", 30, 40),
+        ("train[50%:30]", 20, 30),
+    ],
+)
+def test_slices(split, start, stop):
+    assert data._split_name(split, ("train",)) == "train"
+    assert data._positions(split, 40) == slice(start, stop)
+
+
+@pytest.mark.parametrize("split", ["", "train[", "train[3]", "train[1:2:3]", "train[5.5%:]", "a+b"])
+def test_a_split_that_cannot_be_read_is_refused(split):
+    with pytest.raises(UserError, match=r"cannot be understood"):
+        data._split_name(split, ("train",))
+
+
+@pytest.mark.parametrize("split", ["train[:0]", "train[30:20]", "train[:41]", "train[-41:]"])
+def test_a_slice_outside_or_empty_is_refused(split):
+    with pytest.raises(UserError, match=r"of 40 examples"):
+        data._positions(split, 40)
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(UserError, match=r"config.dataset = 'cifar11'.*'mnist5k', 'cifar10'"):
+        data.load("cifar11", "train")
+    with pytest.raises(UserError, match=r"names the split 'valid'.*'train', 'test'"):
+        data.load("mnist5k", "valid")
+    with pytest.raises(UserError, match=r"config.image_size = 64"):
+        data.load("mnist5k", "train", image_size=64)
+
+
+# ------------------------------------------------------------------------------------- mnist5k
+
+
+def test_mnist5k():
+    train, test = data.load("mnist5k", "train"), data.load("mnist5k", "test")
+    assert (len(train), len(test), train.num_classes) == (4500, 500, 10)
+    assert train.image_shape == test.image_shape == (32, 32, 3)
+    assert train.source.images.dtype == np.uint8
+    assert np.bincount(test.source.labels).min() > 30  # Shuffled: the file is sorted by class.
+    both = np.concatenate([train.source.images, test.source.images])
+    assert not both[:, :2].any() and not both[:, :, -2:].any() and both.max() == 255
+    assert len(np.unique(both.reshape(5000, -1), axis=0)) > 4990  # No example in both.
+    image, label = data.load("mnist5k", "train[10:12]").source[1]
+    np.testing.assert_array_equal(image, train.source.images[11])
+    assert label == train.source.labels[11] and type(label) is int
+
+
+# ------------------------------------------------------------------------------------- cifar10
+
+
+def test_cifar10_missing_says_how_to_get_it(tmp_path):
+    with pytest.raises(UserError, match=r"tfds.data_source\('cifar10'.*--config.data_dir="):
+        data.load("cifar10", "train", data_dir=tmp_path)
+
+
+def test_cifar10_prepared_without_random_access(tmp_path):
+    folder = tmp_path / "cifar10" / "3.0.2"
+    folder.mkdir(parents=True)
+    info = '{"name": "cifar10", "version": "3.0.2", "fileFormat": "tfrecord"}'
+    (folder / "dataset_info.json").write_text(info)
+    with pytest.raises(UserError, match=r"without random access.*TFRECORD"):
+        data.load("cifar10", "train", data_dir=tmp_path)
+
+
+def test_cifar10_download_that_fails(monkeypatch, tmp_path):
+    import tensorflow_datasets as tfds
+
+    def no_network(self):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", no_network)
+    with pytest.raises(UserError, match=r"could not be downloaded \(no network\)"):
+        data.load("cifar10", "train", data_dir=tmp_path, download=True)
+
+
+@pytest.mark.skipif(
+    not os.path.isdir(os.path.join(os.environ.get("TFDS_DATA_DIR", ""), "cifar10")),
+    reason="TFDS_DATA_DIR names no directory with a prepared cifar10",
+)
+def test_cifar10():
+    dataset = data.load("cifar10", "train[45000:45300]")
+    assert (len(dataset), dataset.num_classes, dataset.image_shape) == (300, 10, (32, 32, 3))
+    assert dataset.class_names[3] == "cat"
+    assert set(dataset.source.labels) == set(range(10))
+    assert 110 < dataset.source.images.mean() < 130  # The set's mean is 120.7.
+    last, label = data.load("cifar10", "train[45299:45300]").source[0]
+    np.testing.assert_array_equal(last, dataset.source.images[-1])
+    assert label == dataset.source.labels[-1]
+    with pytest.raises(UserError, match=r"names the split 'validation'.*'train'"):
+        data.load("cifar10", "validation")
+
+
+# -------------------------------------------------------------------------------------- folder
+
+
+def write_folder(root, counts, size=(9, 7)):
+    """Writes counts[class] images; image i of class c has the colour (i, 10 c, 200)."""
+    for c, (name, count) in enumerate(sorted(counts.items())):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            Image.new("RGB", size, (i, 10 * c, 200)).save(root / name / f"{i:04}.png")
+
+
+def colours(dataset):
+    return {tuple(int(v) for v in image[0, 0]) for image in dataset.source.images}
+
+
+def test_folder_divides_itself(tmp_path):
+    write_folder(tmp_path, {"cat": 100, "dog": 100})
+    train, test, everything = (
+        data.load("folder", split, data_dir=tmp_path, image_size=4)
+        for split in ("train", "test", "all")
+    )
+    assert train.class_names == ("cat", "dog") and train.image_shape == (4, 4, 3)
+    assert colours(train) | colours(test) == colours(everything)
+    assert not colours(train) & colours(test)
+    assert len(everything) == 200 and 10 <= len(test) <= 30
+    np.testing.assert_array_equal(
+        everything.source.images[:, 0, 0, 1], 10 * everything.source.labels
+    )
+    head = data.load("folder", "all[:20]", data_dir=tmp_path, image_size=4)
+    assert set(head.source.labels) == {0, 1}  # A slice has both classes.
+    np.testing.assert_array_equal(head.source.images, everything.source.images[:20])
+    # What is held out stays held out when files are added.
+    Image.new("RGB", (9, 7), (255, 0, 0)).save(tmp_path / "cat" / "new.png")
+    assert colours(data.load("folder", "test", data_dir=tmp_path)) - colours(test) <= {(255, 0, 0)}
+
+
+def test_folder_with_splits_of_its_own(tmp_path):
+    write_folder(tmp_path / "train", {"a": 3, "b": 4})
+    write_folder(tmp_path / "val", {"a": 2, "b": 1})
+    (tmp_path / "val" / ".cache").mkdir()
+    sizes = [len(data.load("folder", s, data_dir=tmp_path)) for s in ("train", "val", "test")]
+    assert sizes == [7, 3, 3]
+    with pytest.raises(UserError, match=r"names the split 'all'.*'train', 'test', 'val'"):
+        data.load("folder", "all", data_dir=tmp_path)
+    write_folder(tmp_path / "val", {"c": 1})
+    with pytest.raises(UserError, match=r"the classes 'c', which its neighbour 'train' lacks"):
+        data.load("folder", "val", data_dir=tmp_path)
+
+
+def test_folder_crops_the_centre_and_resizes(tmp_path):
+    write_folder(tmp_path, {"b": 1})
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 31, 3), np.uint8)
+    (tmp_path / "a").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "a" / "wide.BMP")
+    (tmp_path / "a" / "notes.txt").write_text("not an image")
+    dataset = data.load("folder", "all", data_dir=tmp_path, image_size=8)
+    image = dataset.source.images[list(dataset.source.labels).index(0)]
+    square = Image.fromarray(np.ascontiguousarray(pixels[:, 5:25]))
+    np.testing.assert_array_equal(image, square.resize((8, 8), Image.Resampling.BICUBIC))
+
+
+def test_folder_turns_grey_and_alpha_into_rgb(tmp_path):
+    for name, mode, colour in (("a", "L", 77), ("b", "RGBA", (1, 2, 3, 128))):
+        (tmp_path / name).mkdir()
+        Image.new(mode, (8, 8), colour).save(tmp_path / name / "x.png")
+    dataset = data.load("folder", "all", data_dir=tmp_path, image_size=8)
+    assert colours(dataset) == {(77, 77, 77), (1, 2, 3)}
+
+
+def test_folder_mistakes(tmp_path):
+    def load(root, split="all"):
+        return data.load("folder", split, data_dir=root)
+
+    with pytest.raises(UserError, match=r"config.data_dir is not set"):
+        load(None)
+    with pytest.raises(UserError, match=r"nowhere' is not a directory"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"has 0 folder\(s\)"):
+        load(tmp_path)
+    write_folder(tmp_path, {"a": 2})
+    with pytest.raises(UserError, match=r"has 1 folder\(s\)"):
+        load(tmp_path)
+    (tmp_path / "c").mkdir()
+    with pytest.raises(UserError, match=r"the class '.*c' has no image"):
+        load(tmp_path)
+    write_folder(tmp_path, {"c": 2})
+    with pytest.raises(UserError, match=r"too few images to hold out a tenth"):
+        load(tmp_path, "test")
+    whole = (tmp_path / "c" / "0001.png").read_bytes()
+    for broken in (b"", b"not a picture", whole[: len(whole) // 2]):
+        (tmp_path / "c" / "0001.png").write_bytes(broken)
+        with pytest.raises(UserError, match=r"0001.png' cannot be read"):
+            load(tmp_path)
+    Image.fromarray(np.full((8, 8), 3000, np.uint16)).save(tmp_path / "c" / "0001.png")
+    with pytest.raises(UserError, match=r"0001.png' has more than 8 bits"):
+        load(tmp_path)
+
+
+def test_an_unreadable_image_of_a_large_folder_is_named_by_the_iterator(monkeypatch, tmp_path):
+    write_folder(tmp_path, {"a": 2, "b": 2})
+    (tmp_path / "b" / "0001.png").write_bytes(b"not a picture")
+    monkeypatch.setattr(data, "_MEMORY_LIMIT", 0)
+    dataset = data.load("folder", "all", data_dir=tmp_path)
+    with pytest.raises(UserError, match=r"0001.png' cannot be read"):
+        list(data.eval_batches(dataset, batch_size=4))
+
+
+# ----------------------------------------------------------------------------------------- npz
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (20, 6, 5, 3), np.uint8)
+LABELS = np.arange(20) % 4
+
+
+def save(path, **arrays):
+    np.savez(path, **arrays)
+    return path
+
+
+def test_npz_with_splits(tmp_path):
+    path = save(
+        tmp_path / "set.npz",
+        train_images=PIXELS,
+        train_labels=LABELS,
+        test_images=PIXELS[:3] / 255,
+        test_labels=np.array([3, 3, 3], np.uint8),
+    )
+    train, test = (data.load("npz", split, data_dir=path) for split in ("train[5:]", "test"))
+    np.testing.assert_array_equal(train.source.images, PIXELS[5:])
+    np.testing.assert_array_equal(train.source.labels, LABELS[5:])
+    assert test.source.images.dtype == np.float32 and test.num_classes == train.num_classes == 4
+    np.testing.assert_allclose(test.source.images, PIXELS[:3] / 255, atol=1e-7)
+    assert test.name == "set" and test.image_shape == (6, 5, 3)
+
+
+def test_npz_divides_itself(tmp_path):
+    path = save(tmp_path / "set.npz", images=PIXELS[..., 0], labels=LABELS)
+    train, test, everything = (
+        data.load("npz", split, data_dir=path) for split in ("train", "test", "all")
+    )
+    np.testing.assert_array_equal(everything.source.images, PIXELS[..., :1].repeat(3, axis=-1))
+    assert (len(train), len(test)) == (18, 2)
+    both = np.concatenate([train.source.images, test.source.images])
+    assert sorted(x.tobytes() for x in both) == sorted(
+        x.tobytes() for x in everything.source.images
+    )
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"images": PIXELS}, "lacks the array.s. 'labels'"),
+        ({"train_images": PIXELS, "train_labels": LABELS, "test_images": PIXELS}, "'test_labels'"),
+        ({"images": PIXELS, "labels": LABELS[:-1]}, "20 images and 19 labels"),
+        ({"images": PIXELS[..., :2], "labels": LABELS}, r"shape \[20, 6, 5, 2\]"),
+        ({"images": PIXELS.reshape(20, -1), "labels": LABELS}, r"shape \[20, 90\]"),
+        ({"images": PIXELS.astype(int), "labels": LABELS}, "type int64"),
+        ({"images": PIXELS.astype(float), "labels": LABELS}, "pixels from 0.0 to 255.0"),
+        ({"images": PIXELS / -255, "labels": LABELS}, "pixels from -1.0 to"),
+        ({"images": np.full((20, 4, 4), np.nan), "labels": LABELS}, "NaN"),
+        ({"images": PIXELS, "labels": LABELS / 1}, "type float64"),
+        ({"images": PIXELS, "labels": LABELS[:, None]}, r"labels of shape \[20, 1\]"),
+        ({"images": PIXELS, "labels": LABELS - 1}, "labels from -1 to 2"),
+        ({"images": PIXELS, "labels": LABELS + 1}, "without a gap"),
+        ({"images": PIXELS, "labels": LABELS * 0}, r"labels of 1 class\(es\), '0'"),
+        ({"images": PIXELS[:0], "labels": LABELS[:0]}, r"labels of 0 class\(es\)"),
+        ({"images": PIXELS, "labels": np.array([None] * 20)}, "cannot be read"),
+    ],
+)
+def test_npz_mistakes(tmp_path, arrays, message):
+    path = save(tmp_path / "set.npz", **arrays)
+    with pytest.raises(UserError, match=f"config.data_dir = .*set.npz.*{message}"):
+        data.load("npz", "train", data_dir=path)
+
+
+def test_npz_files_that_are_none(tmp_path):
+    path = tmp_path / "set.npz"
+    with pytest.raises(UserError, match=r"config.data_dir is not set"):
+        data.load("npz", "train")
+    with pytest.raises(UserError, match=r"set.npz' cannot be read.*No such file"):
+        data.load("npz", "train", data_dir=path)
+    save(path, images=PIXELS, labels=LABELS)
+    whole = path.read_bytes()
+    for broken in (b"", b"nothing of the kind", whole[:-40]):
+        path.write_bytes(broken)
+        with pytest.raises(UserError, match=r"set.npz' cannot be read"):
+            data.load("npz", "train", data_dir=path)
+    with path.open("wb") as file:
+        np.save(file, PIXELS)
+    with pytest.raises(UserError, match=r"holds a single array"):
+        data.load("npz", "train", data_dir=path)
+
+
+def test_from_arrays_refuses_labels_beyond_its_classes():
+    with pytest.raises(UserError, match=r"the label 3 and only 2 classes"):
+        data.from_arrays(PIXELS, LABELS, class_names=["a", "b"])

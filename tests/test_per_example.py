@@ -1,0 +1,114 @@
+"""The fast convolution against XLA's own, alone and under `jax.vmap`, and where it must be fast."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ada_jax import per_example
+
+
+def reference(x, w, stride, padding):
+    return jax.lax.conv_general_dilated(
+        x, w, (stride, stride), [(padding, padding)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def random(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def value_and_gradients(f, x, w, dy):
+    y, transpose = jax.vjp(f, x, w)
+    return y, *transpose(dy)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    kernel=st.sampled_from([(1, 0), (2, 0), (3, 0), (3, 1), (5, 2)]),
+    stride=st.sampled_from([1, 2]),
+    examples=st.integers(1, 3),
+    size=st.tuples(st.integers(5, 9), st.integers(5, 9)),
+)
+def test_one_kernel_per_example_equals_a_loop_of_convolutions(kernel, stride, examples, size):
+    k, padding = kernel
+    x, w = random(examples, 2, *size, 3), random(examples, k, k, 3, 4, seed=1)
+    dy = random(
+        *jax.eval_shape(jax.vmap(lambda x, w: reference(x, w, stride, padding)), x, w).shape
+    )
+
+    def fast(x, w):
+        return jax.vmap(lambda x, w: per_example.conv2d(x, w, stride=stride, padding=padding))(x, w)
+
+    def slow(x, w):
+        return jnp.stack([reference(x[i], w[i], stride, padding) for i in range(examples)])
+
+    chex.assert_trees_all_close(
+        jax.jit(value_and_gradients, static_argnums=0)(fast, x, w, dy),
+        value_and_gradients(slow, x, w, dy),
+        rtol=1e-5,
+        atol=1e-4,
+    )
+
+
+@pytest.mark.parametrize(("stride", "padding", "batch"), [(1, 1, 6), (2, 1, 5), (1, 0, 1)])
+def test_a_shared_kernel_equals_xla(stride, padding, batch):
+    x, w = random(batch, 9, 8, 3), random(3, 3, 3, 5, seed=1)
+    dy = random(*reference(x, w, stride, padding).shape, seed=2)
+    f = lambda x, w: per_example.conv2d(x, w, stride=stride, padding=padding)  # noqa: E731
+    g = lambda x, w: reference(x, w, stride, padding)  # noqa: E731
+    chex.assert_trees_all_close(
+        value_and_gradients(f, x, w, dy), value_and_gradients(g, x, w, dy), rtol=1e-5, atol=1e-4
+    )
+
+
+def test_groups_of_a_shared_kernel_add_up(monkeypatch):
+    x, w, dy = random(12, 8, 8, 3), random(3, 3, 3, 5, seed=1), random(12, 8, 8, 5, seed=2)
+    monkeypatch.setattr(per_example, "_ROWS", 3 * 64)
+    chex.assert_trees_all_close(
+        per_example.grouped_kernel_gradient(x, w, dy, 1, 1),
+        per_example.plain_gradients(x, w, dy, 1, 1)[1],
+        rtol=1e-5,
+        atol=1e-4,
+    )
+
+
+@pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0)])
+def test_nested_and_partial_vmap(axes):
+    x = random(*([2, 3] if axes[0] == 0 else []), 1, 6, 6, 2)
+    w = random(*([2, 3] if axes[1] == 0 else []), 3, 3, 2, 4, seed=1)
+
+    def nested(conv):
+        f = jax.vmap(jax.vmap(conv, in_axes=axes), in_axes=axes)
+        return jax.jit(lambda x, w: jax.value_and_grad(lambda *a: (f(*a) ** 2).sum(), (0, 1))(x, w))
+
+    chex.assert_trees_all_close(
+        nested(per_example.conv2d)(x, w),
+        nested(lambda x, w: reference(x, w, 1, 1))(x, w),
+        rtol=1e-4,
+    )
+
+
+def test_bias_and_default_padding():
+    x, w, b = random(2, 6, 7, 3), random(3, 3, 3, 5, seed=1), random(5, seed=2)
+    chex.assert_trees_all_close(per_example.conv2d(x, w, b), reference(x, w, 1, 1) + b, rtol=1e-5)
+
+
+def test_the_cpu_program_has_no_grouped_convolution():
+    """What makes it slow is a convolution with one group per example: none may be left."""
+    x, w = random(4, 1, 8, 8, 16), random(4, 3, 3, 16, 16)
+    loss = lambda x, w: (jax.vmap(per_example.conv2d)(x, w) ** 2).sum()  # noqa: E731
+    program = jax.jit(jax.grad(loss, (0, 1))).lower(x, w).compile().as_text()
+    assert "_group_count" not in program
+
+
+def test_a_gradient_that_nobody_uses_is_not_computed():
+    """The attack needs no gradient of the classifier's kernels: it must not pay for one."""
+    x, w = random(4, 8, 8, 16), random(3, 3, 16, 16)
+    both = jax.jit(jax.grad(lambda x, w: (per_example.conv2d(x, w) ** 2).sum(), (0, 1)))
+    image = jax.jit(jax.grad(lambda x, w: (per_example.conv2d(x, w) ** 2).sum()))
+    flops = [f.lower(x, w).compile().cost_analysis()["flops"] for f in (image, both)]
+    assert flops[0] < 0.75 * flops[1]
