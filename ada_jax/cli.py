@@ -4,8 +4,10 @@ import ctypes
 import logging as python_logging
 import os
 import pathlib
+import signal
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import ml_collections
@@ -91,6 +93,21 @@ def set_up_devices(cpu_devices: int, compilation_cache: str) -> None:
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     _keep_freed_memory()
+
+
+class StopSignal:
+    """Notes SIGTERM while it is open, so that a loop can save before it leaves."""
+
+    def __enter__(self) -> "StopSignal":
+        self.received = False
+        self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def _note(self, *_: Any) -> None:
+        self.received = True
+
+    def __exit__(self, *_: Any) -> None:
+        signal.signal(signal.SIGTERM, self._before)
 
 
 def _keep_freed_memory() -> None:

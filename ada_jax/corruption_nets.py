@@ -66,7 +66,9 @@ def make(name: str, weights: str | None = None) -> CorruptionNet:
             "config.corruption_weights."
         )
     theta, _ = checkpoint.load_weights(path, like=jax.eval_shape(net.init, jax.random.key(0)))
-    return CorruptionNet(net.apply, jax.tree.map(jnp.asarray, theta))
+    # Large networks are stored as float16.
+    theta = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), theta)
+    return CorruptionNet(net.apply, theta)
 
 
 class Architecture(NamedTuple):

@@ -9,9 +9,12 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 import tqdm
 from absl import logging
+
+from ada_jax.errors import UserError
 
 Record = dict[str, Any]
 
@@ -77,6 +80,37 @@ def write_atomically(path: str | os.PathLike, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    write_atomically(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def finite(pending: list[dict[str, Any]], step: int, *, advice: str) -> list[dict[str, float]]:
+    """Brings the last steps' metrics to the host, and stops the run where a loss is not finite.
+
+    Args:
+      pending: metrics of the steps up to `step`, 'loss' among them; on the host, on a device or
+        replicated over several.
+      step: the last of these steps.
+      advice: what to do against it, for the message.
+
+    Raises:
+      UserError: naming the first step with a loss that is not finite.
+    """
+    fetched = [
+        {name: float(np.ravel(value)[0]) for name, value in metrics.items()}
+        for metrics in jax.device_get(pending)
+    ]
+    for i, metrics in enumerate(fetched):
+        if not np.isfinite(metrics["loss"]):
+            raise UserError(
+                f"The loss is {metrics['loss']} at step {step - len(fetched) + i + 1}, so the run "
+                f"stops; its last good checkpoint is kept: {advice} and start again in another "
+                "--workdir."
+            )
+    return fetched
 
 
 def summarise(steps: list[dict[str, float]]) -> dict[str, float]:

@@ -1,0 +1,553 @@
+"""Trains a corruption network's weights: EDSR as a mild denoiser and super-resolver.
+
+python -m ada_jax.pretrain --config=experiments/pretrain_edsr.py[:PRESET] [--workdir=DIR]
+"""
+
+import functools
+import json
+import os
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from absl import logging
+
+from ada_jax import checkpoint, cli, corruption_nets, data, keys, logbook, ssim
+from ada_jax.errors import UserError
+
+PHOTOS = {  # scikit-image's colour photographs that come inside its package
+    "train": ("astronaut", "coffee", "rocket", "stereo_motorcycle"),
+    "test": ("chelsea",),
+}
+SCHEDULES = ("cosine", "halving")
+STORE_DTYPES = ("float32", "float16")
+Batch = dict[str, Any]
+Metrics = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """All that changes during training.
+
+    Attributes:
+      step: updates made, int32 scalar.
+      theta: the network's parameters.
+      opt_state: Adam's state.
+    """
+
+    step: jax.Array
+    theta: dict
+    opt_state: optax.OptState
+
+
+# ------------------------------------------------------------------------ the step
+
+
+def make_update_step(
+    config: ml_collections.ConfigDict,
+    net: corruption_nets.Architecture,
+    optimizer: optax.GradientTransformation,
+) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]:
+    """Makes the update: patches -> L1 of reconstruction and super-resolution -> Adam -> metrics.
+
+    Args:
+      config: the run's config.
+      net: the network to train.
+      optimizer: of its parameters.
+
+    Returns:
+      `update_step(state, batch, key) -> (state, metrics)`, to be jitted; `batch` has 'image'
+      [examples(config, net),S,S,3] with S no less than the patches, `key` is the run's.
+    """
+
+    def loss_fn(theta, clean, noisy, fine):
+        metrics = {"reconstruction_l1": l1(net.apply(theta, noisy), clean)}
+        loss = metrics["reconstruction_l1"]
+        if super_resolves(config, net):
+            metrics["sr_l1"] = l1(super_resolve(theta, fine, net.scale), fine)
+            loss += config.sr_weight * metrics["sr_l1"]
+        return loss, metrics | {"loss": loss}
+
+    def update_step(state, batch, key):
+        x = data.to_float(batch["image"])
+        example_keys = keys.of_positions(jax.random.fold_in(key, state.step), 0, len(x))
+        patch_keys, noise_keys = jnp.moveaxis(jax.vmap(jax.random.split)(example_keys), 1, 0)
+        first, rest = slice(config.batch_size), slice(config.batch_size, None)
+        clean = random_patches(patch_keys[first], x[first], size=config.patch)
+        noisy = add_noise(noise_keys[first], clean, config.noise)
+        fine = random_patches(patch_keys[rest], x[rest], size=config.sr_patch)
+
+        gradient, metrics = jax.grad(loss_fn, has_aux=True)(state.theta, clean, noisy, fine)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.theta)
+        theta = optax.apply_updates(state.theta, updates)
+        metrics["gradient_norm"] = optax.global_norm(gradient)
+        return TrainState(state.step + 1, theta, opt_state), metrics
+
+    return update_step
+
+
+def super_resolves(config: ml_collections.ConfigDict, net: corruption_nets.Architecture) -> bool:
+    """Whether super-resolution is part of the loss."""
+    return net.scale > 1 and config.sr_weight > 0
+
+
+def examples(config: ml_collections.ConfigDict, net: corruption_nets.Architecture) -> int:
+    """Images a step takes: those to reconstruct, then those to super-resolve."""
+    return config.batch_size + (config.sr_batch_size if super_resolves(config, net) else 0)
+
+
+def super_resolve(theta: dict, fine: jax.Array, scale: int) -> jax.Array:
+    """What EDSR makes of bicubically reduced images.
+
+    Args:
+      theta: its parameters.
+      fine: [B,H,W,3] in [0,1], H and W multiples of the scale.
+      scale: its scale.
+
+    Returns:
+      [B,H,W,3], near `fine` in a trained network; not clipped.
+    """
+    return corruption_nets.edsr_apply(theta, reduce(fine, scale))
+
+
+def reduce(x: jax.Array, scale: int) -> jax.Array:
+    """Antialiased bicubic reduction of [B,H,W,C] by a whole factor."""
+    b, h, w, c = x.shape
+    return jax.image.resize(x, (b, h // scale, w // scale, c), "cubic", antialias=True)
+
+
+def random_patches(key: jax.Array, images: jax.Array, *, size: int) -> jax.Array:
+    """Cuts a random square from each image, turned or mirrored at random (eight ways).
+
+    Args:
+      key: one key, or one per example [B].
+      images: [B,H,W,C].
+      size: side of the squares in pixels, at most H and W.
+
+    Returns:
+      [B,size,size,C].
+    """
+
+    def one(key, image):
+        corner_key, turn_key = jax.random.split(key)
+        room = jnp.array(image.shape[:2]) - size + 1
+        corner = jax.random.randint(corner_key, (2,), 0, room)
+        patch = jax.lax.dynamic_slice(image, (*corner, 0), (size, size, image.shape[2]))
+        down, right, across = jax.random.bernoulli(turn_key, shape=(3,))
+        patch = jnp.where(down, patch[::-1], patch)
+        patch = jnp.where(right, patch[:, ::-1], patch)
+        return jnp.where(across, patch.swapaxes(0, 1), patch)
+
+    return jax.vmap(one)(keys.per_example(key, len(images)), images)
+
+
+def add_noise(key: jax.Array, images: jax.Array, most: float) -> jax.Array:
+    """Adds Gaussian noise, its standard deviation drawn per image.
+
+    Args:
+      key: one key, or one per example [B].
+      images: [B,H,W,C] in [0,1].
+      most: the deviation is uniform in [0, most].
+
+    Returns:
+      [B,H,W,C], not clipped.
+    """
+
+    def one(key, image):
+        deviation_key, noise_key = jax.random.split(key)
+        deviation = jax.random.uniform(deviation_key, maxval=most)
+        return image + deviation * jax.random.normal(noise_key, image.shape)
+
+    return jax.vmap(one)(keys.per_example(key, len(images)), images)
+
+
+def l1(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Mean absolute difference."""
+    return jnp.mean(jnp.abs(a - b))
+
+
+def learning_rate_schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
+    """Linear warm-up from 0; then cosine to 0 at the last step, or halved every halve_steps."""
+    peak, warmup = config.learning_rate, config.warmup_steps
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, config.train_steps - warmup)
+    else:
+        after = optax.exponential_decay(peak, config.halve_steps, 0.5, staircase=True)
+    if not warmup:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+
+
+def initial_state(
+    net: corruption_nets.Architecture, optimizer: optax.GradientTransformation, key: jax.Array
+) -> TrainState:
+    """The state before the first step."""
+    theta = net.init(key)
+    return TrainState(jnp.zeros((), jnp.int32), theta, optimizer.init(theta))
+
+
+# ------------------------------------------------------------------------ evaluation
+
+
+def make_eval_step(
+    config: ml_collections.ConfigDict, net: corruption_nets.Architecture
+) -> Callable[[dict, Batch], Metrics]:
+    """Makes `eval_step(theta, batch)`: sums over the examples, padding masked out."""
+
+    def eval_step(theta, batch):
+        images, mask = data.to_float(batch["image"]), batch["mask"]
+        x = centre(images, config.patch)
+        y = jnp.clip(net.apply(theta, x), 0, 1)
+        values = {"examples": jnp.ones_like(mask), "psnr": psnr(y, x), "ssim": ssim.ssim(y, x)}
+        if super_resolves(config, net):
+            x = centre(images, config.sr_patch)
+            bicubic = jax.image.resize(reduce(x, net.scale), x.shape, "cubic")
+            values["sr_psnr"] = psnr(super_resolve(theta, x, net.scale), x)
+            values["bicubic_psnr"] = psnr(bicubic, x)
+        return {name: jnp.sum(mask * value) for name, value in values.items()}
+
+    return eval_step
+
+
+def evaluate(
+    eval_step: Callable[[dict, Batch], Metrics], theta: dict, dataset: data.Dataset, batch_size: int
+) -> dict[str, float]:
+    """Quality on the centres of clean images; every image counts once.
+
+    Args:
+      eval_step: jitted.
+      theta: the network's parameters.
+      dataset: held-out images.
+      batch_size: images at a time.
+
+    Returns:
+      'examples', mean 'psnr' in dB and mean 'ssim' of the reconstruction; where super-resolution
+      is trained also its 'sr_psnr', and 'bicubic_psnr' for comparison.
+    """
+    sums = [eval_step(theta, b) for b in data.eval_batches(dataset, batch_size=batch_size)]
+    total = {name: sum(float(s[name]) for s in sums) for name in sums[0]}
+    count = total["examples"]
+    return {name: v if name == "examples" else v / count for name, v in total.items()}
+
+
+def centre(images: jax.Array, size: int) -> jax.Array:
+    """The middle [B,size,size,C] of [B,H,W,C]."""
+    top, left = ((n - size) // 2 for n in images.shape[1:3])
+    return images[:, top : top + size, left : left + size]
+
+
+def psnr(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Peak signal-to-noise ratio in dB, at most 100.
+
+    Args:
+      a: [B,H,W,C], clipped to [0,1] here.
+      b: [B,H,W,C] in [0,1].
+
+    Returns:
+      [B].
+    """
+    error = jnp.mean((jnp.clip(a, 0, 1) - b) ** 2, (1, 2, 3))
+    return -10 * jnp.log10(jnp.maximum(error, 1e-10))
+
+
+# ------------------------------------------------------------------------ the data
+
+
+def load_images(config: ml_collections.ConfigDict, split: str, *, size: int) -> data.Dataset:
+    """Loads a split of the config's images.
+
+    Args:
+      config: the run's config.
+      split: its train_split or eval_split.
+      size: side in pixels of the largest patch that will be cut from an image.
+
+    Returns:
+      Images of one size; photographs come as tiles from which every patch of them can be cut.
+
+    Raises:
+      UserError: no such data, or images smaller than `size`.
+    """
+    if config.dataset == "photos":
+        images = tiles(split, side=2 * size if split == "train" else size, step=size)
+        labels = np.zeros(len(images), np.int32)
+        return data.from_arrays(images, labels, class_names=("photo",), name="photos")
+    data_dir = config.data_dir or None
+    dataset = data.load(config.dataset, split, data_dir=data_dir, image_size=config.image_size)
+    if min(dataset.image_shape[:2]) < size:
+        height, width, _ = dataset.image_shape
+        raise UserError(
+            f"config.patch={config.patch} or config.sr_patch={config.sr_patch} is larger than the "
+            f"images of {dataset.name}, which are {height}x{width}: make it smaller."
+        )
+    return dataset
+
+
+def tiles(split: str, *, side: int, step: int) -> np.ndarray:
+    """Cuts scikit-image's photographs into squares that cover them.
+
+    Args:
+      split: a key of PHOTOS.
+      side: of the squares, in pixels.
+      step: from one to the next; the last of a row lies at the photograph's edge.
+
+    Returns:
+      [N,side,side,3] uint8.
+
+    Raises:
+      UserError: a photograph is smaller than a square.
+    """
+    found = []
+    for name in PHOTOS[split]:
+        image = photo(name)
+        if side > min(image.shape[:2]):
+            raise UserError(
+                f"config.patch or config.sr_patch needs squares of {side} pixels, more than the "
+                f"photograph {name} has ({image.shape[0]}x{image.shape[1]}): take at most 200."
+            )
+        tops, lefts = ([*range(0, n - side, step), n - side] for n in image.shape[:2])
+        found += [image[i : i + side, j : j + side] for i in tops for j in lefts]
+    return np.stack(found)
+
+
+def photo(name: str) -> np.ndarray:
+    """A photograph of scikit-image, [H,W,3] uint8; of a stereo pair the left one."""
+    import skimage.data
+
+    image = getattr(skimage.data, name)()
+    return image[0] if isinstance(image, tuple) else image
+
+
+# ------------------------------------------------------------------------ the config
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Finds what is wrong with a config before anything is compiled.
+
+    Raises:
+      UserError: a field out of its range; the sentence names the field, its value and the fix.
+    """
+
+    def require(good: bool, field: str, fix: str) -> None:
+        if not good:
+            raise UserError(f"config.{field}={config[field]!r} {fix}.")
+
+    def one_of(field: str, known: tuple[str, ...]) -> None:
+        require(config[field] in known, field, f"is unknown: choose one of {', '.join(known)}")
+
+    one_of("corruption_net", tuple(corruption_nets.EDSR_PRESETS))
+    one_of("dataset", ("photos", *data.NAMES))
+    one_of("schedule", SCHEDULES)
+    one_of("store_dtype", STORE_DTYPES)
+    if config.dataset == "photos":
+        one_of("train_split", tuple(PHOTOS))
+        one_of("eval_split", tuple(PHOTOS))
+    positive = ("train_steps", "batch_size", "sr_batch_size", "eval_batch_size", "halve_steps")
+    for field in (*positive, "log_steps", "keep_checkpoints", "image_size"):
+        require(config[field] >= 1, field, "must be 1 or more")
+    for field in ("eval_steps", "checkpoint_steps"):
+        require(config[field] >= 0, field, "must be 0 (off) or more")
+    require(config.learning_rate > 0, "learning_rate", "must be positive")
+    require(0 <= config.noise <= 1, "noise", "must be in [0, 1], where 1 is white")
+    require(config.sr_weight >= 0, "sr_weight", "must be 0 (off) or more")
+    require(
+        0 <= config.warmup_steps < config.train_steps,
+        "warmup_steps",
+        f"must be 0 or more and below config.train_steps={config.train_steps}",
+    )
+    require(
+        config.patch >= ssim.WINDOW,
+        "patch",
+        f"is too small to measure SSIM: take {ssim.WINDOW} pixels or more",
+    )
+    scale = corruption_nets.EDSR_PRESETS[config.corruption_net]["scale"]
+    require(
+        config.sr_patch >= scale and config.sr_patch % scale == 0,
+        "sr_patch",
+        f"must be a positive multiple of the network's scale, {scale}",
+    )
+
+
+# ------------------------------------------------------------------------ the run
+
+
+class Parts(NamedTuple):
+    """What a run is made of; nothing here changes during training."""
+
+    config: ml_collections.ConfigDict
+    train_set: data.Dataset
+    eval_set: data.Dataset
+    net: corruption_nets.Architecture
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+
+
+def build(config: ml_collections.ConfigDict) -> Parts:
+    """Loads the data and makes the network and its optimiser."""
+    net = corruption_nets.architecture(config.corruption_net)
+    size = max(config.patch, config.sr_patch) if super_resolves(config, net) else config.patch
+    schedule = learning_rate_schedule(config)
+    return Parts(
+        config,
+        load_images(config, config.train_split, size=size),
+        load_images(config, config.eval_split, size=size),
+        net,
+        optax.adam(schedule),
+        schedule,
+    )
+
+
+def main(config: ml_collections.ConfigDict, workdir: str) -> int | None:
+    """Trains, or goes on training, in `workdir`; returns an exit status."""
+    validate(config)
+    cli.set_up_devices(0, config.compilation_cache)
+    parts = build(config)
+    key = jax.random.key(config.seed)
+    state = initial_state(parts.net, parts.optimizer, key)
+
+    checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints)
+    expect = identity(config)
+    restored = checkpoints.restore(state, expect)
+    extra = {"expect": expect, "pending": []}
+    if restored:
+        state, extra, step = restored
+        logging.info("Going on from step %d of %s.", step, workdir)
+    logbook.write_json(os.path.join(workdir, "config.json"), config.to_dict())
+    log = logbook.Logbook(workdir, int(state.step))
+
+    started = time.monotonic()
+    state, interrupted = train(parts, state, key, checkpoints, extra, log)
+    checkpoints.close()
+    log.close()
+    if interrupted:
+        logging.warning("SIGTERM: saved step %d; the same command goes on.", state.step)
+        return cli.INTERRUPTED
+    finish(parts, workdir, state, time.monotonic() - started)
+    return None
+
+
+def train(
+    parts: Parts,
+    state: TrainState,
+    key: jax.Array,
+    checkpoints: checkpoint.Checkpoints,
+    extra: dict[str, Any],
+    log: logbook.Logbook,
+) -> tuple[TrainState, bool]:
+    """Trains from `state` to the last step, or until SIGTERM.
+
+    Args:
+      parts: the run.
+      state: where to start.
+      key: the run's key.
+      checkpoints: where to save.
+      extra: what is saved beside the state; 'pending' are metrics of steps not yet logged.
+      log: where metrics go.
+
+    Returns:
+      The last state, saved, on the host; and whether SIGTERM came before the end.
+
+    Raises:
+      UserError: the loss is no longer finite; the checkpoints saved before are kept.
+    """
+    config, step, pending = parts.config, int(state.step), extra["pending"]
+    total_steps, batch_size = config.train_steps, examples(config, parts.net)
+    finite = functools.partial(logbook.finite, advice="lower config.learning_rate")
+    update_step = make_update_step(config, parts.net, parts.optimizer)
+    update_step = jax.jit(update_step, donate_argnums=0)
+    eval_step = jax.jit(make_eval_step(config, parts.net))
+    state = jax.tree.map(jnp.array, state)  # copies: the step donates its argument
+    batches = data.train_batches(
+        parts.train_set, batch_size=batch_size, seed=config.seed, start_step=step
+    )
+    timer = logbook.Timer(step, total_steps, batch_size)
+    with cli.StopSignal() as stop:
+        while step < total_steps and not stop.received:
+            with timer.waiting():
+                batch = next(batches)
+            state, metrics = update_step(state, {"image": batch["image"]}, key)
+            pending.append(metrics)
+            step += 1
+            if step % config.log_steps == 0 or step == total_steps:
+                summary = logbook.summarise(finite(pending, step))
+                pending = []
+                rate = {"learning_rate": parts.schedule(step - 1)}
+                log.write(step, "train", summary | rate | timer.lap(step))
+            if every(config.eval_steps, step) or step == total_steps:
+                quality = evaluate(eval_step, state.theta, parts.eval_set, config.eval_batch_size)
+                log.write(step, "eval", quality)
+            if every(config.checkpoint_steps, step) and step < total_steps:
+                pending = finite(pending, step)
+                checkpoints.save(step, state, extra | {"pending": pending})
+    timer.close()
+    state = jax.device_get(state)
+    checkpoints.save(step, state, extra | {"pending": finite(pending, step)}, wait=True)
+    return state, step < total_steps
+
+
+def every(period: int, step: int) -> bool:
+    """Whether a step is the last of a period; never for 0."""
+    return period > 0 and step % period == 0
+
+
+_BOOKKEEPING = frozenset(
+    (
+        "name",
+        "data_dir",
+        "compilation_cache",
+        "log_steps",
+        "eval_steps",
+        "eval_batch_size",
+        "eval_split",
+        "checkpoint_steps",
+        "keep_checkpoints",
+        "store_dtype",
+    )
+)
+
+
+def identity(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The values a checkpoint must agree on with the config: all but the bookkeeping."""
+    fields = {f"config.{k}": v for k, v in config.items() if k not in _BOOKKEEPING}
+    return json.loads(json.dumps(fields))
+
+
+def finish(parts: Parts, workdir: str, state: TrainState, seconds: float) -> None:
+    """Measures the weights as they are stored, writes them and prints the run's table."""
+    config, name = parts.config, parts.config.corruption_net
+    stored = jax.tree.map(lambda a: np.asarray(a, config.store_dtype), state.theta)
+    theta = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), stored)
+    eval_step = jax.jit(make_eval_step(config, parts.net))
+    quality = evaluate(eval_step, theta, parts.eval_set, config.eval_batch_size)
+    metadata = {
+        "corruption_net": name,
+        **corruption_nets.EDSR_PRESETS[name],
+        "dataset": config.dataset,
+        "train_split": config.train_split,
+        "eval_split": config.eval_split,
+        "noise": config.noise,
+        "steps": int(state.step),
+        **{k: round(v, 5) for k, v in quality.items()},
+    }
+    path = os.path.join(workdir, f"{name}.safetensors")
+    digest = checkpoint.save_weights(path, stored, metadata)
+    leaves = jax.tree.leaves(stored)
+    rows = [
+        ("network", f"{name}, {sum(a.size for a in leaves):,} numbers in {len(leaves)} leaves"),
+        ("reconstruction", f"PSNR {quality['psnr']:.2f} dB, SSIM {quality['ssim']:.4f}"),
+        ("held out", f"{quality['examples']:.0f} patches of {config.dataset}"),
+        ("weights", f"{path}, {os.path.getsize(path) / 1e6:.2f} MB"),
+        ("sha256 of the arrays", digest[:16]),
+        ("time", logbook.clock(seconds)),
+    ]
+    if "sr_psnr" in quality:
+        psnrs = f"PSNR {quality['sr_psnr']:.2f} dB, bicubic {quality['bicubic_psnr']:.2f} dB"
+        rows.insert(2, (f"super-resolution x{parts.net.scale}", psnrs))
+    print("\n" + "\n".join(f"| {name:24} | {value:56} |" for name, value in rows), flush=True)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,62 @@
+"""Weights for the corruption network: EDSR as a mild denoiser and super-resolver.
+
+    python -m ada_jax.pretrain --config=experiments/pretrain_edsr.py
+"""
+
+import ml_collections
+
+
+def get_config(preset: str = "edsr_small") -> ml_collections.ConfigDict:
+    """The config; every knob of the binary is here."""
+    config = ml_collections.ConfigDict()
+    config.corruption_net = preset or "edsr_small"
+    config.name = f"pretrain_{config.corruption_net}"
+    config.seed = 0
+
+    # Data. 'photos' are those inside scikit-image, one held out ('test'); any of ada_jax.data else.
+    config.dataset = "photos"
+    config.data_dir = ""
+    config.train_split = "train"
+    config.eval_split = "test"
+    config.image_size = 32  # pixels, for the data set 'folder'
+
+    # Reconstruction at the input's size: L1 between the network on noisy patches and clean ones.
+    config.batch_size = 32
+    config.patch = 32  # pixels
+    config.noise = 0.02  # its standard deviation is uniform in [0, noise]; 1 is white
+
+    # Super-resolution by the network's own scale, where that is more than 1: L1 on more patches.
+    config.sr_weight = 1.0  # 0 leaves it out
+    config.sr_batch_size = 8
+    config.sr_patch = 48  # pixels after the enlargement
+
+    # Adam.
+    config.train_steps = 8000
+    config.learning_rate = 2e-3
+    config.schedule = "cosine"  # to 0 at the last step, or 'halving' every halve_steps
+    config.halve_steps = 2000
+    config.warmup_steps = 100
+
+    # Bookkeeping.
+    config.store_dtype = "float32"  # or 'float16', half the size
+    config.log_steps = 100
+    config.eval_steps = 1000
+    config.eval_batch_size = 50
+    config.checkpoint_steps = 1000
+    config.keep_checkpoints = 2
+    config.compilation_cache = "~/.cache/ada_jax"
+
+    if config.corruption_net.startswith("edsr_baseline"):
+        baseline(config)
+    return config.lock()
+
+
+def baseline(config: ml_collections.ConfigDict) -> None:
+    """The paper's network."""
+    config.batch_size = 4
+    config.train_steps = 2000
+    config.learning_rate = 3e-4
+    config.eval_batch_size = 25
+    config.eval_steps = 500
+    config.checkpoint_steps = 250
+    config.store_dtype = "float16"
