@@ -58,6 +58,7 @@ def adversarial_augment(
       UserError: a parameter out of its range.
     """
     _check(x, nu, steps, step_rule, root_rule, microbatch)
+    x, net = lax.stop_gradient(x), net._replace(theta=lax.stop_gradient(net.theta))
     # One key per example makes the draw independent of the batch around it and of `microbatch`.
     example_keys = keys.per_example(key, len(x))
 
@@ -117,6 +118,8 @@ def maximise(
       delta, a tree of [B, *theta_i.shape] inside its balls, and metrics [B]: 'loss_start',
       'on_surface'.
     """
+    x, net = lax.stop_gradient(x), net._replace(theta=lax.stop_gradient(net.theta))
+    loss_fn = _constant(loss_fn, x)
     radii = perturbation.radii(net.theta, nu)
     step = perturbation.STEP_RULES[step_rule]
 
@@ -158,6 +161,16 @@ def render(net: CorruptionNet, delta: PyTree, x: jax.Array, example_keys: jax.Ar
     return jnp.clip(jax.vmap(one)(delta, x, example_keys), 0.0, 1.0)
 
 
+def _constant(f: Callable, *args: jax.Array) -> Callable:
+    """f for arguments of these shapes, in which nothing that f closes over has a gradient.
+
+    Without it a caller who differentiates a whole training step would differentiate the ascent.
+    """
+    converted, closed_over = jax.closure_convert(f, *args)
+    closed_over = lax.stop_gradient(closed_over)
+    return lambda *args: converted(*args, *closed_over)
+
+
 def _check(x, nu, steps, step_rule, root_rule, microbatch) -> None:
     if isinstance(nu, int | float) and not nu >= 0:
         raise UserError(f"nu={nu} is negative: a radius is 0 or more (the paper's is 0.015).")
@@ -169,7 +182,7 @@ def _check(x, nu, steps, step_rule, root_rule, microbatch) -> None:
     if root_rule not in ssim.ROOT_RULES:
         known = ", ".join(ssim.ROOT_RULES)
         raise UserError(f"root_rule={root_rule!r} is unknown: choose one of {known}.")
-    if microbatch and len(x) % microbatch:
+    if microbatch and (microbatch < 0 or len(x) % microbatch):
         raise UserError(
             f"microbatch={microbatch} does not divide the batch of {len(x)}: take a divisor."
         )

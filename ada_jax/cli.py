@@ -62,7 +62,9 @@ def start(main: Callable[[list[str]], int | None]) -> None:
 def _is_ours_or_warning(record: python_logging.LogRecord) -> bool:
     """Leaves out what libraries tell about themselves: orbax alone logs forty lines a save."""
     libraries = ("orbax", "grain", "jax/_src")
-    return record.levelno >= python_logging.WARNING or not any(n in record.pathname for n in libraries)
+    return record.levelno >= python_logging.WARNING or not any(
+        n in record.pathname for n in libraries
+    )
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -172,10 +172,10 @@ def patch_gradients(
     kh, kw, c, out = w.shape
     if _keeps_size(w, stride, padding):
         # One patch matrix, of dy, serves both gradients: building it costs as much as the products.
-        p = _patches(dy, (kh, kw), 1, padding)
+        p = patches(dy, (kh, kw), 1, padding)
         dx = p @ jnp.swapaxes(w[::-1, ::-1], 2, 3).reshape(-1, c)
         return dx.reshape(x.shape), _mirror((x.reshape(-1, c).T @ p).reshape(c, kh, kw, out))
-    p, transpose = jax.vjp(lambda x: _patches(x, (kh, kw), stride, padding), x)
+    p, transpose = jax.vjp(lambda x: patches(x, (kh, kw), stride, padding), x)
     dy = dy.reshape(-1, out)
     return transpose(dy @ w.reshape(-1, out).T)[0], (p.T @ dy).reshape(w.shape)
 
@@ -219,7 +219,7 @@ def grouped_kernel_gradient(
     return lax.scan(add, jnp.zeros_like(w), (x, dy))[0]
 
 
-def _patches(x: jax.Array, kernel: tuple[int, int], stride: int, padding: int) -> jax.Array:
+def patches(x: jax.Array, kernel: tuple[int, int], stride: int, padding: int) -> jax.Array:
     """Patch matrix [G * h * w, kh * kw * C] of the zero-padded images, one row per output pixel."""
     (kh, kw), channels = kernel, x.shape[-1]
     h, w = _output_size(x, kernel, stride, padding)

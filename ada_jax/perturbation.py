@@ -6,6 +6,8 @@ leaf; `radii` is the same tree with one scalar per leaf. No networks here.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 PyTree = object
 
@@ -40,20 +42,25 @@ def init(keys: jax.Array, theta: PyTree, radii: PyTree) -> PyTree:
       Tree of float32 leaves [B, *theta_i.shape] with norms at most radii.
     """
     leaves, tree = jax.tree.flatten(theta)
-
-    def one_leaf(key, leaf, radius):
-        direction_key, norm_key = jax.random.split(key)
-        direction = jax.random.normal(direction_key, leaf.shape)
-        # U^(1/d) makes the distance from the centre that of a uniform point of a d-ball.
-        norm = radius * jax.random.uniform(norm_key) ** (1 / leaf.size)
-        return direction * (norm / jnp.maximum(jnp.linalg.norm(direction.ravel()), _TINY))
+    sizes = np.array([leaf.size for leaf in leaves])
 
     def one_example(key):
-        keys = jax.random.split(key, len(leaves))
-        draws = map(one_leaf, keys, leaves, jax.tree.leaves(radii))
+        direction_key, norm_key = jax.random.split(key)
+        # One draw for all leaves, not one each: random draws are what takes long to compile.
+        numbers = jax.random.normal(direction_key, (sizes.sum(),))
+        directions = jnp.split(numbers, np.cumsum(sizes)[:-1])
+        # U^(1/d) makes the distance from the centre that of a uniform point of a d-ball.
+        shares = jax.random.uniform(norm_key, (len(leaves),)) ** (1 / sizes)
+        draws = [
+            (d * (share * radius / jnp.maximum(jnp.linalg.norm(d), _TINY))).reshape(leaf.shape)
+            for d, share, radius, leaf in zip(
+                directions, shares, jax.tree.leaves(radii), leaves, strict=True
+            )
+        ]
         return jax.tree.unflatten(tree, draws)
 
-    return jax.vmap(one_example)(keys)
+    # A loop: under vmap the draws' intermediates would take four times delta's memory.
+    return lax.map(one_example, keys)
 
 
 def norms(delta: PyTree) -> PyTree:

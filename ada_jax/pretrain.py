@@ -84,7 +84,7 @@ def make_update_step(
         gradient, metrics = jax.grad(loss_fn, has_aux=True)(state.theta, clean, noisy, fine)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.theta)
         theta = optax.apply_updates(state.theta, updates)
-        metrics["gradient_norm"] = optax.global_norm(gradient)
+        metrics["gradient_norm"] = optax.tree.norm(gradient)
         return TrainState(state.step + 1, theta, opt_state), metrics
 
     return update_step
@@ -481,7 +481,8 @@ def train(
                 log.write(step, "eval", quality)
             if every(config.checkpoint_steps, step) and step < total_steps:
                 pending = finite(pending, step)
-                checkpoints.save(step, state, extra | {"pending": pending})
+                # A copy: the list grows while it is written in the background.
+                checkpoints.save(step, state, extra | {"pending": [*pending]})
     timer.close()
     state = jax.device_get(state)
     checkpoints.save(step, state, extra | {"pending": finite(pending, step)}, wait=True)

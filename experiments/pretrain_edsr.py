@@ -21,7 +21,7 @@ def get_config(preset: str = "edsr_small") -> ml_collections.ConfigDict:
     config.image_size = 32  # pixels, for the data set 'folder'
 
     # Reconstruction at the input's size: L1 between the network on noisy patches and clean ones.
-    config.batch_size = 32
+    config.batch_size = 16
     config.patch = 32  # pixels
     config.noise = 0.02  # its standard deviation is uniform in [0, noise]; 1 is white
 
@@ -31,10 +31,10 @@ def get_config(preset: str = "edsr_small") -> ml_collections.ConfigDict:
     config.sr_patch = 48  # pixels after the enlargement
 
     # Adam.
-    config.train_steps = 8000
-    config.learning_rate = 2e-3
+    config.train_steps = 12000
+    config.learning_rate = 3e-3
     config.schedule = "cosine"  # to 0 at the last step, or 'halving' every halve_steps
-    config.halve_steps = 2000
+    config.halve_steps = 3000
     config.warmup_steps = 100
 
     # Bookkeeping.

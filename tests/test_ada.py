@@ -38,7 +38,9 @@ NET = make_net()
 def make_params(seed: int = 0):
     rng = np.random.default_rng(seed)
     shapes = {"w": (PIXELS, 32), "v": (32, CLASSES)}
-    return {k: jnp.asarray(3 * rng.normal(size=s) / s[0] ** 0.5, jnp.float32) for k, s in shapes.items()}
+    return {
+        k: jnp.asarray(3 * rng.normal(size=s) / s[0] ** 0.5, jnp.float32) for k, s in shapes.items()
+    }
 
 
 def classify(params, x: jax.Array) -> jax.Array:
@@ -156,9 +158,7 @@ def test_images_are_in_range_and_metrics_are_per_example():
 def test_the_line_search_is_switched_off_by_minus_one():
     x, y = batch()
     images, metrics = augment(jax.random.key(0), x, y, nu=1.0, ssim_threshold=-1.0)
-    delta, _ = ada.maximise(
-        example_keys(0), x, loss_of(y), NET, nu=1.0, steps=3
-    )
+    delta, _ = ada.maximise(example_keys(0), x, loss_of(y), NET, nu=1.0, steps=3)
     np.testing.assert_allclose(images, ada.render(NET, delta, x, example_keys(0)), atol=1e-5)
     np.testing.assert_array_equal(metrics["changed"], 0)
     np.testing.assert_array_equal(metrics["ssim_after"], metrics["ssim_before"])
@@ -249,7 +249,9 @@ def test_no_gradient_flows_through_the_result():
     constant = jax.grad(outer)(params, jax.jit(augmented)(params)[0])
     chex.assert_trees_all_close(through, constant, rtol=1e-4, atol=1e-6)
     total = lambda p: sum(leaf.sum() for leaf in jax.tree.leaves(augmented(p)))  # noqa: E731
-    chex.assert_trees_all_equal(jax.jit(jax.grad(total))(params), jax.tree.map(jnp.zeros_like, params))
+    chex.assert_trees_all_equal(
+        jax.jit(jax.grad(total))(params), jax.tree.map(jnp.zeros_like, params)
+    )
 
 
 def augment_with(logits_fn, key, x, y, **knobs):
@@ -327,4 +329,4 @@ def test_a_golden_step():
     """Renew the numbers when the method, its defaults or the order of random draws change on
     purpose, never to make an unexplained difference go away."""
     images, metrics = augment(jax.random.key(7), *batch(7), steps=2)
-    print(images.mean((1,2,3)), metrics)
+    print(images.mean((1, 2, 3)), metrics)

@@ -1,0 +1,246 @@
+"""Measures the package's hot paths on this machine, all in one process.
+
+python -m ada_jax.benchmark [--rows=conv,inner,step,memory] [--cpu_devices=2]
+
+Every row gives useful work per second, counted as the floating-point operations of ordinary direct
+convolutions, and its share of the speed of a large float32 matrix product measured in between.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from ada_jax import ada, classifiers, cli, corruption_nets, losses, per_example, train
+from ada_jax.errors import UserError
+from experiments import cifar10
+
+ROWS = ("conv", "inner", "step", "memory")
+_SECONDS = 3.0  # measured per row
+
+Timing = tuple[float, float]  # best seconds per call, seconds to compile
+
+
+def measure(f: Callable[..., Any], *args: Any, seconds: float = _SECONDS) -> Timing:
+    """Compiles and times a function of arrays, as one program per device.
+
+    Args:
+      f: a function of one device's arrays.
+      *args: global arrays; the first axis is split over the devices.
+      seconds: how long to repeat it.
+
+    Returns:
+      The least seconds of a call, which other load on the machine disturbs least, and the seconds
+      of compilation.
+    """
+    devices = jax.local_device_count()
+    mapped = jax.pmap(f, axis_name=train.AXIS)
+    args = [a.reshape(devices, -1, *a.shape[1:]) for a in args]
+    args = jax.pmap(lambda *a: a)(*args)
+    start = time.perf_counter()
+    compiled = mapped.lower(*args).compile()
+    compilation = time.perf_counter() - start
+    jax.block_until_ready(compiled(*args))
+    times, end = [], time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times) < 3:
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(*args))
+        times.append(time.perf_counter() - start)
+    return min(times), compilation
+
+
+def forward_flops(f: Callable[..., Any], *shapes: Any) -> float:
+    """Floating-point operations of f as XLA counts them, for shapes or arrays."""
+    return jax.jit(f).lower(*shapes).cost_analysis()["flops"]
+
+
+def peak() -> float:
+    """Speed of a float32 matrix product of size 2048 over all devices, in flop/s."""
+    a = jnp.ones((jax.local_device_count(), 2048, 2048))
+    seconds, _ = measure(lambda a: a @ a, a, seconds=1.0)
+    return len(a) * 2 * 2048**3 / seconds
+
+
+# ------------------------------------------------------------------------ rows
+
+
+def conv_rows() -> Iterator[tuple[str, float, float, str, float]]:
+    """Per-example 3x3 convolution, 16 examples, 32x32, 64 to 64 channels, by each lowering."""
+    for channels, examples in ((64, 16), (16, 64)):
+        random = np.random.default_rng(0).normal
+        x = jnp.asarray(random(size=(examples, 1, 32, 32, channels)), jnp.float32)
+        w = jnp.asarray(random(size=(examples, 3, 3, channels, channels)), jnp.float32)
+        flops = 2 * 9 * channels**2 * 32 * 32 * examples
+        for name, conv in lowerings():
+            title = f"{channels} channels, {name}"
+            seconds, compilation = measure(conv, x, w)
+            yield f"conv forward, {title}", flops, seconds, "", compilation
+
+            def gradient(x, w, conv=conv):
+                y, transpose = jax.vjp(conv, x, w)
+                return transpose(y)
+
+            seconds, compilation = measure(gradient, x, w)
+            yield f"conv fwd + gradient, {title}", 3 * flops, seconds, "", compilation
+
+
+def lowerings() -> list[tuple[str, Callable[..., jax.Array]]]:
+    """Ways to convolve [N,1,H,W,C] with one kernel [N,3,3,C,O] each."""
+    plain = functools.partial(per_example.plain_forward, stride=1, padding=1)
+
+    def matmul(x, w):
+        patches = jax.vmap(lambda x: per_example.patches(x, (3, 3), 1, 1))(x)
+        return (patches @ w.reshape(len(w), -1, w.shape[-1])).reshape(*x.shape[:-1], w.shape[-1])
+
+    return [
+        ("jax.vmap of XLA's", jax.vmap(plain)),
+        ("lax.map of XLA's", lambda x, w: jax.lax.map(lambda a: plain(*a), (x, w))),
+        ("patches + batched matmul", matmul),
+        ("ada_jax.per_example", jax.vmap(per_example.conv2d)),
+    ]
+
+
+INNER = (
+    # corruption network, classifier, batch
+    ({"blocks": 16, "features": 64, "scale": 1}, "preact_resnet18", 16),
+    ({"blocks": 16, "features": 64, "scale": 4}, "preact_resnet50", 8),
+    ({"blocks": 4, "features": 16, "scale": 1}, "preact_resnet20", 64),
+    ({"blocks": 4, "features": 16, "scale": 1}, "resnet9", 64),
+)
+
+
+def inner_rows(steps: int = 5) -> Iterator[tuple[str, float, float, str, float]]:
+    """Inner maximisation, in example-steps per second."""
+    for edsr, classifier, batch in INNER:
+        net, logits_fn, x, y = problem(edsr, classifier, batch)
+        flops = attack_flops(net, logits_fn) * batch * steps
+
+        def attack(x, y, net=net, logits_fn=logits_fn):
+            keys = jax.random.split(jax.random.key(0), len(x))
+            loss_fn = lambda images: losses.cross_entropy(logits_fn(images), y)  # noqa: E731
+            delta, _ = ada.maximise(keys, x, loss_fn, net, nu=0.015, steps=steps)
+            return delta
+
+        seconds, compilation = measure(attack, x, y)
+        title = "inner maximisation, EDSR {blocks}x{features} x{scale}".format(**edsr)
+        rate = f"{batch * steps / seconds:.0f} example-steps/s"
+        yield f"{title} + {classifier}, batch {batch}", flops, seconds, rate, compilation
+
+
+def problem(edsr: dict[str, int], classifier: str, batch: int) -> tuple[Any, ...]:
+    """A random corruption network, a random classifier and a random batch."""
+    architecture = corruption_nets.edsr(**edsr)
+    net = corruption_nets.CorruptionNet(architecture.apply, architecture.init(jax.random.key(0)))
+    x = jax.random.uniform(jax.random.key(1), (batch, 32, 32, 3))
+    model = classifiers.make(classifier, 10)
+    init = jax.jit(model.init, static_argnames="is_training")
+    params, state = init(jax.random.key(2), x[:2], is_training=True)
+
+    def logits_fn(images):
+        return model.apply(params, state, None, images, is_training=False, test_local_stats=True)[0]
+
+    return net, logits_fn, x, jnp.arange(batch) % 10
+
+
+def attack_flops(net: corruption_nets.CorruptionNet, logits_fn: Callable[..., Any]) -> float:
+    """Operations of one step for one example: 3 passes of the network, 2 of the classifier."""
+    x = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    return 3 * forward_flops(net.apply, net.theta, x) + 2 * forward_flops(logits_fn, x)
+
+
+def step_rows() -> Iterator[tuple[str, float, float, str, float]]:
+    """The whole training step of experiments/cifar10.py:small, with and without AdA."""
+    for words in ("nominal,small", "small"):
+        config = cifar10.get_config(words)
+        model = train.make_classifier(config, 10)
+        schedule = train.learning_rate_schedule(config, 100.0, 1000)
+        optimizer = train.make_optimizer(config, schedule)
+        net = None
+        if config.method == "ada":
+            net = corruption_nets.make(config.ada.corruption_net)
+        images = jax.random.uniform(jax.random.key(0), (config.batch_size, 32, 32, 3))
+        labels = jnp.arange(config.batch_size) % 10
+        state = train.initial_state(model, optimizer, jax.random.key(0), images[:8])
+        step = train.make_update_step(config, model, net and net.apply, optimizer)
+        theta = net.theta if net else {}
+
+        def one_step(x, y, step=step, state=state, theta=theta):
+            return step(state, theta, {"image": x, "label": y}, jax.random.key(0))
+
+        seconds, compilation = measure(one_step, images, labels)
+        logits_fn = functools.partial(
+            model.apply, state.params, state.net_state, None, is_training=False
+        )
+        forward = forward_flops(lambda x, f=logits_fn: f(x)[0], images[:1])
+        flops = 3 * forward
+        if net:
+            inner = attack_flops(net, lambda x, f=logits_fn: f(x)[0])
+            flops += config.ada.steps * inner + forward_flops(net.apply, net.theta, images[:1])
+        rate = f"{config.batch_size / seconds:.0f} examples/s"
+        title = f"training step, cifar10.py:{words}, batch {config.batch_size}"
+        yield title, flops * config.batch_size, seconds, rate, compilation
+
+
+def memory_rows() -> Iterator[str]:
+    """Temporary memory of the inner maximisation with and without microbatches."""
+    net, logits_fn, _, _ = problem(*INNER[0])
+
+    def temporary(batch, microbatch):
+        def attack(x, y):
+            return ada.adversarial_augment(
+                jax.random.key(0),
+                x,
+                y,
+                logits_fn=logits_fn,
+                net=net,
+                steps=5,
+                microbatch=microbatch,
+            )[0]
+
+        x = jax.ShapeDtypeStruct((batch, 32, 32, 3), jnp.float32)
+        y = jax.ShapeDtypeStruct((batch,), jnp.int32)
+        analysis = jax.jit(attack).lower(x, y).compile().memory_analysis()
+        return analysis.temp_size_in_bytes / 2**20
+
+    whole, split = temporary(16, None), temporary(256, 16)
+    yield (
+        f"memory of the inner maximisation, EDSR 16x64 + preact_resnet18: {whole:.0f} MiB at batch "
+        f"16; {split:.0f} MiB at batch 256 with microbatch=16, {split / whole:.2f} times as much"
+    )
+
+
+def main(argv: list[str]) -> None:
+    """Prints the table."""
+    del argv
+    chosen = flags.FLAGS.rows
+    if unknown := set(chosen) - set(ROWS):
+        raise UserError(f"--rows={','.join(unknown)} is unknown: choose from {', '.join(ROWS)}.")
+    cli.set_up_devices(flags.FLAGS.cpu_devices, "")
+    device = jax.devices()[0].device_kind
+    print(f"{jax.local_device_count()} devices ({device}), jax {jax.__version__}\n")
+    print("| what | speed | Gflop/s | share of sgemm | compile s |")
+    print("|---|---|---|---|---|")
+    rows = {"conv": conv_rows, "inner": inner_rows, "step": step_rows}
+    for name in (n for n in ROWS if n in chosen and n in rows):
+        sgemm = peak()
+        print(f"| sgemm 2048 | | {sgemm / 1e9:.0f} | 100% | |", flush=True)
+        for title, flops, seconds, rate, compilation in rows[name]():
+            speed, share = flops / seconds, 100 * flops / seconds / sgemm
+            rate = rate or f"{1e3 * seconds:.1f} ms"
+            line = f"| {title} | {rate} | {speed / 1e9:.0f} | {share:.1f}% | {compilation:.1f} |"
+            print(line, flush=True)
+    if "memory" in chosen:
+        print()
+        for line in memory_rows():
+            print(line)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_list("rows", list(ROWS), "Which rows: " + ", ".join(ROWS) + ".")
+    flags.DEFINE_integer("cpu_devices", 2, "Devices that a CPU is split into.")
+    cli.start(main)

@@ -1,0 +1,238 @@
+"""Pre-training: it learns, resumes exactly, and writes weights that the rest can load."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ada_jax import checkpoint, cli, corruption_nets, data, logbook, pretrain
+from ada_jax.errors import UserError
+
+EXPERIMENT = pathlib.Path(__file__).parents[1] / "experiments" / "pretrain_edsr.py"
+TINY = {
+    "tiny": {"blocks": 1, "features": 4, "scale": 1},
+    "tiny_x2": {"blocks": 1, "features": 4, "scale": 2},
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compile_once(tmp_path_factory):
+    """Lets the runs below share their compiled steps."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
+@pytest.fixture(autouse=True)
+def tiny_presets(monkeypatch):
+    monkeypatch.setattr(corruption_nets, "EDSR_PRESETS", corruption_nets.EDSR_PRESETS | TINY)
+
+
+def get_config(preset="tiny", **fields):
+    spec = importlib.util.spec_from_file_location("pretrain_edsr", EXPERIMENT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config(preset)
+    small = {
+        "batch_size": 4,
+        "patch": 12,
+        "sr_batch_size": 2,
+        "sr_patch": 16,
+        "train_steps": 6,
+        "warmup_steps": 0,
+        "log_steps": 2,
+        "eval_steps": 0,
+        "eval_batch_size": 1000,
+        "checkpoint_steps": 0,
+        "compilation_cache": "",
+    }
+    config.update(small | fields)
+    return config
+
+
+def weights_of(workdir, preset="tiny"):
+    return checkpoint.load_weights(workdir / f"{preset}.safetensors")
+
+
+def arrays_equal(a, b):
+    return jax.tree.all(jax.tree.map(np.array_equal, a, b))
+
+
+@pytest.mark.parametrize("preset", ["edsr_small", "edsr_baseline", "edsr_baseline_x4"])
+def test_the_experiment_is_valid_for_every_preset(preset):
+    config = get_config(preset)
+    assert config.is_locked and preset in config.name
+    pretrain.validate(config)
+
+
+@pytest.mark.parametrize("preset", TINY)
+def test_updates_lower_the_loss(preset):
+    config = get_config(preset, learning_rate=0.01)
+    parts = pretrain.build(config)
+    update_step = jax.jit(pretrain.make_update_step(config, parts.net, parts.optimizer))
+    first = state = pretrain.initial_state(parts.net, parts.optimizer, jax.random.key(0))
+    count = pretrain.examples(config, parts.net)
+    batch = next(data.train_batches(parts.train_set, batch_size=count, seed=0))
+    batch = {"image": batch["image"]}
+
+    seen = []
+    for _ in range(3):
+        state, metrics = update_step(state._replace(step=first.step), batch, jax.random.key(1))
+        seen.append({name: float(value) for name, value in metrics.items()})
+    assert seen[2]["loss"] < seen[1]["loss"] < seen[0]["loss"]
+    assert ("sr_l1" in seen[0]) == (preset == "tiny_x2")
+    if preset == "tiny_x2":
+        parts_of_loss = seen[0]["reconstruction_l1"] + config.sr_weight * seen[0]["sr_l1"]
+        assert seen[0]["loss"] == pytest.approx(parts_of_loss, rel=1e-5)
+
+
+def test_a_run_stopped_and_resumed_equals_one_uninterrupted(tmp_path, monkeypatch):
+    config = get_config("tiny_x2", checkpoint_steps=2)
+    pretrain.main(config, str(tmp_path / "whole"))
+
+    write = logbook.Logbook.write
+
+    def write_and_terminate(self, step, kind, metrics):
+        write(self, step, kind, metrics)
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(logbook.Logbook, "write", write_and_terminate)
+    assert pretrain.main(config, str(tmp_path / "halves")) == cli.INTERRUPTED
+    assert not (tmp_path / "halves" / "tiny_x2.safetensors").exists()
+    monkeypatch.undo()
+    tiny = corruption_nets.EDSR_PRESETS | TINY
+    monkeypatch.setattr(corruption_nets, "EDSR_PRESETS", tiny)
+    assert pretrain.main(config, str(tmp_path / "halves")) is None
+
+    (whole, about), (halves, _) = (weights_of(tmp_path / w, "tiny_x2") for w in ("whole", "halves"))
+    assert arrays_equal(whole, halves)
+    assert about["steps"] == 6 and about["scale"] == 2 and about["sr_psnr"] > 0
+    records = [
+        [(r["step"], r["kind"], r.get("loss"), r.get("psnr")) for r in logbook.read(workdir)]
+        for workdir in (tmp_path / "whole", tmp_path / "halves")
+    ]
+    assert records[0] == records[1]
+    assert [r[:2] for r in records[0]] == [(2, "train"), (4, "train"), (6, "train"), (6, "eval")]
+
+    with pytest.raises(UserError, match=r"config\.noise"):
+        pretrain.main(get_config("tiny_x2", noise=0.5), str(tmp_path / "whole"))
+
+
+def test_float16_weights_load_as_float32(tmp_path, capsys):
+    config = get_config(train_steps=2, store_dtype="float16")
+    pretrain.main(config, str(tmp_path))
+    assert "SSIM" in capsys.readouterr().out
+    assert json.loads((tmp_path / "config.json").read_text())["train_steps"] == 2
+
+    path = tmp_path / "tiny.safetensors"
+    stored, about = checkpoint.load_weights(path)
+    net = corruption_nets.make("tiny", weights=str(path))
+    assert {a.dtype.name for a in jax.tree.leaves(stored)} == {"float16"}
+    assert {a.dtype.name for a in jax.tree.leaves(net.theta)} == {"float32"}
+    assert arrays_equal(jax.tree.map(np.float32, stored), net.theta)
+    assert net.apply(net.theta, jnp.ones((1, 12, 12, 3)), None).shape == (1, 12, 12, 3)
+    assert 0 < about["psnr"] < 100 and about["features"] == 4
+
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(UserError, match="sha256"):
+        corruption_nets.make("tiny", weights=str(path))
+
+
+def test_evaluation_counts_every_image_once():
+    config = get_config()
+    images = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), np.uint8)
+    dataset = data.from_arrays(images, np.zeros(5, int), class_names=("photo",))
+    net = corruption_nets.Architecture(None, lambda theta, x, key=None: x + theta, 1)
+    eval_step = jax.jit(pretrain.make_eval_step(config, net))
+    quality = pretrain.evaluate(eval_step, jnp.float32(0), dataset, batch_size=3)
+    assert quality == pytest.approx({"examples": 5, "psnr": 100, "ssim": 1})
+    in_one = pretrain.evaluate(eval_step, jnp.float32(0.01), dataset, batch_size=5)
+    assert in_one == pytest.approx(
+        pretrain.evaluate(eval_step, jnp.float32(0.01), dataset, batch_size=2), rel=1e-5
+    )
+    assert in_one["psnr"] == pytest.approx(40, abs=0.1)
+
+
+def test_patches_are_cut_and_turned_in_eight_ways():
+    image = jnp.arange(5 * 6 * 3, dtype=jnp.float32).reshape(1, 5, 6, 3)
+    x = jnp.repeat(image, 400, 0)
+    patches = pretrain.random_patches(jax.random.key(0), x, size=4)
+    assert len(np.unique(np.asarray(patches).reshape(400, -1), axis=0)) == 8 * 2 * 3
+    whole = pretrain.random_patches(jax.random.key(1), x[:, :, :5], size=5)
+    assert len(np.unique(np.asarray(whole).reshape(400, -1), axis=0)) == 8
+    assert (jnp.sort(whole.ravel()[: 5 * 5 * 3]) == jnp.sort(image[0, :, :5].ravel())).all()
+
+
+def test_noise_is_as_strong_as_it_says():
+    x = jnp.full((500, 8, 8, 3), 0.5)
+    deviation = jnp.std(pretrain.add_noise(jax.random.key(0), x, 0.1) - x, (1, 2, 3))
+    assert 0 < deviation.min() < 0.01 and 0.09 < deviation.max() < 0.12
+    assert jnp.mean(deviation) == pytest.approx(0.05, abs=0.005)
+    assert (pretrain.add_noise(jax.random.key(0), x, 0.0) == x).all()
+
+
+def test_tiles_cover_the_photographs_and_hold_one_out():
+    tiles = pretrain.tiles("test", side=64, step=32)
+    photo = pretrain.photo("chelsea")
+    assert (tiles[0] == photo[:64, :64]).all() and (tiles[-1] == photo[-64:, -64:]).all()
+    assert tiles.dtype == np.uint8 and len(tiles) == 9 * 14
+    assert not set(pretrain.PHOTOS["train"]) & set(pretrain.PHOTOS["test"])
+
+
+def test_schedules():
+    cosine = pretrain.learning_rate_schedule(
+        get_config(train_steps=10, warmup_steps=2, learning_rate=0.5)
+    )
+    rates = [float(cosine(step)) for step in range(11)]
+    assert rates[:3] == [0, 0.25, 0.5] and rates[10] == 0
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    halving = pretrain.learning_rate_schedule(
+        get_config(schedule="halving", halve_steps=2, learning_rate=1.0)
+    )
+    assert [float(halving(step)) for step in range(5)] == [1, 1, 0.5, 0.5, 0.25]
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"corruption_net": "vdsr"}, r"config\.corruption_net='vdsr' is unknown: choose one of "),
+        ({"dataset": "div2k"}, r"config\.dataset='div2k' is unknown: choose one of photos, "),
+        ({"train_split": "train[:10]"}, r"config\.train_split='train\[:10\]' is unknown"),
+        ({"patch": 8}, r"config\.patch=8 is too small to measure SSIM: take 11 pixels or more"),
+        ({"sr_patch": 15}, r"config\.sr_patch=15 must be a positive multiple of .* scale, 2"),
+        ({"noise": -0.1}, r"config\.noise=-0\.1 must be in \[0, 1\]"),
+        ({"learning_rate": 0.0}, r"config\.learning_rate=0\.0 must be positive"),
+        ({"warmup_steps": 6}, r"config\.warmup_steps=6 must be .* below config\.train_steps=6"),
+        ({"schedule": "linear"}, r"config\.schedule='linear' is unknown"),
+        ({"store_dtype": "int8"}, r"config\.store_dtype='int8' is unknown"),
+        ({"batch_size": 0}, r"config\.batch_size=0 must be 1 or more"),
+        ({"patch": 201}, r"squares of 402 pixels, more than the photograph coffee has"),
+    ],
+)
+def test_bad_configs_are_refused_in_a_sentence(fields, message, tmp_path):
+    with pytest.raises(UserError, match=message) as error:
+        pretrain.main(get_config("tiny_x2", **fields), str(tmp_path))
+    assert str(error.value).endswith(".") and "\n" not in str(error.value)
+
+
+def test_patches_larger_than_the_images_are_refused(tmp_path):
+    np.savez(tmp_path / "x.npz", images=np.zeros((20, 14, 14, 3), np.uint8), labels=[0, 1] * 10)
+    fields = {"dataset": "npz", "data_dir": str(tmp_path / "x.npz"), "patch": 15}
+    with pytest.raises(UserError, match=r"config\.patch=15 .*larger than the images of x, which "):
+        pretrain.build(get_config(**fields))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    config = get_config(learning_rate=1e30)
+    with pytest.raises(UserError, match=r"at step \d.*lower config\.learning_rate"):
+        pretrain.main(config, str(tmp_path))

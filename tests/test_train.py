@@ -1,0 +1,339 @@
+"""The training binary: its schedule and checks, devices, kills and resumes, and one golden step."""
+
+import json
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import chex
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from ada_jax import checkpoint, cli, logbook, train
+from ada_jax.errors import UserError
+from experiments import cifar10, quickstart
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def tiny(**changes) -> ConfigDict:
+    """The quickstart on 64 images, 16 at a time."""
+    config = quickstart.get_config().unlock()
+    config.update(
+        train_split="train[:64]",
+        eval_split="test[:40]",
+        batch_size=16,
+        eval_batch_size=16,
+        epochs=2.0,
+        log_steps=3,
+        eval_epochs=1.0,
+        checkpoint_epochs=0.5,
+        figure_examples=4,
+        cpu_devices=0,
+    )
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def flags_of(config: ConfigDict) -> list[str]:
+    """The command-line flags that turn the quickstart into `config`."""
+    base = quickstart.get_config().to_dict()
+    flags = []
+    for name, value in config.items():
+        if name != "ada" and base[name] != value:
+            flags.append(f"--config.{name}={value}")
+    return flags
+
+
+def command(workdir, *flags: str) -> list[str]:
+    binary = [sys.executable, "-m", "ada_jax.train", "--config=experiments/quickstart.py"]
+    return [*binary, f"--workdir={workdir}", *flags]
+
+
+def run(workdir, *flags: str, **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(workdir, *flags), cwd=ROOT, capture_output=True, text=True, timeout=300, **kwargs
+    )
+
+
+# ------------------------------------------------------------------------ config and schedule
+
+
+@pytest.mark.parametrize("words", ["", "nominal", "small", "nominal,small"])
+def test_every_preset_is_valid(words):
+    train.validate(cifar10.get_config(words))
+
+
+def test_the_paper_s_values_are_the_defaults():
+    config = cifar10.get_config()
+    assert (config.epochs, config.batch_size, config.learning_rate) == (300, 256, 0.1)
+    assert (config.warmup_epochs, config.weight_decay) == (5, 1e-4)
+    assert (config.ada.nu, config.ada.steps, config.ada.step_scale) == (0.015, 10, 0.25)
+    assert config.classifier == "preact_resnet50"
+    assert config.ada.corruption_net == "edsr_baseline_x4"
+
+
+@pytest.mark.parametrize("batch_size", [128, 512])
+def test_learning_rate_schedule(batch_size):
+    config = cifar10.get_config().unlock()
+    config.batch_size = batch_size
+    schedule = train.learning_rate_schedule(config, steps_per_epoch=10, total_steps=3000)
+    peak = max(0.1 * batch_size / 256, 0.1)
+    expected = [
+        peak * min(s / 50, 0.5 * (1 + np.cos(np.pi * max(s - 50, 0) / 2950)))
+        for s in (0, 25, 50, 1525, 2999, 3000)
+    ]
+    np.testing.assert_allclose(
+        [schedule(s) for s in (0, 25, 50, 1525, 2999, 3000)], expected, atol=1e-7
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("method", "adda", "ada, nominal"),
+        ("dataset", "mnist", "mnist5k"),
+        ("classifier", "resnet", "preact_resnet50"),
+        ("ada.corruption_net", "edsr", "edsr_small"),
+        ("ada.step_rule", "fgsm", "sign"),
+        ("ada.root_rule", "x", "paper"),
+        ("ada.batch_norm", "x", "running"),
+        ("ada.nu", -0.1, "negative"),
+        ("ada.steps", 0, "1 or more"),
+        ("ada.ssim_threshold", 1.0, "[-1, 1)"),
+        ("learning_rate", 0.0, "positive"),
+        ("momentum", 1.0, "[0, 1)"),
+        ("batch_size", 0, "1 or more"),
+        ("train_steps", 5, "must not both"),
+        ("epochs", 0.0, "train_steps=0"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_compiled(field, value, said):
+    config = tiny(**{field: value})
+    with pytest.raises(UserError) as error:
+        train.validate(config)
+    assert said in str(error.value)
+    assert field.split(".")[-1] in str(error.value) or field == "train_steps"
+
+
+def test_batch_that_the_devices_do_not_divide():
+    with pytest.raises(UserError, match=r"config.batch_size=17 is not divisible by the \d+ dev"):
+        train.validate_devices(tiny(batch_size=17 * 1, eval_batch_size=16)) if (
+            jax.device_count() > 1
+        ) else _pretend_two_devices(tiny(batch_size=17))
+
+
+def _pretend_two_devices(config):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "device_count", lambda: 2)
+        train.validate_devices(config)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--config.classifer=resnet9"], "classifer"),
+        (["--config.ada.steps=0"], "config.ada.steps=0"),
+        (["--config.ada.corruption_weights=README.md"], "README.md"),
+        (["--config.dataset=folder", "--config.data_dir=/nowhere"], "/nowhere"),
+        (["word"], "word"),
+    ],
+)
+def test_the_binary_tells_a_mistake_in_one_sentence_and_status_2(tmp_path, flags, said):
+    done = run(tmp_path / "run", *flags)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2
+    assert len(errors) == 1 and said in errors[0]
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------ the step
+
+
+def first_steps(config: ConfigDict, steps: int = 3) -> tuple[train.TrainState, dict]:
+    """The state and the metrics after a few steps on the devices there are."""
+    parts = train.build(config)
+    images = train.data.to_float(
+        next(train.data.eval_batches(parts.train_set, batch_size=8))["image"]
+    )
+    key = jax.random.key(config.seed)
+    state = train.initial_state(parts.classifier, parts.optimizer, key, images)
+    update_step, _ = train.compile_steps(parts)
+    state, theta = train.replicate(state), train.replicate(parts.net.theta)
+    batches = train.data.train_batches(parts.train_set, batch_size=config.batch_size, seed=0)
+    for _ in range(steps):
+        state, metrics = update_step(state, theta, train.shard(next(batches)), key)
+    return train.unreplicate(state), {k: float(v[0]) for k, v in metrics.items()}
+
+
+def test_golden_step():
+    """Renew the numbers only where a change is meant to change the training itself."""
+    state, metrics = first_steps(tiny(), steps=2)
+    found = {k: round(metrics[k], 3) for k in ("loss", "ada_loss_start", "ada_ssim_after")}
+    assert found == GOLDEN
+    assert int(state.step) == 2
+
+
+GOLDEN = {"loss": 0.0, "ada_loss_start": 0.0, "ada_ssim_after": 0.0}
+
+
+def test_metrics_of_a_step_are_complete_and_sane():
+    _, metrics = first_steps(tiny(), steps=1)
+    assert metrics["ada_loss_end"] > metrics["ada_loss_start"]
+    assert 0.3 <= metrics["ada_ssim_after_min"] <= metrics["ada_ssim_after"] <= 1
+    assert 0 <= metrics["ada_changed"] <= 1
+    assert 0 < metrics["ada_on_surface"] <= 1
+
+
+_DEVICES = """
+import sys, jax, numpy as np
+jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
+sys.path.insert(0, "tests")
+import test_train
+from ada_jax import checkpoint
+state, _ = test_train.first_steps(test_train.tiny(cross_replica_bn=True), steps=3)
+checkpoint.save_weights(sys.argv[2], {"params": state.params, "net": state.net_state}, {})
+"""
+
+
+@pytest.mark.slow
+def test_one_device_and_four_train_alike(tmp_path):
+    files = []
+    for devices in (1, 4):
+        files.append(tmp_path / f"{devices}.safetensors")
+        subprocess.run(
+            [sys.executable, "-c", _DEVICES, str(devices), str(files[-1])], cwd=ROOT, check=True
+        )
+    one, four = (checkpoint.load_weights(path)[0] for path in files)
+    chex.assert_trees_all_close(one, four, atol=1e-5)
+
+
+def test_evaluation_counts_every_example_once():
+    config = tiny(eval_split="test[:37]")
+    parts = train.build(config)
+    images = train.data.to_float(
+        next(train.data.eval_batches(parts.train_set, batch_size=8))["image"]
+    )
+    state = train.initial_state(parts.classifier, parts.optimizer, jax.random.key(0), images)
+    _, eval_step = train.compile_steps(parts)
+    result = train.evaluate(eval_step, train.replicate(state), parts.eval_set, 16)
+    batch = next(train.data.eval_batches(parts.eval_set, batch_size=37))
+    logits, _ = parts.classifier.apply(
+        state.params,
+        state.net_state,
+        None,
+        train.data.to_float(batch["image"]),
+        is_training=False,
+    )
+    assert result["examples"] == 37
+    assert result["error"] == pytest.approx(100 * np.mean(np.argmax(logits, -1) != batch["label"]))
+
+
+# ------------------------------------------------------------------------ runs
+
+
+def comparable(workdir) -> list[dict]:
+    """The run's records without what depends on the clock."""
+    clock = ("examples_per_second", "input_wait_percent")
+    return [{k: v for k, v in r.items() if k not in clock} for r in logbook.read(str(workdir))]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """A whole run in a process of its own, and its flags."""
+    folder = tmp_path_factory.mktemp("runs")
+    flags = flags_of(tiny(compilation_cache=str(folder / "cache")))
+    done = run(folder / "whole", *flags)
+    assert done.returncode == 0, done.stderr
+    return folder, flags, done
+
+
+def test_a_run_leaves_what_it_promises(uninterrupted):
+    folder, _, done = uninterrupted
+    files = {p.name for p in (folder / "whole").iterdir()}
+    promised = "config.json metrics.jsonl results.json adversarial.png classifier.safetensors"
+    assert files >= set(promised.split()) | {"checkpoints", "tensorboard"}
+    results = json.loads((folder / "whole" / "results.json").read_text())
+    assert results["clean"]["examples"] == 40
+    assert results["step"] == 8
+    assert "clean accuracy" in done.stdout
+    kinds = [(r["step"], r["kind"]) for r in comparable(folder / "whole")]
+    assert kinds == [(3, "train"), (4, "eval"), (6, "train"), (8, "train"), (8, "eval")]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_killed_at_ten_random_moments_a_run_ends_bitwise_equal(uninterrupted):
+    folder, flags, _ = uninterrupted
+    moments, kills = random.Random(0), 0
+    for _ in range(40):
+        process = subprocess.Popen(
+            command(folder / "killed", *flags),
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            limit = moments.uniform(3, 14) if kills < 10 else 300
+            assert process.wait(timeout=limit) == 0
+            if kills >= 10:
+                break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+    assert kills == 10
+    whole, killed = (
+        checkpoint.load_weights(folder / name / "classifier.safetensors")
+        for name in ("whole", "killed")
+    )
+    chex.assert_trees_all_equal(whole, killed)
+    assert comparable(folder / "killed") == comparable(folder / "whole")
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_the_same_command_goes_on(uninterrupted):
+    folder, flags, _ = uninterrupted
+    workdir = folder / "terminated"
+    longer = [*flags, "--config.epochs=200"]
+    process = subprocess.Popen(command(workdir, *longer), cwd=ROOT, stderr=subprocess.PIPE)
+    while not list(workdir.glob("checkpoints/[0-9]*")):
+        time.sleep(0.2)
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == cli.INTERRUPTED
+    assert b"goes on" in errors
+    steps = sorted(int(p.name) for p in workdir.glob("checkpoints/[0-9]*"))
+    assert steps[-1] < 800
+
+
+@pytest.mark.slow
+def test_another_architecture_in_the_same_workdir_is_refused(uninterrupted):
+    folder, flags, _ = uninterrupted
+    before = (folder / "whole" / "config.json").read_text()
+    done = run(folder / "whole", *flags, "--config.classifier=preact_resnet20")
+    assert done.returncode == 2
+    assert "config.classifier" in done.stderr
+    assert (folder / "whole" / "config.json").read_text() == before
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(uninterrupted):
+    folder, flags, _ = uninterrupted
+    done = run(folder / "nan", *flags, "--config.learning_rate=1e30", "--config.warmup_epochs=0")
+    assert done.returncode == 2
+    assert "at step" in done.stderr and "--workdir" in done.stderr
+
+
+def test_pending_metrics_name_the_step():
+    good, bad = {"loss": 1.0}, {"loss": float("nan")}
+    assert train.finite([good, good], 7) == [good, good]
+    with pytest.raises(UserError, match="at step 6"):
+        train.finite([good, bad, bad], 7)
