@@ -7,7 +7,6 @@ import functools
 import json
 import os
 import pathlib
-import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -93,13 +92,8 @@ def make_update_step(
             y,
             logits_fn=functools.partial(logits_in_attack, state.params, state.net_state),
             net=corruption_nets.CorruptionNet(net_apply, theta),
-            nu=config.ada.nu,
-            steps=config.ada.steps,
-            step_rule=config.ada.step_rule,
-            step_scale=config.ada.step_scale,
-            ssim_threshold=config.ada.ssim_threshold,
-            root_rule=config.ada.root_rule,
             microbatch=config.ada.microbatch or None,
+            **attack_settings(config),
         )
 
     def loss_fn(params, net_state, x, y):
@@ -130,7 +124,7 @@ def make_update_step(
         metrics |= {
             "loss": loss,
             "error": 100 * jnp.mean(jnp.argmax(logits, -1) != y),
-            "gradient_norm": optax.global_norm(gradient),
+            "gradient_norm": optax.tree.norm(gradient),
         }
         return TrainState(state.step + 1, params, net_state, opt_state), reduce_metrics(metrics)
 
@@ -142,6 +136,12 @@ def average(tree: Any) -> Any:
     return jax.tree.map(
         lambda a: jax.lax.pmean(a, AXIS) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree
     )
+
+
+def attack_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The attack's part of the config, as arguments of `ada.adversarial_augment`."""
+    names = ("nu", "steps", "step_rule", "step_scale", "ssim_threshold", "root_rule")
+    return {name: config.ada[name] for name in names}
 
 
 def attack_metrics(attacked: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -257,7 +257,7 @@ def replicate(tree: Any) -> Any:
     """Puts a copy of every leaf on every local device, with a leading device axis."""
     devices = jax.local_device_count()
     tree = jax.tree.map(lambda a: np.broadcast_to(a, (devices, *np.shape(a))), tree)
-    return jax.pmap(lambda a: a)(tree)
+    return jax.pmap(lambda a: a)(tree) if jax.tree.leaves(tree) else tree
 
 
 def unreplicate(tree: Any) -> Any:
@@ -409,7 +409,7 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> int | None:
     else:
         show_parameters(state.params)
     if jax.process_index() == 0:
-        write_json(os.path.join(workdir, "config.json"), config.to_dict())
+        logbook.write_json(os.path.join(workdir, "config.json"), config.to_dict())
     log = logbook.Logbook(workdir, int(state.step), write=jax.process_index() == 0)
 
     started = time.monotonic()
@@ -450,6 +450,7 @@ def train(
       UserError: the loss is no longer finite; the checkpoints saved before are kept.
     """
     config, total_steps, step = parts.config, parts.total_steps, int(state.step)
+    finite = functools.partial(logbook.finite, advice="lower config.learning_rate or config.ada.nu")
     update_step, eval_step = compile_steps(parts)
     state, theta = replicate(state), replicate(theta)
     batches = data.train_batches(
@@ -464,7 +465,7 @@ def train(
     save_at = every_epochs(config.checkpoint_epochs, parts)
     pending = extra["pending"]
     timer = logbook.Timer(step, total_steps, config.batch_size, show=jax.process_index() == 0)
-    with StopSignal() as stop:
+    with cli.StopSignal() as stop:
         while step < total_steps and not stop.received:
             with timer.waiting():
                 batch = shard(next(batches))
@@ -482,7 +483,8 @@ def train(
                 log.write(step, "eval", clean)
             if save_at(step) and step < total_steps:
                 pending = finite(pending, step)
-                checkpoints.save(step, unreplicate(state), extra | {"pending": pending})
+                # A copy: the list grows while the checkpoint is written in the background.
+                checkpoints.save(step, unreplicate(state), extra | {"pending": list(pending)})
     timer.close()
     state = unreplicate(state)
     checkpoints.save(step, state, extra | {"pending": finite(pending, step)}, wait=True)
@@ -508,45 +510,6 @@ def every_epochs(epochs: float, parts: Parts) -> Callable[[int], bool]:
         return period > 0 and int(step / period) > int((step - 1) / period)
 
     return at
-
-
-def finite(pending: list[dict[str, Any]], step: int) -> list[dict[str, float]]:
-    """Brings the last steps' metrics to the host, and stops the run where a loss is not finite.
-
-    Args:
-      pending: metrics of the steps up to `step`, each of the devices (replicated) or of the host.
-      step: the last of these steps.
-
-    Raises:
-      UserError: naming the first step with a loss that is not finite.
-    """
-    fetched = [
-        {name: float(np.ravel(value)[0]) for name, value in metrics.items()}
-        for metrics in jax.device_get(pending)
-    ]
-    for i, metrics in enumerate(fetched):
-        if not np.isfinite(metrics["loss"]):
-            raise UserError(
-                f"The loss is {metrics['loss']} at step {step - len(fetched) + i + 1}, so the run "
-                "stops; its last good checkpoint is kept: lower config.learning_rate or "
-                "config.ada.nu and start again in another --workdir."
-            )
-    return fetched
-
-
-class StopSignal:
-    """Notes SIGTERM while it is open, so that the loop can save before it leaves."""
-
-    def __enter__(self) -> "StopSignal":
-        self.received = False
-        self._before = signal.signal(signal.SIGTERM, self._note)
-        return self
-
-    def _note(self, *_: Any) -> None:
-        self.received = True
-
-    def __exit__(self, *_: Any) -> None:
-        signal.signal(signal.SIGTERM, self._before)
 
 
 _BOOKKEEPING = frozenset(
@@ -614,7 +577,7 @@ def finish(parts: Parts, workdir: str, state: TrainState, seconds: float) -> Non
             ("mean SSIM of its images", f"{attacked['ssim']:.3f}"),
             ("picture", os.path.join(workdir, "adversarial.png")),
         ]
-    write_json(os.path.join(workdir, "results.json"), results)
+    logbook.write_json(os.path.join(workdir, "results.json"), results)
     rows += [
         ("weights", os.path.join(workdir, "classifier.safetensors")),
         ("results", os.path.join(workdir, "results.json")),
@@ -652,12 +615,7 @@ def show_attack(parts: Parts, state: TrainState, path: str) -> dict[str, float]:
             y,
             logits_fn=logits_fn,
             net=parts.net,
-            nu=config.ada.nu,
-            steps=config.ada.steps,
-            step_rule=config.ada.step_rule,
-            step_scale=config.ada.step_scale,
-            ssim_threshold=config.ada.ssim_threshold,
-            root_rule=config.ada.root_rule,
+            **attack_settings(config),
         )
         return images, metrics["ssim_after"], logits_fn(x), logits_fn(images)
 
@@ -684,11 +642,6 @@ def show_parameters(params: hk.Params) -> None:
     from clu import parameter_overview  # imports TensorFlow: takes seconds
 
     parameter_overview.log_parameter_overview(params, include_stats=False)
-
-
-def write_json(path: str, value: Any) -> None:
-    """Writes a JSON file whole or not at all."""
-    logbook.write_atomically(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def commit() -> str:

@@ -1,0 +1,306 @@
+"""What a program costs: the arithmetic it needs, and what a compiled one does and moves.
+
+XLA's own cost analysis takes a loop's body once, however often it runs, and counts what stays in a
+TPU's on-chip memory with what goes to HBM. The two counts here multiply a loop's body by its
+number of turns:
+
+* `useful_flops` walks a jaxpr: the multiplications and additions of the matrix products and
+  convolutions that the wanted outputs need.
+* `program_costs` walks a compiled program's text: those that the compiler's choice of algorithm
+  really makes, and the bytes that go to or come from HBM.
+
+Both leave out elementwise arithmetic, and in convolutions the products with padding.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from jax.extend import core
+
+
+def taps(
+    size: int,
+    kernel: int,
+    out: int,
+    *,
+    stride: int = 1,
+    before: int = 0,
+    dilation: int = 1,
+    kernel_dilation: int = 1,
+) -> int:
+    """Products of a convolution along one axis that meet neither padding nor a dilation's holes.
+
+    Args:
+      size: of the input, in pixels, as the others.
+      kernel: of the window.
+      out: of the output.
+      stride: of the window.
+      before: padding at the start.
+      dilation: of the input.
+      kernel_dilation: of the window.
+
+    Returns:
+      How many pairs of an output position and a window position have an input under them.
+    """
+    positions = (
+        o * stride + k * kernel_dilation - before for o in range(out) for k in range(kernel)
+    )
+    return sum(0 <= p <= (size - 1) * dilation and p % dilation == 0 for p in positions)
+
+
+# ------------------------------------------------------------------------------- a jaxpr
+
+
+def useful_flops(jaxpr: core.ClosedJaxpr, platform: str = "tpu") -> float:
+    """Floating-point operations of the matrix products and convolutions in a jaxpr.
+
+    Args:
+      jaxpr: from `jax.make_jaxpr`; what none of its outputs needs is left out.
+      platform: whose branch `lax.platform_dependent` takes.
+
+    Returns:
+      Multiplications and additions; a loop counts as often as it turns, a `while` of unknown
+      length once, a condition as its most expensive branch.
+    """
+    return _count(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars), platform)[0]
+
+
+def _count(jaxpr, wanted: Sequence[bool], platform: str) -> tuple[float, list[bool]]:
+    """Flops for the wanted outputs, and which inputs they need."""
+    live = {v for v, w in zip(jaxpr.outvars, wanted, strict=True) if w and _is_variable(v)}
+    total = 0.0
+    for eqn in reversed(jaxpr.eqns):
+        outputs = [v in live for v in eqn.outvars]
+        if any(outputs):
+            flops, needed = _count_equation(eqn, outputs, platform)
+            total += flops
+            live |= {v for v, n in zip(eqn.invars, needed, strict=True) if n and _is_variable(v)}
+    return total, [v in live for v in jaxpr.invars]
+
+
+def _is_variable(v) -> bool:
+    return not isinstance(v, core.Literal)
+
+
+def _count_equation(eqn, wanted: list[bool], platform: str) -> tuple[float, list[bool]]:
+    everything = [True] * len(eqn.invars)
+    match eqn.primitive.name:
+        case "dot_general":
+            return _dot_flops(eqn), everything
+        case "conv_general_dilated":
+            return _conv_flops(eqn), everything
+        case "scan":
+            return _count_scan(eqn, wanted, platform)
+        case "cond":
+            counts = [_count(b.jaxpr, wanted, platform) for b in _branches(eqn, platform)]
+            needed = [any(n) for n in zip(*(n for _, n in counts), strict=True)]
+            return max(f for f, _ in counts), [True, *needed]
+    inner = [j for j in map(_as_jaxpr, eqn.params.values()) if j is not None]
+    if len(inner) == 1 and len(inner[0].outvars) == len(wanted):
+        flops, needed = _count(inner[0], wanted, platform)
+        return flops, needed if len(needed) == len(everything) else everything
+    return sum(_count(j, [True] * len(j.outvars), platform)[0] for j in inner), everything
+
+
+def _as_jaxpr(value):
+    value = value.jaxpr if isinstance(value, core.ClosedJaxpr) else value
+    return value if isinstance(value, core.Jaxpr) else None
+
+
+def _branches(eqn, platform: str) -> Sequence[core.ClosedJaxpr]:
+    branches, platforms = eqn.params["branches"], eqn.params.get("branches_platforms")
+    if platforms is None:
+        return branches
+    # The default has None for its platforms, and comes last.
+    named = (b for b, p in zip(branches, platforms, strict=True) if p is None or platform in p)
+    return [next(named)]
+
+
+def _count_scan(eqn, wanted: list[bool], platform: str) -> tuple[float, list[bool]]:
+    body, consts, carried = (eqn.params[k] for k in ("jaxpr", "num_consts", "num_carry"))
+    wanted = list(wanted)
+    while True:  # A value carried along is wanted where the next turn needs it.
+        flops, needed = _count(body.jaxpr, wanted, platform)
+        carry = needed[consts : consts + carried]
+        if all(w or not n for w, n in zip(wanted[:carried], carry, strict=True)):
+            return eqn.params["length"] * flops, needed
+        wanted[:carried] = [w or n for w, n in zip(wanted[:carried], carry, strict=True)]
+
+
+def _dot_flops(eqn) -> float:
+    lhs, (out,) = eqn.invars[0].aval.shape, eqn.outvars
+    (contracted, _), _ = eqn.params["dimension_numbers"]
+    return 2.0 * out.aval.size * math.prod(lhs[i] for i in contracted)
+
+
+def _conv_flops(eqn) -> float:
+    p, dims = eqn.params, eqn.params["dimension_numbers"]
+    lhs, rhs, out = (v.aval.shape for v in (*eqn.invars, *eqn.outvars))
+    products = lhs[dims.lhs_spec[0]] * rhs[dims.rhs_spec[0]] * rhs[dims.rhs_spec[1]]
+    axes = zip(dims.lhs_spec[2:], dims.rhs_spec[2:], dims.out_spec[2:], strict=True)
+    for axis, (i, k, o) in enumerate(axes):
+        products *= taps(
+            lhs[i],
+            rhs[k],
+            out[o],
+            stride=p["window_strides"][axis],
+            before=p["padding"][axis][0],
+            dilation=p["lhs_dilation"][axis],
+            kernel_dilation=p["rhs_dilation"][axis],
+        )
+    return 2.0 * products / p["batch_group_count"]
+
+
+# ------------------------------------------------------------------------------- a program
+
+
+class Costs(NamedTuple):
+    """What a compiled program does on one core: `flops`, and `hbm_bytes` to and from HBM."""
+
+    flops: float
+    hbm_bytes: float
+
+
+class _Instruction(NamedTuple):
+    """`name = shape op(inner)rest`; operands are the names in `inner`."""
+
+    shape: str
+    op: str
+    operands: list[str]
+    inner: str
+    rest: str
+
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z\d\-]*)\((.*?)\)(.*)$")
+_ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")
+# They move nothing themselves, or are the ends of what the '-start' before them moved.
+_FREE = ("tuple", "get-tuple-element", "bitcast", "parameter", "constant", "after-all")
+_CALLS = ("call", "conditional", "async-start")
+
+
+def program_costs(text: str) -> Costs:
+    """Arithmetic and HBM traffic of a scheduled HLO program.
+
+    Every instruction reads its operands and writes its result once and whole, but for what the
+    layout puts into on-chip memory ('S(1)'); tile padding is not counted. A loop counts as often
+    as its condition says, once where that cannot be read.
+
+    Args:
+      text: `jax.stages.Compiled.as_text()`.
+
+    Returns:
+      The costs.
+    """
+    entry, computations = _parse(text)
+    known: dict[str, Costs] = {}
+
+    def cost(name: str) -> Costs:
+        if name not in known:
+            body = computations[name]
+            costs = [_cost(i, body, computations, cost) for i in body.values()]
+            known[name] = Costs(*map(sum, zip(*costs, strict=True)))
+        return known[name]
+
+    return cost(entry)
+
+
+def _parse(text: str) -> tuple[str, dict[str, dict[str, _Instruction]]]:
+    entry, computations, body = "", {}, {}
+    for line in text.splitlines():
+        if header := _COMPUTATION.match(line):
+            body = computations[header[2]] = {}
+            entry = header[2] if header[1] else entry
+        elif match := _INSTRUCTION.match(line):
+            name, shape, op, inner, rest = match.groups()
+            operands = re.findall(r"%([\w.\-]+)", inner)
+            body[name] = _Instruction(shape, op, operands, inner, rest)
+    return entry, computations
+
+
+def _cost(instruction: _Instruction, body, computations, cost) -> Costs:
+    called = _called(instruction.rest)
+    if instruction.op in _FREE or instruction.op.endswith(("-done", "-update")):
+        return Costs(0.0, 0.0)
+    if instruction.op == "while":
+        turns = _turns(computations[called["condition"]], computations)
+        flops, traffic = cost(called["body"])
+        return Costs(turns * flops, turns * traffic)
+    inner = [cost(n) for k, n in called.items() if k in ("calls", "to_apply") and n in computations]
+    flops = sum(c.flops for c in inner) + _flops(instruction, body)
+    if instruction.op in _CALLS:
+        return Costs(flops, sum(c.hbm_bytes for c in inner))
+    return Costs(flops, _traffic(instruction, body))
+
+
+def _called(rest: str) -> dict[str, str]:
+    return dict(re.findall(r"\b(condition|body|calls|to_apply)=%?([\w.\-]+)", rest))
+
+
+def _turns(condition: dict[str, _Instruction], computations) -> int:
+    """The one integer that the loop's counter is compared with, else 1."""
+    called = [_called(i.rest).get("calls") for i in condition.values()]
+    bodies = [condition, *(computations[name] for name in called if name)]
+    numbers = {i.inner for b in bodies for i in b.values() if i.op == "constant"}
+    return int(numbers.pop()) if len(numbers) == 1 and all(n.isdigit() for n in numbers) else 1
+
+
+def _traffic(instruction: _Instruction, body) -> float:
+    results = _arrays(instruction.shape)
+    operands = [a for o in instruction.operands if o in body for a in _arrays(body[o].shape)]
+    if instruction.op in ("copy-start", "slice-start"):
+        # (what arrives, where it comes from, a token); a slice is not read whole.
+        size = min(results[0][0], operands[0][0])
+        return sum(size for _, in_hbm in (results[0], operands[0]) if in_hbm)
+    if instruction.op == "custom-call" and "AllocateBuffer" in instruction.rest:
+        return 0.0
+    return sum(size for size, in_hbm in results + operands if in_hbm)
+
+
+def _arrays(shape: str) -> list[tuple[float, bool]]:
+    """Bytes of every array in a shape, and whether it is in HBM."""
+    arrays = []
+    for dtype, dims, layout in _ARRAY.findall(shape):
+        bits = 8 if dtype == "pred" else int((re.search(r"\d+", dtype) or ["0"])[0])
+        size = bits / 8 * math.prod(int(d) for d in dims.split(",") if d)
+        arrays.append((size, "S(" not in layout))
+    return arrays
+
+
+def _flops(instruction: _Instruction, body) -> float:
+    if instruction.op not in ("convolution", "dot"):
+        return 0.0
+    lhs, rhs = (_dims(body[o].shape) for o in instruction.operands[:2])
+    out = _dims(instruction.shape)
+    if instruction.op == "dot":
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.rest)
+        axes = [int(d) for d in contracted[1].split(",") if d] if contracted else []
+        return 2.0 * math.prod(out) * math.prod(lhs[a] for a in axes)
+    return _window_flops(instruction.rest, lhs, rhs, out)
+
+
+def _dims(shape: str) -> list[int]:
+    return [int(d) for d in _ARRAY.search(shape)[2].split(",") if d]
+
+
+def _window_flops(rest: str, lhs: list[int], rhs: list[int], out: list[int]) -> float:
+    """Of a convolution, from its attributes: 'window={size=3x3 pad=1_1x1_1}, dim_labels=...'."""
+    window = re.search(r"window=\{([^}]*)\}", rest)
+    window = dict(part.split("=") for part in window[1].split()) if window else {}
+    groups = re.search(r"batch_group_count=(\d+)", rest)
+    lhs_at, rhs_at, out_at = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", rest).groups()
+    products = lhs[lhs_at.index("b")] * rhs[rhs_at.index("i")] * rhs[rhs_at.index("o")]
+    for axis in range(len(lhs_at) - 2):
+        of_axis = {key: value.split("x")[axis] for key, value in window.items()}
+        products *= taps(
+            lhs[lhs_at.index(str(axis))],
+            rhs[rhs_at.index(str(axis))],
+            out[out_at.index(str(axis))],
+            stride=int(of_axis.get("stride", 1)),
+            before=int(of_axis.get("pad", "0_0").split("_")[0]),
+            dilation=int(of_axis.get("lhs_dilate", 1)),
+            kernel_dilation=int(of_axis.get("rhs_dilate", 1)),
+        )
+    return 2.0 * products / (int(groups[1]) if groups else 1)

@@ -1,0 +1,206 @@
+"""The plan for TPUs: its checks, its two counts of arithmetic, and the real compiler's verdict."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from jax import lax
+from ml_collections import ConfigDict
+
+from ada_jax import costs, plan
+from ada_jax.errors import UserError
+from experiments import cifar10, quickstart
+
+ROOT = pathlib.Path(__file__).parents[1]
+small = st.integers(1, 4)
+
+
+def tiny(**changes) -> ConfigDict:
+    """The quickstart's networks, four images a core of 'v5e:2x2', two steps of AdA."""
+    config = quickstart.get_config().unlock()
+    config.batch_size, config.eval_batch_size, config.ada.steps = 16, 16, 2
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+# ------------------------------------------------------------------------------- checks
+
+
+@pytest.mark.parametrize("topology", ["v9:2x2", "v5e", "v5e:2", "v3-8", "2x2"])
+def test_an_unknown_topology_is_answered_with_the_known_ones(topology):
+    with pytest.raises(UserError, match=r"unknown: take v3:2x2, v4:2x2x1, v5e:2x2"):
+        plan.main(tiny(), [topology])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 100}, r"config.batch_size=100 .* the 8 cores of v3:2x2: .* multiple of 8"),
+        ({"eval_batch_size": 6}, r"config.eval_batch_size=6 is not divisible"),
+        ({"ada.microbatch": 3}, r"microbatch=3 does not divide the 4 examples of a core"),
+        ({"ada.steps": 0}, r"config.ada.steps=0 makes no attack"),
+    ],
+)
+def test_a_config_that_does_not_work_is_refused_before_anything_is_compiled(changes, message):
+    with pytest.raises(UserError, match=message):
+        plan.main(tiny(**changes), ["v5e:2x2,v3:2x2"])
+
+
+def test_a_missing_compiler_is_answered_with_how_to_install_it(monkeypatch):
+    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install -e '\.\[tpu\]'"):
+        plan.main(tiny(), ["v5e:2x2"])
+
+
+def test_a_topology_must_be_named():
+    with pytest.raises(UserError, match="Name a topology"):
+        plan.main(tiny(), [])
+
+
+def test_a_refusal_says_how_much_is_missing():
+    error = "Ran out of memory in memory space hbm. Exceeded hbm capacity by 4.72G"
+    figures = {"config": "c", "topology": "v3:2x2", "batch_per_core": 32, "refusal": error}
+    sentence = plan.refusal(figures)
+    assert "by 4.72G" in sentence and "v3:2x2" in sentence and "divisor of 32" in sentence
+
+
+# ------------------------------------------------------------------------------- the arithmetic
+
+
+@given(st.integers(1, 9), small, small, st.integers(0, 3), small, small)
+def test_taps_are_what_a_convolution_of_ones_adds_up(size, kernel, stride, pad, dilation, holes):
+    line, window = np.zeros((size - 1) * dilation + 1), np.zeros((kernel - 1) * holes + 1)
+    line[::dilation], window[::holes] = 1, 1
+    line = np.pad(line, pad)
+    assume(len(line) >= len(window))
+    out = np.convolve(line, window, "valid")[::stride]
+    counted = costs.taps(
+        size,
+        kernel,
+        len(out),
+        stride=stride,
+        before=pad,
+        dilation=dilation,
+        kernel_dilation=holes,
+    )
+    assert counted == out.sum()
+
+
+def test_loops_count_as_often_as_they_turn_and_what_nobody_needs_not_at_all():
+    product = 2 * 8**3
+
+    def f(a, b):
+        loop = lax.fori_loop(0, 5, lambda i, c: c @ a, b)
+        unused = lax.fori_loop(0, 7, lambda i, c: c @ b, a)
+        branch = lax.platform_dependent(a, cpu=lambda a: a @ a @ a, default=lambda a: a @ a)
+        return jax.jit(lambda a, b, c: (a @ b, b @ c))(loop, branch, unused)[0]
+
+    jaxpr = jax.make_jaxpr(f)(jnp.ones((8, 8)), jnp.ones((8, 8)))
+    assert costs.useful_flops(jaxpr, "tpu") == (5 + 1 + 1) * product
+    assert costs.useful_flops(jaxpr, "cpu") == (5 + 2 + 1) * product
+
+
+def conv(size: int, inputs: int, outputs: int, stride: int = 1) -> int:
+    """Flops of a 3x3 convolution with padding 1, from a 'size' wide image."""
+    out = size // stride
+    valid = 3 * out - (2 if stride == 1 else 1)
+    return 2 * valid**2 * inputs * outputs
+
+
+def test_the_tiny_step_needs_what_pencil_and_paper_say():
+    head, tail = conv(32, 3, 16), conv(32, 16, 3)
+    edsr = head + 9 * conv(32, 16, 16) + tail
+    stem = conv(32, 3, 16)
+    stages = [(32, 16, 32), (16, 32, 64), (8, 64, 128)]
+    resnet = stem + 2 * 128 * 10
+    for size, inputs, width in stages:
+        resnet += conv(size, inputs, width, 2) + 2 * conv(size // 2, width, width)
+
+    ascent = edsr + (2 * edsr - head) + 2 * resnet  # the image's gradient ends at the head
+    rendered = edsr + resnet
+    classifier = 3 * resnet - stem
+    step = plan.step_of(tiny(**{"ada.steps": 3}), batch_size=2)
+    expected = 2 * (3 * ascent + rendered + classifier)
+    # SSIM's windows are not in the sum: 0.3% of it.
+    np.testing.assert_allclose(plan.useful_flops(step, cores=4), expected, rtol=0.01)
+
+
+PROGRAM = """
+HloModule step, is_scheduled=true
+
+%fused (p0: f32[4,8,8,16], p1: f32[3,3,16,32]) -> f32[4,8,8,32] {
+  %p0 = f32[4,8,8,16]{3,2,1,0:T(8,128)} parameter(0)
+  %p1 = f32[3,3,16,32]{3,2,1,0:T(8,128)S(1)} parameter(1)
+  ROOT %conv = f32[4,8,8,32]{3,2,1,0:T(8,128)S(1)} convolution(%p0, %p1), window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f
+}
+
+%body (state: (s32[], f32[4,8,8,16], f32[3,3,16,32])) -> (s32[], f32[4,8,8,16], f32[3,3,16,32]) {
+  %state = (s32[]{:T(128)}, f32[4,8,8,16]{3,2,1,0:T(8,128)}, /*index=2*/f32[3,3,16,32]{3,2,1,0:T(8,128)}) parameter(0)
+  %x = f32[4,8,8,16]{3,2,1,0:T(8,128)} get-tuple-element(%state), index=1
+  %w = f32[3,3,16,32]{3,2,1,0:T(8,128)} get-tuple-element(%state), index=2
+  %start = (f32[3,3,16,32]{3,2,1,0:T(8,128)S(1)}, f32[3,3,16,32]{3,2,1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%w)
+  %fetched = f32[3,3,16,32]{3,2,1,0:T(8,128)S(1)} copy-done(%start)
+  %y = f32[4,8,8,32]{3,2,1,0:T(8,128)S(1)} fusion(%x, %fetched), kind=kOutput, calls=%fused
+  ROOT %out = (s32[]{:T(128)}, f32[4,8,8,16]{3,2,1,0:T(8,128)}, f32[3,3,16,32]{3,2,1,0:T(8,128)}) tuple(%i, %x, %w)
+}
+
+%condition (state: (s32[], f32[4,8,8,16], f32[3,3,16,32])) -> pred[] {
+  %state = (s32[]{:T(128)}, f32[4,8,8,16]{3,2,1,0:T(8,128)}, f32[3,3,16,32]{3,2,1,0:T(8,128)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%state), index=0
+  %limit = s32[]{:T(128)} constant(10)
+  ROOT %less = pred[]{:T(512)} compare(%i, %limit), direction=LT
+}
+
+ENTRY %main (a: bf16[64,32], b: bf16[32,16]) -> bf16[64,16] {
+  %a = bf16[64,32]{1,0:T(8,128)(2,1)} parameter(0)
+  %b = bf16[32,16]{1,0:T(8,128)(2,1)} parameter(1)
+  %loop = (s32[]{:T(128)}, f32[4,8,8,16]{3,2,1,0:T(8,128)}, f32[3,3,16,32]{3,2,1,0:T(8,128)}) while(%init), condition=%condition, body=%body
+  ROOT %dot = bf16[64,16]{1,0:T(8,128)(2,1)} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+"""  # noqa: E501
+
+
+def test_a_compiled_program_costs_what_its_loops_and_memory_spaces_say():
+    cost = costs.program_costs(PROGRAM)
+    x, w = 4 * 4 * 8 * 8 * 16, 4 * 3 * 3 * 16 * 32
+    assert cost.flops == 10 * 4 * conv(8, 16, 32) + 2 * 64 * 32 * 16
+    assert cost.hbm_bytes == 10 * (x + w) + 2 * (64 * 32 + 32 * 16 + 64 * 16)
+
+
+# ------------------------------------------------------------------------------- the compiler
+
+
+def compile_for(tmp_path, config: str, *flags: str) -> list[dict]:
+    """Runs the binary and returns its figures."""
+    pytest.importorskip("libtpu", reason="the TPU compiler is not installed")
+    path = tmp_path / "plan.json"
+    command = [sys.executable, "-m", "ada_jax.plan", f"--config={config}", f"--json={path}"]
+    done = subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+    return json.loads(path.read_text())
+
+
+@pytest.mark.slow
+def test_the_tiny_step_compiles_for_a_tpu_and_makes_no_more_of_the_work(tmp_path):
+    changed = ["--config.batch_size=16", "--config.eval_batch_size=16", "--config.ada.steps=2"]
+    (f,) = compile_for(tmp_path, "experiments/quickstart.py", "--topology=v5e:2x2", *changed)
+    assert f["cores"] == 4 and f["batch_per_core"] == 4
+    np.testing.assert_allclose(f["compiled_flops"], f["useful_flops"], rtol=0.1)
+    assert f["hbm_share"] < 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v3:2x2"])
+def test_the_paper_s_step_fits_on_a_tpu(tmp_path, topology):
+    (f,) = compile_for(tmp_path, "experiments/cifar10.py", f"--topology={topology}")
+    assert f["batch_per_core"] * f["cores"] == cifar10.get_config().batch_size
+    assert f["hbm_share"] < 0.9
+    assert f["compiled_flops"] < 1.3 * f["useful_flops"]
