@@ -1,16 +1,17 @@
 """Convolutions that stay fast when every example has its own kernel.
 
-`jax.vmap` of an ordinary convolution over its kernels becomes one grouped convolution. TPUs and
-GPUs take that well; XLA's CPU back end does not: the gradient runs at about one percent of the
-machine's peak. `conv2d` is an ordinary convolution with a batching rule and a gradient of its own,
-so code that is written for one example takes the fast path under `jax.vmap` by itself. The
-lowering is chosen per platform when the program is lowered:
+`jax.vmap` of an ordinary convolution over its kernels becomes one grouped convolution, whose
+gradient no back end takes well: XLA's CPU code runs it at about one percent of the machine's peak,
+and the TPU compiler turns it into nine times the arithmetic that is needed (see
+`ada_jax.plan`). `conv2d` is an ordinary convolution with a batching rule and a gradient of its own,
+so code that is written for one example takes the fast path under `jax.vmap` by itself:
 
-* CPU, one kernel per example: a loop over the examples, each small enough to stay in cache. The
-  backward pass builds the patches of the output's gradient once and takes both gradients from
-  them by one matrix product each.
-* CPU, shared kernel: XLA's convolution, but for the kernel's gradient the same patches by groups.
-* elsewhere: XLA's convolution, grouped where kernels differ.
+* one kernel per example: XLA's convolution forward; the backward pass builds the patches of the
+  output's gradient once and takes both gradients from them by one matrix product each. On a CPU
+  this runs as a loop over the examples, each small enough to stay in cache; elsewhere, chosen
+  when the program is lowered, as batched matrix products.
+* a shared kernel: XLA's convolution and gradients, but on a CPU the kernel's gradient by the same
+  patches, group by group.
 """
 
 import functools
@@ -111,16 +112,15 @@ def _gradients_op(stride: int, padding: int) -> Callable:
 @functools.cache
 def _many_op(stride: int, padding: int, gradients: bool) -> Callable:
     """N kernels on N groups of images; further `jax.vmap` axes are merged into N."""
-    cpu, default = plain_forward, plain_forward
-    if gradients:
-        cpu, default = patch_gradients, plain_gradients
+    lowering = patch_gradients if gradients else plain_forward
+
+    def one(args):
+        return lowering(*args, stride, padding)
 
     @custom_vmap
     def many(*args):
         return lax.platform_dependent(
-            *args,
-            cpu=lambda *args: lax.map(lambda a: cpu(*a, stride, padding), args),
-            default=jax.vmap(lambda *a: default(*a, stride, padding)),
+            args, cpu=lambda args: lax.map(one, args), default=jax.vmap(one)
         )
 
     @many.def_vmap

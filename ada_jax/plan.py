@@ -142,7 +142,7 @@ def devices_of(topology: str) -> Sequence[jax.Device]:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".")
+    return re.sub(r"^[A-Z_]+: ", "", str(error).strip().splitlines()[0]).rstrip(".")
 
 
 # ------------------------------------------------------------------------ the step

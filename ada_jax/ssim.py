@@ -43,8 +43,12 @@ def line_search(
 
     Where SSIM(clean, corrupted) < threshold, a quadratic is fitted (least squares) to
     SSIM - threshold at nine gammas of x_gamma = (1 - gamma) clean + gamma corrupted, and its root
-    gives the result. The fit is approximate: over noise, blur, colour shifts and inversions the
-    result's SSIM was seen between threshold - 0.1 and threshold + 0.2.
+    gives the result. The fit is approximate. At threshold 0.3, over noise, blur, inversion, colour
+    shifts, constants and checkerboards ('in_range', 32x32 pixels, over 5,000 corrected images), the
+    result's SSIM was between threshold - 0.12 and threshold + 0.18 for random images with a 1/f
+    spectrum. For patches of photographs 98 in 100 lay between threshold - 0.22 and threshold + 0.1,
+    a fifth of all more than 0.1 below it; flat patches, whose SSIM vanishes before the second
+    gamma, fall to 0.
 
     Args:
       clean: [B,H,W,C] in [0,1].

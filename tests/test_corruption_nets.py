@@ -144,7 +144,7 @@ def test_one_network_per_example_equals_a_loop(scale):
 
 def test_large_images_have_the_gradient_of_the_straightforward_statement():
     """One image of 132x160 pixels (at four times the scale) is more than one group of patches."""
-    net, theta = small(4)
+    _, theta = small(4)
     x, direction = images(2, 33, 40, 3), images(2, 132, 160, 3, seed=1) / 1e4
     ours = lambda t: (corruption_nets.edsr_apply(t, x) * direction).sum()  # noqa: E731
     reference = lambda t: (straightforward_edsr(t, x, 2, 2) * direction).sum()  # noqa: E731

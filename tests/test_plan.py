@@ -64,11 +64,20 @@ def test_a_topology_must_be_named():
         plan.main(tiny(), [])
 
 
-def test_a_refusal_says_how_much_is_missing():
-    error = "Ran out of memory in memory space hbm. Exceeded hbm capacity by 4.72G"
-    figures = {"config": "c", "topology": "v3:2x2", "batch_per_core": 32, "refusal": error}
-    sentence = plan.refusal(figures)
-    assert "by 4.72G" in sentence and "v3:2x2" in sentence and "divisor of 32" in sentence
+def test_a_step_that_does_not_fit_is_told_with_both_sizes_and_exit_status_1(monkeypatch, capsys):
+    words = "the total memory required for HLO temporaries (20.00G) exceeds available HBM (15.48G)"
+
+    def refuse(step, devices):
+        raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: Ran out of memory, {words}.\nMore")
+
+    monkeypatch.setattr(plan, "devices_of", lambda topology: jax.devices("cpu") * 8)
+    monkeypatch.setattr(plan, "useful_flops", lambda step, cores: 1e12)
+    monkeypatch.setattr(plan, "compile_step", refuse)
+    assert plan.main(tiny(), ["v3:2x2"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "does not fit on v3:2x2 with 2 examples a core" in error and words in error
+    assert "divisor of 2" in error
 
 
 # ------------------------------------------------------------------------------- the arithmetic

@@ -1,4 +1,4 @@
-"""SSIM against scikit-image, and the line search against a literal NumPy statement of appendix G."""
+"""SSIM against scikit-image, the line search against a literal statement of appendix G."""
 
 import functools
 
