@@ -164,29 +164,32 @@ class Costs(NamedTuple):
 
 
 class _Instruction(NamedTuple):
-    """`name = shape op(inner)rest`; operands are the names in `inner`."""
+    """`[ROOT] name = shape op(inner)rest`; operands are the names in `inner`."""
 
     shape: str
     op: str
     operands: list[str]
     inner: str
     rest: str
+    root: bool
 
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z\d\-]*)\((.*?)\)(.*)$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z\d\-]*)\((.*?)\)(.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")
 # They move nothing themselves, or are the ends of what the '-start' before them moved.
 _FREE = ("tuple", "get-tuple-element", "bitcast", "parameter", "constant", "after-all")
+_SLICES = ("slice", "dynamic-slice")
 _CALLS = ("call", "conditional", "async-start")
 
 
 def program_costs(text: str) -> Costs:
     """Arithmetic and HBM traffic of a scheduled HLO program.
 
-    Every instruction reads its operands and writes its result once and whole, but for what the
-    layout puts into on-chip memory ('S(1)'); tile padding is not counted. A loop counts as often
-    as its condition says, once where that cannot be read.
+    Every instruction reads its operands and writes its result once, of a slice only the part that
+    is read or updated, and nothing of what the layout puts into on-chip memory ('S(1)'); tile
+    padding is not counted. A loop counts as often as its condition says, once where that cannot be
+    read.
 
     Args:
       text: `jax.stages.Compiled.as_text()`.
@@ -214,9 +217,9 @@ def _parse(text: str) -> tuple[str, dict[str, dict[str, _Instruction]]]:
             body = computations[header[2]] = {}
             entry = header[2] if header[1] else entry
         elif match := _INSTRUCTION.match(line):
-            name, shape, op, inner, rest = match.groups()
+            root, name, shape, op, inner, rest = match.groups()
             operands = re.findall(r"%([\w.\-]+)", inner)
-            body[name] = _Instruction(shape, op, operands, inner, rest)
+            body[name] = _Instruction(shape, op, operands, inner, rest, bool(root))
     return entry, computations
 
 
@@ -232,7 +235,7 @@ def _cost(instruction: _Instruction, body, computations, cost) -> Costs:
     flops = sum(c.flops for c in inner) + _flops(instruction, body)
     if instruction.op in _CALLS:
         return Costs(flops, sum(c.hbm_bytes for c in inner))
-    return Costs(flops, _traffic(instruction, body))
+    return Costs(flops, _traffic(instruction, body, computations))
 
 
 def _called(rest: str) -> dict[str, str]:
@@ -247,16 +250,57 @@ def _turns(condition: dict[str, _Instruction], computations) -> int:
     return int(numbers.pop()) if len(numbers) == 1 and all(n.isdigit() for n in numbers) else 1
 
 
-def _traffic(instruction: _Instruction, body) -> float:
+def _traffic(instruction: _Instruction, body, computations) -> float:
     results = _arrays(instruction.shape)
     operands = [a for o in instruction.operands if o in body for a in _arrays(body[o].shape)]
     if instruction.op in ("copy-start", "slice-start"):
-        # (what arrives, where it comes from, a token); a slice is not read whole.
-        size = min(results[0][0], operands[0][0])
-        return sum(size for _, in_hbm in (results[0], operands[0]) if in_hbm)
+        # (what arrives, where it comes from, a token), or the other way round.
+        return min(size for size, _ in results[:2]) * sum(in_hbm for _, in_hbm in results[:2])
     if instruction.op == "custom-call" and "AllocateBuffer" in instruction.rest:
         return 0.0
+    if instruction.op in _SLICES:
+        return results[0][0] * (results[0][1] + operands[0][1])
+    if instruction.op == "dynamic-update-slice":
+        return operands[1][0] * (results[0][1] + operands[1][1])
+    if instruction.op == "fusion":
+        inner = computations[_called(instruction.rest)["calls"]]
+        parts = [_touched(n, inner) for n, i in _parameters(inner)]
+        if len(parts) == len(operands):
+            operands = [
+                (o[0] if p is None else p, o[1]) for o, p in zip(operands, parts, strict=True)
+            ]
+        (root,) = (i for i in inner.values() if i.root)
+        if root.op == "dynamic-update-slice":
+            results = [(_arrays(inner[root.operands[1]].shape)[0][0], results[0][1])]
     return sum(size for size, in_hbm in results + operands if in_hbm)
+
+
+def _parameters(computation: dict[str, _Instruction]) -> list[tuple[str, _Instruction]]:
+    """A computation's parameters in their order."""
+    found = [(n, i) for n, i in computation.items() if i.op == "parameter"]
+    return sorted(found, key=lambda parameter: int(parameter[1].inner))
+
+
+def _touched(name: str, computation: dict[str, _Instruction]) -> float | None:
+    """Bytes of a value that are read where only slices of it are used; None means all of it."""
+    if computation[name].root:
+        return None
+    total = 0.0
+    for user, instruction in computation.items():
+        if name not in instruction.operands:
+            continue
+        if instruction.op in _SLICES:
+            part = _arrays(instruction.shape)[0][0]
+        elif instruction.op == "dynamic-update-slice" and instruction.operands[0] == name:
+            part = 0.0  # it is updated in place
+        elif instruction.op == "bitcast":
+            part = _touched(user, computation)
+        else:
+            part = None
+        if part is None:
+            return None
+        total += part
+    return total
 
 
 def _arrays(shape: str) -> list[tuple[float, bool]]:

@@ -9,8 +9,8 @@ Words after the colon, separated by commas:
 
 What to expect: the paper reports 3.8% clean error and 12.5% mean corruption error for AdA. A full
 run is about 3e18 floating-point operations: it wants a TPU slice or several GPUs (a v3-8 has the
-HBM for it; see the README for the compiler's own figures). ':small' takes about twenty minutes on two
-cores.
+HBM for it; see the README for the compiler's own figures). ':small' takes about twenty minutes on
+two cores.
 
 Without the official test set (CIFAR-10 prepared from its training images only) add
     --config.train_split='train[:45000]' --config.eval_split='train[45000:]'
