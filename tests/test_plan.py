@@ -123,6 +123,11 @@ def conv(size: int, inputs: int, outputs: int, stride: int = 1) -> int:
     return 2 * valid**2 * inputs * outputs
 
 
+def patches(size: int, inputs: int, outputs: int) -> int:
+    """Flops of one product with a patch matrix, whose rows have the padding in them."""
+    return 2 * 9 * size**2 * inputs * outputs
+
+
 def test_the_tiny_step_needs_what_pencil_and_paper_say():
     head, tail = conv(32, 3, 16), conv(32, 16, 3)
     edsr = head + 9 * conv(32, 16, 16) + tail
@@ -132,7 +137,9 @@ def test_the_tiny_step_needs_what_pencil_and_paper_say():
     for size, inputs, width in stages:
         resnet += conv(size, inputs, width, 2) + 2 * conv(size // 2, width, width)
 
-    ascent = edsr + (2 * edsr - head) + 2 * resnet  # the image's gradient ends at the head
+    # Per-example gradients are two products with patches; the image's ends at the head.
+    gradient = 2 * (9 * patches(32, 16, 16) + patches(32, 16, 3)) + patches(32, 3, 16)
+    ascent = edsr + gradient + 2 * resnet
     rendered = edsr + resnet
     classifier = 3 * resnet - stem
     step = plan.step_of(tiny(**{"ada.steps": 3}), batch_size=2)
