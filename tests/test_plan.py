@@ -157,6 +157,14 @@ HloModule step, is_scheduled=true
   ROOT %conv = f32[4,8,8,32]{3,2,1,0:T(8,128)S(1)} convolution(%p0, %p1), window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_01io->b01f
 }
 
+%write (p0: f32[4,8,8,16], p1: f32[4,8,8,16]) -> f32[4,8,8,16] {
+  %zero = s32[]{:T(128)} constant(0)
+  %whole = f32[4,8,8,16]{3,2,1,0:T(8,128)} parameter(1)
+  %into = f32[4,8,8,16]{3,2,1,0:T(8,128)} parameter(0)
+  %part = f32[1,8,8,16]{3,2,1,0:T(8,128)} dynamic-slice(%whole, %zero, %zero, %zero, %zero), dynamic_slice_sizes={1,8,8,16}
+  ROOT %update = f32[4,8,8,16]{3,2,1,0:T(8,128)} dynamic-update-slice(%into, %part, %zero, %zero, %zero, %zero)
+}
+
 %body (state: (s32[], f32[4,8,8,16], f32[3,3,16,32])) -> (s32[], f32[4,8,8,16], f32[3,3,16,32]) {
   %state = (s32[]{:T(128)}, f32[4,8,8,16]{3,2,1,0:T(8,128)}, /*index=2*/f32[3,3,16,32]{3,2,1,0:T(8,128)}) parameter(0)
   %x = f32[4,8,8,16]{3,2,1,0:T(8,128)} get-tuple-element(%state), index=1
@@ -164,6 +172,8 @@ HloModule step, is_scheduled=true
   %start = (f32[3,3,16,32]{3,2,1,0:T(8,128)S(1)}, f32[3,3,16,32]{3,2,1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%w)
   %fetched = f32[3,3,16,32]{3,2,1,0:T(8,128)S(1)} copy-done(%start)
   %y = f32[4,8,8,32]{3,2,1,0:T(8,128)S(1)} fusion(%x, %fetched), kind=kOutput, calls=%fused
+  %some = ((f32[4,8,8,16]{3,2,1,0:T(8,128)}), f32[1,8,8,16]{3,2,1,0:T(8,128)S(1)}, s32[]{:T(128)S(2)}) slice-start(%x), slice={[0:1], [0:8], [0:8], [0:16]}
+  %written = f32[4,8,8,16]{3,2,1,0:T(8,128)} fusion(%x, %x), kind=kLoop, calls=%write
   ROOT %out = (s32[]{:T(128)}, f32[4,8,8,16]{3,2,1,0:T(8,128)}, f32[3,3,16,32]{3,2,1,0:T(8,128)}) tuple(%i, %x, %w)
 }
 
@@ -187,7 +197,9 @@ def test_a_compiled_program_costs_what_its_loops_and_memory_spaces_say():
     cost = costs.program_costs(PROGRAM)
     x, w = 4 * 4 * 8 * 8 * 16, 4 * 3 * 3 * 16 * 32
     assert cost.flops == 10 * 4 * conv(8, 16, 32) + 2 * 64 * 32 * 16
-    assert cost.hbm_bytes == 10 * (x + w) + 2 * (64 * 32 + 32 * 16 + 64 * 16)
+    # The fused convolution reads x, the copy w, the slice a quarter of x, the update reads and
+    # writes one.
+    assert cost.hbm_bytes == 10 * (x + w + 3 * x / 4) + 2 * (64 * 32 + 32 * 16 + 64 * 16)
 
 
 # ------------------------------------------------------------------------------- the compiler
@@ -214,9 +226,9 @@ def test_the_tiny_step_compiles_for_a_tpu_and_makes_no_more_of_the_work(tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v3:2x2"])
-def test_the_paper_s_step_fits_on_a_tpu(tmp_path, topology):
-    (f,) = compile_for(tmp_path, "experiments/cifar10.py", f"--topology={topology}")
+def test_the_paper_s_step_fits_on_a_v3_8(tmp_path):
+    # The compiler needs four minutes for this one, and twelve for v5e:2x2: that is left out.
+    (f,) = compile_for(tmp_path, "experiments/cifar10.py", "--topology=v3:2x2")
     assert f["batch_per_core"] * f["cores"] == cifar10.get_config().batch_size
     assert f["hbm_share"] < 0.9
     assert f["compiled_flops"] < 1.3 * f["useful_flops"]

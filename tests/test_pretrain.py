@@ -72,9 +72,8 @@ def test_the_experiment_is_valid_for_every_preset(preset):
     pretrain.validate(config)
 
 
-@pytest.mark.parametrize("preset", TINY)
-def test_updates_lower_the_loss(preset):
-    config = get_config(preset, learning_rate=0.01)
+def test_updates_lower_the_loss():
+    config = get_config("tiny_x2", learning_rate=0.01)
     parts = pretrain.build(config)
     update_step = jax.jit(pretrain.make_update_step(config, parts.net, parts.optimizer))
     first = state = pretrain.initial_state(parts.net, parts.optimizer, jax.random.key(0))
@@ -87,10 +86,8 @@ def test_updates_lower_the_loss(preset):
         state, metrics = update_step(state._replace(step=first.step), batch, jax.random.key(1))
         seen.append({name: float(value) for name, value in metrics.items()})
     assert seen[2]["loss"] < seen[1]["loss"] < seen[0]["loss"]
-    assert ("sr_l1" in seen[0]) == (preset == "tiny_x2")
-    if preset == "tiny_x2":
-        parts_of_loss = seen[0]["reconstruction_l1"] + config.sr_weight * seen[0]["sr_l1"]
-        assert seen[0]["loss"] == pytest.approx(parts_of_loss, rel=1e-5)
+    parts_of_loss = seen[0]["reconstruction_l1"] + config.sr_weight * seen[0]["sr_l1"]
+    assert seen[0]["loss"] == pytest.approx(parts_of_loss, rel=1e-5)
 
 
 def test_a_run_stopped_and_resumed_equals_one_uninterrupted(tmp_path, monkeypatch):
@@ -232,7 +229,7 @@ def test_patches_larger_than_the_images_are_refused(tmp_path):
         pretrain.build(get_config(**fields))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    config = get_config(learning_rate=1e30)
-    with pytest.raises(UserError, match=r"at step \d.*lower config\.learning_rate"):
-        pretrain.main(config, str(tmp_path))
+def test_a_loss_that_is_not_finite_stops_the_run():
+    pending = [{"loss": 1.0}, {"loss": jnp.float32(jnp.nan)}, {"loss": 2.0}]
+    with pytest.raises(UserError, match=r"nan at step 8, .* lower config\.learning_rate and "):
+        logbook.finite(pending, 9, advice="lower config.learning_rate")
