@@ -24,7 +24,9 @@ seeds = st.integers(0, 2**31 - 1)
 def make_net(blocks: int, features: int) -> CorruptionNet:
     """A small EDSR that is nearly the identity: its skip path is, and its body adds a little."""
     architecture = corruption_nets.edsr(blocks=blocks, features=features, scale=1)
-    theta = jax.tree.map(lambda a: 0.2 * a, jax.jit(architecture.init)(jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    random = lambda a: jnp.float32(0.02 * rng.normal(size=a.shape))  # noqa: E731
+    theta = jax.tree.map(random, jax.eval_shape(architecture.init, jax.random.key(0)))
     for name in ("head", "tail"):
         eye = jnp.eye(*theta[name]["w"].shape[2:])
         theta[name] = {**theta[name], "w": theta[name]["w"].at[1, 1].add(eye)}
@@ -160,7 +162,7 @@ def test_images_are_in_range_and_metrics_are_per_example():
 def test_the_line_search_guards_the_result():
     x, y = batch()
     images, metrics = augment(0, x, y, nu=1.0, ssim_threshold=0.6)
-    np.testing.assert_allclose(metrics["ssim_after"], ssim.ssim(x, images), atol=1e-5)
+    np.testing.assert_allclose(metrics["ssim_after"], jax.jit(ssim.ssim)(x, images), atol=1e-5)
     np.testing.assert_array_equal(metrics["changed"], metrics["ssim_before"] < 0.6)
     assert np.any(metrics["changed"])
     assert np.all(metrics["ssim_after"] > metrics["ssim_before"] * metrics["changed"])
@@ -178,8 +180,9 @@ def test_a_threshold_of_minus_one_switches_the_line_search_off():
 
 def test_nu_zero_gives_the_corruption_network_itself():
     x, y = batch()
+    apply = jax.jit(NET.apply)
     images, metrics = augment(0, x, y, nu=0.0)
-    np.testing.assert_allclose(images, jnp.clip(NET.apply(NET.theta, x, None), 0, 1), atol=1e-5)
+    np.testing.assert_allclose(images, jnp.clip(apply(NET.theta, x), 0, 1), atol=1e-5)
     np.testing.assert_allclose(metrics["loss_end"], metrics["loss_start"], rtol=1e-5)
 
 
@@ -190,14 +193,14 @@ def test_different_keys_give_different_images_and_equal_keys_equal_ones():
 
 
 def test_a_stochastic_networks_noise_is_the_same_at_every_step_and_in_the_result():
-    noise = lambda key, x: 0.1 * jax.random.normal(key, x.shape)  # noqa: E731
-    net = CorruptionNet(lambda t, x, key: AFFINE.apply(t, x, key) + noise(key, x), AFFINE.theta)
+    noise = lambda key: jax.random.key_data(key)[1] % 100 / 500  # noqa: E731
+    net = CorruptionNet(lambda t, x, key: AFFINE.apply(t, x, key) + noise(key), AFFINE.theta)
     (x, y), keys = batch(), example_keys(0)
     maximise = functools.partial(ada.maximise, loss_fn=loss_of(y), net=net, nu=0.1, steps=3)
     delta, metrics = jax.jit(maximise)(keys, x)
     images = jax.jit(functools.partial(ada.render, net))(delta, x, keys)
     for i in range(BATCH):
-        expected = (1 + delta["gain"][i]) * x[i] + noise(keys[i], x[:1])[0]
+        expected = (1 + delta["gain"][i]) * x[i] + noise(keys[i])
         np.testing.assert_allclose(images[i], np.clip(expected, 0, 1), atol=1e-6)
     assert np.all(loss_of(y)(images) >= metrics["loss_start"])
 
@@ -276,20 +279,19 @@ class Module(NamedTuple):
         return classify(self._asdict(), x)
 
 
-def test_it_takes_a_flax_like_closure_an_equinox_like_module_and_pmap():
+def test_it_takes_a_flax_like_closure_under_jit_and_an_equinox_like_module_under_pmap():
     arguments = jax.random.key(0), *batch()
     variables = {"params": make_params()}
-    module = Module(**variables["params"])
 
     @jax.jit
-    def flax_like(variables, *args):
+    def with_closure(variables, *args):
         return augment_affinely(lambda x: classify(variables["params"], x), *args)
 
-    expected = flax_like(variables, *arguments)
-    chex.assert_trees_all_close(jax.jit(augment_affinely)(module, *arguments), expected, rtol=1e-5)
-    on_one_device = jax.tree.map(lambda a: a[None], (module, *arguments))
-    pmapped = jax.pmap(augment_affinely, axis_name="devices")(*on_one_device)
-    chex.assert_trees_all_close(row(pmapped, 0), expected, rtol=1e-5)
+    with_module = jax.pmap(augment_affinely, axis_name="devices")
+    on_one_device = jax.tree.map(lambda a: a[None], (Module(**variables["params"]), *arguments))
+    chex.assert_trees_all_close(
+        row(with_module(*on_one_device), 0), with_closure(variables, *arguments), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -347,13 +349,13 @@ def test_a_golden_step():
     to make a difference go away that nobody can explain."""
     images, metrics = augment(7, *batch(7))
     golden = {
-        "loss_start": [4.9124, 0.4203, 2.1220, 4.5364],
-        "loss_end": [5.6583, 0.6395, 2.6859, 5.2752],
-        "ssim_after": [0.9823, 0.9853, 0.9867, 0.9828],
+        "loss_start": [4.6897, 0.5610, 2.4900, 3.7967],
+        "loss_end": [5.5038, 0.8077, 3.1076, 4.3957],
+        "ssim_after": [0.9600, 0.9703, 0.9740, 0.9670],
         "on_surface": [1.0, 1.0, 1.0, 1.0],
         "changed": [0.0, 0.0, 0.0, 0.0],
     }
     for name, values in golden.items():
         np.testing.assert_allclose(metrics[name], values, rtol=1e-3, err_msg=name)
-    means = [0.48916, 0.50535, 0.51998, 0.50863]
+    means = [0.49417, 0.49714, 0.53425, 0.51220]
     np.testing.assert_allclose(images.mean((1, 2, 3)), means, rtol=1e-3)
