@@ -45,7 +45,7 @@ def adversarial_augment(
       step_rule: 'sign' (the paper's) or 'l2' (per leaf).
       step_scale: step in units of the median radius ('sign') or of the leaf's own radius ('l2').
       ssim_threshold: images with a lower SSIM to x are drawn back to about it; -1 switches it off.
-      root_rule: 'in_range' or 'paper', see `ada_jax.ssim.line_search`.
+      root_rule: 'in_range', 'interpolated' or 'paper', see `ada_jax.ssim.line_search`.
       microbatch: examples attacked at a time, a divisor of B; bounds memory. The result does not
         depend on it unless logits_fn mixes examples (batch-statistics batch norm).
 
@@ -172,7 +172,7 @@ def _constant(f: Callable, *args: jax.Array) -> Callable:
 
 
 def _check(x, nu, steps, step_rule, root_rule, microbatch) -> None:
-    if isinstance(nu, int | float) and not nu >= 0:
+    if not isinstance(nu, jax.core.Tracer) and not nu >= 0:
         raise UserError(f"nu={nu} is negative: a radius is 0 or more (the paper's is 0.015).")
     if steps < 1:
         raise UserError(f"steps={steps} makes no attack: take at least 1 (the paper takes 10).")

@@ -213,7 +213,8 @@ class Checkpoints:
             flat = _host_arrays(state)
             meta = {
                 "format": _FORMAT,
-                "extra": dict(extra),
+                # A deep copy: it is written in the background while the caller's lists may grow.
+                "extra": json.loads(json.dumps(dict(extra))),
                 "tree": {name: _spec(array) for name, array in flat.items()},
                 "state_digest": _digest(flat),
             }

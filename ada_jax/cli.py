@@ -1,9 +1,11 @@
 """What every binary shares: flags, one-sentence errors with exit status 2, devices, caches."""
 
 import ctypes
+import itertools
 import logging as python_logging
 import os
 import pathlib
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -68,16 +70,41 @@ def _is_ours_or_warning(record: python_logging.LogRecord) -> bool:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    # Python looks experiments/... up from the current folder; a config may raise ValueError.
     try:
+        for path in _config_files(argv):
+            if not path.is_file():
+                raise UserError(
+                    f"--config={path} is not a file: name one, as experiments/cifar10.py."
+                )
         return flags.FLAGS(argv)
-    except (flags.Error, ValueError, KeyError, AttributeError, TypeError, OSError) as error:
+    except (KeyError, AttributeError) as error:
+        sys.exit(_complain(_unknown_field(error)))
+    except (flags.Error, UserError, ValueError, TypeError, OSError) as error:
         sys.exit(_complain(error))
 
 
-def _complain(error: BaseException) -> int:
-    text = " ".join(str(error).split())
-    print(f"error: {text}", file=sys.stderr, flush=True)
+def _unknown_field(error: Exception) -> str:
+    """ml_collections' answer to a field that the config does not have, in words."""
+    while error.args and isinstance(error.args[0], Exception):
+        error = error.args[0]
+    if not isinstance(error, KeyError):
+        return str(error)
+    field, *hint = str(error.args[0]).splitlines()
+    field = field.strip("'\"")
+    return " ".join([f"The config has no field {field!r}.", *hint])
+
+
+def _config_files(argv: list[str]) -> list[pathlib.Path]:
+    """The file of every --config=FILE:WORDS or --config FILE:WORDS on the command line."""
+    values = [a.partition("=")[2] for a in argv if re.match("--?config=", a)]
+    values += [b for a, b in itertools.pairwise(argv) if a in ("--config", "-config")]
+    return [pathlib.Path(value.partition(":")[0]) for value in values]
+
+
+def _complain(error: BaseException | str) -> int:
+    # A config file's own error comes wrapped in the text of a traceback: its last line counts.
+    text = re.split(r"^\w+(?:Error|Exception): ", str(error), flags=re.MULTILINE)[-1]
+    print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)
     return 2
 
 

@@ -60,10 +60,10 @@ def make(name: str, weights: str | None = None) -> CorruptionNet:
     if not weights and not path.exists():
         shipped = sorted(p.stem for p in WEIGHTS.glob("*.safetensors"))
         raise UserError(
-            f"config.corruption_net={name!r} has no shipped weights (there are: "
+            f"corruption_net={name!r} has no shipped weights (there are: "
             f"{', '.join(shipped) or 'none'}): train some with `python -m ada_jax.pretrain "
             f"--config=experiments/pretrain_edsr.py:{name}` and name the file in "
-            "config.corruption_weights."
+            "config.ada.corruption_weights."
         )
     theta, _ = checkpoint.load_weights(path, like=jax.eval_shape(net.init, jax.random.key(0)))
     # Large networks are stored as float16.
@@ -86,9 +86,7 @@ def architecture(name: str) -> Architecture:
       UserError: unknown name.
     """
     if name not in EDSR_PRESETS:
-        raise UserError(
-            f"config.corruption_net={name!r} is unknown: choose one of {', '.join(names())}."
-        )
+        raise UserError(f"corruption_net={name!r} is unknown: choose one of {', '.join(names())}.")
     return edsr(**EDSR_PRESETS[name])
 
 

@@ -93,30 +93,8 @@ def chip_of(topology: str) -> Chip:
 
 def cores_of(topology: str) -> int:
     """The number of cores of a topology such as 'v5e:2x2'."""
-    chips = math.prod(int(n) for n in topology.partition(":")[2].split("x"))
-    return chips * chip_of(topology).cores
-
-
-def validate(config: ml_collections.ConfigDict, topology: str) -> None:
-    """Finds batch sizes that the cores do not divide, as `train.validate_devices` does.
-
-    Raises:
-      UserError: naming the field, its value and the number of cores; or an unknown topology.
-    """
-    chip_of(topology)
-    cores = cores_of(topology)
-    for field in ("batch_size", "eval_batch_size"):
-        if config[field] % cores:
-            raise UserError(
-                f"config.{field}={config[field]} is not divisible by the {cores} cores of "
-                f"{topology}: take a multiple of {cores}."
-            )
-    local, microbatch = config.batch_size // cores, config.ada.microbatch
-    if config.method == "ada" and microbatch and local % microbatch:
-        raise UserError(
-            f"config.ada.microbatch={microbatch} does not divide the {local} examples of a core "
-            f"of {topology}: take a divisor."
-        )
+    chip = chip_of(topology)
+    return chip.cores * math.prod(int(n) for n in topology.partition(":")[2].split("x"))
 
 
 def devices_of(topology: str) -> Sequence[jax.Device]:
@@ -220,7 +198,7 @@ def measure(config: ml_collections.ConfigDict, topology: str) -> dict[str, Any]:
     Raises:
       UserError: a topology or a batch size that does not work.
     """
-    validate(config, topology)
+    train.validate_devices(config, cores_of(topology))
     chip, devices = chip_of(topology), devices_of(topology)
     cores = len(devices)
     step = step_of(config, config.batch_size // cores)
@@ -343,7 +321,7 @@ def main(
         raise UserError(f"Name a topology: --topology={CHIPS['v5e'].example}, for example.")
     train.validate(config)
     for name in names:
-        validate(config, name)
+        train.validate_devices(config, cores_of(name))
     results = []
     for name in names:
         results.append(measure(config, name))

@@ -481,8 +481,7 @@ def train(
                 log.write(step, "eval", quality)
             if every(config.checkpoint_steps, step) and step < total_steps:
                 pending = finite(pending, step)
-                # A copy: the list grows while it is written in the background.
-                checkpoints.save(step, state, extra | {"pending": [*pending]})
+                checkpoints.save(step, state, extra | {"pending": pending})
     timer.close()
     state = jax.device_get(state)
     checkpoints.save(step, state, extra | {"pending": finite(pending, step)}, wait=True)

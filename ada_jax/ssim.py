@@ -14,7 +14,7 @@ from ada_jax.errors import UserError
 WINDOW, SIGMA = 11, 1.5  # Gaussian window of Wang et al. (2004), pixels
 C1, C2 = 0.01**2, 0.03**2  # for images in [0,1]
 GAMMAS = np.arange(9, dtype=np.float32) / 8
-ROOT_RULES = ("in_range", "paper")
+ROOT_RULES = ("in_range", "interpolated", "paper")
 
 
 def ssim(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -55,27 +55,22 @@ def line_search(
       corrupted: as clean.
       threshold: SSIM below which an image is corrected.
       rule: 'in_range' takes the largest root inside [0,1], and where there is none the largest of
-        the nine gammas that obeys the threshold; 'paper' clips both roots to [0,1] and takes the
-        one nearest 1, as the paper says, which does nothing when the fit is convex.
+        the nine gammas that obeys the threshold; 'interpolated' fits no quadratic, but joins the
+        nine values by straight lines and takes the last crossing of the threshold, which is
+        closer to it at the same cost; 'paper' clips both roots to [0,1] and takes the one nearest
+        1, as the paper says, which does nothing when the fit is convex.
 
     Returns:
       The images [B,H,W,C], untouched where nothing was to do, and per example [B]: 'gamma',
       'ssim_before' and 'changed' (1 where the line search acted).
     """
     values = _along_ray(clean, corrupted, jnp.asarray(GAMMAS))  # [B,9]
-    a, b, c = jnp.moveaxis((values - threshold) @ _QUADRATIC_FIT.T, -1, 0)
-    roots = _real_roots(a, b, c)  # [B,2], NaN where there is none
-    if rule == "in_range":
-        inside = (roots >= 0) & (roots <= 1)
-        root = jnp.max(jnp.where(inside, roots, -jnp.inf), -1)
-        on_grid = jnp.max(jnp.where(values >= threshold, GAMMAS, 0.0), -1)
-        gamma = jnp.where(jnp.isfinite(root), root, on_grid)
-    else:
-        # Without a real root the literal rule is silent: the vertex is the nearest there is.
-        vertex = jnp.where(jnp.abs(a) > _FLAT, -b / (2 * a), 1.0)
-        gamma = jnp.max(jnp.clip(jnp.where(jnp.isnan(roots), vertex[:, None], roots), 0, 1), -1)
     changed = values[:, -1] < threshold
-    gamma = jnp.where(changed, gamma, 1.0)
+    if rule == "interpolated":
+        root = _interpolated_root(values - threshold)
+    else:
+        root = _quadratic_root(values - threshold, rule)
+    gamma = jnp.where(changed, root, 1.0)
     blend = clean + gamma[:, None, None, None] * (corrupted - clean)
     images = jnp.where(changed[:, None, None, None], blend, corrupted)
     return images, {
@@ -88,6 +83,28 @@ def line_search(
 _FLAT = 1e-6
 # Least-squares quadratic through nine values: the pseudo-inverse of a constant Vandermonde matrix.
 _QUADRATIC_FIT = np.linalg.pinv(np.vander(GAMMAS.astype(np.float64), 3)).astype(np.float32)
+
+
+def _quadratic_root(values: jax.Array, rule: str) -> jax.Array:
+    """Root [B] of the quadratic fitted to the nine values [B,9], by 'in_range' or 'paper'."""
+    a, b, c = jnp.moveaxis(values @ _QUADRATIC_FIT.T, -1, 0)
+    roots = _real_roots(a, b, c)  # [B,2], NaN where there is none
+    if rule == "in_range":
+        inside = (roots >= 0) & (roots <= 1)
+        root = jnp.max(jnp.where(inside, roots, -jnp.inf), -1)
+        on_grid = jnp.max(jnp.where(values >= 0, GAMMAS, 0.0), -1)
+        return jnp.where(jnp.isfinite(root), root, on_grid)
+    # Without a real root the literal rule is silent: the vertex is the nearest there is.
+    vertex = jnp.where(jnp.abs(a) > _FLAT, -b / (2 * a), 1.0)
+    return jnp.max(jnp.clip(jnp.where(jnp.isnan(roots), vertex[:, None], roots), 0, 1), -1)
+
+
+def _interpolated_root(values: jax.Array) -> jax.Array:
+    """Last sign change [B] of the straight lines through the nine values [B,9]."""
+    here, there = values[:, :-1], values[:, 1:]
+    crosses = (here >= 0) & (there < 0)
+    step = here / jnp.where(crosses, here - there, 1.0)
+    return jnp.max(jnp.where(crosses, GAMMAS[:-1] + step * GAMMAS[1], 0.0), -1)
 
 
 def _real_roots(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:

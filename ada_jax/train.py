@@ -312,13 +312,12 @@ def validate(config: ml_collections.ConfigDict) -> None:
     )
 
 
-def validate_devices(config: ml_collections.ConfigDict) -> None:
-    """Finds batch sizes that the devices do not divide.
+def validate_devices(config: ml_collections.ConfigDict, devices: int) -> None:
+    """Finds batch sizes that so many devices do not divide.
 
     Raises:
       UserError: naming the field, its value and the number of devices.
     """
-    devices = jax.device_count()
     for field in ("batch_size", "eval_batch_size"):
         if config[field] % devices:
             raise UserError(
@@ -392,7 +391,7 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> int | None:
     """Trains, or goes on training, in `workdir`; returns an exit status."""
     validate(config)
     cli.set_up_devices(config.cpu_devices, config.compilation_cache)
-    validate_devices(config)
+    validate_devices(config, jax.device_count())
     parts = build(config)
     key = jax.random.key(config.seed)
     images = data.to_float(next(data.eval_batches(parts.train_set, batch_size=8))["image"])
@@ -483,8 +482,7 @@ def train(
                 log.write(step, "eval", clean)
             if save_at(step) and step < total_steps:
                 pending = finite(pending, step)
-                # A copy: the list grows while the checkpoint is written in the background.
-                checkpoints.save(step, unreplicate(state), extra | {"pending": list(pending)})
+                checkpoints.save(step, unreplicate(state), extra | {"pending": pending})
     timer.close()
     state = unreplicate(state)
     checkpoints.save(step, state, extra | {"pending": finite(pending, step)}, wait=True)

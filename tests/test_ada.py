@@ -301,7 +301,7 @@ def test_it_takes_a_flax_like_closure_under_jit_and_an_equinox_like_module_under
         ({"nu": float("nan")}, "nu=nan"),
         ({"steps": 0}, "steps=0"),
         ({"step_rule": "adam"}, "step_rule='adam'.*sign, l2"),
-        ({"root_rule": "nearest"}, "root_rule='nearest'.*in_range, paper"),
+        ({"root_rule": "nearest"}, "root_rule='nearest'.*in_range, interpolated, paper"),
         ({"microbatch": 3}, "microbatch=3 .*4"),
         ({"microbatch": 8}, "microbatch=8 .*4"),
         ({"microbatch": -2}, "microbatch=-2 .*4"),

@@ -202,7 +202,7 @@ def test_schedules():
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"corruption_net": "vdsr"}, r"config\.corruption_net='vdsr' is unknown: choose one of "),
+        ({"corruption_net": "vdsr"}, r"corruption_net='vdsr' is unknown: choose one of "),
         ({"dataset": "div2k"}, r"config\.dataset='div2k' is unknown: choose one of photos, "),
         ({"train_split": "train[:10]"}, r"config\.train_split='train\[:10\]' is unknown"),
         ({"patch": 8}, r"config\.patch=8 is too small to measure SSIM: take 11 pixels or more"),

@@ -140,13 +140,18 @@ def test_the_values_along_the_ray_are_those_of_the_blended_images():
 
 
 @quick
-@given(st.sampled_from(sorted(CORRUPTIONS)), seeds)
-def test_the_result_is_as_similar_as_the_threshold_up_to_the_error_of_the_fit(kind, seed):
+@given(
+    st.sampled_from([("in_range", 0.15, 0.2), ("interpolated", 0.05, 0.05)]),
+    st.sampled_from(sorted(CORRUPTIONS)),
+    seeds,
+)
+def test_the_result_is_as_similar_as_the_threshold_up_to_the_error_of_the_fit(rule, kind, seed):
+    rule, below, above = rule
     clean, corrupted = pairs(kind, 4, seed)
-    images, info = line_search(clean, corrupted, THRESHOLD)
+    images, info = line_search(clean, corrupted, THRESHOLD, rule=rule)
     after = np.asarray(similarity(clean, images))
-    assert np.all(after >= THRESHOLD - 0.15)
-    assert np.all(after[np.asarray(info["changed"]) == 1] <= THRESHOLD + 0.2)
+    assert np.all(after >= THRESHOLD - below)
+    assert np.all(after[np.asarray(info["changed"]) == 1] <= THRESHOLD + above)
 
 
 @pytest.mark.parametrize("rule", ssim.ROOT_RULES)
@@ -190,6 +195,9 @@ def literal_gamma(x: np.ndarray, y: np.ndarray, threshold: float, rule: str) -> 
     values = np.array([reference_ssim(x, (1 - g) * x + g * y) for g in gammas])
     if values[-1] >= threshold:
         return 1.0
+    if rule == "interpolated":
+        last = np.flatnonzero(values >= threshold)[-1]
+        return np.interp(threshold, values[[last + 1, last]], gammas[[last + 1, last]])
     roots = np.roots(np.polyfit(gammas, values - threshold, 2))
     if rule == "paper":
         return max(np.clip(roots.real, 0, 1))

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -121,23 +122,26 @@ def test_mistakes_are_found_before_anything_is_compiled(field, value, said):
     assert field.split(".")[-1] in str(error.value) or field == "train_steps"
 
 
-def test_batch_that_the_devices_do_not_divide():
-    with pytest.raises(UserError, match=r"config.batch_size=17 is not divisible by the \d+ dev"):
-        train.validate_devices(tiny(batch_size=17 * 1, eval_batch_size=16)) if (
-            jax.device_count() > 1
-        ) else _pretend_two_devices(tiny(batch_size=17))
-
-
-def _pretend_two_devices(config):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "device_count", lambda: 2)
-        train.validate_devices(config)
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"batch_size": 17}, "config.batch_size=17 is not divisible by the 2 devices"),
+        ({"eval_batch_size": 15}, "config.eval_batch_size=15 is not divisible"),
+        ({"ada.microbatch": 3}, "config.ada.microbatch=3 does not divide the 8 examples"),
+    ],
+)
+def test_batches_that_the_devices_do_not_divide(changes, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        train.validate_devices(tiny(**changes), devices=2)
 
 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--config.classifer=resnet9"], "classifer"),
+        (["--config.classifer=resnet9"], "no field 'classifer'"),
+        (["--config=experiments/none.py"], "experiments/none.py is not a file"),
+        (["--config=experiments/cifar10.py:adda"], "choose from ada, nominal, small"),
+        (["--config.epochs=many"], "--config.epochs=many"),
         (["--config.ada.steps=0"], "config.ada.steps=0"),
         (["--config.ada.corruption_weights=README.md"], "README.md"),
         (["--config.dataset=folder", "--config.data_dir=/nowhere"], "/nowhere"),
