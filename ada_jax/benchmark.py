@@ -107,17 +107,19 @@ def lowerings() -> list[tuple[str, Callable[..., jax.Array]]]:
 
 INNER = (
     # corruption network, classifier, batch
-    ({"blocks": 16, "features": 64, "scale": 1}, "preact_resnet18", 16),
-    ({"blocks": 16, "features": 64, "scale": 4}, "preact_resnet50", 8),
-    ({"blocks": 4, "features": 16, "scale": 1}, "preact_resnet20", 64),
-    ({"blocks": 4, "features": 16, "scale": 1}, "resnet9", 64),
+    ("edsr_baseline", "preact_resnet18", 16),
+    ("edsr_baseline_x4", "preact_resnet50", 8),
+    ("cae", "preact_resnet18", 16),
+    ("edsr_small", "preact_resnet20", 64),
+    ("edsr_small", "resnet9", 64),
+    ("cae", "resnet9", 16),
 )
 
 
 def inner_rows(steps: int = 5) -> Iterator[tuple[str, float, float, str, float]]:
     """Inner maximisation, in example-steps per second."""
-    for edsr, classifier, batch in INNER:
-        net, logits_fn, x, y = problem(edsr, classifier, batch)
+    for name, classifier, batch in INNER:
+        net, logits_fn, x, y = problem(name, classifier, batch)
         flops = attack_flops(net, logits_fn) * batch * steps
 
         def attack(x, y, net=net, logits_fn=logits_fn):
@@ -127,14 +129,14 @@ def inner_rows(steps: int = 5) -> Iterator[tuple[str, float, float, str, float]]
             return delta
 
         seconds, compilation = measure(attack, x, y)
-        title = "inner maximisation, EDSR {blocks}x{features} x{scale}".format(**edsr)
         rate = f"{batch * steps / seconds:.0f} example-steps/s"
-        yield f"{title} + {classifier}, batch {batch}", flops, seconds, rate, compilation
+        title = f"inner maximisation, {name} + {classifier}, batch {batch}"
+        yield title, flops, seconds, rate, compilation
 
 
-def problem(edsr: dict[str, int], classifier: str, batch: int) -> tuple[Any, ...]:
-    """A random corruption network, a random classifier and a random batch."""
-    architecture = corruption_nets.edsr(**edsr)
+def problem(name: str, classifier: str, batch: int) -> tuple[Any, ...]:
+    """A corruption network without training, a random classifier and a random batch."""
+    architecture = corruption_nets.architecture(name)
     net = corruption_nets.CorruptionNet(architecture.apply, architecture.init(jax.random.key(0)))
     x = jax.random.uniform(jax.random.key(1), (batch, 32, 32, 3))
     model = classifiers.make(classifier, 10)
@@ -150,7 +152,13 @@ def problem(edsr: dict[str, int], classifier: str, batch: int) -> tuple[Any, ...
 def attack_flops(net: corruption_nets.CorruptionNet, logits_fn: Callable[..., Any]) -> float:
     """Operations of one step for one example: 3 passes of the network, 2 of the classifier."""
     x = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    return 3 * forward_flops(net.apply, net.theta, x) + 2 * forward_flops(logits_fn, x)
+    return 3 * net_flops(net) + 2 * forward_flops(logits_fn, x)
+
+
+def net_flops(net: corruption_nets.CorruptionNet) -> float:
+    """Operations of a corruption network's forward pass for one image of 32x32."""
+    x = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    return forward_flops(net.apply, net.theta, x, jax.random.key(0))
 
 
 def step_rows() -> Iterator[tuple[str, float, float, str, float]]:
@@ -160,17 +168,15 @@ def step_rows() -> Iterator[tuple[str, float, float, str, float]]:
         model = train.make_classifier(config, 10)
         schedule = train.learning_rate_schedule(config, 100.0, 1000)
         optimizer = train.make_optimizer(config, schedule)
-        net = None
-        if config.method == "ada":
-            net = corruption_nets.make(config.ada.corruption_net)
+        nets = train.make_corruption_nets(config.ada) if config.method == "ada" else ()
         images = jax.random.uniform(jax.random.key(0), (config.batch_size, 32, 32, 3))
         labels = jnp.arange(config.batch_size) % 10
         state = train.initial_state(model, optimizer, jax.random.key(0), images[:8])
-        step = train.make_update_step(config, model, net and net.apply, optimizer)
-        theta = net.theta if net else {}
+        step = train.make_update_step(config, model, [net.apply for net in nets], optimizer)
+        thetas = tuple(net.theta for net in nets)
 
-        def one_step(x, y, step=step, state=state, theta=theta):
-            return step(state, theta, {"image": x, "label": y}, jax.random.key(0))
+        def one_step(x, y, step=step, state=state, thetas=thetas):
+            return step(state, thetas, {"image": x, "label": y}, jax.random.key(0))
 
         seconds, compilation = measure(one_step, images, labels)
         logits_fn = functools.partial(
@@ -178,9 +184,9 @@ def step_rows() -> Iterator[tuple[str, float, float, str, float]]:
         )
         forward = forward_flops(lambda x, f=logits_fn: f(x)[0], images[:1])
         flops = 3 * forward
-        if net:
+        for net in nets:
             inner = attack_flops(net, lambda x, f=logits_fn: f(x)[0])
-            flops += config.ada.steps * inner + forward_flops(net.apply, net.theta, images[:1])
+            flops += config.ada.steps * inner + net_flops(net)
         rate = f"{config.batch_size / seconds:.0f} examples/s"
         title = f"training step, cifar10.py:{words}, batch {config.batch_size}"
         yield title, flops * config.batch_size, seconds, rate, compilation

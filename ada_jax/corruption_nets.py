@@ -16,10 +16,12 @@ from ada_jax import checkpoint, per_example
 from ada_jax.errors import UserError
 
 WEIGHTS = pathlib.Path(__file__).parent / "weights"
-EDSR_PRESETS = {
+# The keywords of `edsr`; None is the CAE, which has none.
+PRESETS = {
     "edsr_baseline_x4": {"blocks": 16, "features": 64, "scale": 4},
     "edsr_baseline": {"blocks": 16, "features": 64, "scale": 1},
     "edsr_small": {"blocks": 4, "features": 16, "scale": 1},
+    "cae": None,
 }
 _DIV2K_MEAN = np.array([0.4488, 0.4371, 0.4040], np.float32)  # EDSR's fixed MeanShift
 
@@ -37,17 +39,35 @@ class CorruptionNet(NamedTuple):
     theta: dict
 
 
+class Architecture(NamedTuple):
+    """A network without weights.
+
+    Attributes:
+      init: `init(key) -> theta`.
+      apply: see `CorruptionNet`.
+      scale: super-resolution factor of the network itself, 1 where it keeps the size.
+    """
+
+    init: Callable[..., dict]
+    apply: Callable[..., jax.Array]
+    scale: int
+
+
 def names() -> tuple[str, ...]:
     """The presets that `make` knows."""
-    return tuple(EDSR_PRESETS)
+    return tuple(PRESETS)
 
 
-def make(name: str, weights: str | None = None) -> CorruptionNet:
+def make(name: str, weights: str | None = None, *, enlarge: int = 1) -> CorruptionNet:
     """A corruption network with trained weights.
 
     Args:
       name: one of `names()`.
-      weights: a safetensors file written by `ada_jax.pretrain`; None takes the shipped one.
+      weights: a safetensors file written by `ada_jax.pretrain` or `ada_jax.import_weights`; None
+        takes the shipped one.
+      enlarge: factor by which images are enlarged before the network and reduced after it. The
+        published CAE saw patches of 128 pixels: 4 brings images of 32 to that size, where its
+        corruptions are milder and finer. The shipped weights know 32 pixels: 1.
 
     Returns:
       The network.
@@ -68,15 +88,7 @@ def make(name: str, weights: str | None = None) -> CorruptionNet:
     theta, _ = checkpoint.load_weights(path, like=jax.eval_shape(net.init, jax.random.key(0)))
     # Large networks are stored as float16.
     theta = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), theta)
-    return CorruptionNet(net.apply, theta)
-
-
-class Architecture(NamedTuple):
-    """A network without weights: `init(key) -> theta`, `apply(theta, x, key)`, and its scale."""
-
-    init: Callable[..., dict]
-    apply: Callable[..., jax.Array]
-    scale: int
+    return CorruptionNet(enlarged(net.apply, enlarge), theta)
 
 
 def architecture(name: str) -> Architecture:
@@ -85,9 +97,23 @@ def architecture(name: str) -> Architecture:
     Raises:
       UserError: unknown name.
     """
-    if name not in EDSR_PRESETS:
+    if name not in PRESETS:
         raise UserError(f"corruption_net={name!r} is unknown: choose one of {', '.join(names())}.")
-    return edsr(**EDSR_PRESETS[name])
+    fields = PRESETS[name]
+    return cae() if fields is None else edsr(**fields)
+
+
+def enlarged(apply: Callable[..., jax.Array], factor: int) -> Callable[..., jax.Array]:
+    """The network on bicubically enlarged images, its output reduced again (antialiased)."""
+    if factor == 1:
+        return apply
+
+    def resized(theta, x, key=None):
+        b, h, w, c = x.shape
+        large = jax.image.resize(x, (b, factor * h, factor * w, c), "cubic")
+        return jax.image.resize(apply(theta, large, key), x.shape, "cubic", antialias=True)
+
+    return resized
 
 
 # ------------------------------------------------------------------------------- EDSR
@@ -154,8 +180,104 @@ def pixel_shuffle(x: jax.Array) -> jax.Array:
     return x.reshape(b, 2 * h, 2 * w, c // 4)
 
 
-def _conv(params: dict, x: jax.Array) -> jax.Array:
-    return per_example.conv2d(x, params["w"], params["b"])
+# -------------------------------------------------------------------------------- CAE
+
+_CAE_WIDTHS = {  # name: (kernel size, inputs, outputs), the published network's names
+    "e_conv_1": (5, 3, 64),
+    "e_conv_2": (5, 64, 128),
+    **{f"e_block_{i}/conv{j}": (3, 128, 128) for i in (1, 2, 3) for j in (0, 1)},
+    "e_conv_3": (5, 128, 32),
+    "d_up_conv_1/conv": (3, 32, 64),
+    "d_up_conv_1/up": (2, 64, 128),
+    **{f"d_block_{i}/conv{j}": (3, 128, 128) for i in (1, 2, 3) for j in (0, 1)},
+    "d_up_conv_2/conv": (3, 128, 32),
+    "d_up_conv_2/up": (2, 32, 256),
+    "d_up_conv_3/conv0": (3, 256, 16),
+    "d_up_conv_3/conv1": (3, 16, 3),
+}
+
+
+def cae() -> Architecture:
+    """The compressive autoencoder of DeepAugment (Dinu's cae_32x32x32_zero_pad_bin).
+
+    Two bits a pixel: [B,H,W,3] becomes [B,H/4,W/4,32] bits and is rendered from these. Heights and
+    widths must be multiples of 4.
+
+    Returns:
+      The architecture; 42 leaves and 2,241,859 numbers. `apply` needs a key: the bits are drawn.
+    """
+
+    def apply(theta, x, key):
+        return cae_decode(theta, binarise(key, cae_encode(theta, x)))
+
+    return Architecture(cae_init, apply, 1)
+
+
+def cae_init(key: jax.Array) -> dict:
+    """Random CAE parameters, each kernel and bias U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
+    keys = jax.random.split(key, len(_CAE_WIDTHS))
+    return {
+        name: _conv_init(k, inputs, outputs, size)
+        for k, (name, (size, inputs, outputs)) in zip(keys, _CAE_WIDTHS.items(), strict=True)
+    }
+
+
+def cae_encode(theta: dict, x: jax.Array) -> jax.Array:
+    """[B,H,W,3] in [0,1] to the latent [B,H/4,W/4,32] in [-1,1].
+
+    Raises:
+      UserError: a side that is not a multiple of 4.
+    """
+    if x.shape[1] % 4 or x.shape[2] % 4:
+        raise UserError(
+            f"The CAE needs heights and widths that are multiples of 4, not {x.shape[1:3]}: "
+            "crop or resize the images."
+        )
+    act = jax.nn.leaky_relu
+    h = act(_conv(theta["e_conv_1"], _pad(x, 1, 2), stride=2, padding=0))
+    h = act(_conv(theta["e_conv_2"], _pad(h, 1, 2), stride=2, padding=0))
+    for i in (1, 2, 3):
+        h = _cae_block(theta, f"e_block_{i}", h)
+    return jnp.tanh(_conv(theta["e_conv_3"], h))
+
+
+def binarise(key: jax.Array, latent: jax.Array) -> jax.Array:
+    """Draws bits of -1 or 1 whose mean is the latent; their gradient is passed straight through."""
+    bits = jnp.where(jax.random.uniform(key, latent.shape) <= (1 + latent) / 2, 1.0, -1.0)
+    return latent + jax.lax.stop_gradient(bits - latent)
+
+
+def cae_decode(theta: dict, bits: jax.Array) -> jax.Array:
+    """Bits [B,h,w,32] of -1 or 1 to images [B,4h,4w,3] in [-1,1], near [0,1] when trained."""
+    act = jax.nn.leaky_relu
+    h = act(_conv(theta["d_up_conv_1/conv"], bits, padding=0))
+    h = _conv_transpose(theta["d_up_conv_1/up"], _pad(h, 1, 1))
+    for i in (1, 2, 3):
+        h = _cae_block(theta, f"d_block_{i}", h)
+    h = act(_conv(theta["d_up_conv_2/conv"], h, padding=0))
+    h = _conv_transpose(theta["d_up_conv_2/up"], _pad(h, 1, 1))
+    h = act(_conv(theta["d_up_conv_3/conv0"], h, padding=0))
+    return jnp.tanh(_conv(theta["d_up_conv_3/conv1"], _pad(h, 2, 2, "reflect"), padding=0))
+
+
+def _cae_block(theta: dict, name: str, x: jax.Array) -> jax.Array:
+    h = jax.nn.leaky_relu(_conv(theta[f"{name}/conv0"], x))
+    return x + _conv(theta[f"{name}/conv1"], h)
+
+
+def _pad(x: jax.Array, before: int, after: int, mode: str = "constant") -> jax.Array:
+    return jnp.pad(x, [(0, 0), (before, after), (before, after), (0, 0)], mode)
+
+
+# ------------------------------------------------------------------------------ layers
+
+
+def _conv(params: dict, x: jax.Array, stride: int = 1, padding: int | None = None) -> jax.Array:
+    return per_example.conv2d(x, params["w"], params["b"], stride=stride, padding=padding)
+
+
+def _conv_transpose(params: dict, x: jax.Array) -> jax.Array:
+    return per_example.conv_transpose2d(x, params["w"], params["b"])
 
 
 def _conv_init(key: jax.Array, inputs: int, outputs: int, size: int = 3) -> dict:

@@ -217,54 +217,78 @@ def _mnist5k_arrays() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _load_cifar10(split: str, data_dir: Any, download: bool) -> Dataset:
-    import tensorflow_datasets as tfds
-
-    builder = _cifar10_builder(data_dir or os.environ.get("TFDS_DATA_DIR") or None, download)
-    sizes = {key: info.num_examples for key, info in builder.info.splits.items()}
-    base = _split_name(split, sizes)
-    rows = _positions(split, sizes[base])
-    records = builder.as_data_source(
-        split=f"{base}[{rows.start}:{rows.stop}]",
-        decoders={"image": tfds.decode.SkipDecoding()},
-    )
+    records = _tfds_records("cifar10", split, data_dir, "image", download)
     return _encoded(records, _decode_tfds, _CIFAR10_CLASSES, (32, 32, 3), "cifar10")
 
 
-def _cifar10_builder(data_dir: Any, download: bool) -> Any:
+def div2k_images(split: str, data_dir: Any = None) -> Iterator[np.ndarray]:
+    """Reads the high-resolution photographs of DIV2K (Agustsson and Timofte, 2017) from TFDS.
+
+    Args:
+      split: 'train' (800 images) or 'validation' (100), or a slice.
+      data_dir: TFDS's directory; None means $TFDS_DATA_DIR or TFDS's own default.
+
+    Yields:
+      [H,W,3] uint8, each of its own size.
+
+    Raises:
+      UserError: the data or the split is not there.
+    """
+    from PIL import Image
+
+    for record in _tfds_records("div2k", split, data_dir, "hr"):
+        yield np.asarray(Image.open(io.BytesIO(record["hr"])).convert("RGB"))
+
+
+def _tfds_records(
+    name: str, split: str, data_dir: Any, image_key: str, download: bool = False
+) -> Sequence[Any]:
+    """The records of a split or a slice of it, images still encoded."""
+    import tensorflow_datasets as tfds
+
+    builder = _tfds_builder(name, data_dir or os.environ.get("TFDS_DATA_DIR") or None, download)
+    sizes = {key: info.num_examples for key, info in builder.info.splits.items()}
+    base = _split_name(split, sizes)
+    rows = _positions(split, sizes[base])
+    return builder.as_data_source(
+        split=f"{base}[{rows.start}:{rows.stop}]",
+        decoders={image_key: tfds.decode.SkipDecoding()},
+    )
+
+
+def _tfds_builder(name: str, data_dir: Any, download: bool) -> Any:
     import tensorflow_datasets as tfds
 
     if data_dir is not None:
         data_dir = os.path.expanduser(data_dir)
     try:
-        builder = tfds.builder("cifar10", data_dir=data_dir, file_format="array_record")
+        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except ValueError as error:
         raise UserError(
-            f"config.data_dir = {str(data_dir)!r} holds CIFAR-10 in a form without random access "
+            f"config.data_dir = {str(data_dir)!r} holds {name} in a form without random access "
             f"({_first_line(error.__cause__ or error)}): name a directory without it and prepare "
-            f"it there with {_prepare_command('ANOTHER_DIRECTORY')}."
+            f"it there with {_prepare_command(name, 'ANOTHER_DIRECTORY')}."
         ) from error
     if download:
         try:
             builder.download_and_prepare()
         except (OSError, tfds.download.DownloadError) as error:
             raise UserError(
-                f"config.dataset = 'cifar10' could not be downloaded ({_first_line(error)}): name "
+                f"config.dataset = {name!r} could not be downloaded ({_first_line(error)}): name "
                 "a directory that has it with --config.data_dir=DIRECTORY."
             ) from error
     if not builder.info.splits:
         raise UserError(
-            f"config.dataset = 'cifar10' is not in {str(builder.data_dir)!r}: download it with "
-            f"{_prepare_command(data_dir)}, or name the directory that has it with "
+            f"config.dataset = {name!r} is not in {str(builder.data_dir)!r}: download it with "
+            f"{_prepare_command(name, data_dir)}, or name the directory that has it with "
             "--config.data_dir=DIRECTORY."
         )
     return builder
 
 
-def _prepare_command(data_dir: Any) -> str:
+def _prepare_command(name: str, data_dir: Any) -> str:
     where = "" if data_dir is None else f", data_dir={str(data_dir)!r}"
-    return (
-        f"""python -c "import tensorflow_datasets as tfds; tfds.data_source('cifar10'{where})\""""
-    )
+    return f"""python -c "import tensorflow_datasets as tfds; tfds.data_source({name!r}{where})\""""
 
 
 def _decode_tfds(record: dict[str, Any]) -> tuple[np.ndarray, int]:

@@ -49,6 +49,27 @@ def conv2d(
     return y if b is None else y + b
 
 
+def conv_transpose2d(x: jax.Array, w: jax.Array, b: jax.Array | None = None) -> jax.Array:
+    """Transposed convolution whose step is its kernel's size, so that no two outputs overlap.
+
+    It is a product with the kernel at every pixel, and so as fast under `jax.vmap` over `w` as
+    `conv2d`.
+
+    Args:
+      x: images [B,H,W,C].
+      w: kernel [k,k,C,O].
+      b: bias [O], or None.
+
+    Returns:
+      [B,kH,kW,O], with output [kh+i, kw+j] = x[h, w] @ w[i, j] + b.
+    """
+    (batch, height, width, channels), (k, _, _, out) = x.shape, w.shape
+    y = conv2d(x, w.transpose(2, 0, 1, 3).reshape(1, 1, channels, k * k * out))
+    y = y.reshape(batch, height, width, k, k, out).transpose(0, 1, 3, 2, 4, 5)
+    y = y.reshape(batch, k * height, k * width, out)
+    return y if b is None else y + b
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _conv2d(x: jax.Array, w: jax.Array, stride: int, padding: int) -> jax.Array:
     return _forward_op(stride, padding)(x, w)
@@ -170,9 +191,9 @@ def patch_gradients(
 ) -> tuple[jax.Array, jax.Array]:
     """Its gradients (dx, dw) by one patch matrix and two matrix products."""
     kh, kw, c, out = w.shape
-    if _keeps_size(w, stride, padding):
+    if stride == 1 and kh == kw and padding < kh:
         # One patch matrix, of dy, serves both gradients: building it costs as much as the products.
-        p = patches(dy, (kh, kw), 1, padding)
+        p = patches(dy, (kh, kw), 1, kh - 1 - padding)
         dx = p @ jnp.swapaxes(w[::-1, ::-1], 2, 3).reshape(-1, c)
         return dx.reshape(x.shape), _mirror((x.reshape(-1, c).T @ p).reshape(c, kh, kw, out))
     p, transpose = jax.vjp(lambda x: patches(x, (kh, kw), stride, padding), x)
@@ -235,10 +256,6 @@ def _output_size(
     x: jax.Array, kernel: tuple[int, int], stride: int, padding: int
 ) -> tuple[int, int]:
     return tuple((x.shape[i + 1] + 2 * padding - kernel[i]) // stride + 1 for i in (0, 1))
-
-
-def _keeps_size(w: jax.Array, stride: int, padding: int) -> bool:
-    return stride == 1 and w.shape[0] == w.shape[1] == 2 * padding + 1
 
 
 def _mirror(dw: jax.Array) -> jax.Array:

@@ -147,9 +147,10 @@ def step_of(config: ml_collections.ConfigDict, batch_size: int) -> Step:
     schedule = train.learning_rate_schedule(config, steps_per_epoch=100, total_steps=1000)
     classifier = train.make_classifier(config, _CLASSES)
     optimizer = train.make_optimizer(config, schedule)
-    net = (
-        corruption_nets.architecture(config.ada.corruption_net) if config.method == "ada" else None
-    )
+    nets = [
+        corruption_nets.architecture(name)
+        for name in (config.ada.corruption_net if config.method == "ada" else ())
+    ]
     key = jax.eval_shape(lambda: jax.random.key(0))
 
     def initial_state(key):
@@ -159,9 +160,13 @@ def step_of(config: ml_collections.ConfigDict, batch_size: int) -> Step:
         "image": jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8),
         "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
     }
-    theta = jax.eval_shape(net.init, key) if net else {}
-    update = train.make_update_step(config, classifier, net and net.apply, optimizer)
-    return Step(update, (jax.eval_shape(initial_state, key), theta, batch, key))
+    thetas = tuple(jax.eval_shape(net.init, key) for net in nets)
+    applies = [
+        corruption_nets.enlarged(net.apply, enlarge)
+        for net, enlarge in zip(nets, config.ada.corruption_enlarge, strict=False)
+    ]
+    update = train.make_update_step(config, classifier, applies, optimizer)
+    return Step(update, (jax.eval_shape(initial_state, key), thetas, batch, key))
 
 
 def useful_flops(step: Step, cores: int) -> float:

@@ -1,6 +1,7 @@
-"""Trains a corruption network's weights: EDSR as a mild denoiser and super-resolver.
+"""Trains a corruption network's weights: EDSR to denoise and super-resolve, the CAE to compress.
 
 python -m ada_jax.pretrain --config=experiments/pretrain_edsr.py[:PRESET] [--workdir=DIR]
+python -m ada_jax.pretrain --config=experiments/pretrain_cae.py [--workdir=DIR]
 """
 
 import functools
@@ -25,6 +26,7 @@ PHOTOS = {  # scikit-image's colour photographs that come inside its package
     "test": ("chelsea",),
 }
 SCHEDULES = ("cosine", "halving")
+LOSSES = {"l1": jnp.abs, "mse": jnp.square}  # of the difference, averaged
 STORE_DTYPES = ("float32", "float16")
 Batch = dict[str, Any]
 Metrics = dict[str, jax.Array]
@@ -52,7 +54,7 @@ def make_update_step(
     net: corruption_nets.Architecture,
     optimizer: optax.GradientTransformation,
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]:
-    """Makes the update: patches -> L1 of reconstruction and super-resolution -> Adam -> metrics.
+    """Makes the update: patches -> loss of reconstruction and super-resolution -> Adam -> metrics.
 
     Args:
       config: the run's config.
@@ -64,24 +66,30 @@ def make_update_step(
       [examples(config, net),S,S,3] with S no less than the patches, `key` is the run's.
     """
 
-    def loss_fn(theta, clean, noisy, fine):
-        metrics = {"reconstruction_l1": l1(net.apply(theta, noisy), clean)}
-        loss = metrics["reconstruction_l1"]
+    def distance(a, b):
+        return jnp.mean(LOSSES[config.loss](a - b))
+
+    def loss_fn(theta, clean, noisy, fine, net_key):
+        loss = distance(net.apply(theta, noisy, net_key), clean)
+        metrics = {"reconstruction_loss": loss}
         if super_resolves(config, net):
-            metrics["sr_l1"] = l1(super_resolve(theta, fine, net.scale), fine)
-            loss += config.sr_weight * metrics["sr_l1"]
+            metrics["sr_loss"] = distance(super_resolve(theta, fine, net.scale), fine)
+            loss += config.sr_weight * metrics["sr_loss"]
         return loss, metrics | {"loss": loss}
 
     def update_step(state, batch, key):
         x = data.to_float(batch["image"])
-        example_keys = keys.of_positions(jax.random.fold_in(key, state.step), 0, len(x))
+        step_key = jax.random.fold_in(key, state.step)
+        example_keys = keys.of_positions(step_key, 0, len(x))
         patch_keys, noise_keys = jnp.moveaxis(jax.vmap(jax.random.split)(example_keys), 1, 0)
         first, rest = slice(config.batch_size), slice(config.batch_size, None)
         clean = random_patches(patch_keys[first], x[first], size=config.patch)
         noisy = add_noise(noise_keys[first], clean, config.noise)
         fine = random_patches(patch_keys[rest], x[rest], size=config.sr_patch)
 
-        gradient, metrics = jax.grad(loss_fn, has_aux=True)(state.theta, clean, noisy, fine)
+        gradient, metrics = jax.grad(loss_fn, has_aux=True)(
+            state.theta, clean, noisy, fine, jax.random.fold_in(step_key, len(x))
+        )
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.theta)
         theta = optax.apply_updates(state.theta, updates)
         metrics["gradient_norm"] = optax.tree.norm(gradient)
@@ -165,11 +173,6 @@ def add_noise(key: jax.Array, images: jax.Array, most: float) -> jax.Array:
     return jax.vmap(one)(keys.per_example(key, len(images)), images)
 
 
-def l1(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Mean absolute difference."""
-    return jnp.mean(jnp.abs(a - b))
-
-
 def learning_rate_schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
     """Linear warm-up from 0; then cosine to 0 at the last step, or halved every halve_steps."""
     peak, warmup = config.learning_rate, config.warmup_steps
@@ -201,7 +204,7 @@ def make_eval_step(
     def eval_step(theta, batch):
         images, mask = data.to_float(batch["image"]), batch["mask"]
         x = centre(images, config.patch)
-        y = jnp.clip(net.apply(theta, x), 0, 1)
+        y = jnp.clip(net.apply(theta, x, jax.random.key(0)), 0, 1)
         values = {"examples": jnp.ones_like(mask), "psnr": psnr(y, x), "ssim": ssim.ssim(y, x)}
         if super_resolves(config, net):
             x = centre(images, config.sr_patch)
@@ -271,11 +274,15 @@ def load_images(config: ml_collections.ConfigDict, split: str, *, size: int) -> 
     Raises:
       UserError: no such data, or images smaller than `size`.
     """
-    if config.dataset == "photos":
-        images = tiles(split, side=2 * size if split == "train" else size, step=size)
-        labels = np.zeros(len(images), np.int32)
-        return data.from_arrays(images, labels, class_names=("photo",), name="photos")
     data_dir = config.data_dir or None
+    if config.dataset in ("photos", "div2k"):
+        photos = config.dataset == "photos"
+        images = map(photo, PHOTOS[split]) if photos else data.div2k_images(split, data_dir)
+        side = 2 * size if split.startswith("train") else size
+        found = [tiles(image, side=side, step=size, most=config.tiles) for image in images]
+        images = np.concatenate(found)
+        labels = np.zeros(len(images), np.int32)
+        return data.from_arrays(images, labels, class_names=("photo",), name=config.dataset)
     dataset = data.load(config.dataset, split, data_dir=data_dir, image_size=config.image_size)
     if min(dataset.image_shape[:2]) < size:
         height, width, _ = dataset.image_shape
@@ -286,31 +293,31 @@ def load_images(config: ml_collections.ConfigDict, split: str, *, size: int) -> 
     return dataset
 
 
-def tiles(split: str, *, side: int, step: int) -> np.ndarray:
-    """Cuts scikit-image's photographs into squares that cover them.
+def tiles(image: np.ndarray, *, side: int, step: int, most: int) -> np.ndarray:
+    """Cuts a photograph into squares that cover it.
 
     Args:
-      split: a key of PHOTOS.
+      image: [H,W,3] uint8.
       side: of the squares, in pixels.
       step: from one to the next; the last of a row lies at the photograph's edge.
+      most: the most squares; where there would be more, evenly spread ones are kept.
 
     Returns:
       [N,side,side,3] uint8.
 
     Raises:
-      UserError: a photograph is smaller than a square.
+      UserError: the photograph is smaller than a square.
     """
-    found = []
-    for name in PHOTOS[split]:
-        image = photo(name)
-        if side > min(image.shape[:2]):
-            raise UserError(
-                f"config.patch or config.sr_patch needs squares of {side} pixels, more than the "
-                f"photograph {name} has ({image.shape[0]}x{image.shape[1]}): take at most 200."
-            )
-        tops, lefts = ([*range(0, n - side, step), n - side] for n in image.shape[:2])
-        found += [image[i : i + side, j : j + side] for i in tops for j in lefts]
-    return np.stack(found)
+    if side > min(image.shape[:2]):
+        raise UserError(
+            f"config.patch or config.sr_patch needs squares of {side} pixels, more than a "
+            f"photograph of {image.shape[0]}x{image.shape[1]} has: make it smaller."
+        )
+    tops, lefts = ([*range(0, n - side, step), n - side] for n in image.shape[:2])
+    corners = [(i, j) for i in tops for j in lefts]
+    if len(corners) > most:
+        corners = [corners[k] for k in np.linspace(0, len(corners) - 1, most).astype(int)]
+    return np.stack([image[i : i + side, j : j + side] for i, j in corners])
 
 
 def photo(name: str) -> np.ndarray:
@@ -338,21 +345,23 @@ def validate(config: ml_collections.ConfigDict) -> None:
     def one_of(field: str, known: tuple[str, ...]) -> None:
         require(config[field] in known, field, f"is unknown: choose one of {', '.join(known)}")
 
-    one_of("corruption_net", tuple(corruption_nets.EDSR_PRESETS))
-    one_of("dataset", ("photos", *data.NAMES))
+    one_of("corruption_net", corruption_nets.names())
+    one_of("dataset", ("photos", "div2k", *data.NAMES))
     one_of("schedule", SCHEDULES)
+    one_of("loss", tuple(LOSSES))
     one_of("store_dtype", STORE_DTYPES)
     if config.dataset == "photos":
         one_of("train_split", tuple(PHOTOS))
         one_of("eval_split", tuple(PHOTOS))
     positive = ("train_steps", "batch_size", "sr_batch_size", "eval_batch_size", "halve_steps")
-    for field in (*positive, "log_steps", "keep_checkpoints", "image_size"):
+    for field in (*positive, "log_steps", "keep_checkpoints", "image_size", "tiles"):
         require(config[field] >= 1, field, "must be 1 or more")
     for field in ("eval_steps", "checkpoint_steps"):
         require(config[field] >= 0, field, "must be 0 (off) or more")
     require(config.learning_rate > 0, "learning_rate", "must be positive")
     require(0 <= config.noise <= 1, "noise", "must be in [0, 1], where 1 is white")
-    require(config.sr_weight >= 0, "sr_weight", "must be 0 (off) or more")
+    for field in ("sr_weight", "weight_decay"):
+        require(config[field] >= 0, field, "must be 0 (off) or more")
     require(
         0 <= config.warmup_steps < config.train_steps,
         "warmup_steps",
@@ -363,7 +372,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
         "patch",
         f"is too small to measure SSIM: take {ssim.WINDOW} pixels or more",
     )
-    scale = corruption_nets.EDSR_PRESETS[config.corruption_net]["scale"]
+    scale = corruption_nets.architecture(config.corruption_net).scale
     require(
         config.sr_patch >= scale and config.sr_patch % scale == 0,
         "sr_patch",
@@ -395,7 +404,7 @@ def build(config: ml_collections.ConfigDict) -> Parts:
         load_images(config, config.train_split, size=size),
         load_images(config, config.eval_split, size=size),
         net,
-        optax.adam(schedule),
+        optax.chain(optax.add_decayed_weights(config.weight_decay), optax.adam(schedule)),
         schedule,
     )
 
@@ -524,7 +533,7 @@ def finish(parts: Parts, workdir: str, state: TrainState, seconds: float) -> Non
     quality = evaluate(eval_step, theta, parts.eval_set, config.eval_batch_size)
     metadata = {
         "corruption_net": name,
-        **corruption_nets.EDSR_PRESETS[name],
+        **(corruption_nets.PRESETS[name] or {}),
         "dataset": config.dataset,
         "train_split": config.train_split,
         "eval_split": config.eval_split,

@@ -9,7 +9,7 @@ import os
 import pathlib
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import haiku as hk
@@ -63,7 +63,7 @@ class TrainState(NamedTuple):
 def make_update_step(
     config: ml_collections.ConfigDict,
     classifier: hk.TransformedWithState,
-    net_apply: Callable[..., jax.Array] | None,
+    net_applies: Sequence[Callable[..., jax.Array]],
     optimizer: optax.GradientTransformation,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """Makes the step of one device: crop/flip -> AdA -> line search -> classifier -> metrics.
@@ -71,12 +71,14 @@ def make_update_step(
     Args:
       config: the run's config.
       classifier: Haiku classifier.
-      net_apply: the corruption network's function; None trains without AdA.
+      net_applies: the corruption networks' functions, of which every batch draws one; none trains
+        without AdA.
       optimizer: of the classifier.
 
     Returns:
-      `update_step(state, theta, batch, key) -> (state, metrics)`, to be mapped over AXIS; `batch`
-      has 'image' [b,H,W,3] and 'label' [b] of this device, `key` is the run's.
+      `update_step(state, thetas, batch, key) -> (state, metrics)`, to be mapped over AXIS; `thetas`
+      has a tree for each network, `batch` 'image' [b,H,W,3] and 'label' [b] of this device, `key`
+      is the run's.
     """
 
     def logits_in_attack(params, net_state, x):
@@ -85,13 +87,13 @@ def make_update_step(
             params, net_state, None, x, is_training=False, test_local_stats=local
         )[0]
 
-    def attack(state, theta, example_keys, x, y):
+    def attack(i, state, thetas, example_keys, x, y):
         return ada.adversarial_augment(
             example_keys,
             x,
             y,
             logits_fn=functools.partial(logits_in_attack, state.params, state.net_state),
-            net=corruption_nets.CorruptionNet(net_apply, theta),
+            net=corruption_nets.CorruptionNet(net_applies[i], thetas[i]),
             microbatch=config.ada.microbatch or None,
             **attack_settings(config),
         )
@@ -102,17 +104,23 @@ def make_update_step(
         loss = losses.cross_entropy(logits, y).mean()
         return loss + config.weight_decay * decay, (net_state, loss, logits)
 
-    def update_step(state, theta, batch, key):
+    def update_step(state, thetas, batch, key):
         x, y = data.to_float(batch["image"]), batch["label"]
         # Keys by position in the global batch: the number of devices does not change the draw.
         first = jax.lax.axis_index(AXIS) * len(y)
-        example_keys = keys.of_positions(jax.random.fold_in(key, state.step), first, len(y))
+        key = jax.random.fold_in(key, state.step)
+        example_keys = keys.of_positions(key, first, len(y))
         crop_keys, ada_keys = jnp.moveaxis(jax.vmap(jax.random.split)(example_keys), 1, 0)
 
         x = data.random_crop_flip(crop_keys, x, pad=config.pad, flip=config.flip)
         metrics = {}
-        if net_apply is not None:
-            x, attacked = attack(state, theta, ada_keys, x, y)
+        if net_applies:
+            # The same network on every device; the key is of no example's position.
+            drawn = jax.random.randint(
+                jax.random.fold_in(key, config.batch_size), (), 0, len(net_applies)
+            )
+            attacks = [functools.partial(attack, i) for i in range(len(net_applies))]
+            x, attacked = jax.lax.switch(drawn, attacks, state, thetas, ada_keys, x, y)
             metrics = attack_metrics(attacked)
 
         gradient_fn = jax.grad(loss_fn, has_aux=True)
@@ -286,7 +294,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     one_of("method", config.method, METHODS)
     one_of("dataset", config.dataset, data.NAMES)
     one_of("classifier", config.classifier, classifiers.names())
-    one_of("ada.corruption_net", config.ada.corruption_net, corruption_nets.names())
+    validate_corruption_nets(config.ada)
     one_of("ada.step_rule", config.ada.step_rule, tuple(perturbation.STEP_RULES))
     one_of("ada.root_rule", config.ada.root_rule, ssim.ROOT_RULES)
     one_of("ada.batch_norm", config.ada.batch_norm, ("batch", "running"))
@@ -310,6 +318,31 @@ def validate(config: ml_collections.ConfigDict) -> None:
         "epochs",
         f"and config.train_steps={config.train_steps} must not both be set: make one of them 0",
     )
+
+
+def validate_corruption_nets(config: ml_collections.ConfigDict) -> None:
+    """Checks the tuples of corruption networks, their weights and enlargements.
+
+    Raises:
+      UserError: an unknown name, or tuples of different lengths.
+    """
+    nets, known = tuple(config.corruption_net), corruption_nets.names()
+    if not nets or not all(name in known for name in nets):
+        raise UserError(
+            f"config.ada.corruption_net={nets} is unknown: choose from {', '.join(known)}; several "
+            "are written ('edsr_small','cae')."
+        )
+    for field in ("corruption_weights", "corruption_enlarge"):
+        if len(config[field]) != len(nets):
+            raise UserError(
+                f"config.ada.{field}={tuple(config[field])} has {len(config[field])} values for "
+                f"the {len(nets)} networks of config.ada.corruption_net={nets}: give one for each."
+            )
+    if not all(isinstance(n, int) and n >= 1 for n in config.corruption_enlarge):
+        raise UserError(
+            f"config.ada.corruption_enlarge={tuple(config.corruption_enlarge)} must be whole "
+            "factors of 1 (off) or more."
+        )
 
 
 def validate_devices(config: ml_collections.ConfigDict, devices: int) -> None:
@@ -341,7 +374,7 @@ class Parts(NamedTuple):
     config: ml_collections.ConfigDict
     train_set: data.Dataset
     eval_set: data.Dataset
-    net: corruption_nets.CorruptionNet | None
+    nets: tuple[corruption_nets.CorruptionNet, ...]  # none without AdA
     classifier: hk.TransformedWithState
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
@@ -355,9 +388,6 @@ def build(config: ml_collections.ConfigDict) -> Parts:
         data.load, config.dataset, data_dir=config.data_dir or None, image_size=config.image_size
     )
     train_set, eval_set = load(config.train_split), load(config.eval_split)
-    net = None
-    if config.method == "ada":
-        net = corruption_nets.make(config.ada.corruption_net, config.ada.corruption_weights or None)
     steps_per_epoch = len(train_set) / config.batch_size
     total_steps = config.train_steps or round(config.epochs * steps_per_epoch)
     schedule = learning_rate_schedule(config, steps_per_epoch, total_steps)
@@ -365,12 +395,23 @@ def build(config: ml_collections.ConfigDict) -> Parts:
         config,
         train_set,
         eval_set,
-        net,
+        make_corruption_nets(config.ada) if config.method == "ada" else (),
         make_classifier(config, train_set.num_classes),
         make_optimizer(config, schedule),
         schedule,
         steps_per_epoch,
         total_steps,
+    )
+
+
+def make_corruption_nets(
+    config: ml_collections.ConfigDict,
+) -> tuple[corruption_nets.CorruptionNet, ...]:
+    """The corruption networks of the attack's part of a config."""
+    fields = (config.corruption_net, config.corruption_weights, config.corruption_enlarge)
+    return tuple(
+        corruption_nets.make(name, weights or None, enlarge=enlarge)
+        for name, weights, enlarge in zip(*fields, strict=True)
     )
 
 
@@ -397,9 +438,9 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> int | None:
     images = data.to_float(next(data.eval_batches(parts.train_set, batch_size=8))["image"])
     state = initial_state(parts.classifier, parts.optimizer, key, images)
 
-    theta = parts.net.theta if parts.net else {}
+    thetas = tuple(net.theta for net in parts.nets)
     checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints)
-    expect = identity(config, theta)
+    expect = identity(config, thetas)
     restored = checkpoints.restore(state, expect)
     extra = {"expect": expect, "pending": []}
     if restored:
@@ -412,7 +453,7 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> int | None:
     log = logbook.Logbook(workdir, int(state.step), write=jax.process_index() == 0)
 
     started = time.monotonic()
-    state, interrupted = train(parts, state, theta, key, checkpoints, extra, log)
+    state, interrupted = train(parts, state, thetas, key, checkpoints, extra, log)
     checkpoints.close()
     log.close()
     if interrupted:
@@ -425,7 +466,7 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> int | None:
 def train(
     parts: Parts,
     state: TrainState,
-    theta: Any,
+    thetas: Any,
     key: jax.Array,
     checkpoints: checkpoint.Checkpoints,
     extra: dict[str, Any],
@@ -436,7 +477,7 @@ def train(
     Args:
       parts: the run.
       state: on the host, one copy.
-      theta: the corruption network's parameters.
+      thetas: the corruption networks' parameters.
       key: the run's key.
       checkpoints: where to save.
       extra: what is saved beside the state; 'pending' are metrics of steps not yet logged.
@@ -451,7 +492,7 @@ def train(
     config, total_steps, step = parts.config, parts.total_steps, int(state.step)
     finite = functools.partial(logbook.finite, advice="lower config.learning_rate or config.ada.nu")
     update_step, eval_step = compile_steps(parts)
-    state, theta = replicate(state), replicate(theta)
+    state, thetas = replicate(state), replicate(thetas)
     batches = data.train_batches(
         parts.train_set,
         batch_size=config.batch_size,
@@ -468,7 +509,7 @@ def train(
         while step < total_steps and not stop.received:
             with timer.waiting():
                 batch = shard(next(batches))
-            state, metrics = update_step(state, theta, batch, key)
+            state, metrics = update_step(state, thetas, batch, key)
             pending.append(metrics)
             step += 1
             if step % config.log_steps == 0 or step == total_steps:
@@ -492,7 +533,7 @@ def train(
 def compile_steps(parts: Parts) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The update step and the evaluation step, mapped over all devices."""
     update_step = make_update_step(
-        parts.config, parts.classifier, parts.net and parts.net.apply, parts.optimizer
+        parts.config, parts.classifier, [net.apply for net in parts.nets], parts.optimizer
     )
     return (
         jax.pmap(update_step, AXIS, in_axes=(0, 0, 0, None), donate_argnums=0),
@@ -529,15 +570,17 @@ _BOOKKEEPING = frozenset(
 )
 
 
-def identity(config: ml_collections.ConfigDict, theta: Any) -> dict[str, Any]:
+def identity(config: ml_collections.ConfigDict, thetas: Any) -> dict[str, Any]:
     """The values a checkpoint must agree on with the config: all but the bookkeeping.
 
-    The corruption network's weights count by their digest, whatever their file is called.
+    The corruption networks' weights count by their digest, whatever their files are called.
     """
     fields = {k: v for k, v in config.items() if k != "ada"}
     if config.method == "ada":
         fields |= {f"ada.{k}": v for k, v in config.ada.items()}
-        fields["ada.weights_digest"] = checkpoint.digest(theta)
+        fields["ada.weights_digest"] = checkpoint.digest(
+            {str(i): theta for i, theta in enumerate(thetas)}
+        )
     fields = {f"config.{k}": v for k, v in fields.items() if k not in _BOOKKEEPING}
     return json.loads(json.dumps(fields))  # tuples become lists, as they come back
 
@@ -564,16 +607,16 @@ def finish(parts: Parts, workdir: str, state: TrainState, seconds: float) -> Non
         "seconds": seconds,
     }
     rows = [("clean accuracy", f"{100 - clean['error']:.2f}% of {clean['examples']:.0f} images")]
-    if parts.net and parts.config.figure_examples:
-        attacked = show_attack(parts, state, os.path.join(workdir, "adversarial.png"))
-        results["ada"] = attacked
+    shown = zip(parts.nets, parts.config.ada.corruption_net, strict=False)
+    for net, name in shown if parts.config.figure_examples else ():
+        picture = os.path.join(workdir, f"adversarial_{name}.png")
+        attacked = show_attack(parts, net, state, picture)
+        results.setdefault("ada", {})[name] = attacked
+        accuracy = f"{100 - attacked['error']:.2f}% of {attacked['examples']} images"
         rows += [
-            (
-                "accuracy under AdA",
-                f"{100 - attacked['error']:.2f}% of {attacked['examples']} images",
-            ),
+            (f"accuracy under AdA, {name}", accuracy),
             ("mean SSIM of its images", f"{attacked['ssim']:.3f}"),
-            ("picture", os.path.join(workdir, "adversarial.png")),
+            ("picture", picture),
         ]
     logbook.write_json(os.path.join(workdir, "results.json"), results)
     rows += [
@@ -581,14 +624,17 @@ def finish(parts: Parts, workdir: str, state: TrainState, seconds: float) -> Non
         ("results", os.path.join(workdir, "results.json")),
         ("time", logbook.clock(seconds)),
     ]
-    print("\n" + "\n".join(f"| {name:24} | {value:44} |" for name, value in rows), flush=True)
+    print("\n" + "\n".join(f"| {name:35} | {value:44} |" for name, value in rows), flush=True)
 
 
-def show_attack(parts: Parts, state: TrainState, path: str) -> dict[str, float]:
+def show_attack(
+    parts: Parts, net: corruption_nets.CorruptionNet, state: TrainState, path: str
+) -> dict[str, float]:
     """Attacks the finished classifier on the first evaluation images, and draws some.
 
     Args:
       parts: the run.
+      net: one of its corruption networks.
       state: its last state.
       path: the PNG to write: clean, augmented, difference, SSIM and verdicts (paper, figure 1a).
 
@@ -612,7 +658,7 @@ def show_attack(parts: Parts, state: TrainState, path: str) -> dict[str, float]:
             x,
             y,
             logits_fn=logits_fn,
-            net=parts.net,
+            net=net,
             **attack_settings(config),
         )
         return images, metrics["ssim_after"], logits_fn(x), logits_fn(images)

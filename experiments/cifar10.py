@@ -63,8 +63,9 @@ def get_config(words: str = "") -> ml_collections.ConfigDict:
     # Inner maximisation.
     config.method = "nominal" if "nominal" in chosen else "ada"
     config.ada = ml_collections.ConfigDict()
-    config.ada.corruption_net = "edsr_baseline_x4"
-    config.ada.corruption_weights = ""  # a safetensors file; '' takes the shipped one
+    config.ada.corruption_net = ("edsr_baseline_x4",)  # of several, every batch draws one
+    config.ada.corruption_weights = ("",)  # safetensors files; '' takes the shipped one
+    config.ada.corruption_enlarge = (1,)  # factors by which images are enlarged for the network
     config.ada.nu = 0.015  # radius of each leaf's ball, relative to the leaf's norm
     config.ada.steps = 10
     config.ada.step_rule = "sign"  # 'sign' (paper) or 'l2' (per leaf)
@@ -98,7 +99,7 @@ def small(config: ml_collections.ConfigDict) -> None:
     config.learning_rate = 0.2
     config.warmup_epochs = 1.0
     config.weight_decay = 5e-4
-    config.ada.corruption_net = "edsr_small"
+    config.ada.corruption_net = ("edsr_small",)
     config.ada.nu = 0.02
     config.ada.steps = 1
     config.eval_epochs = 1.0

@@ -25,19 +25,22 @@ def get_config(preset: str = "edsr_small") -> ml_collections.ConfigDict:
     config.name = f"pretrain_{config.corruption_net}"
     config.seed = 0
 
-    # Data. 'photos' are those inside scikit-image, one held out ('test'); any of ada_jax.data else.
+    # Data. 'photos' are those inside scikit-image, one held out ('test'); 'div2k' is TFDS's (800
+    # 'train', 100 'validation'); any of ada_jax.data else.
     config.dataset = "photos"
     config.data_dir = ""
     config.train_split = "train"
     config.eval_split = "test"
     config.image_size = 32  # pixels, for the data set 'folder'
+    config.tiles = 4096  # squares cut from a photograph of 'photos' or 'div2k', at most
 
-    # Reconstruction at the input's size: L1 between the network on noisy patches and clean ones.
+    # Reconstruction at the input's size: the loss of the network on noisy patches to clean ones.
+    config.loss = "l1"  # or 'mse'
     config.batch_size = 16
     config.patch = 32  # pixels
     config.noise = 0.02  # its standard deviation is uniform in [0, noise]; 1 is white
 
-    # Super-resolution by the network's own scale, where that is more than 1: L1 on more patches.
+    # Super-resolution by the network's own scale, where that is more than 1, on more patches.
     config.sr_weight = 1.0  # 0 leaves it out
     config.sr_batch_size = 8
     config.sr_patch = 48  # pixels after the enlargement
@@ -48,6 +51,7 @@ def get_config(preset: str = "edsr_small") -> ml_collections.ConfigDict:
     config.schedule = "cosine"  # to 0 at the last step, or 'halving' every halve_steps
     config.halve_steps = 3000
     config.warmup_steps = 100
+    config.weight_decay = 0.0  # added to the gradient, as PyTorch's Adam does
 
     # Bookkeeping.
     config.store_dtype = "float32"  # or 'float16', half the size

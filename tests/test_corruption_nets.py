@@ -70,6 +70,11 @@ def test_random_parameters_fill_the_range_of_their_fan_in_and_follow_their_key()
     assert not np.any(first == second)
 
 
+def test_the_cae_has_42_leaves_and_2241859_parameters():
+    leaves = jax.tree.leaves(jax.eval_shape(corruption_nets.cae_init, jax.random.key(0)))
+    assert (len(leaves), sum(leaf.size for leaf in leaves)) == (42, 2_241_859)
+
+
 # ------------------------------------------------------------------------------- the function
 
 
@@ -222,3 +227,67 @@ def test_shipped_weights_are_nearly_the_identity_on_photographs(name):
     x = photographs()
     y = jnp.clip(jax.jit(net.apply)(net.theta, x), 0, 1)
     assert np.mean(jax.jit(ssim.ssim)(x, y)) >= 0.98
+
+
+# --------------------------------------------------------------------------------- the CAE
+
+
+@pytest.fixture(scope="module")
+def cae_theta():
+    return corruption_nets.cae_init(jax.random.key(0))
+
+
+@pytest.mark.parametrize("size", [(32, 32), (48, 40)])
+def test_the_cae_keeps_sizes_and_has_two_bits_a_pixel(cae_theta, size):
+    x = images(2, *size, 3)
+    latent = corruption_nets.cae_encode(cae_theta, x)
+    assert latent.shape == (2, size[0] // 4, size[1] // 4, 32)
+    bits = corruption_nets.binarise(jax.random.key(1), latent)
+    np.testing.assert_allclose(np.abs(bits), 1, atol=1e-6)
+    y = corruption_nets.cae_decode(cae_theta, bits)
+    assert y.shape == x.shape
+    whole = corruption_nets.cae().apply(cae_theta, x, jax.random.key(1))
+    np.testing.assert_allclose(whole, y, atol=1e-6)
+
+
+def test_sizes_that_the_cae_cannot_halve_twice_are_refused(cae_theta):
+    with pytest.raises(UserError, match="multiples of 4"):
+        corruption_nets.cae_encode(cae_theta, images(1, 30, 32, 3))
+
+
+def test_bits_have_the_latent_as_their_mean_and_pass_gradients_straight_through():
+    latent = jnp.linspace(-1, 1, 5)
+    draw = jax.vmap(corruption_nets.binarise, (0, None))(
+        jax.random.split(jax.random.key(0), 4000), latent
+    )
+    np.testing.assert_allclose(draw.mean(0), latent, atol=0.05)
+    assert (draw[:, 0] == -1).all() and (draw[:, -1] == 1).all()
+    gradient = jax.grad(
+        lambda e: jnp.sum(e * 0 + 3 * corruption_nets.binarise(jax.random.key(0), e))
+    )
+    np.testing.assert_allclose(gradient(latent), 3)
+
+
+def test_the_cae_per_example_equals_one_at_a_time(cae_theta):
+    x, keys = images(2, 12, 16, 3), jax.random.split(jax.random.key(3), 2)
+    thetas = jax.tree.map(lambda a: jnp.stack([a, 0.5 * a]), cae_theta)
+    one = lambda theta, x, key: corruption_nets.cae().apply(theta, x[None], key)[0]  # noqa: E731
+    together = jax.jit(jax.vmap(one))(thetas, x, keys)
+    for i in range(2):
+        alone = one(jax.tree.map(lambda a, i=i: a[i], thetas), x[i], keys[i])
+        np.testing.assert_allclose(together[i], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("factor", [1, 4])
+def test_an_enlarged_network_sees_larger_images(factor):
+    seen = []
+
+    def identity(theta, x, key):
+        seen.append(x.shape)
+        return x
+
+    ramp = jnp.linspace(0, 1, 16)[:, None] * jnp.linspace(1, 0, 12)
+    x = jnp.broadcast_to(ramp[..., None], (2, 16, 12, 3))
+    y = corruption_nets.enlarged(identity, factor)(None, x, None)
+    assert seen == [(2, 16 * factor, 12 * factor, 3)]
+    np.testing.assert_allclose(y, x, atol=0.02 if factor > 1 else 0)

@@ -112,3 +112,27 @@ def test_a_gradient_that_nobody_uses_is_not_computed():
     image = jax.jit(jax.grad(lambda x, w: (per_example.conv2d(x, w) ** 2).sum()))
     flops = [f.lower(x, w).compile().cost_analysis()["flops"] for f in (image, both)]
     assert flops[0] < 0.75 * flops[1]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_transposed_convolution_equals_xla_and_is_batched_over_kernels(bias):
+    x, w = random(3, 1, 4, 5, 6), random(3, 2, 2, 6, 7, seed=1)
+    b = random(3, 7, seed=2) if bias else jnp.zeros((3, 7))
+
+    def slow(x, w, b):
+        # XLA's transposed convolution mirrors the kernel.
+        flipped = w[::-1, ::-1]
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_transpose(x, flipped, (2, 2), "VALID", dimension_numbers=numbers) + b
+
+    def fast(x, w, b):
+        return per_example.conv_transpose2d(x, w, b if bias else None)
+
+    expected = jax.vmap(slow)(x, w, b)
+    dy = random(*expected.shape, seed=3)
+    for a, f in zip(
+        (expected, *jax.vjp(jax.vmap(slow), x, w, b)[1](dy)[:2]),
+        (jax.vmap(fast)(x, w, b), *jax.vjp(jax.vmap(fast), x, w, b)[1](dy)[:2]),
+        strict=True,
+    ):
+        np.testing.assert_allclose(f, a, atol=1e-4)

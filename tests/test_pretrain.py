@@ -14,7 +14,7 @@ import pytest
 from ada_jax import checkpoint, cli, corruption_nets, data, logbook, pretrain
 from ada_jax.errors import UserError
 
-EXPERIMENT = pathlib.Path(__file__).parents[1] / "experiments" / "pretrain_edsr.py"
+EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
 TINY = {
     "tiny": {"blocks": 1, "features": 4, "scale": 1},
     "tiny_x2": {"blocks": 1, "features": 4, "scale": 2},
@@ -32,11 +32,12 @@ def compile_once(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def tiny_presets(monkeypatch):
-    monkeypatch.setattr(corruption_nets, "EDSR_PRESETS", corruption_nets.EDSR_PRESETS | TINY)
+    monkeypatch.setattr(corruption_nets, "PRESETS", corruption_nets.PRESETS | TINY)
 
 
 def get_config(preset="tiny", **fields):
-    spec = importlib.util.spec_from_file_location("pretrain_edsr", EXPERIMENT)
+    name = "pretrain_cae" if preset == "cae" else "pretrain_edsr"
+    spec = importlib.util.spec_from_file_location(name, EXPERIMENTS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config(preset)
@@ -65,7 +66,7 @@ def arrays_equal(a, b):
     return jax.tree.all(jax.tree.map(np.array_equal, a, b))
 
 
-@pytest.mark.parametrize("preset", ["edsr_small", "edsr_baseline", "edsr_baseline_x4"])
+@pytest.mark.parametrize("preset", ["edsr_small", "edsr_baseline", "edsr_baseline_x4", "cae"])
 def test_the_experiment_is_valid_for_every_preset(preset):
     config = get_config(preset)
     assert config.is_locked and preset in config.name
@@ -86,7 +87,7 @@ def test_updates_lower_the_loss():
         state, metrics = update_step(state._replace(step=first.step), batch, jax.random.key(1))
         seen.append({name: float(value) for name, value in metrics.items()})
     assert seen[2]["loss"] < seen[1]["loss"] < seen[0]["loss"]
-    parts_of_loss = seen[0]["reconstruction_l1"] + config.sr_weight * seen[0]["sr_l1"]
+    parts_of_loss = seen[0]["reconstruction_loss"] + config.sr_weight * seen[0]["sr_loss"]
     assert seen[0]["loss"] == pytest.approx(parts_of_loss, rel=1e-5)
 
 
@@ -105,8 +106,8 @@ def test_a_run_stopped_and_resumed_equals_one_uninterrupted(tmp_path, monkeypatc
     assert pretrain.main(config, str(tmp_path / "halves")) == cli.INTERRUPTED
     assert not (tmp_path / "halves" / "tiny_x2.safetensors").exists()
     monkeypatch.undo()
-    tiny = corruption_nets.EDSR_PRESETS | TINY
-    monkeypatch.setattr(corruption_nets, "EDSR_PRESETS", tiny)
+    tiny = corruption_nets.PRESETS | TINY
+    monkeypatch.setattr(corruption_nets, "PRESETS", tiny)
     assert pretrain.main(config, str(tmp_path / "halves")) is None
 
     (whole, about), (halves, _) = (weights_of(tmp_path / w, "tiny_x2") for w in ("whole", "halves"))
@@ -179,10 +180,12 @@ def test_noise_is_as_strong_as_it_says():
 
 
 def test_tiles_cover_the_photographs_and_hold_one_out():
-    tiles = pretrain.tiles("test", side=64, step=32)
     photo = pretrain.photo("chelsea")
+    tiles = pretrain.tiles(photo, side=64, step=32, most=1000)
     assert (tiles[0] == photo[:64, :64]).all() and (tiles[-1] == photo[-64:, -64:]).all()
     assert tiles.dtype == np.uint8 and len(tiles) == 9 * 14
+    few = pretrain.tiles(photo, side=64, step=32, most=7)
+    assert len(few) == 7 and (few[0] == tiles[0]).all() and (few[-1] == tiles[-1]).all()
     assert not set(pretrain.PHOTOS["train"]) & set(pretrain.PHOTOS["test"])
 
 
@@ -203,7 +206,10 @@ def test_schedules():
     "fields, message",
     [
         ({"corruption_net": "vdsr"}, r"corruption_net='vdsr' is unknown: choose one of "),
-        ({"dataset": "div2k"}, r"config\.dataset='div2k' is unknown: choose one of photos, "),
+        ({"dataset": "vimeo"}, r"config\.dataset='vimeo' is unknown: choose one of photos, div2k"),
+        ({"dataset": "div2k", "data_dir": "/none"}, r"'div2k' is not in '/none/div2k"),
+        ({"loss": "l3"}, r"config\.loss='l3' is unknown: choose one of l1, mse"),
+        ({"weight_decay": -1.0}, r"config\.weight_decay=-1\.0 must be 0"),
         ({"train_split": "train[:10]"}, r"config\.train_split='train\[:10\]' is unknown"),
         ({"patch": 8}, r"config\.patch=8 is too small to measure SSIM: take 11 pixels or more"),
         ({"sr_patch": 15}, r"config\.sr_patch=15 must be a positive multiple of .* scale, 2"),
@@ -213,7 +219,7 @@ def test_schedules():
         ({"schedule": "linear"}, r"config\.schedule='linear' is unknown"),
         ({"store_dtype": "int8"}, r"config\.store_dtype='int8' is unknown"),
         ({"batch_size": 0}, r"config\.batch_size=0 must be 1 or more"),
-        ({"patch": 201}, r"squares of 402 pixels, more than the photograph coffee has"),
+        ({"patch": 201}, r"squares of 402 pixels, more than a photograph of 400x600 has"),
     ],
 )
 def test_bad_configs_are_refused_in_a_sentence(fields, message, tmp_path):
@@ -227,6 +233,22 @@ def test_patches_larger_than_the_images_are_refused(tmp_path):
     fields = {"dataset": "npz", "data_dir": str(tmp_path / "x.npz"), "patch": 15}
     with pytest.raises(UserError, match=r"config\.patch=15 .*larger than the images of x, which "):
         pretrain.build(get_config(**fields))
+
+
+def test_the_cae_learns_from_its_bits_and_is_measured():
+    config = get_config("cae", learning_rate=1e-3, train_steps=2)
+    parts = pretrain.build(config)
+    state = pretrain.initial_state(parts.net, parts.optimizer, jax.random.key(0))
+    update_step = jax.jit(pretrain.make_update_step(config, parts.net, parts.optimizer))
+    batch = next(data.train_batches(parts.train_set, batch_size=4, seed=0))
+    seen = []
+    for _ in range(4):
+        state, metrics = update_step(state, {"image": batch["image"]}, jax.random.key(1))
+        seen.append(float(metrics["loss"]))
+    assert seen[-1] < seen[0] and "sr_loss" not in metrics
+    images = {"image": batch["image"], "mask": np.ones(4, np.float32)}
+    quality = jax.jit(pretrain.make_eval_step(config, parts.net))(state.theta, images)
+    assert quality["examples"] == 4 and 0 < quality["psnr"] / 4 < 30
 
 
 def test_a_loss_that_is_not_finite_stops_the_run():

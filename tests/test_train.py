@@ -76,7 +76,7 @@ def test_the_paper_s_values_are_the_defaults():
     assert (config.warmup_epochs, config.weight_decay) == (5, 1e-4)
     assert (config.ada.nu, config.ada.steps, config.ada.step_scale) == (0.015, 10, 0.25)
     assert config.classifier == "preact_resnet50"
-    assert config.ada.corruption_net == "edsr_baseline_x4"
+    assert config.ada.corruption_net == ("edsr_baseline_x4",)
 
 
 @pytest.mark.parametrize("batch_size", [128, 512])
@@ -100,7 +100,9 @@ def test_learning_rate_schedule(batch_size):
         ("method", "adda", "ada, nominal"),
         ("dataset", "mnist", "mnist5k"),
         ("classifier", "resnet", "preact_resnet50"),
-        ("ada.corruption_net", "edsr", "edsr_small"),
+        ("ada.corruption_net", ("edsr",), "edsr_small"),
+        ("ada.corruption_net", ("edsr_small", "cae"), "2 networks"),
+        ("ada.corruption_enlarge", (0,), "factors"),
         ("ada.step_rule", "fgsm", "sign"),
         ("ada.root_rule", "x", "paper"),
         ("ada.batch_norm", "x", "running"),
@@ -169,11 +171,11 @@ def first_steps(config: ConfigDict, steps: int = 3) -> tuple[train.TrainState, d
     key = jax.random.key(config.seed)
     state = train.initial_state(parts.classifier, parts.optimizer, key, images)
     update_step, _ = train.compile_steps(parts)
-    theta = parts.net.theta if parts.net else {}
-    state, theta = train.replicate(state), train.replicate(theta)
+    thetas = tuple(net.theta for net in parts.nets)
+    state, thetas = train.replicate(state), train.replicate(thetas)
     batches = train.data.train_batches(parts.train_set, batch_size=config.batch_size, seed=0)
     for _ in range(steps):
-        state, metrics = update_step(state, theta, train.shard(next(batches)), key)
+        state, metrics = update_step(state, thetas, train.shard(next(batches)), key)
     return train.unreplicate(state), {k: float(v[0]) for k, v in metrics.items()}
 
 
@@ -268,7 +270,9 @@ def uninterrupted(tmp_path_factory):
 def test_a_run_leaves_what_it_promises(uninterrupted):
     folder, _, done = uninterrupted
     files = {p.name for p in (folder / "whole").iterdir()}
-    promised = "config.json metrics.jsonl results.json adversarial.png classifier.safetensors"
+    promised = (
+        "config.json metrics.jsonl results.json adversarial_edsr_small.png classifier.safetensors"
+    )
     assert files >= set(promised.split()) | {"checkpoints", "tensorboard"}
     results = json.loads((folder / "whole" / "results.json").read_text())
     assert results["clean"]["examples"] == 40

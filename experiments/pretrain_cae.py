@@ -1,0 +1,39 @@
+"""Weights for the CAE of DeepAugment: an autoencoder through two random bits a pixel.
+
+    python -m ada_jax.pretrain --config=experiments/pretrain_cae.py
+
+The weights come to runs/pretrain_cae/cae.safetensors, for `config.ada.corruption_weights`. The
+shipped ones were trained on CIFAR-10's training images at 32x32, the last 5,000 held out:
+
+    python -m ada_jax.pretrain --config=experiments/pretrain_cae.py --config.dataset=cifar10 \\
+        --config.train_split='train[:45000]' --config.eval_split='train[45000:]'
+
+The published network saw 5.8 million steps of 128x128 patches of video frames (learning rate 1e-4).
+"""
+
+import importlib.util
+import pathlib
+
+import ml_collections
+
+
+def get_config(preset: str = "cae") -> ml_collections.ConfigDict:
+    """The config of the EDSRs with the CAE's loss and schedule."""
+    config = _edsr(preset or "cae").unlock()
+    config.loss = "mse"
+    config.noise = 0.0
+    config.sr_weight = 0.0
+    config.weight_decay = 0.0  # the published network's was 1e-5
+    config.batch_size = 32
+    config.train_steps = 20000
+    config.learning_rate = 1e-3
+    config.store_dtype = "float16"
+    return config.lock()
+
+
+def _edsr(preset: str) -> ml_collections.ConfigDict:
+    path = pathlib.Path(__file__).with_name("pretrain_edsr.py")
+    spec = importlib.util.spec_from_file_location("pretrain_edsr", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(preset)
