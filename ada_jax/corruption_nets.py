@@ -23,7 +23,7 @@ PRESETS = {
     "edsr_small": {"blocks": 4, "features": 16, "scale": 1},
     "cae": None,
 }
-_DIV2K_MEAN = np.array([0.4488, 0.4371, 0.4040], np.float32)  # EDSR's fixed MeanShift
+DIV2K_MEAN = np.array([0.4488, 0.4371, 0.4040], np.float32)  # EDSR's fixed MeanShift
 
 
 class CorruptionNet(NamedTuple):
@@ -162,7 +162,7 @@ def edsr_apply(theta: dict, x: jax.Array) -> jax.Array:
 
     The published network works on 0..255; the factor 255 is part of the function, not of theta.
     """
-    x = _conv(theta["head"], 255 * (x - _DIV2K_MEAN))
+    x = _conv(theta["head"], 255 * (x - DIV2K_MEAN))
     h = x
     for i in range(sum(name.endswith("/conv0") for name in theta)):
         block = f"block{i:02d}"
@@ -170,7 +170,7 @@ def edsr_apply(theta: dict, x: jax.Array) -> jax.Array:
     h = x + _conv(theta["body_end"], h)
     for i in range(sum(name.startswith("up") for name in theta)):
         h = pixel_shuffle(_conv(theta[f"up{i}"], h))
-    return _conv(theta["tail"], h) / 255 + _DIV2K_MEAN
+    return _conv(theta["tail"], h) / 255 + DIV2K_MEAN
 
 
 def pixel_shuffle(x: jax.Array) -> jax.Array:

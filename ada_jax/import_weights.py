@@ -1,0 +1,272 @@
+"""Takes corruption networks over from PyTorch, and gives them back.
+
+python -m ada_jax.import_weights edsr edsr_baseline_x4.pt OUT.safetensors
+python -m ada_jax.import_weights cae model_final.state OUT.safetensors
+python -m ada_jax.import_weights --export cae IN.safetensors OUT.pt
+
+'edsr' is whichever preset of EDSR the file fits. Needs PyTorch: pip install -e '.[torch]'.
+"""
+
+import hashlib
+import os
+import pathlib
+import pickle
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from ada_jax import checkpoint, cli, corruption_nets
+from ada_jax.errors import UserError
+
+StateDict = dict[str, np.ndarray]
+_NETWORKS = ("edsr", *corruption_nets.names())
+_SHIFT = {"sub_mean": -255.0, "add_mean": 255.0}  # EDSR's MeanShift layers, in units of the mean
+
+
+# ------------------------------------------------------------------------ the mapping
+
+
+def torch_name(preset: str, name: str) -> str:
+    """The published network's name of a layer.
+
+    Args:
+      preset: a name of `corruption_nets.names()`.
+      name: a layer of its theta, such as 'block03/conv0'.
+
+    Returns:
+      The prefix of its '.weight' and '.bias', such as 'body.3.body.0'.
+    """
+    if preset == "cae":
+        layer, _, part = name.partition("/")
+        kind = layer.rstrip("123").rstrip("_")
+        # Positions inside the published nn.Sequentials, among paddings and activations.
+        at = {"e_conv": {"": 1}, "e_block": {"conv0": 1, "conv1": 4}}
+        at |= {"d_block": at["e_block"], "d_up_conv": {"conv": 0, "up": 3, "conv0": 0, "conv1": 3}}
+        position = 0 if layer == "e_conv_3" else at[kind][part]
+        return f"{layer}.{position}"
+    if match := re.fullmatch(r"block(\d+)/conv([01])", name):
+        return f"body.{int(match[1])}.body.{2 * int(match[2])}"
+    if match := re.fullmatch(r"up(\d)", name):
+        return f"tail.0.{2 * int(match[1])}"
+    blocks = corruption_nets.PRESETS[preset]["blocks"]
+    return {"head": "head.0", "body_end": f"body.{blocks}", "tail": "tail.1"}[name]
+
+
+def to_torch(preset: str, theta: Mapping[str, Any]) -> StateDict:
+    """Parameters in PyTorch's layout and with the published network's names.
+
+    Args:
+      preset: a name of `corruption_nets.names()`.
+      theta: its parameters.
+
+    Returns:
+      The state dict as float32 arrays, with EDSR's fixed MeanShift layers.
+    """
+    state = {}
+    for name, layer in theta.items():
+        prefix, w = torch_name(preset, name), np.asarray(layer["w"], np.float32)
+        # Convolutions are stored [out,in,h,w], transposed ones [in,out,h,w]; ours are [h,w,in,out].
+        state[f"{prefix}.weight"] = (
+            w.transpose(2, 3, 0, 1) if _is_up(name) else w.transpose(3, 2, 0, 1)
+        )
+        state[f"{prefix}.bias"] = np.asarray(layer["b"], np.float32)
+    if preset != "cae":
+        for shift, factor in _SHIFT.items():
+            state[f"{shift}.weight"] = np.eye(3, dtype=np.float32)[:, :, None, None]
+            state[f"{shift}.bias"] = np.float32(factor * corruption_nets.DIV2K_MEAN)
+    return state
+
+
+def from_torch(preset: str, state: StateDict) -> dict[str, dict[str, np.ndarray]]:
+    """Parameters of a preset from a PyTorch state dict.
+
+    Args:
+      preset: a name of `corruption_nets.names()`.
+      state: arrays by name; 'module.' or 'model.' before every name is ignored.
+
+    Returns:
+      theta, float32.
+
+    Raises:
+      UserError: other names, shapes or mean shifts than the network's, or values that are not
+        finite.
+    """
+    state = {re.sub(r"^(module\.|model\.)+", "", name): a for name, a in state.items()}
+    like = jax.eval_shape(corruption_nets.architecture(preset).init, jax.random.key(0))
+    zeros = jax.tree.map(lambda a: np.zeros(a.shape, np.float32), like)
+    expected = {name: a.shape for name, a in to_torch(preset, zeros).items()}
+    optional = {name for name in expected if name.partition(".")[0] in _SHIFT}
+    if missing := sorted(set(expected) - set(state) - optional):
+        raise UserError(
+            f"The file is not {preset}: it lacks {len(missing)} arrays, {missing[0]} first."
+        )
+    if unknown := sorted(set(state) - set(expected)):
+        raise UserError(
+            f"The file is not {preset}: it has {len(unknown)} arrays more, {unknown[0]} first."
+        )
+    for name, array in state.items():
+        if array.shape != expected[name]:
+            raise UserError(
+                f"The file is not {preset}: {name} has the shape {array.shape} and should have "
+                f"{expected[name]}."
+            )
+        if not np.isfinite(array).all():
+            raise UserError(f"The file's {name} holds NaN or infinity: take another file.")
+    _check_mean_shift({name: state[name] for name in optional & set(state)})
+    return {name: _layer(preset, name, state) for name in like}
+
+
+def _layer(preset: str, name: str, state: StateDict) -> dict[str, np.ndarray]:
+    prefix = torch_name(preset, name)
+    w = np.float32(state[f"{prefix}.weight"])
+    w = w.transpose(2, 3, 0, 1) if _is_up(name) else w.transpose(2, 3, 1, 0)
+    return {"w": np.ascontiguousarray(w), "b": np.float32(state[f"{prefix}.bias"])}
+
+
+def _is_up(name: str) -> bool:
+    """Whether a layer is a transposed convolution."""
+    return name.endswith("/up")
+
+
+def _check_mean_shift(shifts: StateDict) -> None:
+    for name, array in shifts.items():
+        layer, _, kind = name.partition(".")
+        expected = _SHIFT[layer] * corruption_nets.DIV2K_MEAN
+        if kind == "weight":
+            expected = np.eye(3)[:, :, None, None]
+        if not np.allclose(array, expected, atol=0.02):  # published as float32 of 0..255
+            raise UserError(
+                f"The file's {name} is {array.ravel().tolist()}, not DIV2K's fixed mean shift: the "
+                "network was trained with another normalisation, which is not supported."
+            )
+
+
+def preset_of(network: str, state: StateDict) -> str:
+    """The preset that a file is: the network asked for, or for 'edsr' the one whose layers fit.
+
+    Raises:
+      UserError: no preset of EDSR fits.
+    """
+    if network != "edsr":
+        return network
+    for preset, fields in corruption_nets.PRESETS.items():
+        if fields and _is_preset(preset, state):
+            return preset
+    raise UserError(
+        "The file is no EDSR that is known here "
+        f"({', '.join(n for n, fields in corruption_nets.PRESETS.items() if fields)}): its first "
+        f"arrays are {', '.join(list(state)[:3]) or 'none'}."
+    )
+
+
+def _is_preset(preset: str, state: StateDict) -> bool:
+    try:
+        from_torch(preset, state)
+    except UserError as error:
+        return "is not" not in str(error)  # of the right shape, but with something else wrong
+    return True
+
+
+# ------------------------------------------------------------------------ files
+
+
+def read_torch(path: str | os.PathLike[str]) -> StateDict:
+    """Reads a PyTorch file of tensors, old or new format, without running code from it.
+
+    Args:
+      path: the file; a state dict, or one inside a dict under 'state_dict' or 'model'.
+
+    Returns:
+      Arrays by name.
+
+    Raises:
+      UserError: no such file, not a whole PyTorch file, or one that holds more than tensors.
+    """
+    torch = _torch()
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist: name the PyTorch file.") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} was refused: it is damaged or holds more than tensors, which could run code "
+            "on loading. Save the network's state_dict() alone."
+        ) from error
+    except Exception as error:  # torch raises a different type for each way a file can be broken
+        raise UserError(
+            f"{path} is not a whole PyTorch file ({type(error).__name__}): fetch it again."
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+    if not isinstance(loaded, Mapping) or not all(torch.is_tensor(a) for a in loaded.values()):
+        raise UserError(f"{path} holds no state dict of tensors: save the network's state_dict().")
+    return {name: tensor.to(torch.float32).numpy() for name, tensor in loaded.items()}
+
+
+def write_torch(path: str | os.PathLike[str], state: StateDict) -> None:
+    """Writes a state dict for `torch.load`, whole or not at all."""
+    torch, path = _torch(), pathlib.Path(path)
+    unfinished = path.with_name(path.name + ".unfinished")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({name: torch.from_numpy(a.copy()) for name, a in state.items()}, unfinished)
+    unfinished.replace(path)
+
+
+def _torch() -> Any:
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        raise UserError("PyTorch is not installed: pip install -e '.[torch]'.") from error
+    return torch
+
+
+# ------------------------------------------------------------------------ the binary
+
+
+def import_file(network: str, source: str, out: str) -> str:
+    """Turns a PyTorch file into weights for `corruption_nets.make`; returns a line about them."""
+    state = read_torch(source)
+    preset = preset_of(network, state)
+    theta = from_torch(preset, state)
+    content = pathlib.Path(source).read_bytes()
+    metadata = {
+        "corruption_net": preset,
+        "imported_from": os.path.basename(source),
+        "imported_sha256": hashlib.sha256(content).hexdigest(),
+    }
+    digest = checkpoint.save_weights(out, theta, metadata)
+    leaves = jax.tree.leaves(theta)
+    count = sum(leaf.size for leaf in leaves)
+    return f"{out}: {preset}, {count:,} numbers in {len(leaves)} leaves, digest {digest[:16]}"
+
+
+def export_file(network: str, source: str, out: str) -> str:
+    """Turns our weights into a PyTorch file; returns a line about it."""
+    if network == "edsr":
+        raise UserError("Name the preset to export: edsr_baseline_x4, for example, and not edsr.")
+    net = corruption_nets.make(network, weights=source)
+    state = to_torch(network, net.theta)
+    write_torch(out, state)
+    return f"{out}: {network}, {len(state)} tensors for load_state_dict"
+
+
+def main(argv: list[str]) -> None:
+    """Imports or exports a file."""
+    if len(argv) != 4:
+        raise UserError("Give three words: NETWORK IN OUT, as in: edsr edsr_baseline_x4.pt OUT.")
+    _, network, source, out = argv
+    if network not in _NETWORKS:
+        raise UserError(f"{network!r} is unknown: choose one of {', '.join(_NETWORKS)}.")
+    if os.path.exists(out):
+        raise UserError(f"{out} exists and is not overwritten: remove it or name another file.")
+    print((export_file if flags.FLAGS.export else import_file)(network, source, out))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_bool("export", False, "From our weights to a PyTorch file.")
+    cli.start(main)
