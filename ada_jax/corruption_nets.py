@@ -214,12 +214,22 @@ def cae() -> Architecture:
 
 
 def cae_init(key: jax.Array) -> dict:
-    """Random CAE parameters, each kernel and bias U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
+    """Random CAE parameters that keep the size of activations, residual branches a tenth of it.
+
+    From PyTorch's own initialisation at a learning rate of 3e-4 or more every latent saturates
+    within a hundred steps, and the network renders one mean image.
+    """
+    theta = {}
     keys = jax.random.split(key, len(_CAE_WIDTHS))
-    return {
-        name: _conv_init(k, inputs, outputs, size)
-        for k, (name, (size, inputs, outputs)) in zip(keys, _CAE_WIDTHS.items(), strict=True)
-    }
+    for k, (name, (size, inputs, outputs)) in zip(keys, _CAE_WIDTHS.items(), strict=True):
+        # He's variance, 2 / fan_in; transposed convolutions add up no neighbours.
+        gain = 1.0 if name.endswith("/up") else 6**0.5
+        gain *= 0.1 if "_block_" in name and name.endswith("conv1") else 1.0
+        theta[name] = {
+            "w": gain * _conv_init(k, inputs, outputs, size)["w"],
+            "b": jnp.zeros(outputs),
+        }
+    return theta
 
 
 def cae_encode(theta: dict, x: jax.Array) -> jax.Array:

@@ -24,8 +24,8 @@ def get_config(preset: str = "cae") -> ml_collections.ConfigDict:
     config.noise = 0.0
     config.sr_weight = 0.0
     config.weight_decay = 0.0  # the published network's was 1e-5
-    config.batch_size = 32
-    config.train_steps = 20000
+    config.batch_size = 16
+    config.train_steps = 9000
     config.learning_rate = 1e-3
     config.store_dtype = "float16"
     return config.lock()
