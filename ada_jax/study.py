@@ -1,0 +1,347 @@
+"""The paper's two studies of the corruption networks, each as a JSON file and a figure.
+
+python -m ada_jax.study ssim          how far random perturbations reach (figure 1b)
+python -m ada_jax.study reconstruct   how well perturbations imitate each corruption (figure 3)
+"""
+
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tqdm
+from absl import flags
+from jax import lax
+
+from ada_jax import (
+    ada,
+    checkpoint,
+    cli,
+    corruption_nets,
+    corruptions,
+    data,
+    figures,
+    logbook,
+    perturbation,
+    pretrain,
+    ssim,
+)
+from ada_jax.errors import UserError
+
+RADII = ("0.0075", "0.009375", "0.015", "0.03", "0.06")
+PAPER = {"edsr": (0.91, 0.26), "cae": (0.84, 0.16)}  # mean and deviation over all corruptions
+
+
+# ------------------------------------------------------------------------ the measurements
+
+
+def random_ssim(
+    net: corruption_nets.CorruptionNet, key: jax.Array, x: jax.Array, nu: float
+) -> jax.Array:
+    """SSIM between images and what randomly perturbed networks render of them (figure 1b).
+
+    Args:
+      net: the corruption network.
+      key: one key per example [B].
+      x: images [B,H,W,3] in [0,1].
+      nu: relative radius; delta is uniform in the balls.
+
+    Returns:
+      [B].
+    """
+    delta = perturbation.init(key, net.theta, perturbation.radii(net.theta, nu))
+    return ssim.ssim(x, ada.render(net, delta, x, key))
+
+
+def reconstruct(
+    net: corruption_nets.CorruptionNet,
+    key: jax.Array,
+    x: jax.Array,
+    target: jax.Array,
+    *,
+    steps: int = 50,
+    learning_rate: float = 1e-3,
+    penalty: float = 1e-5,
+) -> jax.Array:
+    """How near perturbed networks come to given corruptions of their inputs (equation 6).
+
+    Adam maximises SSIM(c_{theta+delta}(x), target) - penalty ||delta||^2 over a delta of each
+    example's own, from zero and without a ball.
+
+    Args:
+      net: the corruption network.
+      key: one key per example [B]; a stochastic network's noise is fixed by it.
+      x: clean images [B,H,W,3] in [0,1].
+      target: the same images corrupted.
+      steps: of Adam.
+      learning_rate: of Adam.
+      penalty: see above.
+
+    Returns:
+      SSIM of the last step's clipped images [B].
+    """
+    adam = optax.adam(learning_rate)
+    delta = jax.tree.map(lambda a: jnp.zeros((len(x), *a.shape)), net.theta)
+
+    def similarity(delta):
+        theta = perturbation.add(net.theta, delta)
+        one = lambda theta, x, key: net.apply(theta, x[None], key)[0]  # noqa: E731
+        return ssim.ssim(target, jax.vmap(one)(theta, x, key))
+
+    def loss(delta):
+        squares = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(delta))
+        return penalty * squares - similarity(delta).sum()
+
+    def ascend(_, carry):
+        delta, state = carry
+        updates, state = adam.update(jax.grad(loss)(delta), state)
+        return optax.apply_updates(delta, updates), state
+
+    delta, _ = lax.fori_loop(0, steps, ascend, (delta, adam.init(delta)))
+    return ssim.ssim(target, ada.render(net, delta, x, key))
+
+
+def in_batches(f: Callable[..., jax.Array], *arrays: np.ndarray, batch_size: int) -> np.ndarray:
+    """f of arrays [N, ...], batch by batch over all devices.
+
+    Args:
+      f: from one device's keys [b] and arrays [b, ...] to values [b]; a key depends on the
+        example's position in the arrays alone.
+      *arrays: float or integer arrays with the same first axis.
+      batch_size: examples at a time, a multiple of the number of devices.
+
+    Returns:
+      Values [N].
+    """
+    devices, count = jax.local_device_count(), len(arrays[0])
+    root = jax.random.key(0)
+    run = jax.pmap(
+        lambda i, *a: f(jax.vmap(lambda i: jax.random.fold_in(root, i))(i), *a), axis_name="devices"
+    )
+    found = []
+    for start in range(0, count, batch_size):
+        # The last batch is filled up with the first examples, so that all have one shape.
+        rows = np.arange(start, start + batch_size) % count
+        split = [a[rows].reshape(devices, -1, *a.shape[1:]) for a in (np.arange(count), *arrays)]
+        found.append(np.asarray(run(*split)).reshape(-1)[: count - start])
+    return np.concatenate(found)
+
+
+# ------------------------------------------------------------------------ the studies
+
+
+def study_ssim(
+    nets: dict[str, corruption_nets.CorruptionNet],
+    x: np.ndarray,
+    settings: dict[str, Any],
+    batch_size: int,
+) -> dict[str, Any]:
+    """SSIM under random perturbations of each network at each radius.
+
+    Args:
+      nets: by name.
+      x: images [N,H,W,3] in [0,1].
+      settings: 'radii', as strings.
+      batch_size: see `in_batches`.
+
+    Returns:
+      By network and radius ('0' without perturbation): 'mean', 'std' and all 'values'.
+    """
+    results: dict[str, Any] = {name: {} for name in nets}
+    radii = ("0", *settings["radii"])
+    for name, nu in tqdm.tqdm([(name, nu) for name in nets for nu in radii], desc="radii"):
+
+        def measure(key, x, net=nets[name], nu=float(nu)):
+            return random_ssim(net, key, x, nu)
+
+        values = in_batches(measure, x, batch_size=batch_size)
+        results[name][nu] = _summary(values) | {"values": np.round(values, 5).tolist()}
+    return results
+
+
+def study_reconstruct(
+    nets: dict[str, corruption_nets.CorruptionNet],
+    images: np.ndarray,
+    settings: dict[str, Any],
+    batch_size: int,
+    results: dict[str, Any],
+    save: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Reconstruction of each corruption by each network (equation 6, figure 3).
+
+    Args:
+      nets: by name.
+      images: [N,H,W,3] uint8; each gets a severity of its own, uniform over the five.
+      settings: 'corruptions', 'steps', 'learning_rate' and 'seed'.
+      batch_size: see `in_batches`.
+      results: of an earlier call; what is in it is not done again.
+      save: called with the results after each corruption.
+
+    Returns:
+      By network and corruption: 'mean' and 'std' of SSIM(reconstruction, corrupted), and 'before',
+      the mean of SSIM(clean, corrupted).
+    """
+    tasks = [(n, c) for n in nets for c in settings["corruptions"] if c not in results.get(n, {})]
+    for name, corruption in tqdm.tqdm(tasks, desc="corruptions"):
+        target = corrupted(corruption, images, settings["seed"])
+
+        def measure(key, x, target, net=nets[name]):
+            fields = {k: settings[k] for k in ("steps", "learning_rate")}
+            return reconstruct(net, key, x, target, **fields)
+
+        arrays = (_to_float(images), _to_float(target))
+        values = in_batches(measure, *arrays, batch_size=batch_size)
+        before = np.asarray(jax.jit(ssim.ssim)(*map(jnp.asarray, arrays)))
+        summary = _summary(values) | {"before": float(before.mean())}
+        results.setdefault(name, {})[corruption] = summary
+        save(results)
+    return results
+
+
+def corrupted(name: str, images: np.ndarray, seed: int) -> np.ndarray:
+    """Images [N,H,W,3] uint8 under a corruption, each at a severity drawn uniformly from 1..5."""
+    severities = np.random.default_rng(seed).integers(1, 6, len(images))
+    out = np.empty_like(images)
+    for severity in range(1, 6):
+        chosen = np.flatnonzero(severities == severity)
+        out[chosen] = corruptions.corrupt(name, severity, images[chosen], seed, indices=chosen)
+    return out
+
+
+def _to_float(images: np.ndarray) -> np.ndarray:
+    return images.astype(np.float32) / 255
+
+
+def _summary(values: np.ndarray) -> dict[str, float]:
+    return {"mean": float(values.mean()), "std": float(values.std())}
+
+
+def ssim_table(results: dict[str, Any]) -> str:
+    """The SSIM study as a Markdown table."""
+    radii = list(next(iter(results.values())))
+    rows = [f"| nu | {' | '.join(radii)} |", "|---" * (len(radii) + 1) + "|"]
+    for name, by_radius in results.items():
+        cells = [f"{by_radius[nu]['mean']:.4f} ± {by_radius[nu]['std']:.4f}" for nu in radii]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def reconstruct_table(results: dict[str, Any]) -> str:
+    """The reconstruction study as a Markdown table, with the paper's means over all corruptions."""
+    names = list(results)
+    done = [c for c in results[names[0]] if all(c in results[n] for n in names)]
+    rows = [f"| corruption | clean | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
+    for c in done:
+        cells = [f"{results[n][c]['mean']:.2f} ± {results[n][c]['std']:.2f}" for n in names]
+        rows.append(f"| {c} | {results[names[0]][c]['before']:.2f} | {' | '.join(cells)} |")
+    means = [np.mean([results[n][c]["mean"] for c in done]) for n in names]
+    before = np.mean([results[names[0]][c]["before"] for c in done])
+    rows.append(f"| mean of {len(done)} | {before:.2f} | {' | '.join(f'{m:.2f}' for m in means)} |")
+    paper = [PAPER[n.partition("_")[0]] for n in names]
+    rows.append(f"| paper | | {' | '.join(f'{mean:.2f} ± {std:.2f}' for mean, std in paper)} |")
+    return "\n".join(rows)
+
+
+# ------------------------------------------------------------------------ the binary
+
+
+def load_images(dataset: str, split: str, data_dir: str, count: int, seed: int) -> np.ndarray:
+    """A random subset of a data set's images, [count,H,W,3] uint8.
+
+    Raises:
+      UserError: fewer images than asked for, or images that are not uint8.
+    """
+    if dataset == "photos":
+        tiles = [
+            pretrain.tiles(pretrain.photo(name), side=32, step=32, most=4096)
+            for name in pretrain.PHOTOS["test"]
+        ]
+        source = data.from_arrays(
+            np.concatenate(tiles), np.zeros(sum(map(len, tiles)), int), class_names=("photo",)
+        )
+    else:
+        source = data.load(dataset, split, data_dir=data_dir or None)
+    if len(source) < count:
+        raise UserError(
+            f"--examples={count} is more than the {len(source)} images of --dataset={dataset}: "
+            "take fewer."
+        )
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(source))[:count])
+    images = np.stack([np.asarray(source.source[int(i)][0]) for i in chosen])
+    if images.dtype != np.uint8:
+        raise UserError(f"--dataset={dataset} has images of {images.dtype}: save them as uint8.")
+    return images
+
+
+def read_results(path: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier, unfinished run of the same settings has found; {} where there is none.
+
+    Raises:
+      UserError: the file is of other settings.
+    """
+    if not os.path.exists(path):
+        return {}
+    with open(path) as file:
+        written = json.load(file)
+    if written["settings"] != json.loads(json.dumps(settings)):
+        raise UserError(f"{path} is of other settings: name another --out or remove the file.")
+    return written["results"]
+
+
+def main(argv: list[str]) -> None:
+    """Runs a study."""
+    f = flags.FLAGS
+    if len(argv) != 2 or argv[1] not in ("ssim", "reconstruct"):
+        raise UserError("Name one study: python -m ada_jax.study ssim, or reconstruct.")
+    study, known = argv[1], (*corruptions.NAMES, *corruptions.EXTRA)
+    if unknown := sorted(set(f.corruptions) - set(known)):
+        raise UserError(f"--corruptions={unknown[0]} is unknown: choose from {', '.join(known)}.")
+    if f.batch_size % f.cpu_devices or f.batch_size < 1 or f.examples < 1:
+        raise UserError(
+            f"--batch_size={f.batch_size} and --examples={f.examples} must be positive, and the "
+            f"batch divisible by --cpu_devices={f.cpu_devices}."
+        )
+    cli.set_up_devices(f.cpu_devices, "~/.cache/ada_jax")
+    nets = {name: corruption_nets.make(name) for name in f.nets}
+    images = load_images(f.dataset, f.split, f.data_dir, f.examples, f.seed)
+    common = {"dataset": f.dataset, "split": f.split, "examples": f.examples, "seed": f.seed}
+    common["nets"] = {name: checkpoint.digest(net.theta) for name, net in nets.items()}
+    json_path, png_path = (os.path.join(f.out, f"{study}.{kind}") for kind in ("json", "png"))
+    os.makedirs(f.out, exist_ok=True)
+
+    if study == "ssim":
+        settings = common | {"radii": f.radii}
+        results = study_ssim(nets, _to_float(images), settings, f.batch_size)
+        logbook.write_json(json_path, {"settings": settings, "results": results})
+        figures.ssim_densities(png_path, results)
+        table = ssim_table(results)
+    else:
+        settings = common | {"corruptions": f.corruptions, "steps": f.steps}
+        settings["learning_rate"] = f.learning_rate
+        save = lambda r: logbook.write_json(json_path, {"settings": settings, "results": r})  # noqa: E731
+        results = read_results(json_path, settings)
+        results = study_reconstruct(nets, images, settings, f.batch_size, results, save)
+        figures.reconstruction_bars(png_path, results)
+        table = reconstruct_table(results)
+    print(f"{table}\n\n{json_path}\n{png_path}")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_list("nets", ["edsr_baseline_x4", "cae"], "Corruption networks.")
+    flags.DEFINE_string("dataset", "cifar10", "'photos' or a data set of ada_jax.data.")
+    flags.DEFINE_string("split", "test", "Split of the data set, or a slice of it.")
+    flags.DEFINE_string("data_dir", "", "Where the data is.")
+    flags.DEFINE_integer("examples", 640, "Images, drawn at random.")
+    flags.DEFINE_integer("seed", 0, "Of the choice of images and of the corruptions.")
+    flags.DEFINE_integer("batch_size", 32, "Examples at a time over all devices; bounds memory.")
+    flags.DEFINE_integer("cpu_devices", 2, "Devices that a CPU is split into.")
+    flags.DEFINE_string("out", "runs/study", "Folder for the JSON file and the figure.")
+    flags.DEFINE_list("radii", list(RADII), "ssim: relative radii.")
+    flags.DEFINE_list("corruptions", list(corruptions.NAMES), "reconstruct: which corruptions.")
+    flags.DEFINE_integer("steps", 50, "reconstruct: steps of Adam.")
+    flags.DEFINE_float("learning_rate", 1e-3, "reconstruct: of Adam.")
+    cli.start(main)

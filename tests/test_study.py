@@ -1,0 +1,130 @@
+"""The studies: what they measure, that they resume, and their tables, figures and refusals."""
+
+import json
+import subprocess
+import sys
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ada_jax import corruption_nets, figures, ssim, study
+from ada_jax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def net():
+    return corruption_nets.make("edsr_small")
+
+
+@pytest.fixture(scope="module")
+def images():
+    return study.load_images("photos", "test", "", 6, seed=0)
+
+
+def test_every_example_counts_once_and_keeps_its_key_whatever_the_batch():
+    x = np.arange(7, dtype=np.float32)
+    f = lambda key, x: x + jax.vmap(jax.random.uniform)(key)  # noqa: E731
+    whole = study.in_batches(f, x, batch_size=7)
+    np.testing.assert_array_equal(study.in_batches(f, x, batch_size=2), whole)
+    np.testing.assert_array_equal(study.in_batches(f, x, batch_size=16), whole)
+    assert len(set(np.round(whole - x, 5))) == 7
+
+
+def test_without_a_radius_the_network_itself_is_measured_and_larger_radii_reach_further(
+    net, images
+):
+    results = study.study_ssim({"a": net}, study._to_float(images), {"radii": ["0.3", "0.6"]}, 3)[
+        "a"
+    ]
+    rendered = net.apply(net.theta, jnp.float32(images) / 255)
+    expected = ssim.ssim(jnp.float32(images) / 255, jnp.clip(rendered, 0, 1))
+    np.testing.assert_allclose(results["0"]["values"], expected, atol=2e-5)
+    assert results["0"]["mean"] > results["0.3"]["mean"] > results["0.6"]["mean"]
+    assert results["0.3"]["std"] < results["0.6"]["std"]
+    assert study.ssim_table({"a": results}).count("\n") == 2
+
+
+def test_reconstruction_comes_nearer_to_the_corruption_with_every_step(net, images):
+    x = jnp.float32(images) / 255
+    target = jnp.clip(x + 0.2, 0, 1)
+    keys = jax.random.split(jax.random.key(0), len(x))
+
+    @jax.jit
+    def reached(x, target):
+        return [study.reconstruct(net, keys, x, target, steps=steps).mean() for steps in (0, 5, 20)]
+
+    none, few, many = reached(x, target)
+    np.testing.assert_allclose(none, ssim.ssim(target, net.apply(net.theta, x)).mean(), atol=1e-3)
+    assert none < few < many
+
+
+def test_reconstruction_of_an_example_does_not_depend_on_its_neighbours(net, images):
+    x, keys = jnp.float32(images) / 255, jax.random.split(jax.random.key(0), len(images))
+    f = jax.jit(lambda key, x: study.reconstruct(net, key, x, 1 - x, steps=3))
+    np.testing.assert_allclose(f(keys[:2], x[:2]), f(keys, x)[:2], atol=1e-4)
+
+
+def test_severities_are_mixed_and_each_image_has_its_own():
+    images = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8)
+    out = study.corrupted("brightness", images, seed=0)
+    assert len(np.unique(np.round((out.astype(int) - images).mean((1, 2, 3))))) >= 5
+    np.testing.assert_array_equal(out, study.corrupted("brightness", images, seed=0))
+    assert (out != study.corrupted("brightness", images, seed=1)).any()
+
+
+def test_reconstruction_resumes_after_each_corruption(net, images):
+    settings = {
+        "corruptions": ["brightness", "contrast"],
+        "steps": 1,
+        "learning_rate": 1e-3,
+        "seed": 0,
+    }
+    saved = []
+    save = lambda results: saved.append(json.loads(json.dumps(results)))  # noqa: E731
+    whole = study.study_reconstruct({"edsr_small": net}, images, settings, 2, {}, save)
+    assert [list(r["edsr_small"]) for r in saved] == [["brightness"], ["brightness", "contrast"]]
+    resumed = study.study_reconstruct({"edsr_small": net}, images, settings, 2, saved[0], save)
+    assert len(saved) == 3
+    chex.assert_trees_all_close(resumed, whole, rtol=1e-5)
+    table = study.reconstruct_table(whole)
+    assert "| brightness |" in table and "| paper | | 0.91 ± 0.26 |" in table
+
+
+def test_results_of_other_settings_are_not_taken_up(tmp_path):
+    path = tmp_path / "x.json"
+    assert study.read_results(str(path), {}) == {}
+    path.write_text(json.dumps({"settings": {"seed": 1}, "results": {"a": {}}}))
+    assert study.read_results(str(path), {"seed": 1}) == {"a": {}}
+    with pytest.raises(UserError, match="other settings"):
+        study.read_results(str(path), {"seed": 2})
+
+
+def test_figures_are_drawn(tmp_path):
+    rng = np.random.default_rng(0)
+    entry = lambda n: {"values": list(1 - 0.1 * rng.random(50)), "mean": n, "std": 0.1}  # noqa: E731
+    figures.ssim_densities(str(tmp_path / "a.png"), {"n": {"0": entry(1), "0.1": entry(0.9)}})
+    figures.reconstruction_bars(str(tmp_path / "b.png"), {"n": {"fog": entry(1)}, "m": {}})
+    assert all((tmp_path / f"{name}.png").stat().st_size > 5000 for name in "ab")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["fid"], "Name one study"),
+        (["ssim", "--nets=vdsr"], "'vdsr' is unknown"),
+        (["reconstruct", "--corruptions=rain"], "--corruptions=rain is unknown"),
+        (["ssim", "--batch_size=3"], "--batch_size=3"),
+        (
+            ["ssim", "--dataset=photos", "--nets=edsr_small", "--examples=100000"],
+            "--examples=100000",
+        ),
+    ],
+)
+def test_mistakes_are_told_in_a_sentence(words, said, tmp_path):
+    command = [sys.executable, "-m", "ada_jax.study", *words, f"--out={tmp_path}/out"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and said in done.stderr
+    assert not (tmp_path / "out").exists()
