@@ -1,0 +1,186 @@
+"""AugMix against Pillow, operation by operation, and its draws against the published ones."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import skimage.data
+from PIL import Image, ImageEnhance, ImageOps
+
+from ada_jax import augmix
+from ada_jax.errors import UserError
+
+EVERY = (*augmix.OPS, *augmix.EXTRA_OPS)
+INEXACT = ("rotate", "shear_x", "shear_y")  # float64 in Pillow
+
+
+def pillow(name: str, image: np.ndarray, level: float, sign: float) -> np.ndarray:
+    """The published augmentation's operation."""
+    source, (height, width) = Image.fromarray(image), image.shape[:2]
+    factor = level * 1.8 / 10 + 0.1
+
+    def transform(*matrix):
+        return source.transform((width, height), Image.AFFINE, matrix, resample=Image.BILINEAR)
+
+    out = {
+        "autocontrast": lambda: ImageOps.autocontrast(source),
+        "equalize": lambda: ImageOps.equalize(source),
+        "posterize": lambda: ImageOps.posterize(source, 4 - int(level * 4 / 10)),
+        "rotate": lambda: source.rotate(sign * int(level * 3), resample=Image.BILINEAR),
+        "solarize": lambda: ImageOps.solarize(source, 256 - int(level * 256 / 10)),
+        "shear_x": lambda: transform(1, sign * level * 0.03, 0, 0, 1, 0),
+        "shear_y": lambda: transform(1, 0, 0, sign * level * 0.03, 1, 0),
+        "translate_x": lambda: transform(1, 0, sign * int(level * (width / 3) / 10), 0, 1, 0),
+        "translate_y": lambda: transform(1, 0, 0, 0, 1, sign * int(level * (height / 3) / 10)),
+        "color": lambda: ImageEnhance.Color(source).enhance(factor),
+        "contrast": lambda: ImageEnhance.Contrast(source).enhance(factor),
+        "brightness": lambda: ImageEnhance.Brightness(source).enhance(factor),
+        "sharpness": lambda: ImageEnhance.Sharpness(source).enhance(factor),
+    }[name]()
+    return np.asarray(out)
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    """1,000 images of 32x32: noise of several ranges, flat ones, photographs."""
+    rng = np.random.default_rng(0)
+    noise = [
+        rng.integers(low, high + 1, (100, 32, 32, 3))
+        for low, high in ((0, 255), (40, 60), (200, 255), (7, 7))
+    ]
+    few = rng.choice([0, 3, 250], (100, 32, 32, 3), p=[0.1, 0.8, 0.1])
+    photo, cuts = skimage.data.astronaut(), rng.integers(0, 480, (500, 2))
+    real = np.stack([photo[i : i + 32, j : j + 32] for i, j in cuts])
+    return np.concatenate([*noise, few, real]).astype(np.uint8)
+
+
+def levels_of(name: str) -> np.ndarray:
+    """Levels in 0.1..3 on both sides of each step of an operation's own scale."""
+    steps = {
+        "posterize": 2.5,
+        "rotate": 1 / 3,
+        "solarize": 10 / 256,
+        "translate_x": 30 / 32,
+        "translate_y": 30 / 32,
+    }
+    edges = np.arange(1, 100) * steps.get(name, 0.2)
+    edges = edges[edges < 3]
+    return np.float32(np.unique(np.clip(np.concatenate([edges - 1e-3, edges + 1e-3]), 0.1, 3)))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_operation_is_pillows_at_every_level(name, images):
+    levels = np.resize(levels_of(name), len(images))
+    signs = np.where(np.arange(len(images)) // len(levels_of(name)) % 2, -1.0, 1.0)
+    op = jnp.full(len(images), EVERY.index(name))
+    ours = jax.jit(lambda *a: augmix.apply_ops(*a, ops=EVERY))(
+        jnp.asarray(images, jnp.int32), op, jnp.asarray(levels), jnp.float32(signs)
+    )
+    theirs = [pillow(name, *a) for a in zip(images, levels.tolist(), signs, strict=True)]
+    difference = np.abs(np.asarray(ours) - np.stack(theirs))
+    if name in INEXACT:
+        assert difference.max() <= 1 and (difference > 0).mean() <= 1e-3
+    else:
+        assert difference.max() == 0
+
+
+def test_the_vectorised_program_equals_the_cpus(images):
+    """What TPUs and GPUs run: all operations, one selected."""
+    some = jnp.asarray(images[::40], jnp.int32)
+    op, level = jnp.arange(len(some)) % len(EVERY), jnp.linspace(0.1, 3, len(some))
+    one = lambda *a: augmix._apply_one(*a, ops=EVERY)  # noqa: E731
+    np.testing.assert_array_equal(
+        jax.jit(jax.vmap(one))(some, op, level, jnp.ones(len(some))),
+        jax.jit(lambda *a: augmix.apply_ops(*a, ops=EVERY))(some, op, level, jnp.ones(len(some))),
+    )
+
+
+def test_other_sizes_are_pillows_too():
+    image = skimage.data.astronaut()[100:140, 200:248]
+    for name in ("rotate", "translate_x", "translate_y", "equalize", "sharpness"):
+        args = (jnp.asarray(image, jnp.int32)[None], *(jnp.float32([v]) for v in (2.2, -1)))
+        ours = augmix.apply_ops(args[0], jnp.array([0]), *args[1:], ops=(name,))[0]
+        assert np.abs(np.asarray(ours) - pillow(name, image, 2.2, -1)).max() <= (name == "rotate")
+
+
+# ------------------------------------------------------------------------------- the mixture
+
+
+def test_levels_are_drawn_as_published():
+    """Shares of the levels of three operations at severity 3."""
+    x = jnp.full((6000, 4, 4, 3), 248 / 255)
+    # 4 bits keep 240 of 248, 3 bits 224; a large alpha mixes half and half.
+    f = lambda key: augmix.augment_and_mix(  # noqa: E731
+        key, x, width=1, depth=1, alpha=1e6, ops=("posterize",)
+    )
+    mixed = 255 * np.asarray(jax.jit(f)(jax.random.key(0))[:, 0, 0, 0])
+    assert np.mean(mixed < 240) == pytest.approx(0.172, abs=0.02)
+    assert np.mean(np.abs(mixed - 244) < 0.5) == pytest.approx(0.828, abs=0.02)
+    levels = np.random.default_rng(0).uniform(0.1, 3, 200_000)
+    assert np.mean(np.floor(levels * 4 / 10) == 1) == pytest.approx(0.172, abs=0.005)
+    assert np.mean(np.floor(levels * 3) == 0) == pytest.approx(0.08, abs=0.005)
+    assert np.mean(np.floor(levels * (32 / 3) / 10) == 3) == pytest.approx(0.065, abs=0.005)
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """What a solarised white image shows: 0 in a chain, so the mixture's share can be read off."""
+    x = jnp.ones((3000, 4, 4, 3))
+    f = jax.jit(lambda key: augmix.augment_and_mix(key, x, depth=1, ops=("solarize",)))
+    return 1 - np.asarray(f(jax.random.key(1))[:, 0, 0, 0])
+
+
+def test_the_share_of_the_mixture_is_uniform(drawn):
+    assert np.quantile(drawn, [0.1, 0.5, 0.9]) == pytest.approx([0.1, 0.5, 0.9], abs=0.04)
+
+
+def test_the_depth_of_a_chain_is_one_two_or_three():
+    """At severity 0.1 brightness multiplies by 0.118, and a large alpha mixes half and half."""
+    x = jnp.ones((3000, 4, 4, 3))
+
+    def shown(depth):
+        f = lambda key: augmix.augment_and_mix(  # noqa: E731
+            key, x, severity=0.1, width=1, depth=depth, alpha=1e6, ops=("brightness",)
+        )
+        mixed = np.asarray(jax.jit(f)(jax.random.key(2))[:, 0, 0, 0])
+        return np.round(255 * (2 * mixed - 1)).astype(int)
+
+    values, counts = np.unique(shown(-1), return_counts=True)
+    near = {30: 1, 3: 2, 0: 3}
+    seen = {d: counts[np.abs(values - v) <= 1].sum() / 3000 for v, d in near.items()}
+    assert seen == pytest.approx({1: 1 / 3, 2: 1 / 3, 3: 1 / 3}, abs=0.04)
+    assert np.abs(shown(2) - 3).max() <= 1
+
+
+def test_an_example_does_not_depend_on_its_neighbours_and_stays_in_range(images):
+    x = jnp.float32(images[500:516]) / 255
+    key = jax.random.split(jax.random.key(0), len(x))
+    f = jax.jit(augmix.augment_and_mix)
+    whole = f(key, x)
+    np.testing.assert_allclose(f(key[:4], x[:4]), whole[:4], atol=1e-6)
+    assert whole.min() >= 0 and whole.max() <= 1 + 1e-6
+    assert np.abs(whole - x).mean() > 0.01
+
+
+def test_without_any_operation_drawn_an_image_on_the_grid_comes_back():
+    x = jnp.round(255 * jax.random.uniform(jax.random.key(0), (4, 16, 16, 3))) / 255
+    chains = augmix.apply_ops(
+        jnp.int32(255 * x + 0.5), jnp.zeros(4, int), jnp.ones(4), jnp.ones(4), ops=("", "solarize")
+    )
+    np.testing.assert_array_equal(chains, jnp.round(255 * x))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("severity", 0.0, "severity=0.0 must be in"),
+        ("width", 0, "width=0"),
+        ("depth", 0, "depth=0"),
+        ("alpha", 0.0, "alpha=0.0 must be positive"),
+        ("ops", ("blur",), "no operation 'blur'"),
+        ("ops", (), "ops is empty"),
+    ],
+)
+def test_mistakes_are_told(field, value, said):
+    with pytest.raises(UserError, match=said.replace(".", r"\.")):
+        augmix.augment_and_mix(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), **{field: value})
