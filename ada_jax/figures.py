@@ -1,6 +1,8 @@
 """Pictures."""
 
+import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -51,7 +53,7 @@ def adversarial_rows(
             axis.set_yticks([])
     for axis, name in zip(axes[:, 0], ("clean", "AdA", "difference x5"), strict=True):
         axis.set_ylabel(name, fontsize=10)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def ssim_densities(path: str, results: dict[str, dict[str, dict]]) -> None:
@@ -77,7 +79,7 @@ def ssim_densities(path: str, results: dict[str, dict[str, dict]]) -> None:
         axis.set(title=net, xlabel="SSIM to the clean image", yscale="log", ylim=(0.05, None))
         axis.legend(frameon=False)
     panels[0].set_ylabel("density")
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def reconstruction_bars(path: str, results: dict[str, dict[str, dict]]) -> None:
@@ -91,15 +93,147 @@ def reconstruction_bars(path: str, results: dict[str, dict[str, dict]]) -> None:
 
     corruptions = list(next(iter(results.values())))
     figure = Figure(figsize=(1 + 0.6 * len(corruptions), 3.6), layout="constrained")
-    axis, width = figure.subplots(), 0.8 / len(results)
-    for i, (net, by_corruption) in enumerate(results.items()):
-        places = np.arange(len(corruptions)) + (i - (len(results) - 1) / 2) * width
-        means, deviations = (
-            [by_corruption.get(c, {}).get(k, np.nan) for c in corruptions] for k in ("mean", "std")
-        )
-        axis.bar(places, means, width, yerr=deviations, label=net, error_kw={"lw": 0.8})
-    labels = [name.replace("_", " ") for name in corruptions]
-    axis.set_xticks(range(len(corruptions)), labels, rotation=40, ha="right")
+    axis = figure.subplots()
+    _side_by_side(axis, results, corruptions)
     axis.set(ylabel="SSIM", ylim=(0, 1.05))
     axis.legend(frameon=False, loc="lower right")
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
+
+
+def corruption_bars(
+    path: str, results: dict[str, dict[str, dict]], *, order: Sequence[str]
+) -> None:
+    """Draws the errors on each corruption, runs side by side.
+
+    Args:
+      path: PNG to write.
+      results: by run and corruption: 'mean' and 'std' in percent; NaN draws no whisker.
+      order: the corruptions from left to right; those that no run has are left out.
+    """
+    from matplotlib.figure import Figure
+
+    corruptions = [name for name in order if any(name in run for run in results.values())]
+    width = 2 + len(corruptions) * max(0.55, 0.15 * len(results))
+    figure = Figure(figsize=(width, 4.2), layout="constrained")
+    axis = figure.subplots()
+    _side_by_side(axis, results, corruptions)
+    axis.set(ylabel="error, %", ylim=(0, None))
+    axis.margins(x=0.01)
+    axis.grid(axis="y", alpha=0.3)
+    axis.set_axisbelow(True)
+    figure.legend(frameon=False, loc="outside upper center", ncols=4)
+    _save(figure, path)
+
+
+def severity_curves(
+    path: str, results: dict[str, dict[str, Sequence[float]]], *, order: Sequence[str]
+) -> None:
+    """Draws error against severity, a panel for each corruption.
+
+    Args:
+      path: PNG to write.
+      results: by run and corruption: errors in percent at severities 1 to 5, NaN where missing.
+      order: the corruptions, panel after panel; those that no run has are left out. 'mce' stands
+        for the mean over the standard 15.
+    """
+    from matplotlib.figure import Figure
+
+    corruptions = [name for name in order if any(name in run for run in results.values())]
+    lines = -(-len(corruptions) // 5)
+    figure = Figure(figsize=(11, 0.7 + 2.1 * lines), layout="constrained")
+    panels = figure.subplots(lines, 5, sharex=True, sharey=True, squeeze=False).ravel()
+    colours = _colours(len(results))
+    for axis, corruption in zip(panels, corruptions, strict=False):
+        for (label, run), colour in zip(results.items(), colours, strict=True):
+            # A run without this corruption still gets its line in the legend.
+            errors = run.get(corruption, [np.nan] * 5)
+            axis.plot(range(1, 6), errors, marker=".", color=colour, label=label)
+        axis.set_title("mean of the 15" if corruption == "mce" else _words(corruption), fontsize=9)
+        axis.set_xticks(range(1, 6))
+        axis.grid(alpha=0.3)
+    for axis in panels[len(corruptions) :]:
+        axis.remove()
+    panels[0].set_ylim(0, None)
+    figure.supxlabel("severity", fontsize=10)
+    figure.supylabel("error, %", fontsize=10)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, loc="outside upper center", ncols=4)
+    _save(figure, path)
+
+
+def training_maps(path: str, steps: Sequence[int], accuracies: dict[str, Sequence[float]]) -> None:
+    """Draws accuracy by corruption and step three times (paper, figure 2): brighter is better.
+
+    As it is; each column scaled to [0,1], which shows what is best at that step; each row scaled
+    to [0,1], which shows when a corruption was best.
+
+    Args:
+      path: PNG to write.
+      steps: [T].
+      accuracies: by corruption, top to bottom: percent [T], NaN where not measured.
+    """
+    from matplotlib.figure import Figure
+
+    raw = np.array(list(accuracies.values()))
+    figure = Figure(figsize=(12, 1.4 + 0.24 * len(raw)), layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
+    shown = (
+        ("accuracy, %", raw),
+        ("scaled within each step", _scaled(raw, 0)),
+        ("scaled within each corruption", _scaled(raw, 1)),
+    )
+    for axis, (title, values) in zip(panels, shown, strict=True):
+        image = axis.imshow(values, aspect="auto", interpolation="nearest", cmap="magma")
+        ticks = np.unique(np.linspace(0, len(steps) - 1, min(5, len(steps))).astype(int))
+        axis.set_xticks(ticks, [str(steps[i]) for i in ticks])
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step")
+        figure.colorbar(image, ax=axis, aspect=40, fraction=0.05, pad=0.02)
+    panels[0].set_yticks(range(len(raw)), [_words(name) for name in accuracies], fontsize=9)
+    _save(figure, path)
+
+
+def _scaled(values: np.ndarray, axis: int) -> np.ndarray:
+    """Values scaled along an axis so that the least is 0 and the greatest 1; equal ones are 1."""
+    low, high = (f(values, axis=axis, keepdims=True) for f in (np.fmin.reduce, np.fmax.reduce))
+    flat = high == low
+    return np.where(flat & np.isfinite(values), 1, (values - low) / np.where(flat, 1, high - low))
+
+
+def _side_by_side(axis: Any, results: dict[str, dict[str, dict]], names: Sequence[str]) -> None:
+    """Bars in groups, one group for each name and in it one bar for each of the results."""
+    width = 0.8 / len(results)
+    colours = _colours(len(results))
+    for i, (label, entries) in enumerate(results.items()):
+        places = np.arange(len(names)) + (i - (len(results) - 1) / 2) * width
+        means, deviations = (
+            [entries.get(name, {}).get(k, np.nan) for name in names] for k in ("mean", "std")
+        )
+        axis.bar(
+            places,
+            means,
+            width,
+            yerr=deviations,
+            label=label,
+            color=colours[i],
+            error_kw={"lw": 0.8},
+        )
+    axis.set_xticks(range(len(names)), [_words(name) for name in names], rotation=40, ha="right")
+
+
+def _colours(count: int) -> list[Any]:
+    import matplotlib
+
+    if count <= 10:
+        return [f"C{i}" for i in range(count)]
+    return list(matplotlib.colormaps["turbo"](np.linspace(0.03, 0.97, count)))
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _save(figure: Any, path: str) -> None:
+    """Writes a PNG whole or not at all."""
+    figure.savefig(f"{path}.tmp", format="png", dpi=120)
+    os.replace(f"{path}.tmp", path)

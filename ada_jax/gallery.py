@@ -1,0 +1,166 @@
+"""A report as one self-contained HTML page: tables that sort, figures, pictures; no requests."""
+
+import base64
+import html
+import pathlib
+from typing import NamedTuple
+
+from ada_jax import tables
+from ada_jax.tables import Cell, Table
+
+
+class Picture(NamedTuple):
+    """A PNG for the page."""
+
+    path: str
+    alt: str  # what it says, for who cannot see it
+    caption: str
+    section: str  # 'figures' or 'pairs'
+
+
+_SECTIONS = {"figures": "Figures", "pairs": "Clean and augmented images"}
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1c2330; --soft: #5b6472; --line: #d9dde4;
+  --paper: #fff; --band: #f4f6f9; --mark: #1f5fbf; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ee; --soft: #9aa4b2; --line: #343b47;
+  --paper: #14181f; --band: #1c222c; --mark: #7fb0ff; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1rem clamp(1rem, 4vw, 3rem) 4rem; max-width: 82rem;
+  background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: 1rem 0 .5rem; }
+h2 { font-size: 1.2rem; margin: 2.5rem 0 .75rem; }
+nav ul { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; padding: 0; list-style: none; }
+a { color: var(--mark); }
+.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: .5rem; }
+table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .4rem .55rem; text-align: left; white-space: nowrap; }
+.number { text-align: right; }
+thead th { border-bottom: 1px solid var(--line); background: var(--band); padding: 0;
+  vertical-align: bottom; white-space: normal; }
+thead button { all: unset; box-sizing: border-box; width: 100%; padding: .5rem .55rem;
+  cursor: pointer; color: var(--soft); font-weight: 600; }
+thead button:focus-visible { outline: 2px solid var(--mark); outline-offset: -2px; }
+[aria-sort=ascending] button::after { content: " \\2191"; }
+[aria-sort=descending] button::after { content: " \\2193"; }
+tbody { border-bottom: 1px solid var(--line); }
+tbody th { position: sticky; left: 0; background: var(--paper); font-weight: 500; }
+tbody tr + tr > * { color: var(--soft); font-size: .8125rem; padding-top: 0; }
+.notes { color: var(--soft); font-size: .875rem; padding-left: 1.1rem; overflow-wrap: anywhere; }
+figure { margin: 0 0 2rem; }
+figure img { display: block; width: 100%; min-width: 44rem; background: #fff; }
+figcaption { color: var(--soft); font-size: .875rem; margin-top: .5rem; overflow-wrap: anywhere; }
+@media (max-width: 40rem) {
+  table { font-size: .8125rem; }
+  th, td, thead button { padding-left: .35rem; padding-right: .35rem; }
+  tbody th { white-space: normal; overflow-wrap: anywhere; min-width: 7.5rem; }
+}
+"""
+
+# A click on a heading sorts; empty cells stay last, and lines of one group stay together.
+_SCRIPT = """
+for (const button of document.querySelectorAll("thead button")) {
+  button.addEventListener("click", () => {
+    const heading = button.parentElement, table = heading.closest("table");
+    const up = heading.getAttribute("aria-sort") !== "ascending";
+    const value = body => body.rows[0].cells[heading.cellIndex].dataset.value;
+    const compare = (a, b) => {
+      const [x, y] = [value(a), value(b)];
+      if (x === "" || y === "") return (x === "") - (y === "");
+      const order = isNaN(x) || isNaN(y) ? x.localeCompare(y) : x - y;
+      return up ? order : -order;
+    };
+    for (const other of heading.parentElement.cells) other.removeAttribute("aria-sort");
+    heading.setAttribute("aria-sort", up ? "ascending" : "descending");
+    table.append(...[...table.tBodies].sort(compare));
+  });
+}
+"""
+
+
+def page(title: str, shown: list[Table], pictures: list[Picture]) -> str:
+    """The page.
+
+    Args:
+      title: its heading.
+      shown: tables, in this order.
+      pictures: PNGs; they become part of the page.
+
+    Returns:
+      HTML that needs nothing else and may ask for nothing else.
+    """
+    parts = [(f"table{i}", table.title, _table(table)) for i, table in enumerate(shown)]
+    for section, heading in _SECTIONS.items():
+        if drawn := [_figure(p) for p in pictures if p.section == section]:
+            parts.append((section, heading, "\n".join(drawn)))
+    links = "".join(f'<li><a href="#{key}">{html.escape(name)}</a></li>' for key, name, _ in parts)
+    sections = "\n".join(
+        f'<section id="{key}"><h2>{html.escape(name)}</h2>\n{body}\n</section>'
+        for key, name, body in parts
+    )
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; \
+style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+<link rel="icon" href="data:,">
+<title>{html.escape(title)}</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<header>
+<h1>{html.escape(title)}</h1>
+<nav aria-label="Contents"><ul>{links}</ul></nav>
+</header>
+<main>
+{sections}
+</main>
+<script>{_SCRIPT}</script>
+</body>
+</html>
+"""
+
+
+def _table(table: Table) -> str:
+    head = "".join(
+        f'<th scope="col"{_align(cell)}><button type="button">{html.escape(name)}</button></th>'
+        for name, cell in zip(table.head, _samples(table), strict=True)
+    )
+    bodies = "\n".join(f"<tbody>{''.join(map(_line, group))}</tbody>" for group in table.groups)
+    notes = "".join(f"<li>{html.escape(note)}</li>" for note in table.notes)
+    return (
+        f'<div class="scroll" role="region" aria-label="{html.escape(table.title)}" tabindex="0">\n'
+        f"<table><thead><tr>{head}</tr></thead>\n{bodies}\n</table></div>"
+        + (f'\n<ul class="notes">{notes}</ul>' if notes else "")
+    )
+
+
+def _samples(table: Table) -> list[Cell]:
+    """A cell of each column that is not empty, where there is one."""
+    columns = zip(*table.lines, strict=True)
+    return [next((c for c in column if c.value is not None), Cell()) for column in columns]
+
+
+def _line(line: list[Cell]) -> str:
+    words = [html.escape(tables.text(cell)) for cell in line]
+    values = [html.escape("" if c.value is None else str(c.value)) for c in line]
+    cells = "".join(
+        f'<td{_align(cell)} data-value="{value}">{word}</td>'
+        for cell, value, word in zip(line[1:], values[1:], words[1:], strict=True)
+    )
+    return f'<tr><th scope="row" data-value="{values[0]}">{words[0]}</th>{cells}</tr>'
+
+
+def _align(cell: Cell) -> str:
+    return ' class="number"' if isinstance(cell.value, int | float) else ""
+
+
+def _figure(picture: Picture) -> str:
+    data = base64.b64encode(pathlib.Path(picture.path).read_bytes()).decode()
+    return (
+        f'<figure><div class="scroll" role="region" aria-label="Figure" tabindex="0">'
+        f'<img src="data:image/png;base64,{data}" alt="{html.escape(picture.alt)}"></div>\n'
+        f"<figcaption>{html.escape(picture.caption)}</figcaption></figure>"
+    )

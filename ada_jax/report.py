@@ -1,0 +1,662 @@
+"""Tables and pictures out of results files; nothing in them is typed by hand.
+
+python -m ada_jax.report RESULTS...                      a results.json or a run's folder each
+python -m ada_jax.report RESULTS... --paper              with the paper's own numbers beside
+python -m ada_jax.report --paper --table=3 --format=csv  the paper's table alone
+python -m ada_jax.report RESULTS... --figures=DIR        pictures, and a page with everything
+
+Table 1 has a line for each method; table 3 has the errors on each corruption; 'list' has every
+results file, where it comes from and what it was measured on. Results that share their name and
+settings and differ in seed become one line, with mean and standard deviation. All errors are in
+percent, and mCE is the plain mean over corruptions and severities (un-normalised).
+"""
+
+import json
+import math
+import os
+import pathlib
+import re
+import statistics
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from absl import flags, logging
+
+from ada_jax import cli, corruptions, figures, gallery, logbook, tables
+from ada_jax.errors import UserError
+from ada_jax.tables import Cell, Table
+
+SCHEMA = 1
+PUBLISHED = pathlib.Path(__file__).parents[1] / "experiments" / "results" / "published.json"
+METHODS = ("nominal", "ada", "deepaugment", "deepaugment10x", "augmix")
+NAMES, EXTRA = corruptions.NAMES, corruptions.EXTRA
+GROUPS = {  # the paper's headings
+    "noise": NAMES[:3],
+    "blur": NAMES[3:7],
+    "weather": NAMES[7:11],
+    "digital": NAMES[11:],
+}
+MEANS = GROUPS | {"mce": NAMES, "extra": EXTRA}
+
+_FIELDS: dict[str, Any] = {
+    "name": str,
+    "seed": int | None,
+    "step": int | None,
+    "config": dict,
+    "data": dict,
+    "commit": str,
+    "device": str,
+    "seconds": int | float,
+    "weights_digest": str,
+}
+_PUBLISHED_FIELDS: dict[str, Any] = {"name": str, "label": str, "tables": list}
+_SETS: dict[str, Any] = {  # absent where they were not evaluated
+    "clean": dict,
+    "cifar10_1": dict,
+    "corruptions": dict,
+    "corruption_errors": dict,
+    "corruption_source": dict,
+    "mce_unnormalised": int | float,
+    "mean_extra": int | float,
+    "ada": dict,
+}
+# Two runs are one method, whatever these are.
+_BOOKKEEPING = frozenset(
+    (
+        "seed",
+        "data_dir",
+        "compilation_cache",
+        "cpu_devices",
+        "log_steps",
+        "eval_epochs",
+        "eval_split",  # This and the next two are in 'data' and 'corruption_source'.
+        "eval_sets",
+        "eval_c_dir",
+        "corruption_eval_epochs",
+        "corruption_eval_examples",
+        "eval_batch_size",
+        "checkpoint_epochs",
+        "keep_checkpoints",
+        "figure_examples",
+        "ada.microbatch",
+    )
+)
+
+
+class Result(NamedTuple):
+    """One results file, or one row of a file of published numbers."""
+
+    file: str
+    fields: dict[str, Any]
+    values: dict[str, float]  # see `flatten`
+
+    @property
+    def published(self) -> bool:
+        """Whether it is somebody else's."""
+        return "label" in self.fields
+
+
+class Row(NamedTuple):
+    """A line of a table before its columns are chosen."""
+
+    label: str
+    method: str  # the paper's row it compares with; '' for none
+    values: dict[str, float]  # means over seeds; what is missing is absent
+    spread: dict[str, float]  # their standard deviations, where there are several seeds
+    seeds: int = 0  # 0 for published numbers
+    measured_on: str = ""
+    tables: tuple[str, ...] = ()  # of the paper, that have this row
+
+
+# ------------------------------------------------------------------------ results files
+
+
+def read(path: str) -> list[Result]:
+    """The results in a file or in a run's folder: one, or the many rows of published numbers.
+
+    Raises:
+      UserError: there is no such file, it is cut short, of another schema, or its numbers
+        contradict each other.
+    """
+    file = os.path.join(path, "results.json") if os.path.isdir(path) else path
+    if not os.path.isfile(file):
+        raise UserError(
+            f"{file} is not there: name results files or folders of runs, and evaluate a run first "
+            "with python -m ada_jax.evaluate --workdir=DIR."
+        )
+    try:
+        content = json.loads(pathlib.Path(file).read_text())
+    except ValueError as error:  # bad JSON or bad UTF-8
+        raise UserError(f"{file} is not whole JSON ({error}): evaluate again.") from error
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if schema != SCHEMA:
+        raise UserError(
+            f"{file} has schema={schema!r} and this report reads schema={SCHEMA}: evaluate again "
+            "with this version of ada_jax."
+        )
+    if content.get("published"):
+        _check_fields(file, content, {"rows": list})
+        source = {"source": content.get("source", "")}
+        return [
+            _result(file, row | source, _PUBLISHED_FIELDS, rounding=0.05) for row in content["rows"]
+        ]
+    return [_result(file, content, _FIELDS, rounding=0.005)]
+
+
+def _result(file: str, fields: dict[str, Any], needed: dict[str, Any], rounding: float) -> Result:
+    _check_fields(file, fields, needed)
+    _check_fields(file, fields, {k: kind for k, kind in _SETS.items() if k in fields})
+    return Result(file, fields, flatten(file, fields, rounding))
+
+
+def _check_fields(file: str, fields: dict[str, Any], kinds: dict[str, Any]) -> None:
+    for key, kind in kinds.items():
+        if key not in fields:
+            raise UserError(f"{file} lacks the field {key!r}: evaluate again with this version.")
+        if not isinstance(fields[key], kind):
+            raise UserError(
+                f"{file} has {key}={fields[key]!r}, which is not of the kind "
+                f"{getattr(kind, '__name__', kind)}: evaluate again with this version."
+            )
+
+
+def flatten(file: str, fields: dict[str, Any], rounding: float = 0.005) -> dict[str, float]:
+    """All errors of a result under plain names.
+
+    Args:
+      file: for messages.
+      fields: a result of schema 1; 'corruption_errors' (by name) may stand for 'corruptions'.
+      rounding: by how much a mean in the file may differ from the mean of what it is of.
+
+    Returns:
+      Percent, for what was measured: 'clean', 'cifar10_1', 'fog/3' and so on (severity 3), 'fog'
+      (mean over the five severities), 'noise', 'blur', 'weather' and 'digital' (means over the
+      paper's groups), 'extra' (the additional four), 'mce', and 'mce/3' (severity 3 of the 15).
+
+    Raises:
+      UserError: an error that is no percentage or not wrong / examples, an unknown corruption or
+        severity, or a mean that is not the mean.
+    """
+    errors = {k: _error(file, k, fields[k]) for k in ("clean", "cifar10_1") if k in fields}
+    for name, entries in fields.get("corruptions", {}).items():
+        _check_corruption(file, name, entries)
+        errors |= {f"{name}/{e['severity']}": _error(file, name, e) for e in entries}
+        if len(entries) == len(corruptions.SEVERITIES):
+            errors[name] = statistics.fmean(e["error"] for e in entries)
+    for name, error in fields.get("corruption_errors", {}).items():
+        _check_corruption(file, name, [])
+        errors[name] = _error(file, name, {"error": error})
+    means = MEANS | {f"mce/{s}": [f"{name}/{s}" for name in NAMES] for s in corruptions.SEVERITIES}
+    for key, names in means.items():
+        if all(name in errors for name in names):
+            errors[key] = statistics.fmean(errors[name] for name in names)
+    for key, field in (("mce", "mce_unnormalised"), ("extra", "mean_extra")):
+        if field in fields:
+            stated = _error(file, field, {"error": fields[field]})
+            if abs(errors.get(key, stated) - stated) > rounding:
+                raise UserError(
+                    f"{file} has {field}={stated} and its corruptions give {errors[key]:.3f}: "
+                    "evaluate again."
+                )
+            errors[key] = stated
+    return errors
+
+
+def _check_corruption(file: str, name: str, entries: Any) -> None:
+    if name not in NAMES + EXTRA:
+        raise UserError(
+            f"{file} has the unknown corruption {name!r}: known are {', '.join(NAMES + EXTRA)}."
+        )
+    rows = isinstance(entries, list) and all(isinstance(e, dict) for e in entries)
+    severities = [e.get("severity") for e in entries] if rows else entries
+    if not rows or len({*severities} & {*corruptions.SEVERITIES}) < len(entries):
+        raise UserError(
+            f"{file} has the severities {severities!r} for {name}: each of 1..5 may be there once; "
+            "evaluate again."
+        )
+
+
+def _error(file: str, what: str, entry: dict[str, Any]) -> float:
+    """The error of an entry in percent; see `flatten`."""
+    error = entry.get("error")
+    if not isinstance(error, int | float) or not 0 <= error <= 100:
+        raise UserError(
+            f"{file} has error={error!r} for {what}, which is no percentage: evaluate again."
+        )
+    wrong, examples = entry.get("wrong"), entry.get("examples")
+    if None not in (wrong, examples) and abs(100 * wrong - error * examples) > 0.01 * examples:
+        raise UserError(
+            f"{file} has error={error} for {what}, and {wrong} wrong of {examples}: evaluate again."
+        )
+    return float(error)
+
+
+def method(name: str, config: dict[str, Any]) -> str:
+    """Which row of the paper a run compares with.
+
+    The words of `METHODS` in the run's name, split at '_', ',' and '+', say so, in the order of
+    `METHODS`: 'cifar10_ada+augmix_small' is 'ada+augmix', and 'small' says nothing. Between
+    'nominal' and 'ada' config.method decides, where it is there.
+
+    Returns:
+      As 'ada+deepaugment10x+augmix'; '' where nothing says what the method is.
+    """
+    said, trained = (
+        set(re.split("[_,+]", str(words))) & set(METHODS)
+        for words in (name, config.get("method", ""))
+    )
+    words = trained | (said - {"nominal", "ada"}) if trained else said
+    if len(words) > 1:
+        words.discard("nominal")
+    return "+".join(word for word in METHODS if word in words)
+
+
+# ------------------------------------------------------------------------ rows
+
+
+def rows(results: Iterable[Result]) -> list[Row]:
+    """One row for each method, sorted by mCE: results that differ in seed alone are joined.
+
+    Where several settings share a name, what differs is added to it. A value that some of the
+    seeds lack is absent.
+
+    Raises:
+      UserError: two results have the same name, settings and seed.
+    """
+    joined: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        key = (result.fields["name"], json.dumps(settings(result), sort_keys=True, default=str))
+        joined.setdefault(key, []).append(result)
+    found = []
+    for (name, _), same in joined.items():
+        _check_seeds(same)
+        if same[0].published:
+            label, others = f"{same[0].fields['label']} (paper)", []
+        else:
+            label = name
+            others = [s[0] for (n, _), s in joined.items() if n == name and not s[0].published]
+        keys = set.intersection(*(set(r.values) for r in same))
+        lists = {k: [r.values[k] for r in same] for k in sorted(keys)}
+        found.append(
+            Row(
+                label=label + _difference(same[0], others),
+                method=_paper_row(same[0]),
+                values={k: statistics.fmean(v) for k, v in lists.items()},
+                spread={k: statistics.stdev(v) for k, v in lists.items() if len(same) > 1},
+                seeds=0 if same[0].published else len(same),
+                measured_on=measured_on(same[0]),
+                tables=tuple(same[0].fields.get("tables", ())),
+            )
+        )
+    return sorted(found, key=lambda row: _by_mce(row.values))
+
+
+def _by_mce(values: dict[str, float]) -> tuple[float, float]:
+    return values.get("mce", math.inf), values.get("clean", math.inf)
+
+
+def _check_seeds(same: list[Result]) -> None:
+    files: dict[Any, str] = {}
+    for result in same:
+        seed = result.fields.get("seed")
+        if seed in files:
+            raise UserError(
+                f"{files[seed]} and {result.file} have the same name={result.fields['name']}, "
+                f"settings and seed={seed}: leave one of them out."
+            )
+        files[seed] = result.file
+
+
+def settings(result: Result) -> dict[str, Any]:
+    """What must agree for results to differ in seed alone: config, steps, data, corruptions."""
+    flat = {"published": result.published, "corrupted": _corrupted(result)}
+    for key in ("config", "data", "corruption_source", "step"):
+        flat |= _flat(result.fields.get(key), "" if key == "config" else key)
+    return {k: v for k, v in flat.items() if k not in _BOOKKEEPING}
+
+
+def _flat(value: Any, prefix: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {
+        k: v
+        for name, inner in value.items()
+        for k, v in _flat(inner, f"{prefix}.{name}".lstrip(".")).items()
+    }
+
+
+def _difference(result: Result, others: list[Result]) -> str:
+    """In brackets, the settings of a result that others of its name do not share."""
+    mine, missing = settings(result), object()
+    differing = [
+        k for k, v in mine.items() if any(settings(o).get(k, missing) != v for o in others)
+    ]
+    return f" ({', '.join(f'{k}={mine[k]}' for k in differing)})" if differing else ""
+
+
+def _paper_row(result: Result) -> str:
+    fields = result.fields
+    if result.published:
+        return fields["name"]
+    if fields["data"].get("name") != "cifar10":  # the paper has nothing to compare with
+        return ""
+    return method(fields["name"], fields["config"])
+
+
+def _corrupted(result: Result) -> int | None:
+    """How many images the corruptions were measured on, where it is one number for all."""
+    cells = [e for entries in result.fields.get("corruptions", {}).values() for e in entries]
+    counts = {cell.get("examples") for cell in cells}
+    return counts.pop() if len(counts) == 1 else None
+
+
+def measured_on(result: Result) -> str:
+    """What a result was measured on, in words; where it is from, for published numbers."""
+    if result.published:
+        return result.fields["source"].rstrip(".")
+    data, source = result.fields["data"], result.fields.get("corruption_source", {})
+    words = f"{data.get('examples')} images of {data.get('name')}, split {data.get('split')}"
+    if not source:
+        return words
+    count = _corrupted(result)
+    words += ", " if count == data.get("examples") else f", {count} of them "
+    if source.get("kind") == "on_the_fly":
+        table = f"seed {source.get('seed')}, {source.get('table')} table"
+        return f"{words}corrupted on the fly ({table})"
+    return f"{words}corrupted in {source.get('folder', source.get('kind'))}"
+
+
+# ------------------------------------------------------------------------ tables
+
+_SUMMARY = {  # values, headings and digits
+    "clean": ("clean error", 2),
+    "mce": ("mCE, un-normalised", 2),
+    **{group: (group, 1) for group in GROUPS},
+    "extra": ("extra four", 1),
+    "cifar10_1": ("CIFAR-10.1", 2),
+}
+_EACH = {
+    "clean": ("clean error", 2),
+    "mce": ("mCE, un-normalised", 2),
+    **{name: (name.split("_")[0], 1) for name in NAMES},
+    **{name: (name.replace("_", " ").removesuffix(" noise"), 1) for name in EXTRA},
+}
+_OPTIONAL = {"extra", "cifar10_1", *EXTRA}  # columns that are left out where nobody has them
+
+
+def table_1(ours: list[Row], paper: list[Row]) -> Table:
+    """A line for each method: clean error, mCE, means over the paper's groups of corruptions.
+
+    Args:
+      ours: rows of results.
+      paper: published rows; those of the paper's table 1 get lines of their own, and below each of
+        ours comes its difference to the paper's, ours minus theirs.
+
+    Returns:
+      A table sorted by mCE, the paper's lines among ours.
+    """
+    return _table("Table 1: robustness to common corruptions", _SUMMARY, ours, paper, "1")
+
+
+def table_3(ours: list[Row], paper: list[Row]) -> Table:
+    """As `table_1`, with the error on every corruption, averaged over its five severities."""
+    return _table("Table 3: errors on each corruption", _EACH, ours, paper, "3")
+
+
+def _table(
+    title: str, columns: dict[str, tuple[str, int]], ours: list[Row], paper: list[Row], name: str
+) -> Table:
+    by_method = {row.method: row for row in paper}
+    shown = sorted(
+        [*ours, *(r for r in paper if name in r.tables)], key=lambda row: _by_mce(row.values)
+    )
+    columns = {
+        key: column
+        for key, column in columns.items()
+        if key not in _OPTIONAL or any(key in row.values for row in shown)
+    }
+    groups = []
+    for row in shown:
+        cells = [Cell(row.values.get(k), d, row.spread.get(k)) for k, (_, d) in columns.items()]
+        group = [[Cell(row.label), *cells, Cell(row.seeds or None)]]
+        if row.seeds and row.method in by_method:
+            theirs = by_method[row.method]
+            cells = [
+                Cell(row.values[k] - theirs.values[k], d, signed=True)
+                if k in row.values and k in theirs.values
+                else Cell()
+                for k, (_, d) in columns.items()
+            ]
+            group.append([Cell(f"minus {theirs.label}"), *cells, Cell()])
+        groups.append(group)
+    head = ["setup", *(heading for heading, _ in columns.values()), "seeds"]
+    return Table(title, head, groups, _notes(shown))
+
+
+def _notes(shown: list[Row]) -> list[str]:
+    notes = ["Errors in percent; mCE is the mean over the 15 corruptions and five severities."]
+    if any(row.seeds > 1 for row in shown):
+        notes.append("Over seeds: mean ± sample standard deviation.")
+    where: dict[str, list[str]] = {}
+    for row in shown:
+        labels = where.setdefault(row.measured_on, [])
+        labels += [row.label] if row.seeds else ["(paper)"] * (not labels)
+    return notes + [f"{', '.join(labels)}: {words}." for words, labels in where.items()]
+
+
+def table_list(results: list[Result], paper: list[Row]) -> Table:
+    """A line for each results file, sorted by mCE, with all that says where it comes from.
+
+    Args:
+      results: of `read`.
+      paper: published rows to compare with; where there are any, each line has the mCE of the
+        paper's row of its method and the difference, ours minus theirs.
+    """
+    theirs = {row.method: row.values["mce"] for row in paper if "mce" in row.values}
+    sets = [k for k in ("clean", "extra", "cifar10_1") if any(k in r.values for r in results)]
+    lines = []
+    for result in sorted(results, key=lambda r: _by_mce(r.values)):
+        fields, mce = result.fields, result.values.get("mce")
+        beside = theirs.get(_paper_row(result))
+        difference = None if None in (mce, beside) else mce - beside
+        lines.append(
+            [
+                Cell(fields["name"]),
+                Cell(fields.get("seed")),
+                Cell(mce, 2),
+                *([Cell(beside, 2), Cell(difference, 2, signed=True)] if paper else []),
+                *(Cell(result.values.get(key), 2) for key in sets),
+                Cell(fields.get("step")),
+                Cell(measured_on(result)),
+                Cell(fields.get("device")),
+                Cell(logbook.clock(fields["seconds"]) if "seconds" in fields else None),
+                Cell(fields.get("commit", "")[:12]),
+                Cell(fields.get("weights_digest", "")[:12]),
+                Cell(result.file),
+            ]
+        )
+    head = ["name", "seed", "mCE, un-normalised", *(["mCE, paper", "difference"] if paper else [])]
+    head += [_SUMMARY[key][0] for key in sets]
+    head += ["step", "measured on", "device", "time", "commit", "weights", "file"]
+    return Table("All results", head, [[line] for line in lines])
+
+
+# ------------------------------------------------------------------------ pictures
+
+
+def draw(
+    folder: str, ours: list[Row], paper: list[Row], results: list[Result]
+) -> list[gallery.Picture]:
+    """Draws what the results have the numbers for.
+
+    Args:
+      folder: where the PNGs go; made if need be.
+      ours: rows of results.
+      paper: published rows; those that ours compare with are drawn beside them, all where there
+        are none of ours.
+      results: the results files, for what lies beside them: a run's metrics.jsonl with records of
+        kind 'corruptions', and its pictures adversarial_*.png.
+
+    Returns:
+      The pictures in the order of the page: bars, curves, maps, pairs.
+
+    Raises:
+      UserError: the folder cannot be made.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--figures={folder} cannot be made a folder ({error.strerror}): name another."
+        ) from error
+    compared = {row.method for row in ours}
+    shown = ours + [row for row in paper if row.method in compared or not ours]
+    drawn = []
+    for name, draw_rows, what in (
+        ("corruptions", _bars, "Error on each corruption, mean over the five severities"),
+        ("severities", _curves, "Error at each severity"),
+    ):
+        path = os.path.join(folder, f"{name}.png")
+        if labels := draw_rows(path, shown):
+            drawn.append(gallery.Picture(path, _alt(what, shown), f"{what}: {labels}.", "figures"))
+    return drawn + _maps(folder, results) + _pairs(results)
+
+
+def _bars(path: str, shown: list[Row]) -> str:
+    bars = {
+        row.label: {
+            name: {"mean": row.values[name], "std": row.spread.get(name, math.nan)}
+            for name in NAMES + EXTRA
+            if name in row.values
+        }
+        for row in shown
+    }
+    bars = {label: found for label, found in bars.items() if found}
+    if bars:
+        figures.corruption_bars(path, bars, order=NAMES + EXTRA)
+    return ", ".join(bars)
+
+
+def _curves(path: str, shown: list[Row]) -> str:
+    curves = {
+        row.label: {
+            name: [row.values.get(f"{name}/{s}", math.nan) for s in corruptions.SEVERITIES]
+            for name in ("mce", *NAMES, *EXTRA)
+            if any(f"{name}/{s}" in row.values for s in corruptions.SEVERITIES)
+        }
+        for row in shown
+    }
+    curves = {label: found for label, found in curves.items() if found}
+    if curves:
+        figures.severity_curves(path, curves, order=("mce", *NAMES, *EXTRA))
+    return ", ".join(curves)
+
+
+def _alt(what: str, shown: list[Row]) -> str:
+    means = [f"{row.label} {row.values['mce']:.1f}%" for row in shown if "mce" in row.values]
+    return f"{what}. mCE: {', '.join(means)}." if means else f"{what}."
+
+
+def _maps(folder: str, results: list[Result]) -> list[gallery.Picture]:
+    """Figure 2 of every run whose log has what it shows."""
+    found = []
+    for i, result in enumerate(results, 1):
+        records = logbook.read(os.path.dirname(result.file))
+        steps, accuracies = through_training([r for r in records if r["kind"] == "corruptions"])
+        if not accuracies:
+            continue
+        name = f"{result.fields['name']}, seed {result.fields['seed']}"
+        path = os.path.join(folder, f"training_{i}_{re.sub('[^a-z0-9+]+', '_', name)}.png")
+        figures.training_maps(path, steps, accuracies)
+        what = f"Accuracy of {name} on each corruption through training"
+        last = {c: values[-1] for c, values in accuracies.items()}
+        alt = f"{what}. At the end: {', '.join(f'{c} {v:.1f}%' for c, v in last.items())}."
+        caption = (
+            f"{what} (as the paper's figure 2): as it is, relative to the other corruptions of its "
+            "step, and relative to the other steps of its corruption. Brighter is better."
+        )
+        found.append(gallery.Picture(path, alt, caption, "figures"))
+    return found
+
+
+def through_training(records: list[logbook.Record]) -> tuple[list[int], dict[str, list[float]]]:
+    """What figure 2 shows, out of a log's records of kind 'corruptions'.
+
+    Args:
+      records: with 'step' and fields 'error/NAME/SEVERITY' in percent.
+
+    Returns:
+      The steps [T] and, for each corruption that occurs, the accuracies in percent [T], means over
+      the severities that were measured; NaN where a record lacks the corruption.
+    """
+    accuracies = {}
+    for name in NAMES + EXTRA:
+        errors = [
+            [v for k, v in record.items() if k.startswith(f"error/{name}/")] for record in records
+        ]
+        if any(errors):
+            accuracies[name] = [100 - statistics.fmean(e) if e else math.nan for e in errors]
+    return [int(record["step"]) for record in records], accuracies
+
+
+def _pairs(results: list[Result]) -> list[gallery.Picture]:
+    """The pictures of clean and augmented images that training left beside the results."""
+    found = []
+    for result in results:
+        for path in sorted(pathlib.Path(result.file).parent.glob("adversarial_*.png")):
+            net = path.stem.removeprefix("adversarial_")
+            alt = (
+                f"{result.fields['name']}, seed {result.fields['seed']}, attacked through {net}: "
+                "clean images, what AdA renders of them, and the difference."
+            )
+            said = "A wrong verdict is red."
+            if attacked := result.fields.get("ada", {}).get(net):
+                said += (
+                    f" Of {attacked['examples']} attacked images {attacked['error']:.2f}% are "
+                    f"classified wrongly; mean SSIM {attacked['ssim']:.3f}."
+                )
+            found.append(gallery.Picture(str(path), alt, f"{alt} {said}", "pairs"))
+    return found
+
+
+# ------------------------------------------------------------------------ the binary
+
+
+def main(argv: list[str]) -> None:
+    """Prints the tables and draws the pictures."""
+    f = flags.FLAGS
+    known = ("1", "3", "list")
+    if f.format not in tables.FORMATS:
+        raise UserError(f"--format={f.format} is unknown: choose from {', '.join(tables.FORMATS)}.")
+    if unknown := [name for name in f.table if name not in known]:
+        raise UserError(f"--table={unknown[0]} is unknown: choose from {', '.join(known)}.")
+    if not argv[1:] and not f.paper:
+        raise UserError(
+            "No results are named: give results files or folders of runs, or --paper for the "
+            "paper's own numbers."
+        )
+    paths = [*argv[1:], *([str(PUBLISHED)] if f.paper else [])]
+    everything = [result for path in paths for result in read(path)]
+    results = [result for result in everything if not result.published]
+    ours, paper = rows(results), rows(result for result in everything if result.published)
+    made = {
+        "1": table_1(ours, paper),
+        "3": table_3(ours, paper),
+        "list": table_list(results or everything, paper if results else []),
+    }
+    if f.figures:
+        pictures = draw(f.figures, ours, paper, results)
+        page = os.path.join(f.figures, "index.html")
+        title = "Robustness to common corruptions"
+        logbook.write_atomically(page, gallery.page(title, list(made.values()), pictures))
+        for path in (*(p.path for p in pictures if p.section == "figures"), page):
+            logging.info("wrote %s", path)
+    print("\n\n".join(tables.FORMATS[f.format](made[name]) for name in f.table))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("format", "markdown", "markdown, latex or csv.")
+    flags.DEFINE_list("table", ["1", "3", "list"], "Which tables: 1, 3, list.")
+    flags.DEFINE_bool("paper", False, "Put the paper's own numbers beside.")
+    flags.DEFINE_string("figures", "", "Folder for pictures and a page, index.html.")
+    cli.start(main)
