@@ -49,6 +49,6 @@ setuptools.setup(
             "pytest-timeout>=2.3",
             "ruff>=0.17,<0.18",
         ],
-        "torch": ["torch>=2.2"],
+        "torch": ["torch>=2.6"],
     },
 )

@@ -3,6 +3,7 @@
 Source: Calian et al., "Defending Against Image Corruptions Through Adversarial Augmentations".
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -55,9 +56,9 @@ def adversarial_augment(
       'ssim_after' the line search, 'changed' by it (0 or 1), 'on_surface' (share of leaves).
 
     Raises:
-      UserError: a parameter out of its range.
+      UserError: a parameter or, where it is not traced, an image out of its range.
     """
-    _check(x, nu, steps, step_rule, root_rule, microbatch)
+    _check(key, x, nu, steps, step_rule, step_scale, ssim_threshold, root_rule, microbatch)
     x, net = lax.stop_gradient(x), net._replace(theta=lax.stop_gradient(net.theta))
     # One key per example makes the draw independent of the batch around it and of `microbatch`.
     example_keys = keys.per_example(key, len(x))
@@ -171,9 +172,19 @@ def _constant(f: Callable, *args: jax.Array) -> Callable:
     return lambda *args: converted(*args, *closed_over)
 
 
-def _check(x, nu, steps, step_rule, root_rule, microbatch) -> None:
-    if not isinstance(nu, jax.core.Tracer) and not nu >= 0:
-        raise UserError(f"nu={nu} is negative: a radius is 0 or more (the paper's is 0.015).")
+def _check(key, x, nu, steps, step_rule, step_scale, ssim_threshold, root_rule, microbatch) -> None:
+    _check_images(x)
+    one_key = 0 if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else 1
+    if key.ndim > one_key and len(key) != len(x):
+        raise UserError(f"There are {len(key)} keys for {len(x)} images: give one, or as many.")
+    if _is_known(nu) and not (nu >= 0 and math.isfinite(nu)):
+        raise UserError(
+            f"nu={nu} is negative or not finite: a radius is 0 or more (the paper's is 0.015)."
+        )
+    if _is_known(step_scale) and not (step_scale > 0 and math.isfinite(step_scale)):
+        raise UserError(f"step_scale={step_scale} must be positive (the paper's is 0.25).")
+    if _is_known(ssim_threshold) and not -1 <= ssim_threshold < 1:
+        raise UserError(f"ssim_threshold={ssim_threshold} must be in [-1, 1), where -1 is off.")
     if steps < 1:
         raise UserError(f"steps={steps} makes no attack: take at least 1 (the paper takes 10).")
     if step_rule not in perturbation.STEP_RULES:
@@ -186,3 +197,17 @@ def _check(x, nu, steps, step_rule, root_rule, microbatch) -> None:
         raise UserError(
             f"microbatch={microbatch} does not divide the batch of {len(x)}: take a divisor."
         )
+
+
+def _check_images(x: jax.Array) -> None:
+    if x.ndim != 4 or not len(x):
+        raise UserError(f"Images of shape {list(x.shape)} must be [B,H,W,C], with B at least 1.")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise UserError(f"Images of {x.dtype} must be floating point in [0, 1]: divide by 255.")
+    if _is_known(x) and not (x.min() >= 0 and x.max() <= 1):  # also true of NaN
+        raise UserError(f"Pixels from {x.min()} to {x.max()} must be in [0, 1]: scale them.")
+
+
+def _is_known(value: jax.Array | float) -> bool:
+    """Whether a value is there to be looked at, not traced."""
+    return not isinstance(value, jax.core.Tracer)

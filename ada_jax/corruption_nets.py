@@ -82,8 +82,8 @@ def make(name: str, weights: str | None = None, *, enlarge: int = 1) -> Corrupti
         raise UserError(
             f"corruption_net={name!r} has no shipped weights (there are: "
             f"{', '.join(shipped) or 'none'}): train some with `python -m ada_jax.pretrain "
-            f"--config=experiments/pretrain_edsr.py:{name}` and name the file in "
-            "config.ada.corruption_weights."
+            f"--config=experiments/pretrain_{name.partition('_')[0]}.py:{name}` and name the file "
+            "in config.ada.corruption_weights."
         )
     theta, _ = checkpoint.load_weights(path, like=jax.eval_shape(net.init, jax.random.key(0)))
     # Large networks are stored as float16.
@@ -162,12 +162,30 @@ def edsr_apply(theta: dict, x: jax.Array) -> jax.Array:
 
     The published network works on 0..255; the factor 255 is part of the function, not of theta.
     """
-    x = _conv(theta["head"], 255 * (x - DIV2K_MEAN))
-    h = x
+    x = h = edsr_head(theta, x)
     for i in range(sum(name.endswith("/conv0") for name in theta)):
-        block = f"block{i:02d}"
-        h = h + _conv(theta[f"{block}/conv1"], jax.nn.relu(_conv(theta[f"{block}/conv0"], h)))
-    h = x + _conv(theta["body_end"], h)
+        h = edsr_block(theta, i, h)
+    return edsr_tail(theta, x + edsr_body_end(theta, h))
+
+
+def edsr_head(theta: dict, x: jax.Array) -> jax.Array:
+    """[B,H,W,3] in [0,1] to features [B,H,W,C]."""
+    return _conv(theta["head"], 255 * (x - DIV2K_MEAN))
+
+
+def edsr_block(theta: dict, i: int, h: jax.Array) -> jax.Array:
+    """Residual block i of features [B,H,W,C]."""
+    first, second = theta[f"block{i:02d}/conv0"], theta[f"block{i:02d}/conv1"]
+    return h + _conv(second, jax.nn.relu(_conv(first, h)))
+
+
+def edsr_body_end(theta: dict, h: jax.Array) -> jax.Array:
+    """The convolution after the last block."""
+    return _conv(theta["body_end"], h)
+
+
+def edsr_tail(theta: dict, h: jax.Array) -> jax.Array:
+    """Features [B,H,W,C] to [B,scale H,scale W,3] near [0,1]."""
     for i in range(sum(name.startswith("up") for name in theta)):
         h = pixel_shuffle(_conv(theta[f"up{i}"], h))
     return _conv(theta["tail"], h) / 255 + DIV2K_MEAN
@@ -182,7 +200,7 @@ def pixel_shuffle(x: jax.Array) -> jax.Array:
 
 # -------------------------------------------------------------------------------- CAE
 
-_CAE_WIDTHS = {  # name: (kernel size, inputs, outputs), the published network's names
+CAE_LAYERS = {  # name: (kernel size, inputs, outputs), the published network's names
     "e_conv_1": (5, 3, 64),
     "e_conv_2": (5, 64, 128),
     **{f"e_block_{i}/conv{j}": (3, 128, 128) for i in (1, 2, 3) for j in (0, 1)},
@@ -220,8 +238,8 @@ def cae_init(key: jax.Array) -> dict:
     within a hundred steps, and the network renders one mean image.
     """
     theta = {}
-    keys = jax.random.split(key, len(_CAE_WIDTHS))
-    for k, (name, (size, inputs, outputs)) in zip(keys, _CAE_WIDTHS.items(), strict=True):
+    keys = jax.random.split(key, len(CAE_LAYERS))
+    for k, (name, (size, inputs, outputs)) in zip(keys, CAE_LAYERS.items(), strict=True):
         # He's variance, 2 / fan_in; transposed convolutions add up no neighbours.
         gain = 1.0 if name.endswith("/up") else 6**0.5
         gain *= 0.1 if "_block_" in name and name.endswith("conv1") else 1.0

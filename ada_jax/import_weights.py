@@ -167,7 +167,8 @@ def _is_preset(preset: str, state: StateDict) -> bool:
     try:
         from_torch(preset, state)
     except UserError as error:
-        return "is not" not in str(error)  # of the right shape, but with something else wrong
+        # Of the right layers, but with something else wrong, which is said later.
+        return not str(error).startswith("The file is not")
     return True
 
 

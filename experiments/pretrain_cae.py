@@ -19,7 +19,7 @@ import ml_collections
 
 def get_config(preset: str = "cae") -> ml_collections.ConfigDict:
     """The config of the EDSRs with the CAE's loss and schedule."""
-    config = _edsr(preset or "cae").unlock()
+    config = _edsr(preset or "cae")
     config.loss = "mse"
     config.noise = 0.0
     config.sr_weight = 0.0
@@ -36,4 +36,4 @@ def _edsr(preset: str) -> ml_collections.ConfigDict:
     spec = importlib.util.spec_from_file_location("pretrain_edsr", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.get_config(preset)
+    return module._config(preset)

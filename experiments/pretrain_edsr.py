@@ -20,6 +20,12 @@ import ml_collections
 
 def get_config(preset: str = "edsr_small") -> ml_collections.ConfigDict:
     """The config; every knob of the binary is here."""
+    if preset == "cae":
+        raise ValueError("The CAE has a config of its own: --config=experiments/pretrain_cae.py.")
+    return _config(preset).lock()
+
+
+def _config(preset: str) -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.corruption_net = preset or "edsr_small"
     config.name = f"pretrain_{config.corruption_net}"
@@ -64,7 +70,7 @@ def get_config(preset: str = "edsr_small") -> ml_collections.ConfigDict:
 
     if config.corruption_net.startswith("edsr_baseline"):
         baseline(config)
-    return config.lock()
+    return config
 
 
 def baseline(config: ml_collections.ConfigDict) -> None:

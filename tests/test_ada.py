@@ -302,6 +302,9 @@ def test_it_takes_a_flax_like_closure_under_jit_and_an_equinox_like_module_under
         ({"steps": 0}, "steps=0"),
         ({"step_rule": "adam"}, "step_rule='adam'.*sign, l2"),
         ({"root_rule": "nearest"}, "root_rule='nearest'.*in_range, interpolated, paper"),
+        ({"nu": float("inf")}, "nu=inf"),
+        ({"step_scale": -0.25}, "step_scale=-0.25 must be positive"),
+        ({"ssim_threshold": float("nan")}, "ssim_threshold=nan must be in"),
         ({"microbatch": 3}, "microbatch=3 .*4"),
         ({"microbatch": 8}, "microbatch=8 .*4"),
         ({"microbatch": -2}, "microbatch=-2 .*4"),
@@ -311,6 +314,27 @@ def test_it_takes_a_flax_like_closure_under_jit_and_an_equinox_like_module_under
 def test_a_knob_out_of_range_is_named(knobs, message):
     with pytest.raises(UserError, match=message):
         augment_affinely(LOGITS_FN, jax.random.key(0), *batch(), **knobs)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (jnp.zeros((0, 8, 8, 3)), "B at least 1"),
+        (jnp.zeros((8, 8, 3)), r"shape \[8, 8, 3\]"),
+        (jnp.zeros((4, 8, 8, 3), jnp.uint8), "uint8 must be floating point"),
+        (jnp.full((4, 8, 8, 3), 255.0), "Pixels from 255.0 to 255.0"),
+        (jnp.full((4, 8, 8, 3), jnp.nan), "Pixels from nan"),
+    ],
+    ids=["empty", "rank", "uint8", "range", "nan"],
+)
+def test_images_that_are_none_are_refused(images, message):
+    with pytest.raises(UserError, match=message):
+        augment_affinely(LOGITS_FN, jax.random.key(0), images, batch()[1])
+
+
+def test_keys_are_one_or_as_many_as_images():
+    with pytest.raises(UserError, match="3 keys for 4 images"):
+        augment_affinely(LOGITS_FN, example_keys(0, 3), *batch())
 
 
 # ------------------------------------------------------------------------------- microbatches
