@@ -1,0 +1,367 @@
+"""DeepAugment's distortions, each against a few lines in PyTorch's order of axes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.signal
+import scipy.stats
+
+from ada_jax import corruption_nets, deepaugment
+
+BLOCKS, FEATURES = 4, 6
+
+
+@pytest.fixture
+def edsr():
+    net = corruption_nets.edsr(blocks=BLOCKS, features=FEATURES, scale=1)
+    return jax.tree.map(np.array, net.init(jax.random.key(0)))
+
+
+@pytest.fixture(scope="module")
+def cae_theta():
+    return jax.tree.map(np.array, corruption_nets.cae_init(jax.random.key(0)))
+
+
+def oihw(w):
+    """A kernel in PyTorch's order of axes."""
+    return np.asarray(w).transpose(3, 2, 0, 1)
+
+
+def changed(before, after):
+    """Names of layers that are not as they were."""
+    return [
+        name
+        for name in before
+        if not all(np.array_equal(before[name][k], after[name][k]) for k in "wb")
+    ]
+
+
+def distorted(function, theta, seed=0, quirks=False):
+    """A distorted copy, and the layers that changed."""
+    after = {name: {k: a.copy() for k, a in layer.items()} for name, layer in theta.items()}
+    args = () if function in deepaugment.CAE_DISTORTIONS else (quirks,)
+    function(np.random.default_rng(seed), after, *args)
+    return after, changed(theta, after)
+
+
+def test_there_are_as_many_as_published():
+    assert len(deepaugment.EDSR_DISTORTIONS) == 17
+    assert len(deepaugment.CAE_DISTORTIONS) == 8
+    assert len(deepaugment._LATENT_DISTORTIONS) + 1 == 9
+
+
+# ------------------------------------------------------------------------ EDSR's weights
+
+
+def kernels(edsr, function, seed=0, quirks=False):
+    """Both kernels of the block that a distortion took, before and after, and its biases."""
+    after, names = distorted(function, edsr, seed, quirks)
+    block = {name.partition("/")[0] for name in names}.pop()
+    return [
+        (oihw(edsr[f"{block}/conv{i}"]["w"]), oihw(after[f"{block}/conv{i}"]["w"]),
+         edsr[f"{block}/conv{i}"]["b"], after[f"{block}/conv{i}"]["b"])
+        for i in (0, 1)
+    ]  # fmt: skip
+
+
+def test_reverse_filters(edsr):
+    for w, out, b, bias in kernels(edsr, deepaugment.reverse_filters):
+        np.testing.assert_array_equal(out, w[::-1])
+        np.testing.assert_array_equal(bias, b[::-1])
+
+
+def test_negate_and_zero_first(edsr):
+    (w, out, b, bias), (second, same, _, _) = kernels(edsr, deepaugment.negate_first)
+    assert (out == -w).all() and (bias == -b).all() and (second == same).all()
+    (_, out, _, bias), (second, same, _, _) = kernels(edsr, deepaugment.zero_first)
+    assert not out.any() and not bias.any() and (second == same).all()
+
+
+def test_gelu_weights(edsr):
+    for w, out, b, bias in kernels(edsr, deepaugment.gelu_weights):
+        np.testing.assert_allclose(out, -w * scipy.stats.norm.cdf(w), rtol=1e-5)
+        np.testing.assert_array_equal(bias, b)
+
+
+@pytest.mark.parametrize(
+    ("function", "taps"),
+    [
+        (deepaugment.laplace, [[0, 1, 0], [1, -4, 1], [0, 1, 0]]),
+        (deepaugment.outline, [[-1, -1, -1], [-1, 8, -1], [-1, -1, -1]]),
+    ],
+)
+def test_taps_are_multiplied(edsr, function, taps):
+    (w, out, _, _), (second, same, _, _) = kernels(edsr, function)
+    np.testing.assert_array_equal(out, w * np.float32(taps))
+    np.testing.assert_array_equal(second, same)
+
+
+def test_amplify(edsr):
+    (first, same, _, _), (w, out, _, _) = kernels(edsr, deepaugment.amplify)
+    ratio = out / w
+    assert ratio.min() >= 1 and 1.01 < ratio.max() <= 5 and len(np.unique(ratio)) > 100
+    np.testing.assert_array_equal(first, same)
+
+
+def test_mirror_and_negate(edsr):
+    (w, out, _, _), (second, negated, _, _) = kernels(edsr, deepaugment.mirror_and_negate)
+    np.testing.assert_array_equal(out, w[:, :, :, ::-1])
+    np.testing.assert_array_equal(negated, -second)
+
+
+def convolved(w, z):
+    """Output filters as images: [O,I,3,3] under taps z [I',I,3,3], zero padding."""
+    return np.array(
+        [
+            [
+                sum(scipy.signal.correlate2d(f[j], tap[j], "same") for j in range(len(f)))
+                for tap in z
+            ]
+            for f in w
+        ]
+    )
+
+
+def test_kernels_are_convolved_as_a_layer_convolves_images():
+    rng = np.random.default_rng(0)
+    w, z = rng.normal(size=(4, 5, 3, 3)), rng.normal(size=(6, 5, 3, 3))
+    ours = deepaugment.convolve_kernels(
+        np.float32(w.transpose(2, 3, 1, 0)), np.float32(z.transpose(2, 3, 1, 0))
+    )
+    np.testing.assert_allclose(oihw(ours), convolved(w, z), atol=1e-4)
+
+
+def test_shifted_kernels_are_shifts_and_with_the_quirk_all_alike(edsr):
+    (w, out, _, _), _ = kernels(edsr, deepaugment.shift_kernels)
+    for i in range(FEATURES):
+        shifts = [
+            sign * convolved(w[:, i : i + 1], np.eye(9)[k].reshape(1, 1, 3, 3))[:, 0]
+            for k in range(9)
+            for sign in (-1, 1)
+        ]
+        assert min(np.abs(out[:, i] - shifted).max() for shifted in shifts) < 1e-6
+    (_, out, _, _), _ = kernels(edsr, deepaugment.shift_kernels, quirks=True)
+    np.testing.assert_allclose(out, np.repeat(out[:, :1], FEATURES, 1), atol=1e-6)
+
+
+def test_convolve_noise_and_dirichlet_keep_shapes_and_bounds(edsr):
+    (w, out, _, _), (second, same, _, _) = kernels(edsr, deepaugment.convolve_noise)
+    # Every tap is in [-1/6, 1/6].
+    assert np.abs(out).max() <= np.abs(w).sum((1, 2, 3)).max() / 6 and (second == same).all()
+    (first, same, _, _), (w, out, _, _) = kernels(edsr, deepaugment.convolve_dirichlet)
+    assert out.shape == w.shape and (out != w).all() and (first == same).all()
+
+
+def test_add_noise(edsr):
+    (first, same, _, _), (w, out, _, _) = kernels(edsr, deepaugment.add_noise)
+    difference = out - w
+    assert -0.5 <= difference.min() < -0.45 and 0.45 < difference.max() <= 0.5
+    np.testing.assert_array_equal(first, same)
+
+
+def test_rotated_kernels_keep_their_numbers(edsr):
+    seen = set()
+    for seed in range(8):
+        after, names = distorted(deepaugment.rotate_kernels, edsr, seed)
+        assert names and not any(name.startswith(f"block{BLOCKS - 1:02d}") for name in names)
+        for name in names:
+            w, out = oihw(edsr[name]["w"]), oihw(after[name]["w"])
+            np.testing.assert_array_equal(np.sort(w.ravel()), np.sort(out.ravel()))
+            seen |= {
+                (k, axes)
+                for k in (1, 2, 3)
+                for axes in ((2, 3), (0, 1))
+                if np.array_equal(out, np.rot90(w, k, axes))
+            }
+    assert len(seen) == 6
+
+
+@pytest.mark.parametrize(
+    ("function", "values"),
+    [(deepaugment.flip_signs, {-1.0, 1.0}), (deepaugment.drop_weights, {0.0, 1.0})],
+)
+def test_weights_are_negated_or_dropped_with_one_half(edsr, function, values):
+    after, names = distorted(function, edsr)
+    assert all(name.endswith("conv0") for name in names)
+    ratios = np.concatenate([(after[n]["w"] / edsr[n]["w"]).ravel() for n in names])
+    assert {float(r) for r in ratios} == values
+    assert 0.2 < np.mean(ratios == 1) < 0.6
+
+
+def test_negated_filters_are_whole(edsr):
+    after, names = distorted(deepaugment.negate_filters, edsr)
+    for name in names:
+        ratio = oihw(after[name]["w"] / edsr[name]["w"]).reshape(FEATURES, -1)
+        assert (ratio == ratio[:, :1]).all() and set(np.abs(ratio[:, 0])) == {1.0}
+
+
+def test_only_the_largest_tap_is_kept(edsr):
+    after, names = distorted(deepaugment.keep_largest_tap, edsr)
+    for name in names:
+        w, out = oihw(edsr[name]["w"]).reshape(-1, 9), oihw(after[name]["w"]).reshape(-1, 9)
+        assert ((out != 0).sum(1) == 1).all()
+        np.testing.assert_array_equal(out.max(1) + out.min(1), w.max(1))
+
+
+def test_three_distortions_are_drawn_and_theta_is_left_alone(edsr):
+    before = jax.tree.map(np.copy, edsr)
+    first, again, other = (
+        deepaugment.distort_edsr(np.random.default_rng(s), edsr) for s in (0, 0, 1)
+    )
+    assert not changed(before, edsr)
+    assert not changed(first, again) and changed(first, other)
+
+
+# ------------------------------------------------------------------------ the CAE's weights
+
+
+def cae_filters(theta, name):
+    """A kernel in PyTorch's order: [out,in,...], transposed ones [in,out,...]."""
+    w = theta[name]["w"]
+    return w.transpose(2, 3, 0, 1) if name.endswith("/up") else w.transpose(3, 2, 0, 1)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("function", deepaugment.CAE_DISTORTIONS)
+def test_cae_distortions(cae_theta, function, seed):
+    after, names = distorted(function, cae_theta, seed)
+    indices = [deepaugment._LAYERS.index(name) for name in names]
+    assert 1 <= len(names) <= (2 if function is deepaugment.cae_amplify else 1)
+    low, high = {"cae_reverse": (11, 15), "cae_gelu": (10, 13)}.get(function.__name__, (8, 13))
+    assert all(low <= i <= high for i in indices)
+    w, out = cae_filters(cae_theta, names[0]), cae_filters(after, names[0])
+    rows = np.abs(out - w).reshape(len(w), -1).max(1) > 0
+    match function.__name__:
+        case "cae_reverse":
+            np.testing.assert_array_equal(out, w[::-1])
+        case "cae_negate":
+            np.testing.assert_array_equal(out, np.where(rows[:, None, None, None], -w, w))
+            assert rows.sum() <= 12 and rows.sum() % 2 == 0
+        case "cae_zero":
+            np.testing.assert_array_equal(out, np.where(rows[:, None, None, None], 0, w))
+            assert 15 <= rows.sum() <= 25
+        case "cae_gelu":
+            assert rows.sum() <= 25 and np.abs(out).max() <= np.abs(w).max()
+            once = -w * scipy.stats.norm.cdf(w)
+            assert np.mean(np.abs(out[rows] - once[rows]) < 1e-6) > 0.5
+        case "cae_amplify":
+            assert (out / w).min() >= 1 - 1e-6 and (out / w).max() <= 81
+        case "cae_mask":
+            assert np.mean(out == w) == pytest.approx(0.5, abs=0.05)
+            assert (out[out != w] == 0).all() or (out[out != w] == -w[out != w]).all()
+        case "cae_rotate":
+            assert any(np.array_equal(out, np.rot90(w, k, (2, 3))) for k in (1, 2, 3))
+        case "cae_negate_filters":
+            np.testing.assert_array_equal(out, np.where(rows[:, None, None, None], -w, w))
+            assert 1 <= rows.sum() <= len(w) // 5
+
+
+# ------------------------------------------------------------------------ features and latents
+
+LATENT = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (8, 8, 32)), jnp.float32)
+
+
+def latents(function, count=60):
+    draws = jax.random.split(jax.random.key(0), count)
+    return np.asarray(jax.jit(jax.vmap(function, (0, None)))(draws, LATENT))
+
+
+def test_latents_are_dropped_and_negated_by_place():
+    ratio = latents(deepaugment.latent_drop) / np.asarray(LATENT)
+    assert (ratio == ratio[..., :1]).all() and np.mean(ratio == 0) == pytest.approx(0.2, abs=0.03)
+    ratio = latents(deepaugment.latent_negate) / np.asarray(LATENT)
+    assert (ratio == ratio[..., :1]).all() and np.mean(ratio == -1) == pytest.approx(0.1, abs=0.03)
+
+
+def test_ten_channels_are_permuted():
+    out, e = latents(deepaugment.latent_permute), np.asarray(LATENT)
+    assert (out[..., 10:] == e[..., 10:]).all() and (out[..., :10] != e[..., :10]).any()
+    for image in out:
+        for c in range(10):
+            assert any(np.array_equal(image[..., c], e[..., d]) for d in range(10))
+
+
+def test_channels_are_flipped_three_ways():
+    e = np.asarray(LATENT)
+    ways = [e[::-1, ::-1], e[::-1], e[:, ::-1]]
+    kinds = [
+        [np.array_equal(image, way) for way in ways] for image in latents(deepaugment.latent_flip)
+    ]
+    assert np.all(np.sum(kinds, 1) == 1) and np.all(np.mean(kinds, 0) > 0.15)
+    for image in latents(deepaugment.latent_flip_some):
+        moved = [c for c in range(32) if not np.array_equal(image[..., c], e[..., c])]
+        assert 1 <= len(moved) <= 5
+        assert any(all(np.array_equal(image[..., c], w[..., c]) for c in moved) for w in ways)
+
+
+def shifted(channel, row, column):
+    return np.pad(channel, 1)[row : row + 8, column : column + 8]
+
+
+def test_latent_convolutions():
+    e = np.asarray(LATENT)
+    noise = latents(deepaugment.latent_convolve) - e
+    assert 0 < np.abs(noise).max() <= 0.1 * 9 * np.abs(e).sum(-1).max()
+    added = latents(deepaugment.latent_mix, 6) - e
+    on = np.abs(added).max((1, 2)) > 1e-6
+    assert 0.35 < on.mean() < 0.65
+    for image, channel in np.argwhere(on)[:10]:
+        assert any(
+            np.allclose(added[image, ..., channel], shifted(e[..., d], r, c), atol=1e-5)
+            for d in range(32) for r in range(3) for c in range(3)
+        )  # fmt: skip
+    out = latents(deepaugment.latent_shift, 6)
+    offsets = [(r, c) for r in range(3) for c in range(3)]
+
+    def offset(image, d):
+        near = [np.allclose(image[..., d], shifted(e[..., d], *o), atol=1e-6) for o in offsets]
+        return near.index(True)
+
+    taps = [[offset(image, d) for d in range(32)] for image in out]
+    assert 0.7 < np.mean(np.diff(taps, axis=1) == 0) < 0.95
+
+
+def test_head_features_are_exchanged_dropped_negated_or_left():
+    h = jnp.asarray(np.random.default_rng(0).normal(size=(1, 8, 8, 64)), jnp.float32)
+    draws = jax.random.split(jax.random.key(0), 80)
+    f = jax.jit(
+        jax.vmap(lambda key, q: deepaugment._distort_head(key, h, q), (0, None)), static_argnums=1
+    )
+    kinds = {"same": 0, "drop": 0, "negate": 0, "exchange": 0}
+    for image in np.asarray(f(draws, False)):
+        ratio = image / np.asarray(h)
+        if (ratio == 1).all():
+            kinds["same"] += 1
+        elif set(np.unique(ratio)) <= {0.0, 1.0}:
+            kinds["drop"] += 1
+        elif set(np.unique(ratio)) <= {-1.0, 1.0}:
+            kinds["negate"] += 1
+        else:
+            kinds["exchange"] += 1
+            np.testing.assert_array_equal(np.sort(image[0, 0, 0]), np.sort(h[0, 0, 0]))
+    assert min(kinds.values()) >= 8
+
+
+@pytest.mark.parametrize("quirks", [False, True])
+def test_renderings_are_finite_follow_their_key_and_differ(edsr, quirks):
+    x = jax.random.uniform(jax.random.key(0), (16, 12, 3))
+    f = jax.jit(lambda key: deepaugment.render_edsr(edsr, x, key, quirks=quirks))
+    images = np.stack([f(key) for key in jax.random.split(jax.random.key(1), 12)])
+    assert images.shape == (12, 16, 12, 3) and np.isfinite(images).all()
+    np.testing.assert_array_equal(images[0], f(jax.random.split(jax.random.key(1), 12)[0]))
+    assert len(np.unique(images[:, 3, 3, 0])) > 4
+
+
+def test_the_set_does_not_depend_on_the_batch_around_an_image():
+    theta = jax.tree.map(np.asarray, corruption_nets.make("edsr_small").theta)
+    images = np.random.default_rng(0).integers(0, 256, (9, 16, 16, 3), np.uint8)
+
+    def rendered(images, **changes):
+        arguments = {"seed": 0, "copy": 0, "group": 4} | changes
+        return np.concatenate(list(deepaugment.generate("edsr_small", theta, images, **arguments)))
+
+    whole = rendered(images)
+    assert whole.dtype == np.uint8 and whole.shape == images.shape
+    np.testing.assert_array_equal(rendered(images[:6]), whole[:6])
+    assert (rendered(images, copy=1) != whole).any() and (rendered(images, seed=1) != whole).any()
