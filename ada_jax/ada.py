@@ -3,11 +3,11 @@
 Source: Calian et al., "Defending Against Image Corruptions Through Adversarial Augmentations".
 """
 
-import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from ada_jax import keys, losses, perturbation, ssim
@@ -177,13 +177,13 @@ def _check(key, x, nu, steps, step_rule, step_scale, ssim_threshold, root_rule, 
     one_key = 0 if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else 1
     if key.ndim > one_key and len(key) != len(x):
         raise UserError(f"There are {len(key)} keys for {len(x)} images: give one, or as many.")
-    if _is_known(nu) and not (nu >= 0 and math.isfinite(nu)):
+    if not 0 <= _known(nu, 0.0) < np.inf:
         raise UserError(
             f"nu={nu} is negative or not finite: a radius is 0 or more (the paper's is 0.015)."
         )
-    if _is_known(step_scale) and not (step_scale > 0 and math.isfinite(step_scale)):
+    if not 0 < _known(step_scale, 1.0) < np.inf:
         raise UserError(f"step_scale={step_scale} must be positive (the paper's is 0.25).")
-    if _is_known(ssim_threshold) and not -1 <= ssim_threshold < 1:
+    if not -1 <= _known(ssim_threshold, 0.0) < 1:
         raise UserError(f"ssim_threshold={ssim_threshold} must be in [-1, 1), where -1 is off.")
     if steps < 1:
         raise UserError(f"steps={steps} makes no attack: take at least 1 (the paper takes 10).")
@@ -204,10 +204,11 @@ def _check_images(x: jax.Array) -> None:
         raise UserError(f"Images of shape {list(x.shape)} must be [B,H,W,C], with B at least 1.")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise UserError(f"Images of {x.dtype} must be floating point in [0, 1]: divide by 255.")
-    if _is_known(x) and not (x.min() >= 0 and x.max() <= 1):  # also true of NaN
-        raise UserError(f"Pixels from {x.min()} to {x.max()} must be in [0, 1]: scale them.")
+    pixels = _known(x, 0.0)
+    if not (pixels.min() >= 0 and pixels.max() <= 1):  # also true of NaN
+        raise UserError(f"Pixels from {pixels.min()} to {pixels.max()} must be in [0, 1].")
 
 
-def _is_known(value: jax.Array | float) -> bool:
-    """Whether a value is there to be looked at, not traced."""
-    return not isinstance(value, jax.core.Tracer)
+def _known(value: jax.Array | float, unknown: float) -> np.ndarray:
+    """The value, to be looked at even inside `jax.jit`; of a traced one, `unknown`."""
+    return np.asarray(unknown if isinstance(value, jax.core.Tracer) else value)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from ada_jax import ada, classifiers, cli, corruption_nets, losses, per_example, train
+from ada_jax import ada, classifiers, cli, corruption_nets, evaluate, losses, per_example, train
 from ada_jax.errors import UserError
 from experiments import cifar10
 
@@ -165,7 +165,7 @@ def step_rows() -> Iterator[tuple[str, float, float, str, float]]:
     """The whole training step of experiments/cifar10.py:small, with and without AdA."""
     for words in ("nominal,small", "small"):
         config = cifar10.get_config(words)
-        model = train.make_classifier(config, 10)
+        model = evaluate.make_classifier(config, 10)
         schedule = train.learning_rate_schedule(config, 100.0, 1000)
         optimizer = train.make_optimizer(config, schedule)
         nets = train.make_corruption_nets(config.ada) if config.method == "ada" else ()

@@ -269,6 +269,38 @@ class Checkpoints:
             ) from error
         return None
 
+    def read_latest(self, like: Tree) -> tuple[dict[str, Any], int] | None:
+        """Reads a part of the newest checkpoint that is undamaged, whatever its configuration.
+
+        Args:
+          like: pytree of arrays or `jax.ShapeDtypeStruct`: the names and shapes wanted.
+
+        Returns:
+          The wanted arrays as nested dicts of numpy arrays, and the step; or None when there is
+          no undamaged checkpoint. None is moved or deleted.
+
+        Raises:
+          UserError: the checkpoint does not have these arrays.
+        """
+        wanted = {name: _shape(leaf) for name, leaf in _named(like).items()}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                meta = self._read_meta(step)
+                flat = self._read_arrays(step, {n: _struct(s) for n, s in meta["tree"].items()})
+                if _digest(flat) != meta["state_digest"]:
+                    raise ValueError("the arrays do not match their sha256")
+            except Exception as error:  # As in `restore`: damaged files raise anything.
+                logging.warning("Step %d of %s: %s.", step, self._folder, _one_line(error))
+                continue
+            found = {name: _shape(flat[name]) for name in wanted if name in flat}
+            if difference := _difference(found, wanted):
+                raise UserError(
+                    f"The checkpoint {self._folder / str(step)} does not fit this network "
+                    f"({difference}): set the config back to what it was written with."
+                )
+            return _nested({name: flat[name] for name in wanted}), step
+        return None
+
     def latest_step(self) -> int | None:
         """Returns the newest step on disk, or None; waits for a save under way."""
         self.wait()
@@ -424,6 +456,12 @@ def _spec(leaf: Any) -> str:
     """Shape and dtype of an array, a ShapeDtypeStruct or a number, as in 'float32[3,3]'."""
     dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
     return f"{np.dtype(dtype).name}{_shape(leaf)}"
+
+
+def _struct(spec: str) -> jax.ShapeDtypeStruct:
+    """What `_spec` says of an array."""
+    dtype, _, sides = spec.rstrip("]").partition("[")
+    return jax.ShapeDtypeStruct([int(n) for n in sides.split(",") if n], dtype)
 
 
 def _first_not_finite(flat: Mapping[str, np.ndarray]) -> str | None:

@@ -785,7 +785,7 @@ _FUNCTIONS: dict[str, Callable[[np.ndarray, Any, _Draws], np.ndarray]] = {
 
 # ------------------------------------------------------------------------------- writing a "-C" set
 
-_RECIPE = 1  # Raised whenever the same seed gives other images than before.
+RECIPE = 1  # Raised whenever the same seed gives other images than before.
 _BLOCK_PIXELS = 2**20  # What a worker process is given at a time.
 
 
@@ -823,8 +823,8 @@ def write_set(
     out = pathlib.Path(out).expanduser()
     with _alone_in(out):
         _check_folder(out)
-        digest, labels = _digest(dataset)
-        _agree(out, _manifest(dataset, digest, severities, seed, table))
+        sha256, labels = digest(dataset)
+        _agree(out, _manifest(dataset, sha256, severities, seed, table))
         shape = (len(severities) * len(dataset), *dataset.image_shape)
         todo = [name for name in names if not _is_whole(out / f"{name}.npy", shape)]
         labelled = _is_whole(out / "labels.npy", shape[:1])
@@ -887,15 +887,15 @@ def _check_folder(out: pathlib.Path) -> None:
         )
 
 
-def _digest(dataset: "data.Dataset") -> tuple[str, np.ndarray]:
+def digest(dataset: "data.Dataset") -> tuple[str, np.ndarray]:
     """SHA-256 of all images and labels, and the labels [N] as they are published."""
-    digest, labels = hashlib.sha256(), []
+    sha256, labels = hashlib.sha256(), []
     for images, _, some in _blocks(dataset):
-        digest.update(images.tobytes())
+        sha256.update(images.tobytes())
         labels.append(some)
     every = np.concatenate(labels)
-    digest.update(every.astype("<i4").tobytes())
-    return digest.hexdigest(), every.astype(np.uint8 if dataset.num_classes <= 256 else np.int32)
+    sha256.update(every.astype("<i4").tobytes())
+    return sha256.hexdigest(), every.astype(np.uint8 if dataset.num_classes <= 256 else np.int32)
 
 
 def _blocks(dataset: "data.Dataset") -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -906,23 +906,25 @@ def _blocks(dataset: "data.Dataset") -> Iterator[tuple[np.ndarray, np.ndarray, n
     size = max(1, _BLOCK_PIXELS // (height * width))
     for batch in data.eval_batches(dataset, batch_size=min(size, len(dataset))):
         real = batch["mask"] > 0
-        images = batch["image"][real]
-        if images.dtype != np.uint8:
-            images = np.rint(255 * images).astype(np.uint8)
-        yield images, batch["index"][real], batch["label"][real]
+        yield as_uint8(batch["image"][real]), batch["index"][real], batch["label"][real]
+
+
+def as_uint8(images: np.ndarray) -> np.ndarray:
+    """Images uint8, or float32 in [0, 1], as uint8."""
+    return images if images.dtype == np.uint8 else np.rint(255 * images).astype(np.uint8)
 
 
 def _manifest(
-    dataset: "data.Dataset", digest: str, severities: Sequence[int], seed: int, table: str
+    dataset: "data.Dataset", sha256: str, severities: Sequence[int], seed: int, table: str
 ) -> dict[str, Any]:
     return {
         "data": dataset.name,
-        "data_sha256": digest,
+        "data_sha256": sha256,
         "images": len(dataset),
         "severities": list(severities),
         "seed": seed,
         "table": table,
-        "recipe": _RECIPE,
+        "recipe": RECIPE,
         "versions": {p: importlib.metadata.version(p) for p in ("numpy", "scipy", "pillow")},
     }
 

@@ -44,6 +44,8 @@ _CIFAR10_CLASSES = (
     "ship",
     "truck",
 )
+# Corruptions that TFDS calls otherwise than the published files.
+TFDS_SPELLINGS = {"glass_blur": "frosted_glass_blur", "elastic_transform": "elastic"}
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 _MEMORY_LIMIT = 10**9  # Bytes of decoded images up to which a set is held in memory.
 _DECODE_BLOCK = 100  # Examples a thread decodes at a time.
@@ -194,6 +196,23 @@ def from_arrays(
     return Dataset(source, len(class_names), tuple(class_names), images.shape[1:], name)
 
 
+def fingerprint(dataset: Dataset, most: int = 256) -> str:
+    """Names a data set by its size, its classes and some of its examples, evenly spread.
+
+    Args:
+      dataset: any.
+      most: examples that are looked at.
+
+    Returns:
+      sha256 in hex.
+    """
+    digest = hashlib.sha256(repr((len(dataset), dataset.class_names)).encode())
+    for i in np.unique(np.linspace(0, len(dataset) - 1, most).astype(int)):
+        image, label = dataset.source[int(i)]
+        digest.update(np.ascontiguousarray(image).tobytes() + str(int(label)).encode())
+    return digest.hexdigest()
+
+
 def _load_mnist5k(split: str) -> Dataset:
     images, labels = _mnist5k_arrays()
     order = _hold_out(len(labels))
@@ -219,6 +238,39 @@ def _mnist5k_arrays() -> tuple[np.ndarray, np.ndarray]:
 def _load_cifar10(split: str, data_dir: Any, download: bool) -> Dataset:
     records = _tfds_records("cifar10", split, data_dir, "image", download)
     return _encoded(records, _decode_tfds, _CIFAR10_CLASSES, (32, 32, 3), "cifar10")
+
+
+def cifar10_1(data_dir: Any = None) -> Dataset:
+    """CIFAR-10.1 v6, 2,000 images collected anew as CIFAR-10's were (Recht et al., 2018).
+
+    Args:
+      data_dir: TFDS's directory; None means $TFDS_DATA_DIR or TFDS's own default.
+
+    Raises:
+      UserError: the data is not there.
+    """
+    records = _tfds_records("cifar10_1/v6", "test", data_dir, "image")
+    return _encoded(records, _decode_tfds, _CIFAR10_CLASSES, (32, 32, 3), "cifar10_1/v6")
+
+
+def cifar10_corrupted(
+    name: str, severity: int, data_dir: Any = None, *, split: str = "test"
+) -> Dataset:
+    """One corruption of CIFAR-10-C at one severity from TFDS; images are decoded when asked for.
+
+    Args:
+      name: the corruption, spelled as published or as TFDS does.
+      severity: 1 to 5.
+      data_dir: TFDS's directory; None means $TFDS_DATA_DIR or TFDS's own default.
+      split: 'test' or a slice of it.
+
+    Raises:
+      UserError: the data is not there.
+    """
+    full_name = f"cifar10_corrupted/{TFDS_SPELLINGS.get(name, name)}_{severity}"
+    records = _tfds_records(full_name, split, data_dir, "image")
+    source = _EncodedSource(records, _decode_tfds)
+    return Dataset(source, 10, _CIFAR10_CLASSES, (32, 32, 3), full_name)
 
 
 def div2k_images(split: str, data_dir: Any = None) -> Iterator[np.ndarray]:
@@ -635,7 +687,7 @@ def train_batches(
     def batch(step: int) -> dict[str, np.ndarray]:
         epochs, offsets = np.divmod(step * batch_size + share, size)
         parts = [_permutation(size, seed, int(e))[offsets[epochs == e]] for e in np.unique(epochs)]
-        return _gather(dataset, np.concatenate(parts))
+        return gather(dataset, np.concatenate(parts))
 
     return _prefetched(batch, range(start_step, sys.maxsize), num_threads)
 
@@ -665,15 +717,53 @@ def eval_batches(
     Raises:
       UserError: if the batch size does not fit.
     """
-    size, share = len(dataset), _share(batch_size, process_index, process_count)
+    batches = chained_eval_batches(
+        [dataset],
+        batch_size=batch_size,
+        process_index=process_index,
+        process_count=process_count,
+    )
+    return (batch for _, batch in batches)
 
-    def batch(step: int) -> dict[str, np.ndarray]:
-        positions = step * batch_size + share
+
+def chained_eval_batches(
+    datasets: Sequence[Dataset],
+    *,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_threads: int = 4,
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """Yields the `eval_batches` of several data sets one after another, without a pause between.
+
+    Args:
+      datasets: what to evaluate on; no batch has examples of two.
+      batch_size: as for `eval_batches`.
+      process_index: as for `eval_batches`.
+      process_count: as for `eval_batches`.
+      num_threads: how many batches are made at a time ahead of need.
+
+    Returns:
+      An iterator of (position in `datasets`, batch).
+
+    Raises:
+      UserError: if the batch size does not fit.
+    """
+    share = _share(batch_size, process_index, process_count)
+    places = [
+        (i, start)
+        for i, dataset in enumerate(datasets)
+        for start in range(0, len(dataset), batch_size)
+    ]
+
+    def batch(step: int) -> tuple[int, dict[str, np.ndarray]]:
+        i, start = places[step]
+        positions, size = start + share, len(datasets[i])
         mask = (positions < size).astype(np.float32)
         # Real images as padding: zeros could turn into NaN, which a mask of 0 does not remove.
-        return _gather(dataset, np.minimum(positions, size - 1)) | {"mask": mask}
+        return i, gather(datasets[i], np.minimum(positions, size - 1)) | {"mask": mask}
 
-    return _prefetched(batch, range(-(-size // batch_size)), num_threads=4)
+    return _prefetched(batch, range(len(places)), num_threads)
 
 
 def _share(batch_size: int, process_index: int, process_count: int) -> np.ndarray:
@@ -696,20 +786,21 @@ def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.RandomState([seed, epoch]).permutation(size).astype(np.int32)
 
 
-def _gather(dataset: Dataset, indices: np.ndarray) -> dict[str, np.ndarray]:
+def gather(dataset: Dataset, indices: np.ndarray) -> dict[str, np.ndarray]:
+    """Examples by their positions [b]: a batch of `train_batches`."""
     source, indices = dataset.source, indices.astype(np.int32)
     if isinstance(source, ArraySource):
         images, labels = source.images[indices], source.labels[indices]
     else:
-        examples = [source[int(i)] for i in indices]
+        many = getattr(source, "__getitems__", None)
+        numbers = indices.tolist()
+        examples = list(many(numbers) if many else map(source.__getitem__, numbers))
         images = np.stack([image for image, _ in examples])
         labels = np.array([label for _, label in examples], np.int32)
     return {"image": images, "label": labels, "index": indices}
 
 
-def _prefetched(
-    batch: Callable[[int], dict[str, np.ndarray]], steps: range, num_threads: int
-) -> Iterator[dict[str, np.ndarray]]:
+def _prefetched(batch: Callable[[int], Any], steps: range, num_threads: int) -> Iterator[Any]:
     # Grain maps whole steps, not examples: batching is then one fancy index, not a copy a piece.
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
     batches = grain.MapDataset.range(steps.start, steps.stop).map(batch)

@@ -67,17 +67,19 @@ def ssim_densities(path: str, results: dict[str, dict[str, dict]]) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.5 * len(results), 3.4), layout="constrained")
-    panels = figure.subplots(1, len(results), squeeze=False, sharey=True)[0]
+    panels = figure.subplots(1, len(results), squeeze=False)[0]
     for axis, (net, by_radius) in zip(panels, results.items(), strict=True):
         drawn = {nu: np.asarray(entry["values"]) for nu, entry in by_radius.items() if nu != "0"}
-        low = max(0.0, min(np.quantile(values, 0.01) for values in drawn.values()) - 0.02)
+        low = min(np.quantile(values, 0.02) for values in drawn.values())
         grid = np.linspace(low, 1, 400)
-        for nu, values in drawn.items():
-            density = scipy.stats.gaussian_kde(values)(grid)
+        densities = {nu: scipy.stats.gaussian_kde(v)(grid) for nu, v in drawn.items()}
+        for nu, density in densities.items():
             axis.plot(grid, density, label=f"$\\nu$ = {nu}")
-            axis.fill_between(grid, density, alpha=0.15)
-        axis.set(title=net, xlabel="SSIM to the clean image", yscale="log", ylim=(0.05, None))
-        axis.legend(frameon=False)
+            axis.fill_between(grid, density, 1e-3, alpha=0.15)
+        # The narrowest densities are hundreds of times as high as the widest.
+        most = 2 * max(density.max() for density in densities.values())
+        axis.set(title=net, xlabel="SSIM to the clean image", yscale="log", ylim=(0.1, most))
+        axis.legend(frameon=False, fontsize=8)
     panels[0].set_ylabel("density")
     _save(figure, path)
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ Record = dict[str, Any]
 
 
 class Logbook:
-    """Writes records to metrics.jsonl and TensorBoard; a resumed run leaves none of them twice."""
+    """Writes records to metrics.jsonl, where a resumed run leaves none twice, and TensorBoard."""
 
     def __init__(self, workdir: str, step: int, *, write: bool = True) -> None:
         """Opens the run's records and drops those after `step`, which will be written again.
@@ -88,27 +89,28 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 
 def finite(pending: list[dict[str, Any]], step: int, *, advice: str) -> list[dict[str, float]]:
-    """Brings the last steps' metrics to the host, and stops the run where a loss is not finite.
+    """Brings the last steps' metrics to the host, and stops the run where one is not finite.
 
     Args:
-      pending: metrics of the steps up to `step`, 'loss' among them; on the host, on a device or
-        replicated over several.
+      pending: metrics of the steps up to `step`, 'loss' and 'gradient_norm' among them; on the
+        host, on a device or replicated over several.
       step: the last of these steps.
       advice: what to do against it, for the message.
 
     Raises:
-      UserError: naming the first step with a loss that is not finite.
+      UserError: naming the first step whose loss or gradient is not finite.
     """
     fetched = [
         {name: float(np.ravel(value)[0]) for name, value in metrics.items()}
         for metrics in jax.device_get(pending)
     ]
     for i, metrics in enumerate(fetched):
-        if not np.isfinite(metrics["loss"]):
+        loss, norm = metrics["loss"], metrics.get("gradient_norm", 0.0)
+        if not (np.isfinite(loss) and np.isfinite(norm)):
             raise UserError(
-                f"The loss is {metrics['loss']} at step {step - len(fetched) + i + 1}, so the run "
-                f"stops; its last good checkpoint is kept: {advice} and start again in another "
-                "--workdir."
+                f"The loss is {loss} and the gradient's norm {norm} at step "
+                f"{step - len(fetched) + i + 1}, so the run stops; checkpoints of earlier steps "
+                f"are kept: {advice} and start again in another --workdir."
             )
     return fetched
 
@@ -119,6 +121,21 @@ def summarise(steps: list[dict[str, float]]) -> dict[str, float]:
         name: float((np.min if name.endswith("_min") else np.mean)([s[name] for s in steps]))
         for name in steps[0]
     }
+
+
+def table(rows: list[tuple[str, str]]) -> str:
+    """Rows of (name, value) as Markdown's, aligned."""
+    return "\n".join(f"| {name:35} | {value:44} |" for name, value in rows)
+
+
+def commit() -> str:
+    """The git commit of the code that ran, '' outside a checkout."""
+    folder = pathlib.Path(__file__).parent
+    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
 
 
 class Timer:

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import ml_collections
 from absl import flags
 
-from ada_jax import cli, corruption_nets, costs, logbook, train
+from ada_jax import cli, corruption_nets, costs, evaluate, logbook, train
 from ada_jax.errors import UserError
 
 
@@ -145,7 +145,7 @@ def step_of(config: ml_collections.ConfigDict, batch_size: int) -> Step:
     """
     size = config.image_size
     schedule = train.learning_rate_schedule(config, steps_per_epoch=100, total_steps=1000)
-    classifier = train.make_classifier(config, _CLASSES)
+    classifier = evaluate.make_classifier(config, _CLASSES)
     optimizer = train.make_optimizer(config, schedule)
     nets = [
         corruption_nets.architecture(name)
@@ -176,7 +176,7 @@ def useful_flops(step: Step, cores: int) -> float:
 
 
 def compile_step(step: Step, devices: Sequence[jax.Device]) -> jax.stages.Compiled:
-    """Compiles the step for these devices, mapped as `train.compile_steps` maps it."""
+    """Compiles the step for these devices, mapped as `train.compile_update_step` maps it."""
     *mapped, key = step.arguments
     mapped = jax.tree.map(lambda a: jax.ShapeDtypeStruct((len(devices), *a.shape), a.dtype), mapped)
     update = jax.pmap(

@@ -418,7 +418,7 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> int | None:
     state = initial_state(parts.net, parts.optimizer, key)
 
     checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints)
-    expect = identity(config)
+    expect = identity(config) | {"training data": data.fingerprint(parts.train_set)}
     restored = checkpoints.restore(state, expect)
     extra = {"expect": expect, "pending": []}
     if restored:
@@ -491,9 +491,10 @@ def train(
             if every(config.checkpoint_steps, step) and step < total_steps:
                 pending = finite(pending, step)
                 checkpoints.save(step, state, extra | {"pending": pending})
-    timer.close()
-    state = jax.device_get(state)
-    checkpoints.save(step, state, extra | {"pending": finite(pending, step)}, wait=True)
+        timer.close()
+        state = jax.device_get(state)
+        # Still inside, for a second SIGTERM must not end the process before this is written.
+        checkpoints.save(step, state, extra | {"pending": finite(pending, step)}, wait=True)
     return state, step < total_steps
 
 

@@ -3,11 +3,11 @@
 python -m ada_jax.train --config=experiments/cifar10.py [--workdir=DIR] [--config.FIELD=VALUE]
 """
 
+import contextlib
 import functools
 import json
+import math
 import os
-import pathlib
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from ada_jax import (
     cli,
     corruption_nets,
     data,
+    evaluate,
     figures,
     keys,
     logbook,
@@ -34,11 +35,10 @@ from ada_jax import (
     perturbation,
     ssim,
 )
+from ada_jax.devices import AXIS, replicate, shard, unreplicate
 from ada_jax.errors import UserError
 
-AXIS = "devices"
 METHODS = ("ada", "nominal")
-Batch = dict[str, Any]
 
 
 class TrainState(NamedTuple):
@@ -201,78 +201,6 @@ def initial_state(
     return TrainState(jnp.zeros((), jnp.int32), params, net_state, optimizer.init(params))
 
 
-# ------------------------------------------------------------------------ evaluation
-
-
-def make_eval_step(classifier: hk.TransformedWithState) -> Callable[..., dict[str, jax.Array]]:
-    """Makes `eval_step(params, net_state, batch)`: sums over all devices, padding masked out."""
-
-    def eval_step(params, net_state, batch):
-        x, y, mask = data.to_float(batch["image"]), batch["label"], batch["mask"]
-        logits, _ = classifier.apply(params, net_state, None, x, is_training=False)
-        sums = {
-            "examples": mask,
-            "wrong": mask * (jnp.argmax(logits, -1) != y),
-            "loss": mask * losses.cross_entropy(logits, y),
-        }
-        return jax.lax.psum({name: v.sum() for name, v in sums.items()}, AXIS)
-
-    return eval_step
-
-
-def evaluate(
-    eval_step: Callable[..., dict[str, jax.Array]],
-    state: TrainState,
-    dataset: data.Dataset,
-    batch_size: int,
-) -> dict[str, float]:
-    """Clean error and loss; every example counts once, whatever the number of devices.
-
-    Args:
-      eval_step: mapped over devices.
-      state: replicated.
-      dataset: images and labels.
-      batch_size: global batch size.
-
-    Returns:
-      'examples', 'error' in percent, 'loss'.
-    """
-    batches = data.eval_batches(
-        dataset,
-        batch_size=batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    sums = [eval_step(state.params, state.net_state, shard(batch)) for batch in batches]
-    total = {name: sum(float(s[name][0]) for s in sums) for name in sums[0]}
-    return {
-        "examples": total["examples"],
-        "error": 100 * total["wrong"] / total["examples"],
-        "loss": total["loss"] / total["examples"],
-    }
-
-
-# ------------------------------------------------------------------------ devices
-
-
-def shard(batch: Batch) -> Batch:
-    """Splits a process's batch [b, ...] over its devices: [devices, b / devices, ...]."""
-    devices = jax.local_device_count()
-    return {name: a.reshape(devices, -1, *a.shape[1:]) for name, a in batch.items()}
-
-
-def replicate(tree: Any) -> Any:
-    """Puts a copy of every leaf on every local device, with a leading device axis."""
-    devices = jax.local_device_count()
-    tree = jax.tree.map(lambda a: np.broadcast_to(a, (devices, *np.shape(a))), tree)
-    return jax.pmap(lambda a: a)(tree) if jax.tree.leaves(tree) else tree
-
-
-def unreplicate(tree: Any) -> Any:
-    """The first device's copy, on the host."""
-    return jax.tree.map(lambda a: np.asarray(a[0]), tree)
-
-
 # ------------------------------------------------------------------------ the config
 
 
@@ -294,24 +222,34 @@ def validate(config: ml_collections.ConfigDict) -> None:
     one_of("method", config.method, METHODS)
     one_of("dataset", config.dataset, data.NAMES)
     one_of("classifier", config.classifier, classifiers.names())
+    evaluate.validate(config)
+    require("clean" in config.eval_sets, "eval_sets", "lacks 'clean': add it")
     validate_corruption_nets(config.ada)
     one_of("ada.step_rule", config.ada.step_rule, tuple(perturbation.STEP_RULES))
     one_of("ada.root_rule", config.ada.root_rule, ssim.ROOT_RULES)
     one_of("ada.batch_norm", config.ada.batch_norm, ("batch", "running"))
-    require(config.ada.nu >= 0, "ada.nu", "is negative: a radius is 0 or more (paper: 0.015)")
+    good = 0 <= config.ada.nu < math.inf
+    require(good, "ada.nu", "is negative or not finite: a radius is 0 or more (paper: 0.015)")
     require(config.ada.steps >= 1, "ada.steps", "makes no attack: take 1 or more (paper: 10)")
     require(config.ada.step_scale > 0, "ada.step_scale", "must be positive (paper: 0.25)")
     require(-1 <= config.ada.ssim_threshold < 1, "ada.ssim_threshold", "must be in [-1, 1)")
     require(config.ada.microbatch >= 0, "ada.microbatch", "must be 0 (off) or more")
-    require(config.learning_rate > 0, "learning_rate", "must be positive")
+    require(0 < config.learning_rate < math.inf, "learning_rate", "must be positive and finite")
+    require(0 <= config.seed < 2**32, "seed", "must be in 0..2**32-1")
+    good = len(config.mean) == 3 and all(map(math.isfinite, config.mean))
+    require(good, "mean", "must be three numbers, one a channel")
+    good = len(config.std) == 3 and all(0 < value < math.inf for value in config.std)
+    require(good, "std", "must be three positive numbers, one a channel")
     require(0 <= config.momentum < 1, "momentum", "must be in [0, 1)")
     require(0 <= config.bn_decay < 1, "bn_decay", "must be in [0, 1)")
     require(config.weight_decay >= 0, "weight_decay", "must be 0 or more")
     require(config.warmup_epochs >= 0, "warmup_epochs", "must be 0 or more")
     require(config.pad >= 0, "pad", "must be 0 or more pixels")
-    for field in ("batch_size", "eval_batch_size", "log_steps", "keep_checkpoints", "image_size"):
+    at_least_1 = "batch_size", "log_steps", "keep_checkpoints", "image_size"
+    for field in (*at_least_1, "corruption_eval_examples"):
         require(config[field] >= 1, field, "must be 1 or more")
-    for field in ("eval_epochs", "checkpoint_epochs", "figure_examples", "cpu_devices"):
+    at_least_0 = "eval_epochs", "corruption_eval_epochs", "checkpoint_epochs"
+    for field in (*at_least_0, "figure_examples", "cpu_devices"):
         require(config[field] >= 0, field, "must be 0 (off) or more")
     require(
         (config.epochs > 0) != (config.train_steps > 0),
@@ -374,8 +312,11 @@ class Parts(NamedTuple):
     config: ml_collections.ConfigDict
     train_set: data.Dataset
     eval_set: data.Dataset
+    sets: evaluate.Sets  # what the finished classifier is measured on
+    corruption_sets: evaluate.Sets  # and what it is measured on while it trains
     nets: tuple[corruption_nets.CorruptionNet, ...]  # none without AdA
     classifier: hk.TransformedWithState
+    eval_step: Callable[..., dict[str, jax.Array]]  # mapped over devices
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     steps_per_epoch: float
@@ -388,15 +329,30 @@ def build(config: ml_collections.ConfigDict) -> Parts:
         data.load, config.dataset, data_dir=config.data_dir or None, image_size=config.image_size
     )
     train_set, eval_set = load(config.train_split), load(config.eval_split)
+    during = ("c",) if config.corruption_eval_epochs else ()
+    classifier = evaluate.make_classifier(config, train_set.num_classes)
     steps_per_epoch = len(train_set) / config.batch_size
     total_steps = config.train_steps or round(config.epochs * steps_per_epoch)
+    if config.batch_size > len(train_set):
+        raise UserError(
+            f"config.batch_size={config.batch_size} is larger than the {len(train_set)} examples "
+            f"of config.train_split={config.train_split!r}: make it smaller."
+        )
+    if not total_steps:
+        raise UserError(
+            f"config.epochs={config.epochs} are less than one step of {config.batch_size} "
+            f"examples of {len(train_set)}: take more."
+        )
     schedule = learning_rate_schedule(config, steps_per_epoch, total_steps)
     return Parts(
         config,
         train_set,
         eval_set,
+        evaluate.open_sets(config, eval_set, config.eval_sets),
+        evaluate.open_sets(config, eval_set, during, config.corruption_eval_examples),
         make_corruption_nets(config.ada) if config.method == "ada" else (),
-        make_classifier(config, train_set.num_classes),
+        classifier,
+        evaluate.map_eval_step(classifier),
         make_optimizer(config, schedule),
         schedule,
         steps_per_epoch,
@@ -415,19 +371,6 @@ def make_corruption_nets(
     )
 
 
-def make_classifier(config: ml_collections.ConfigDict, num_classes: int) -> hk.TransformedWithState:
-    """The config's classifier."""
-    return classifiers.make(
-        config.classifier,
-        num_classes,
-        mean=tuple(config.mean),
-        std=tuple(config.std),
-        bn_decay=config.bn_decay,
-        bn_axis_name=AXIS if config.cross_replica_bn else None,
-        zero_init_logits=config.zero_init_logits,
-    )
-
-
 def main(config: ml_collections.ConfigDict, workdir: str) -> int | None:
     """Trains, or goes on training, in `workdir`; returns an exit status."""
     validate(config)
@@ -440,7 +383,7 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> int | None:
 
     thetas = tuple(net.theta for net in parts.nets)
     checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints)
-    expect = identity(config, thetas)
+    expect = identity(config, thetas) | {"training data": data.fingerprint(parts.train_set)}
     restored = checkpoints.restore(state, expect)
     extra = {"expect": expect, "pending": []}
     if restored:
@@ -491,7 +434,7 @@ def train(
     """
     config, total_steps, step = parts.config, parts.total_steps, int(state.step)
     finite = functools.partial(logbook.finite, advice="lower config.learning_rate or config.ada.nu")
-    update_step, eval_step = compile_steps(parts)
+    update_step = compile_update_step(parts)
     state, thetas = replicate(state), replicate(thetas)
     batches = data.train_batches(
         parts.train_set,
@@ -502,6 +445,7 @@ def train(
         process_count=jax.process_count(),
     )
     evaluate_at = every_epochs(config.eval_epochs, parts)
+    corrupt_at = every_epochs(config.corruption_eval_epochs, parts)
     save_at = every_epochs(config.checkpoint_epochs, parts)
     pending = extra["pending"]
     timer = logbook.Timer(step, total_steps, config.batch_size, show=jax.process_index() == 0)
@@ -519,26 +463,39 @@ def train(
                 rate = {"learning_rate": parts.schedule(step - 1)}
                 log.write(step, "train", summary | rate | progress)
             if evaluate_at(step) or step == total_steps:
-                clean = evaluate(eval_step, state, parts.eval_set, config.eval_batch_size)
-                log.write(step, "eval", clean)
+                log.write(step, "eval", clean_error(parts, state))
+            if corrupt_at(step):
+                log.write(step, "corruptions", corruption_errors(parts, state))
             if save_at(step) and step < total_steps:
                 pending = finite(pending, step)
                 checkpoints.save(step, unreplicate(state), extra | {"pending": pending})
-    timer.close()
-    state = unreplicate(state)
-    checkpoints.save(step, state, extra | {"pending": finite(pending, step)}, wait=True)
+        timer.close()
+        state = unreplicate(state)
+        # Still inside, for a second SIGTERM must not end the process before this is written.
+        checkpoints.save(step, state, extra | {"pending": finite(pending, step)}, wait=True)
     return state, step < total_steps
 
 
-def compile_steps(parts: Parts) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The update step and the evaluation step, mapped over all devices."""
+def compile_update_step(parts: Parts) -> Callable[..., Any]:
+    """The update step, mapped over all devices."""
     update_step = make_update_step(
         parts.config, parts.classifier, [net.apply for net in parts.nets], parts.optimizer
     )
-    return (
-        jax.pmap(update_step, AXIS, in_axes=(0, 0, 0, None), donate_argnums=0),
-        jax.pmap(make_eval_step(parts.classifier), AXIS),
-    )
+    return jax.pmap(update_step, AXIS, in_axes=(0, 0, 0, None), donate_argnums=0)
+
+
+def clean_error(parts: Parts, state: TrainState) -> dict[str, float]:
+    """The replicated state's 'examples', 'wrong', 'error' in percent and 'loss'."""
+    variables = state.params, state.net_state
+    size = parts.config.eval_batch_size
+    return evaluate.measure_one(parts.eval_step, variables, parts.eval_set, size)
+
+
+def corruption_errors(parts: Parts, state: TrainState) -> dict[str, float]:
+    """The replicated state's 'error/NAME/SEVERITY' on some corrupted images, and 'mce'."""
+    variables = state.params, state.net_state
+    datasets, size = parts.corruption_sets.datasets, parts.config.eval_batch_size
+    return evaluate.flat_errors(evaluate.measure(parts.eval_step, variables, datasets, size))
 
 
 def every_epochs(epochs: float, parts: Parts) -> Callable[[int], bool]:
@@ -561,6 +518,12 @@ _BOOKKEEPING = frozenset(
         "eval_epochs",
         "eval_batch_size",
         "eval_split",
+        "eval_sets",
+        "eval_c_dir",
+        "corruption_eval_epochs",
+        "corruption_eval_examples",
+        "corruption_seed",
+        "corruption_table",
         "checkpoint_epochs",
         "keep_checkpoints",
         "figure_examples",
@@ -586,45 +549,50 @@ def identity(config: ml_collections.ConfigDict, thetas: Any) -> dict[str, Any]:
 
 
 def finish(parts: Parts, workdir: str, state: TrainState, seconds: float) -> None:
-    """Writes the run's weights, results and picture, and prints its table."""
+    """Writes the run's weights, results and pictures, and prints its table."""
+    config, path = parts.config, os.path.join(workdir, "results.json")
+    weights = {"params": state.params, "state": state.net_state}
+    results = evaluate.new_results(
+        config,
+        name=config.name,
+        step=int(state.step),
+        weights_digest=checkpoint.digest(weights),
+        clean=parts.eval_set,
+        source=parts.sets.source,
+    )
+    results["seconds"] = seconds
+    if jax.process_index() == 0:
+        metadata = {"classifier": config.classifier, "step": int(state.step)}
+        checkpoint.save_weights(os.path.join(workdir, "classifier.safetensors"), weights, metadata)
+    with contextlib.suppress(UserError):  # Of other weights: the run's own replace them.
+        results = evaluate.with_earlier(results, path)
+    variables = replicate((state.params, state.net_state))
+    results = evaluate.complete(
+        results, path, parts.eval_step, variables, parts.sets.datasets, config.eval_batch_size
+    )
     if jax.process_index() != 0:
         return
-    clean = next(r for r in reversed(logbook.read(workdir)) if r["kind"] == "eval")
-    weights = {"params": state.params, "state": state.net_state}
-    metadata = {"classifier": parts.config.classifier, "step": int(state.step)}
-    digest = checkpoint.save_weights(
-        os.path.join(workdir, "classifier.safetensors"), weights, metadata
-    )
-    results = {
-        "schema": 1,
-        "name": parts.config.name,
-        "step": int(state.step),
-        "clean": {name: clean[name] for name in ("examples", "error", "loss")},
-        "config": parts.config.to_dict(),
-        "weights_digest": digest,
-        "commit": commit(),
-        "device": jax.devices()[0].device_kind,
-        "seconds": seconds,
-    }
-    rows = [("clean accuracy", f"{100 - clean['error']:.2f}% of {clean['examples']:.0f} images")]
-    shown = zip(parts.nets, parts.config.ada.corruption_net, strict=False)
-    for net, name in shown if parts.config.figure_examples else ():
+    rows = evaluate.rows(results)
+    shown = zip(parts.nets, config.ada.corruption_net, strict=False)
+    for net, name in shown if config.figure_examples else ():
         picture = os.path.join(workdir, f"adversarial_{name}.png")
         attacked = show_attack(parts, net, state, picture)
         results.setdefault("ada", {})[name] = attacked
-        accuracy = f"{100 - attacked['error']:.2f}% of {attacked['examples']} images"
         rows += [
-            (f"accuracy under AdA, {name}", accuracy),
+            (
+                f"error under AdA, {name}",
+                f"{attacked['error']:.2f}% of {attacked['examples']} images",
+            ),
             ("mean SSIM of its images", f"{attacked['ssim']:.3f}"),
             ("picture", picture),
         ]
-    logbook.write_json(os.path.join(workdir, "results.json"), results)
+    evaluate.write(path, results)
     rows += [
         ("weights", os.path.join(workdir, "classifier.safetensors")),
-        ("results", os.path.join(workdir, "results.json")),
-        ("time", logbook.clock(seconds)),
+        ("results", path),
+        ("time", logbook.clock(results["seconds"])),
     ]
-    print("\n" + "\n".join(f"| {name:35} | {value:44} |" for name, value in rows), flush=True)
+    print("\n" + logbook.table(rows), flush=True)
 
 
 def show_attack(
@@ -652,7 +620,7 @@ def show_attack(
         )[0]
 
     @jax.jit
-    def attack(key):
+    def attack(key, x, y):
         images, metrics = ada.adversarial_augment(
             key,
             x,
@@ -663,7 +631,7 @@ def show_attack(
         )
         return images, metrics["ssim_after"], logits_fn(x), logits_fn(images)
 
-    images, similarity, clean_logits, logits = attack(jax.random.key(config.seed))
+    images, similarity, clean_logits, logits = attack(jax.random.key(config.seed), x, y)
     figures.adversarial_rows(
         path,
         clean=np.asarray(x),
@@ -686,16 +654,6 @@ def show_parameters(params: hk.Params) -> None:
     from clu import parameter_overview  # imports TensorFlow: takes seconds
 
     parameter_overview.log_parameter_overview(params, include_stats=False)
-
-
-def commit() -> str:
-    """The git commit of the code that ran, '' outside a checkout."""
-    folder = pathlib.Path(__file__).parent
-    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        return ""
 
 
 if __name__ == "__main__":

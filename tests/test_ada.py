@@ -332,6 +332,16 @@ def test_images_that_are_none_are_refused(images, message):
         augment_affinely(LOGITS_FN, jax.random.key(0), images, batch()[1])
 
 
+def test_images_and_knobs_closed_over_inside_a_jit_are_looked_at_too():
+    x, y = batch()
+    augment = lambda x, **knobs: augment_affinely(LOGITS_FN, jax.random.key(0), x, y, **knobs)  # noqa: E731
+    good = jax.jit(lambda: augment(x, nu=jnp.float32(0.01))[0])()
+    assert good.shape == x.shape
+    bright = 2 + x
+    with pytest.raises(UserError, match="Pixels from"):
+        jax.jit(lambda: augment(bright)[0])()
+
+
 def test_keys_are_one_or_as_many_as_images():
     with pytest.raises(UserError, match="3 keys for 4 images"):
         augment_affinely(LOGITS_FN, example_keys(0, 3), *batch())

@@ -1,5 +1,6 @@
 """The training binary: its schedule and checks, devices, kills and resumes, and one golden step."""
 
+import itertools
 import json
 import pathlib
 import random
@@ -33,6 +34,7 @@ def tiny(**changes) -> ConfigDict:
         epochs=2.0,
         log_steps=3,
         eval_epochs=1.0,
+        eval_sets=("clean",),
         checkpoint_epochs=0.5,
         figure_examples=4,
         cpu_devices=0,
@@ -97,6 +99,11 @@ def test_learning_rate_schedule(batch_size):
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
+        ("eval_sets", ("clean", "d"), "clean, c, extra, cifar10_1"),
+        ("eval_sets", ("c",), "lacks 'clean'"),
+        ("corruption_seed", -1, "out of range"),
+        ("corruption_table", "mnist", "cifar, imagenet"),
+        ("corruption_eval_examples", 0, "1 or more"),
         ("method", "adda", "ada, nominal"),
         ("dataset", "mnist", "mnist5k"),
         ("classifier", "resnet", "preact_resnet50"),
@@ -110,6 +117,11 @@ def test_learning_rate_schedule(batch_size):
         ("ada.steps", 0, "1 or more"),
         ("ada.ssim_threshold", 1.0, "[-1, 1)"),
         ("learning_rate", 0.0, "positive"),
+        ("learning_rate", float("inf"), "finite"),
+        ("ada.nu", float("inf"), "finite"),
+        ("seed", -1, "0..2**32-1"),
+        ("mean", (0.5,), "three numbers"),
+        ("std", (0.0, 0.0, 0.0), "three positive numbers"),
         ("momentum", 1.0, "[0, 1)"),
         ("batch_size", 0, "1 or more"),
         ("train_steps", 5, "must not both"),
@@ -122,6 +134,18 @@ def test_mistakes_are_found_before_anything_is_compiled(field, value, said):
         train.validate(config)
     assert said in str(error.value)
     assert field.split(".")[-1] in str(error.value) or field == "train_steps"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"batch_size": 128}, "config.batch_size=128 is larger than the 64 examples"),
+        ({"epochs": 0.1}, "config.epochs=0.1 are less than one step"),
+    ],
+)
+def test_data_that_does_not_fit_is_found_before_anything_is_compiled(changes, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        train.build(tiny(**changes))
 
 
 @pytest.mark.parametrize(
@@ -170,7 +194,7 @@ def first_steps(config: ConfigDict, steps: int = 3) -> tuple[train.TrainState, d
     )
     key = jax.random.key(config.seed)
     state = train.initial_state(parts.classifier, parts.optimizer, key, images)
-    update_step, _ = train.compile_steps(parts)
+    update_step = train.compile_update_step(parts)
     thetas = tuple(net.theta for net in parts.nets)
     state, thetas = train.replicate(state), train.replicate(thetas)
     batches = train.data.train_batches(parts.train_set, batch_size=config.batch_size, seed=0)
@@ -234,8 +258,7 @@ def test_evaluation_counts_every_example_once():
         next(train.data.eval_batches(parts.train_set, batch_size=8))["image"]
     )
     state = train.initial_state(parts.classifier, parts.optimizer, jax.random.key(0), images)
-    _, eval_step = train.compile_steps(parts)
-    result = train.evaluate(eval_step, train.replicate(state), parts.eval_set, 16)
+    result = train.clean_error(parts, train.replicate(state))
     batch = next(train.data.eval_batches(parts.eval_set, batch_size=37))
     logits, _ = parts.classifier.apply(
         state.params,
@@ -245,7 +268,8 @@ def test_evaluation_counts_every_example_once():
         is_training=False,
     )
     assert result["examples"] == 37
-    assert result["error"] == pytest.approx(100 * np.mean(np.argmax(logits, -1) != batch["label"]))
+    assert result["wrong"] == np.sum(np.argmax(logits, -1) != batch["label"])
+    assert result["error"] == pytest.approx(100 * result["wrong"] / 37)
 
 
 # ------------------------------------------------------------------------ runs
@@ -261,7 +285,9 @@ def comparable(workdir) -> list[dict]:
 def uninterrupted(tmp_path_factory):
     """A whole run in a process of its own, and its flags."""
     folder = tmp_path_factory.mktemp("runs")
-    flags = flags_of(tiny(compilation_cache=str(folder / "cache")))
+    corrupted = {"corruption_eval_epochs": 2.0, "corruption_eval_examples": 3}
+    sets = {"eval_sets": ("clean", "c"), **corrupted}
+    flags = flags_of(tiny(compilation_cache=str(folder / "cache"), **sets))
     done = run(folder / "whole", *flags)
     assert done.returncode == 0, done.stderr
     return folder, flags, done
@@ -275,11 +301,20 @@ def test_a_run_leaves_what_it_promises(uninterrupted):
     )
     assert files >= set(promised.split()) | {"checkpoints", "tensorboard"}
     results = json.loads((folder / "whole" / "results.json").read_text())
-    assert results["clean"]["examples"] == 40
     assert results["step"] == 8
-    assert "clean accuracy" in done.stdout
-    kinds = [(r["step"], r["kind"]) for r in comparable(folder / "whole")]
-    assert kinds == [(3, "train"), (4, "eval"), (6, "train"), (8, "train"), (8, "eval")]
+    evaluated = [results["clean"], *itertools.chain(*results["corruptions"].values())]
+    assert [e["examples"] for e in evaluated] == [40] * 76
+    assert f"{results['mce_unnormalised']:.2f}%" in done.stdout and "clean error" in done.stdout
+    records = comparable(folder / "whole")
+    kinds = [(3, "train"), (4, "eval"), (6, "train"), (8, "train"), (8, "eval"), (8, "corruptions")]
+    assert [(r["step"], r["kind"]) for r in records] == kinds
+    *_, clean, corrupted = records
+    assert (clean["wrong"], clean["error"]) == tuple(
+        results["clean"][k] for k in ("wrong", "error")
+    )
+    errors = [v for k, v in corrupted.items() if k.startswith("error/")]
+    assert len(errors) == 75 and corrupted["mce"] == pytest.approx(np.mean(errors))
+    assert set(np.round(errors, 3)) <= {0, 33.333, 66.667, 100}
 
 
 @pytest.mark.slow
@@ -321,12 +356,40 @@ def test_sigterm_saves_and_the_same_command_goes_on(uninterrupted):
     while not list(workdir.glob("checkpoints/[0-9]*")):
         time.sleep(0.2)
         assert process.poll() is None
+    # Twice, as schedulers and process groups do.
+    process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == cli.INTERRUPTED
-    assert b"goes on" in errors
+    step = int(re.search(rb"saved step (\d+); the same command goes on", errors)[1])
     steps = sorted(int(p.name) for p in workdir.glob("checkpoints/[0-9]*"))
-    assert steps[-1] < 800
+    assert steps[-1] == step < 800
+    process = subprocess.Popen(command(workdir, *longer), cwd=ROOT, stderr=subprocess.PIPE)
+    seen = b""
+    while b"Going on from step" not in seen:
+        seen += process.stderr.readline()
+        assert process.poll() is None
+    process.kill()
+    process.communicate()
+    assert f"Going on from step {step} ".encode() in seen
+
+
+@pytest.mark.slow
+def test_other_data_in_the_same_workdir_are_refused(uninterrupted):
+    folder, flags, _ = uninterrupted
+    done = run(folder / "whole", *flags, "--config.train_split=train[64:128]")
+    assert done.returncode == 2 and "config.train_split" in done.stderr
+    rng = np.random.default_rng(0)
+    for name in "ab":
+        images = rng.integers(0, 256, (40, 32, 32, 3), np.uint8)
+        np.savez(folder / f"{name}.npz", images=images, labels=np.arange(40) % 4)
+    npz = ["--config.dataset=npz", "--config.train_split=train", "--config.eval_split=test"]
+    npz += ["--config.train_steps=1", "--config.epochs=0", "--config.eval_sets=clean"]
+    first, second = (
+        run(folder / "npz", *flags, *npz, f"--config.data_dir={folder}/{name}.npz") for name in "ab"
+    )
+    assert first.returncode == 0, first.stderr
+    assert second.returncode == 2 and "training data" in second.stderr
 
 
 @pytest.mark.slow
@@ -342,6 +405,10 @@ def test_another_architecture_in_the_same_workdir_is_refused(uninterrupted):
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(uninterrupted):
     folder, flags, _ = uninterrupted
-    done = run(folder / "nan", *flags, "--config.learning_rate=1e30", "--config.warmup_epochs=0")
+    diverging = ["--config.learning_rate=1e30", "--config.warmup_epochs=0"]
+    done = run(folder / "nan", *flags, *diverging, "--config.checkpoint_epochs=0.25")
     assert done.returncode == 2
-    assert "at step" in done.stderr and "--workdir" in done.stderr
+    step = int(re.search(r"at step (\d+)", done.stderr)[1])
+    assert "--workdir" in done.stderr
+    kept = [int(p.name) for p in (folder / "nan" / "checkpoints").iterdir() if p.name.isdigit()]
+    assert kept and max(kept) < step

@@ -1,0 +1,26 @@
+"""Arrays on all local devices, one leading axis for `jax.pmap`."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+AXIS = "devices"
+
+
+def shard(batch: dict[str, Any]) -> dict[str, Any]:
+    """Splits a process's batch [b, ...] over its devices: [devices, b / devices, ...]."""
+    devices = jax.local_device_count()
+    return {name: a.reshape(devices, -1, *a.shape[1:]) for name, a in batch.items()}
+
+
+def replicate(tree: Any) -> Any:
+    """Puts a copy of every leaf on every local device, with a leading device axis."""
+    devices = jax.local_device_count()
+    tree = jax.tree.map(lambda a: np.broadcast_to(a, (devices, *np.shape(a))), tree)
+    return jax.pmap(lambda a: a)(tree) if jax.tree.leaves(tree) else tree
+
+
+def unreplicate(tree: Any) -> Any:
+    """The first device's copy, on the host."""
+    return jax.tree.map(lambda a: np.asarray(a[0]), tree)

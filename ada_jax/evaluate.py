@@ -1,0 +1,818 @@
+"""Measures a classifier's errors on clean, corrupted and newly collected images.
+
+    python -m ada_jax.evaluate --workdir=runs/cifar10 --sets=clean,c,extra,cifar10_1
+    python -m ada_jax.evaluate --config=FILE --weights=FILE.safetensors --out=results.json
+    python -m ada_jax.evaluate --config=FILE --random --out=results.json
+
+The results file has every number as soon as it is measured, and the same command goes on with
+those it lacks.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import tqdm
+from absl import flags
+
+from ada_jax import checkpoint, classifiers, cli, corruptions, data, logbook, losses
+from ada_jax.devices import AXIS, replicate, shard
+from ada_jax.errors import UserError
+
+SCHEMA = 1
+_CORRUPTIONS = {"c": corruptions.NAMES, "extra": corruptions.EXTRA}
+SETS = ("clean", *_CORRUPTIONS, "cifar10_1")
+
+Cell = tuple[str, int]  # A corruption and its severity; another set and 0.
+Counts = dict[str, Any]
+Results = dict[str, Any]
+
+# ------------------------------------------------------------------------ the classifier
+
+
+def make_classifier(config: ml_collections.ConfigDict, num_classes: int) -> hk.TransformedWithState:
+    """The config's classifier."""
+    return classifiers.make(
+        config.classifier,
+        num_classes,
+        mean=tuple(config.mean),
+        std=tuple(config.std),
+        bn_decay=config.bn_decay,
+        bn_axis_name=AXIS if config.cross_replica_bn else None,
+        zero_init_logits=config.zero_init_logits,
+    )
+
+
+def make_eval_step(classifier: hk.TransformedWithState) -> Callable[..., dict[str, jax.Array]]:
+    """Makes `eval_step(params, net_state, batch)`: sums over all devices, padding masked out."""
+
+    def eval_step(params, net_state, batch):
+        x, y, real = data.to_float(batch["image"]), batch["label"], batch["mask"] > 0
+        logits, _ = classifier.apply(params, net_state, None, x, is_training=False)
+        sums = {
+            "examples": real.astype(jnp.int32),
+            "wrong": (real & (jnp.argmax(logits, -1) != y)).astype(jnp.int32),
+            "loss": jnp.where(real, losses.cross_entropy(logits, y), 0),
+        }
+        return jax.lax.psum({name: v.sum() for name, v in sums.items()}, AXIS)
+
+    return eval_step
+
+
+def map_eval_step(classifier: hk.TransformedWithState) -> Callable[..., dict[str, jax.Array]]:
+    """The evaluation step, mapped over all devices."""
+    return jax.pmap(make_eval_step(classifier), AXIS)
+
+
+# ------------------------------------------------------------------------ counting
+
+
+def measure(
+    eval_step: Callable[..., dict[str, jax.Array]],
+    variables: Sequence[Any],
+    datasets: Mapping[Cell, data.Dataset],
+    batch_size: int,
+) -> Iterator[tuple[Cell, Counts]]:
+    """Counts errors; every example counts once, whatever the batch size and number of devices.
+
+    Args:
+      eval_step: mapped over devices.
+      variables: the classifier's parameters and batch-norm averages, replicated.
+      datasets: images and labels.
+      batch_size: over all devices; rounded up to a multiple of them, and no larger than the
+        largest set needs.
+
+    Yields:
+      A set's name in `datasets` as soon as it is measured, with 'examples' and how many of them
+      are 'wrong', 'error' in percent and 'loss'.
+    """
+    largest, count = max(map(len, datasets.values()), default=0), jax.device_count()
+    batches = data.chained_eval_batches(
+        list(datasets.values()),
+        batch_size=max(1, -(-min(batch_size, largest) // count)) * count,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        num_threads=max(4, os.cpu_count() or 1),
+    )
+    cells, total = list(datasets), sum(map(len, datasets.values()))
+    with _progress(total) as progress:
+        for i, group in itertools.groupby(batches, key=lambda item: item[0]):
+            progress.set_description(" ".join(map(str, filter(None, cells[i]))), refresh=False)
+            sums = []
+            for _, batch in group:
+                sums.append(eval_step(*variables, shard(batch)))
+                jax.block_until_ready(sums[-3:][0])  # More in flight would take more memory.
+                progress.update(int(batch["mask"].sum()) * jax.process_count())
+            yield cells[i], _counts(sums)
+
+
+def measure_one(
+    eval_step: Callable[..., dict[str, jax.Array]],
+    variables: Sequence[Any],
+    dataset: data.Dataset,
+    batch_size: int,
+) -> Counts:
+    """As `measure`, of one data set."""
+    ((_, counts),) = measure(eval_step, variables, {("", 0): dataset}, batch_size)
+    return counts
+
+
+def _counts(sums: Iterable[dict[str, jax.Array]]) -> Counts:
+    # Added up on the host, where neither integers nor the loss run out of digits.
+    fetched = [{name: value[0].item() for name, value in s.items()} for s in sums]
+    examples, wrong, loss = (sum(f[k] for f in fetched) for k in ("examples", "wrong", "loss"))
+    return {
+        "examples": examples,
+        "wrong": wrong,
+        "error": 100 * wrong / examples,
+        "loss": loss / examples,
+    }
+
+
+def _progress(total: int) -> tqdm.tqdm:
+    """A bar for what takes more than moments; in a log it moves seldom."""
+    return tqdm.tqdm(
+        total=total,
+        unit=" images",
+        unit_scale=True,
+        leave=False,
+        delay=2,
+        mininterval=0.2 if sys.stderr.isatty() else 20,
+        disable=jax.process_index() != 0,
+    )
+
+
+# ------------------------------------------------------------------------ the sets
+
+
+class Sets(NamedTuple):
+    """What there is to measure on, checked.
+
+    Attributes:
+      datasets: images and labels of every cell.
+      source: where the corrupted images come from: the results' 'corruption_source'; empty where
+        there are none.
+    """
+
+    datasets: dict[Cell, data.Dataset]
+    source: dict[str, Any]
+
+
+def open_sets(
+    config: ml_collections.ConfigDict,
+    clean: data.Dataset,
+    names: Sequence[str],
+    examples: int | None = None,
+) -> Sets:
+    """Finds the images of some sets, and what is wrong with them before anything is computed.
+
+    Args:
+      config: 'eval_c_dir', 'corruption_seed', 'corruption_table' and 'data_dir' count.
+      clean: the clean images.
+      names: of SETS.
+      examples: how many of the corrupted images to take from the start; None takes all.
+
+    Raises:
+      UserError: files are missing, half-written, damaged or do not belong to the clean images.
+    """
+    datasets, source = {}, {}
+    if "clean" in names:
+        datasets["clean", 0] = clean
+    if wanted := [c for set_name in names for c in _CORRUPTIONS.get(set_name, ())]:
+        size = min(examples or len(clean), len(clean))
+        open_corrupted = {"": _on_the_fly, "tfds": _from_tfds}.get(config.eval_c_dir, _from_folder)
+        corrupted, source = open_corrupted(config, clean, wanted, size)
+        datasets |= corrupted
+    if "cifar10_1" in names:
+        _require_cifar10(clean, "cifar10_1")
+        datasets["cifar10_1", 0] = data.cifar10_1(config.data_dir or None)
+    return Sets(datasets, source)
+
+
+def _require_cifar10(clean: data.Dataset, name: str) -> None:
+    if clean.num_classes != 10 or clean.image_shape != (32, 32, 3):
+        raise UserError(
+            f"The set {name} has 10 classes of 32x32 pixels, and {clean.name} has "
+            f"{clean.num_classes} of {clean.image_shape[0]}x{clean.image_shape[1]}: leave it out "
+            "of config.eval_sets (--sets)."
+        )
+
+
+def _cells(names: Iterable[str]) -> list[Cell]:
+    return list(itertools.product(names, corruptions.SEVERITIES))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Corrupted:
+    """The first `size` clean images, corrupted each time they are asked for."""
+
+    clean: data.Dataset
+    size: int
+    name: str
+    severity: int
+    seed: int
+    table: str
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
+        return next(iter(self.__getitems__([i])))
+
+    def __getitems__(self, indices: Sequence[int]) -> Iterable[tuple[np.ndarray, int]]:
+        batch = data.gather(self.clean, np.asarray(indices))
+        images = corruptions.corrupt(
+            self.name,
+            self.severity,
+            corruptions.as_uint8(batch["image"]),
+            self.seed,
+            indices=indices,
+            table=self.table,
+        )
+        return zip(images, batch["label"].tolist(), strict=True)
+
+
+def _on_the_fly(
+    config: ml_collections.ConfigDict, clean: data.Dataset, names: Sequence[str], size: int
+) -> tuple[dict[Cell, data.Dataset], dict[str, Any]]:
+    settings = {"seed": config.corruption_seed, "table": config.corruption_table}
+    sources = {cell: _Corrupted(clean, size, *cell, **settings) for cell in _cells(names)}
+    for name in names:  # One image each, for whatever is wrong to show now.
+        _ = sources[name, 1][0]
+    datasets = {cell: dataclasses.replace(clean, source=s) for cell, s in sources.items()}
+    return datasets, {"kind": "on_the_fly", "recipe": corruptions.RECIPE, **settings}
+
+
+def _from_tfds(
+    config: ml_collections.ConfigDict, clean: data.Dataset, names: Sequence[str], size: int
+) -> tuple[dict[Cell, data.Dataset], dict[str, Any]]:
+    _require_cifar10(clean, "cifar10_corrupted")
+    split = f"test[:{size}]" if size < len(clean) else "test"
+    datasets = {}
+    for cell in _cells(names):
+        datasets[cell] = dataset = data.cifar10_corrupted(
+            *cell, config.data_dir or None, split=split
+        )
+        if len(dataset) != size:
+            raise UserError(
+                f"{dataset.name} has {len(dataset)} images, and there are {size} clean ones: set "
+                "config.eval_split (--split) to the test split that it was made from."
+            )
+    return datasets, {"kind": "tfds"}
+
+
+# ------------------------------------------------------------------------ a folder of .npy files
+
+
+def _from_folder(
+    config: ml_collections.ConfigDict, clean: data.Dataset, names: Sequence[str], size: int
+) -> tuple[dict[Cell, data.Dataset], dict[str, Any]]:
+    """Opens a "-C" set in the published layout, see `corruptions.write_set`, memory-mapped."""
+    folder = pathlib.Path(config.eval_c_dir).expanduser().absolute()
+    _check_whole(folder)
+    sha256, clean_labels = corruptions.digest(clean)
+    labels = _read_labels(folder, clean_labels)
+    source = {"kind": "npy", "folder": str(folder)} | _read_manifest(folder, sha256)
+    datasets = {}
+    for name in names:
+        images = _read_images(folder, name, len(corruptions.SEVERITIES), clean)
+        for severity, block in zip(corruptions.SEVERITIES, images, strict=True):
+            arrays = data.ArraySource(block[:size], labels[:size])
+            datasets[name, severity] = dataclasses.replace(clean, source=arrays)
+    return datasets, source
+
+
+def _check_whole(folder: pathlib.Path) -> None:
+    if not folder.is_dir():
+        raise UserError(
+            f"config.eval_c_dir (--c_dir) = {str(folder)!r} is not a folder: name one with .npy "
+            "files, or 'tfds', or '' to corrupt on the fly."
+        )
+    if partial := sorted(folder.glob("*.partial")):
+        raise UserError(
+            f"config.eval_c_dir (--c_dir) = {str(folder)!r} is half-written ({partial[0].name}): "
+            "let python -m ada_jax.corruptions end, or start it again, which goes on."
+        )
+
+
+def _load_array(path: pathlib.Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        fix = "is missing: complete the folder"
+    except (OSError, ValueError, EOFError) as error:
+        fix = f"is not a whole array ({' '.join(str(error).split())}): copy it again"
+    raise UserError(
+        f"{path.name} in config.eval_c_dir (--c_dir) = {str(path.parent)!r} {fix}, or set '' to "
+        "corrupt on the fly."
+    )
+
+
+def _read_labels(folder: pathlib.Path, clean: np.ndarray) -> np.ndarray:
+    """The labels [N] of one severity, which all severities share, int32."""
+    labels = _load_array(folder / "labels.npy")
+    wanted = len(corruptions.SEVERITIES) * len(clean)
+    where = f"labels.npy in config.eval_c_dir (--c_dir) = {str(folder)!r}"
+    if labels.shape != (wanted,) or not np.issubdtype(labels.dtype, np.integer):
+        raise UserError(
+            f"{where} is {_described(labels)} and should be [{wanted}] integers, five times the "
+            f"{len(clean)} clean ones: set config.eval_split (--split) to the images that it was "
+            "made from."
+        )
+    blocks = labels.reshape(-1, len(clean)).astype(np.int64)
+    # Their order may differ: TFDS has CIFAR-10 shuffled, the published files have not.
+    if (blocks != blocks[0]).any() or not np.array_equal(np.sort(blocks[0]), np.sort(clean)):
+        raise UserError(
+            f"{where} does not have the labels of the {len(clean)} clean images five times: set "
+            "config.eval_split (--split) to the images that it was made from."
+        )
+    return blocks[0].astype(np.int32)
+
+
+def _read_manifest(folder: pathlib.Path, sha256: str) -> dict[str, Any]:
+    """What `corruptions.write_set` says of a set of its own; nothing of another's."""
+    path = folder / "manifest.json"
+    if not path.exists():
+        return {}
+    try:
+        manifest = json.loads(path.read_text())
+        told = {field: manifest[field] for field in ("seed", "table", "recipe")}
+        severities, made_from = manifest["severities"], manifest["data_sha256"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} cannot be read ({error!r}): write the set again.") from error
+    if severities != list(corruptions.SEVERITIES):
+        raise UserError(
+            f"config.eval_c_dir (--c_dir) = {str(folder)!r} has the severities {severities}: "
+            "write a set with all of 1,2,3,4,5."
+        )
+    if made_from != sha256:
+        raise UserError(
+            f"config.eval_c_dir (--c_dir) = {str(folder)!r} was made from other images than "
+            f"config.eval_split has (sha256 {made_from[:12]}..., not {sha256[:12]}...): set "
+            "config.eval_split (--split) to those."
+        )
+    return told
+
+
+def _read_images(
+    folder: pathlib.Path, name: str, severities: int, clean: data.Dataset
+) -> np.ndarray:
+    """[S, N, H, W, 3] uint8, of a file in either spelling."""
+    path = folder / f"{name}.npy"
+    other = folder / f"{data.TFDS_SPELLINGS.get(name, name)}.npy"
+    images = _load_array(path if path.exists() or not other.exists() else other)
+    wanted = (severities * len(clean), *clean.image_shape)
+    if images.shape != wanted or images.dtype != np.uint8:
+        raise UserError(
+            f"{path.name} in config.eval_c_dir (--c_dir) = {str(folder)!r} is "
+            f"{_described(images)} and should be [{', '.join(map(str, wanted))}] uint8: write it "
+            "again, or set config.eval_split (--split) to the images that it was made from."
+        )
+    return images.reshape(severities, len(clean), *clean.image_shape)
+
+
+def _described(array: np.ndarray) -> str:
+    return f"[{', '.join(map(str, array.shape))}] {array.dtype}"
+
+
+# ------------------------------------------------------------------------ results
+
+
+def new_results(
+    config: ml_collections.ConfigDict,
+    *,
+    name: str,
+    step: int,
+    weights_digest: str,
+    clean: data.Dataset,
+    source: Mapping[str, Any],
+) -> Results:
+    """A results file's content before anything is measured.
+
+    Args:
+      config: of the run.
+      name: what tables call the run.
+      step: updates made.
+      weights_digest: of {'params': ..., 'state': ...}, see `checkpoint.digest`.
+      clean: the clean images of config.eval_split.
+      source: see `Sets`.
+    """
+    results = {
+        "schema": SCHEMA,
+        "name": name,
+        "published": False,
+        "seed": config.seed,
+        "step": step,
+        "config": config.to_dict(),
+        "commit": logbook.commit(),
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "seconds": 0.0,
+        "weights_digest": weights_digest,
+        "data": {"name": clean.name, "split": config.eval_split, "examples": len(clean)},
+    }
+    results |= {"corruption_source": dict(source)} if source else {}
+    return json.loads(json.dumps(results))  # Tuples become lists, as they come back.
+
+
+def with_earlier(results: Results, path: str | os.PathLike[str]) -> Results:
+    """Adds what a results file of the same weights and data has measured already, if there is one.
+
+    Args:
+      results: from `new_results`.
+      path: the file, which need not exist.
+
+    Raises:
+      UserError: it is damaged, of another schema, or of other weights, data or corruptions.
+    """
+    path = pathlib.Path(path)
+    if not path.exists():
+        return results
+    try:
+        before = dict(json.loads(path.read_text()))
+        _check_same(results, before, path)
+        _check_rows(before)
+        seconds = float(before["seconds"])
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"The results file {path} cannot be read ({error!r}): remove it, or name another with "
+            "--out."
+        ) from error
+    return before | results | {"seconds": seconds} | _means(before)
+
+
+def _check_same(results: Results, before: Results, path: pathlib.Path) -> None:
+    """Refuses a file whose numbers cannot stand beside those that are to be measured."""
+
+    def facts(of: Results) -> dict[str, Any]:
+        kept = {name: of.get(name) for name in ("schema", "weights_digest", "data")}
+        config = dict(of.get("config") or {})
+        return kept | {name: config.get(name) for name in ("classifier", "mean", "std")}
+
+    now, then = facts(results), facts(before)
+    if "corruption_source" in results and "corruption_source" in before:
+        now["corruption_source"] = results["corruption_source"]
+        then["corruption_source"] = before["corruption_source"]
+    for field, value in now.items():
+        if then[field] != value:
+            raise UserError(
+                f"The results file {path} has {field} = {json.dumps(then[field])}, and this "
+                f"evaluation has {json.dumps(value)}: name another file with --out, or remove it."
+            )
+
+
+def _check_rows(results: Results) -> None:
+    for name, rows in results.get("corruptions", {}).items():
+        severities = [row["severity"] for row in rows]
+        known = name in corruptions.NAMES + corruptions.EXTRA
+        if not known or not set(severities) <= set(corruptions.SEVERITIES):
+            raise ValueError(f"no corruption {name} of the severities {severities}")
+        if len(set(severities)) != len(rows):
+            raise ValueError(f"a severity of {name} is there twice")
+        for row in rows:
+            if row["error"] != 100 * row["wrong"] / row["examples"]:
+                raise ValueError(f"the counts and errors of {name} do not agree")
+
+
+def complete(
+    results: Results,
+    path: str | os.PathLike[str],
+    eval_step: Callable[..., dict[str, jax.Array]],
+    variables: Sequence[Any],
+    datasets: Mapping[Cell, data.Dataset],
+    batch_size: int,
+) -> Results:
+    """Measures what the results lack, writing the file after every cell.
+
+    Args:
+      results: so far.
+      path: the file.
+      eval_step: see `measure`.
+      variables: see `measure`.
+      datasets: all that the results should have; see `measure`.
+      batch_size: see `measure`.
+
+    Returns:
+      The results with everything in `datasets` measured.
+    """
+    todo = {cell: dataset for cell, dataset in datasets.items() if not _has(results, cell)}
+    started, before = time.monotonic(), results["seconds"]
+    for cell, counts in measure(eval_step, variables, todo, batch_size):
+        results = _with(results, cell, counts)
+        results["seconds"] = before + time.monotonic() - started
+        write(path, results)
+    write(path, results)
+    return results
+
+
+def write(path: str | os.PathLike[str], results: Results) -> None:
+    """Writes a results file whole or not at all, by the first process alone."""
+    if jax.process_index() != 0:
+        return
+    path = pathlib.Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        logbook.write_json(path, results)
+    except OSError as error:
+        raise UserError(
+            f"The results file {path} cannot be written ({error.strerror}): free some space, or "
+            "name another with --out."
+        ) from error
+
+
+def _has(results: Results, cell: Cell) -> bool:
+    name, severity = cell
+    if not severity:
+        return name in results
+    return any(row["severity"] == severity for row in results.get("corruptions", {}).get(name, ()))
+
+
+def _with(results: Results, cell: Cell, counts: Counts) -> Results:
+    """The results with one more cell."""
+    name, severity = cell
+    measured = {field: counts[field] for field in ("examples", "wrong", "error")}
+    if not severity:
+        return results | {name: counts if name == "clean" else measured}
+    grid = results.get("corruptions", {})
+    rows = [*grid.get(name, ()), {"severity": severity, **measured}]
+    results = results | {"corruptions": grid | {name: sorted(rows, key=lambda r: r["severity"])}}
+    return results | _means(results)
+
+
+def mean_error(
+    grid: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequence[str]
+) -> float | None:
+    """The mean over corruptions of the mean error over severities: mCE, un-normalised.
+
+    Args:
+      grid: results' 'corruptions'.
+      names: which of them; NAMES of `corruptions` for the mCE.
+
+    Returns:
+      Percent; None where a severity of one of them is missing.
+
+    Source: Calian et al. (2021), section 4; not divided by AlexNet's errors.
+    """
+    rows = [grid.get(name, ()) for name in names]
+    if any(len(r) != len(corruptions.SEVERITIES) for r in rows):
+        return None
+    return float(np.mean([np.mean([row["error"] for row in r]) for r in rows]))
+
+
+def _means(results: Results) -> Results:
+    """The means that the results are complete enough for."""
+    names = {"mce_unnormalised": corruptions.NAMES, "mean_extra": corruptions.EXTRA}
+    means = {f: mean_error(results.get("corruptions", {}), names[f]) for f in names}
+    return {field: mean for field, mean in means.items() if mean is not None}
+
+
+def flat_errors(
+    measured: Iterable[tuple[Cell, Counts]],
+) -> dict[str, float]:
+    """The corruption errors of `measure` for a log: 'error/NAME/SEVERITY' and 'mce', in percent."""
+    errors = {f"error/{name}/{severity}": c["error"] for (name, severity), c in measured}
+    # Every corruption has all its severities, so that the mean of means is the mean.
+    return errors | {"mce": float(np.mean(list(errors.values())))}
+
+
+def rows(results: Results) -> list[tuple[str, str]]:
+    """The results as a table's (name, value)."""
+
+    def of(counts: Counts) -> str:
+        return f"{counts['error']:.2f}% of {counts['examples']} images"
+
+    shown = [("clean error", of(results["clean"]))] if "clean" in results else []
+    grid = results.get("corruptions", {})
+    for names, field, title in (
+        (corruptions.NAMES, "mce_unnormalised", "mCE, un-normalised"),
+        (corruptions.EXTRA, "mean_extra", "mean of the 4 extra"),
+    ):
+        errors = {name: mean_error(grid, [name]) for name in names}
+        shown += [(n.replace("_", " "), f"{e:.2f}%") for n, e in errors.items() if e is not None]
+        shown += [(title, f"{results[field]:.2f}%")] if field in results else []
+    if "cifar10_1" in results:
+        shown.append(("CIFAR-10.1 v6 error", of(results["cifar10_1"])))
+    return shown
+
+
+# ------------------------------------------------------------------------ the config
+
+# What configs of runs from before there was an evaluation lack.
+_FIELDS_SINCE = {
+    "eval_sets": ("clean", "c"),
+    "eval_c_dir": "",
+    "corruption_seed": 0,
+    "corruption_table": "cifar",
+}
+_NEEDED = (
+    *("name", "seed", "dataset", "data_dir", "image_size", "eval_split", "eval_batch_size"),
+    *("classifier", "mean", "std", "bn_decay", "cross_replica_bn", "zero_init_logits"),
+    *("cpu_devices", "compilation_cache", *_FIELDS_SINCE),
+)
+_FLAGS = {
+    "sets": "eval_sets",
+    "c_dir": "eval_c_dir",
+    "corruption_seed": "corruption_seed",
+    "corruption_table": "corruption_table",
+    "batch_size": "eval_batch_size",
+    "split": "eval_split",
+    "data_dir": "data_dir",
+}
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Finds what is wrong with the evaluation's part of a config.
+
+    Raises:
+      UserError: naming the field, its value and the fix.
+    """
+    unknown = [name for name in config.eval_sets if name not in SETS]
+    if unknown or not config.eval_sets:
+        raise UserError(
+            f"config.eval_sets (--sets) = {tuple(config.eval_sets)} is empty or has an unknown "
+            f"name: choose from {', '.join(SETS)}."
+        )
+    if not 0 <= config.corruption_seed < 2**32:
+        raise UserError(
+            f"config.corruption_seed={config.corruption_seed} is out of range: choose it in "
+            f"0..{2**32 - 1}."
+        )
+    if config.corruption_table not in corruptions.TABLES:
+        raise UserError(
+            f"config.corruption_table={config.corruption_table!r} is unknown: choose from "
+            f"{', '.join(corruptions.TABLES)}."
+        )
+    if config.eval_batch_size < 1:
+        raise UserError(
+            f"config.eval_batch_size (--batch_size) = {config.eval_batch_size} must be 1 or more."
+        )
+
+
+def _config_of_run(workdir: str) -> ml_collections.ConfigDict:
+    path = pathlib.Path(workdir) / "config.json"
+    try:
+        fields = dict(json.loads(path.read_text()))
+    except FileNotFoundError as error:
+        raise UserError(
+            f"--workdir={workdir} has no config.json, so no run was started there: name a run's "
+            "folder, or give --config with --weights."
+        ) from error
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): copy it again.") from error
+    return ml_collections.ConfigDict(_FIELDS_SINCE | fields, type_safe=False)
+
+
+def _with_flags(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    if missing := [name for name in _NEEDED if name not in config]:
+        raise UserError(
+            f"The config has no field {missing[0]!r}, so it is not of a classifier's training: "
+            "name another with --config or --workdir."
+        )
+    values = {field: flags.FLAGS[flag].value for flag, field in _FLAGS.items()}
+    config = config.copy_and_resolve_references().unlock()
+    with config.ignore_type():
+        config.update({field: v for field, v in values.items() if v is not None})
+    return config.lock()
+
+
+# ------------------------------------------------------------------------ the binary
+
+
+def _check_flags(argv: list[str]) -> None:
+    values = flags.FLAGS
+    if len(argv) > 1:
+        raise UserError(f"The argument {argv[1]!r} is not a flag: write --flag=value.")
+    given = [f for f in ("workdir", "weights", "random") if values[f].value]
+    if len(given) != 1:
+        raise UserError(
+            f"There are {len(given)} of --workdir, --weights and --random: give one, a run's "
+            "folder, a file of weights or none at all, to say what to evaluate."
+        )
+    if values.workdir and values.config:
+        raise UserError(
+            f"--workdir={values.workdir} has a config.json of its own: leave --config out."
+        )
+    if not values.workdir and not (values.config and values.out):
+        raise UserError(f"--{given[0]} needs --config=FILE and --out=FILE beside it: give both.")
+
+
+def load_variables(
+    classifier: hk.TransformedWithState, image_shape: Sequence[int], path: str | os.PathLike[str]
+) -> tuple[hk.Params, hk.State, int]:
+    """The classifier's variables from a weights file, or from a run's folder.
+
+    Args:
+      classifier: what they are for.
+      image_shape: [H, W, 3].
+      path: a safetensors file, or a folder with classifier.safetensors or else checkpoints.
+
+    Returns:
+      Parameters, batch-norm averages, and the step they are of.
+
+    Raises:
+      UserError: there are none, or they are damaged or of another architecture.
+    """
+    path, images = pathlib.Path(path), jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    init = functools.partial(classifier.init, is_training=True)
+    params, state = jax.eval_shape(init, jax.random.key(0), images)
+    file = path / "classifier.safetensors" if path.is_dir() else path
+    if file.is_file() or not path.is_dir():
+        tree, metadata = checkpoint.load_weights(file, {"params": params, "state": state})
+        return tree["params"], tree.get("state", {}), int(metadata.get("step", 0))
+    if (path / "checkpoints").is_dir():
+        checkpoints = checkpoint.Checkpoints(path, keep=1)
+        found = checkpoints.read_latest({"params": params, "net_state": state})
+        checkpoints.close()
+        if found:
+            return found[0]["params"], found[0].get("net_state", {}), found[1]
+    raise UserError(
+        f"--workdir={path} has neither classifier.safetensors nor an undamaged checkpoint: train "
+        "there first, or name a file with --weights."
+    )
+
+
+def random_variables(
+    classifier: hk.TransformedWithState, clean: data.Dataset, seed: int
+) -> tuple[hk.Params, hk.State]:
+    """The classifier's variables before training."""
+    images = data.to_float(next(data.eval_batches(clean, batch_size=8))["image"])
+    init = jax.jit(classifier.init, static_argnames="is_training")
+    return init(jax.random.key(seed), images, is_training=True)
+
+
+def main(argv: list[str]) -> None:
+    """Evaluates what the flags describe."""
+    try:
+        _check_flags(argv)
+        _evaluate(flags.FLAGS)
+    except UserError as error:
+        # Lower rooms name the fields of a training run.
+        text = str(error).replace("config.train_split or config.eval_split", "--split")
+        raise UserError(text.replace("--config.data_dir", "--data_dir")) from error
+
+
+def _evaluate(values: flags.FlagValues) -> None:
+    workdir, weights = values.workdir, values.weights
+    config = _with_flags(_config_of_run(workdir) if workdir else values.config)
+    validate(config)
+    cli.set_up_devices(config.cpu_devices, config.compilation_cache)
+    clean = data.load(
+        config.dataset,
+        config.eval_split,
+        data_dir=config.data_dir or None,
+        image_size=config.image_size,
+    )
+    sets = open_sets(config, clean, config.eval_sets)
+    classifier = make_classifier(config, clean.num_classes)
+    if values.random:
+        name, step = f"{config.name}_random", 0
+        params, state = random_variables(classifier, clean, config.seed)
+    else:
+        name = config.name if workdir else pathlib.Path(weights).stem
+        params, state, step = load_variables(classifier, clean.image_shape, workdir or weights)
+    out = values.out or os.path.join(workdir, "results.json")
+    results = new_results(
+        config,
+        name=name,
+        step=step,
+        weights_digest=checkpoint.digest({"params": params, "state": state}),
+        clean=clean,
+        source=sets.source,
+    )
+    results = with_earlier(results, out)
+    variables, eval_step = replicate((params, state)), map_eval_step(classifier)
+    results = complete(results, out, eval_step, variables, sets.datasets, config.eval_batch_size)
+    table = [*rows(results), ("results", out), ("time", logbook.clock(results["seconds"]))]
+    print("\n" + logbook.table(table), flush=True)
+
+
+if __name__ == "__main__":
+    from ml_collections import config_flags
+
+    config_flags.DEFINE_config_file("config", None, "As for train, with --weights or --random.")
+    flags.DEFINE_string("workdir", None, "Folder of a run, finished or not.")
+    flags.DEFINE_string("weights", None, "A classifier's safetensors file.")
+    flags.DEFINE_bool("random", False, "Evaluate the classifier as it is before training.")
+    flags.DEFINE_list("sets", None, f"Which of {','.join(SETS)}.")
+    flags.DEFINE_string("c_dir", None, "Folder of a '-C' set, 'tfds', or '' to corrupt on the fly.")
+    flags.DEFINE_integer("corruption_seed", None, "Of the corruptions on the fly.")
+    flags.DEFINE_string("corruption_table", None, "Whose parameters on the fly: cifar or imagenet.")
+    flags.DEFINE_integer("batch_size", None, "Images at a time over all devices.")
+    flags.DEFINE_string("split", None, "Clean images, such as test[:500].")
+    flags.DEFINE_string("data_dir", None, "Where the data is.")
+    flags.DEFINE_string("out", None, "Results file; by default results.json in the workdir.")
+    cli.start(main)

@@ -1,0 +1,468 @@
+"""The evaluation: counts that do not depend on devices, resuming, refusals, and the mCE."""
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+
+import chex
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from ada_jax import checkpoint, corruptions, data, evaluate, train
+from ada_jax.devices import replicate
+from ada_jax.errors import UserError
+from experiments import quickstart
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def images(count: int = 24, *, side: int = 16, seed: int = 0) -> data.Dataset:
+    """Smooth random images of four classes."""
+    rng = np.random.RandomState(seed)
+    coarse = rng.randint(0, 256, (count, side // 4, side // 4, 3))
+    pixels = coarse.repeat(4, axis=1).repeat(4, axis=2).astype(np.uint8)
+    return data.from_arrays(pixels, rng.randint(0, 4, count), class_names="abcd", name="blocks")
+
+
+def classifier() -> hk.TransformedWithState:
+    """A convolution, batch norm and a linear layer: quick to compile."""
+
+    def net(x, is_training, test_local_stats=False):
+        x = hk.Conv2D(8, 3, 2)(x)
+        x = jax.nn.relu(hk.BatchNorm(True, True, 0.9)(x, is_training, test_local_stats))
+        return hk.Linear(4)(hk.Flatten()(x))
+
+    return hk.transform_with_state(net)
+
+
+def variables(seed: int = 0, side: int = 16) -> tuple:
+    x = jnp.zeros((2, side, side, 3))
+    return classifier().init(jax.random.key(seed), x, is_training=True)
+
+
+def config_with(**changes) -> ConfigDict:
+    config = quickstart.get_config().unlock()
+    config.update(changes)
+    return config.lock()
+
+
+def sets_of(clean: data.Dataset, *names: str, **changes) -> evaluate.Sets:
+    return evaluate.open_sets(config_with(**changes), clean, names)
+
+
+def results_of(clean: data.Dataset, sets: evaluate.Sets, digest: str = "d", **changes) -> dict:
+    settings = {"name": "test", "step": 3, "weights_digest": digest}
+    return evaluate.new_results(config_with(**changes), clean=clean, source=sets.source, **settings)
+
+
+def counts(sets: evaluate.Sets, batch_size: int = 10) -> dict:
+    """(examples, wrong) of every cell."""
+    step = evaluate.map_eval_step(classifier())
+    measured = evaluate.measure(step, replicate(variables()), sets.datasets, batch_size)
+    return {" ".join(map(str, cell)): (c["examples"], c["wrong"]) for cell, c in measured}
+
+
+# ------------------------------------------------------------------------ counting
+
+
+def test_counts_agree_with_a_loop_over_the_corrupted_images():
+    clean, (params, state) = images(), variables()
+
+    def wrong(pixels):
+        x = data.to_float(pixels)
+        logits, _ = classifier().apply(params, state, None, x, is_training=False)
+        return 24, int(np.sum(np.argmax(logits, -1) != clean.source.labels))
+
+    found = counts(sets_of(clean, "clean", "c", "extra"))
+    assert list(found) == ["clean 0"] + [
+        f"{name} {severity}"
+        for name in corruptions.NAMES + corruptions.EXTRA
+        for severity in (1, 2, 3, 4, 5)
+    ]
+    assert found["clean 0"] == wrong(clean.source.images)
+    for name, severity in (("fog", 5), ("snow", 2), ("saturate", 4)):
+        corrupted = corruptions.corrupt(name, severity, clean.source.images, 0)
+        assert found[f"{name} {severity}"] == wrong(corrupted)
+    assert len(set(found.values())) > 5
+
+
+_DEVICES = """
+import json, sys, jax
+jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
+sys.path.insert(0, "tests")
+import test_evaluate as t
+sets = t.sets_of(t.images(131), "clean", "c")
+print(json.dumps([t.counts(sets, batch_size) for batch_size in (100, 128)]))
+"""
+
+
+def test_one_device_and_four_and_any_batch_size_count_the_same():
+    found = []
+    for devices in (1, 4):
+        command = [sys.executable, "-c", _DEVICES, str(devices)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        found += json.loads(done.stdout)
+    assert [examples for examples, _ in found[0].values()] == [131] * 76
+    assert found == found[:1] * 4
+
+
+def test_padding_that_is_not_finite_does_not_count():
+    step = jax.pmap(evaluate.make_eval_step(classifier()), evaluate.AXIS)
+    batch = {
+        "image": np.float32([[np.zeros((16, 16, 3)), np.full((16, 16, 3), np.nan)]]),
+        "label": np.int32([[0, 0]]),
+        "mask": np.float32([[1, 0]]),
+    }
+    sums = step(*jax.tree.map(lambda a: a[:1], replicate(variables())), batch)
+    assert sums["examples"][0] == 1 and np.isfinite(sums["loss"][0])
+    assert jnp.issubdtype(sums["wrong"].dtype, jnp.integer)
+
+
+def test_a_subset_takes_the_first_examples_corrupted_as_in_the_whole_set():
+    clean, config = images(), config_with(corruption_seed=3)
+    part = evaluate.open_sets(config, clean, ("extra",), 5).datasets["spatter", 2]
+    whole = corruptions.corrupt("spatter", 2, clean.source.images, 3)
+    batch = next(data.eval_batches(part, batch_size=8))
+    assert len(part) == 5
+    np.testing.assert_array_equal(batch["image"][:5], whole[:5])
+    np.testing.assert_array_equal(batch["label"][:5], clean.source.labels[:5])
+
+
+# ------------------------------------------------------------------------ folders of .npy files
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> pathlib.Path:
+    """The four extra corruptions of `images()`, by the package's own writer."""
+    folder = tmp_path_factory.mktemp("blocks-C")
+    corruptions.write_set(images(), folder, names=corruptions.EXTRA, seed=7)
+    return folder
+
+
+@pytest.fixture
+def folder(written, tmp_path) -> pathlib.Path:
+    """A copy to be spoilt."""
+    for path in written.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def test_a_written_folder_counts_as_the_images_corrupted_on_the_fly(written):
+    on_the_fly = sets_of(images(), "extra", corruption_seed=7)
+    from_folder = sets_of(images(), "extra", eval_c_dir=str(written))
+    assert counts(from_folder) == counts(on_the_fly)
+    assert counts(sets_of(images(), "extra", corruption_seed=8)) != counts(on_the_fly)
+    assert from_folder.source["kind"] == "npy" and from_folder.source["seed"] == 7
+    assert on_the_fly.source["kind"] == "on_the_fly"
+
+
+def test_a_published_folder_in_its_own_order_and_either_spelling(folder):
+    (folder / "manifest.json").unlink()
+    (folder / "spatter.npy").rename(folder / "elastic.npy")
+    order = np.random.RandomState(0).permutation(24)
+    clean = images()
+    shuffled = data.ArraySource(clean.source.images[order], clean.source.labels[order])
+    clean = dataclasses.replace(clean, source=shuffled)
+    config = config_with(eval_c_dir=str(folder))
+    names = ["elastic_transform", "saturate"]
+    datasets, source = evaluate._from_folder(config, clean, names, 24)
+    assert source == {"kind": "npy", "folder": str(folder)}
+    image, label = datasets["elastic_transform", 4].source[5]
+    np.testing.assert_array_equal(image, np.load(folder / "elastic.npy")[3 * 24 + 5])
+    assert label == np.load(folder / "labels.npy")[5] == images().source.labels[5]
+
+
+def spoil(folder: pathlib.Path, name: str, change) -> None:
+    np.save(folder / name, change(np.load(folder / name)))
+
+
+def other_seed(folder: pathlib.Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"data_sha256": "0" * 64}))
+
+
+def three_severities(folder: pathlib.Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"severities": [1, 2, 6]}))
+
+
+def pickled(folder: pathlib.Path) -> None:
+    np.save(folder / "spatter.npy", np.array([{}]), allow_pickle=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda f: (f / "spatter.npy").unlink(), "spatter.npy in .* is missing"),
+        (lambda f: (f / "labels.npy").unlink(), "labels.npy in .* is missing"),
+        (lambda f: spoil(f, "spatter.npy", lambda a: a[:-1]), r"\[119, 16, 16, 3\] uint8 and shou"),
+        (lambda f: spoil(f, "spatter.npy", np.float32), "float32 and should be .* uint8"),
+        (lambda f: spoil(f, "labels.npy", lambda a: a[:-24]), r"is \[96\] uint8 and should be"),
+        (lambda f: spoil(f, "labels.npy", lambda a: a / 2), "integers"),
+        (lambda f: spoil(f, "labels.npy", np.sort), "does not have the labels"),
+        (lambda f: spoil(f, "labels.npy", lambda a: 3 - a), "does not have the labels"),
+        (lambda f: (f / "spatter.npy").write_bytes(b"\x93NUMPY"), "not a whole array"),
+        (pickled, "not a whole array"),
+        (lambda f: (f / "snow.npy.partial").touch(), r"half-written \(snow.npy.partial\)"),
+        (lambda f: (f / "manifest.json").write_text("{"), "manifest.json cannot be read"),
+        (other_seed, "made from other images"),
+        (three_severities, r"severities \[1, 2, 6\]"),
+    ],
+)
+def test_a_folder_that_is_not_whole_or_not_of_these_images_is_refused(folder, change, said):
+    change(folder)
+    with pytest.raises(UserError, match=said) as error:
+        sets_of(images(), "extra", eval_c_dir=str(folder))
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_folder_of_other_images_or_none_is_refused(written):
+    with pytest.raises(UserError, match=r"should be \[100\] integers"):
+        sets_of(images(20), "extra", eval_c_dir=str(written))
+    with pytest.raises(UserError, match="is not a folder"):
+        sets_of(images(), "extra", eval_c_dir=str(written / "none"))
+
+
+def test_images_that_cannot_be_corrupted_are_refused_before_anything_is_computed():
+    with pytest.raises(UserError, match="at least 8 pixels"):
+        sets_of(images(side=4), "clean", "c")
+
+
+# ------------------------------------------------------------------------ TFDS
+
+
+@pytest.fixture
+def tfds_asked(monkeypatch) -> list:
+    """What is asked of TFDS, which here has 20 black images in every set."""
+    asked = []
+
+    def records(name, split, data_dir, image_key, download=False):
+        asked.append((name, split, data_dir))
+        return [{"image": b"", "label": i % 10} for i in range(20)]
+
+    monkeypatch.setattr(data, "_tfds_records", records)
+    black = np.zeros((32, 32, 3), np.uint8)
+    monkeypatch.setattr(data, "_decode_tfds", lambda record: (black, record["label"]))
+    return asked
+
+
+def ten_classes(count: int) -> data.Dataset:
+    pixels = np.zeros((count, 32, 32, 3), np.uint8)
+    return data.from_arrays(pixels, np.arange(count) % 10, name="black")
+
+
+def test_tfds_is_asked_by_its_own_names(tfds_asked):
+    sets = sets_of(ten_classes(20), "c", "extra", eval_c_dir="tfds", data_dir="there")
+    names = {name for name, _, _ in tfds_asked}
+    assert len(sets.datasets) == len(tfds_asked) == len(names) == 95
+    assert {"cifar10_corrupted/frosted_glass_blur_3", "cifar10_corrupted/elastic_5"} <= names
+    assert set(tfds_asked) == {(name, "test", "there") for name in names}
+    batch = next(data.eval_batches(sets.datasets["glass_blur", 3], batch_size=25))
+    assert batch["mask"].sum() == 20 and batch["label"][13] == 3
+    assert data.cifar10_corrupted("elastic", 1).name == "cifar10_corrupted/elastic_1"
+
+
+def test_cifar10_1_is_measured(tfds_asked, tmp_path):
+    clean = ten_classes(12)
+    sets = sets_of(clean, "clean", "cifar10_1")
+    assert tfds_asked == [("cifar10_1/v6", "test", None)]
+    step = jax.pmap(lambda p, s, b: jax.lax.psum(always_zero(b), "d"), "d")
+    results = results_of(clean, sets)
+    results = evaluate.complete(results, tmp_path / "r", step, ({}, {}), sets.datasets, 8)
+    assert results["cifar10_1"] == {"examples": 20, "wrong": 18, "error": 90.0}
+    assert results["clean"] == {"examples": 12, "wrong": 10, "error": 1000 / 12, "loss": 0.0}
+    assert ("CIFAR-10.1 v6 error", "90.00% of 20 images") in evaluate.rows(results)
+
+
+def always_zero(batch: dict) -> dict:
+    real = (batch["mask"] > 0).astype(jnp.int32)
+    return {"examples": real.sum(), "wrong": (real * (batch["label"] != 0)).sum(), "loss": 0.0}
+
+
+@pytest.mark.parametrize("names", [{"c"}, {"cifar10_1"}])
+def test_tfds_s_sets_are_refused_for_other_data(tfds_asked, names):
+    with pytest.raises(UserError, match="4 of 16x16"):
+        sets_of(images(), *names, eval_c_dir="tfds")
+    with pytest.raises(UserError, match="20 images, and there are 10"):
+        sets_of(ten_classes(10), "c", eval_c_dir="tfds")
+
+
+# ------------------------------------------------------------------------ results
+
+
+def test_an_interrupted_evaluation_goes_on_with_what_is_missing(tmp_path):
+    clean, path = images(), tmp_path / "results.json"
+    sets, step, calls = sets_of(clean, "clean", "extra"), evaluate.map_eval_step(classifier()), []
+
+    def failing(*args):
+        calls.append(1)
+        if len(calls) == 20:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    def run(a_step, path):
+        results = evaluate.with_earlier(results_of(clean, sets), path)
+        return evaluate.complete(
+            results, path, a_step, replicate(variables()), sets.datasets, batch_size=12
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        run(failing, path)
+    half = json.loads(path.read_text())
+    rows = {name: len(rows) for name, rows in half["corruptions"].items()}
+    assert rows == {"speckle_noise": 5, "gaussian_blur": 3}
+    assert "clean" in half and "mean_extra" not in half
+    resumed = run(failing, path)
+    assert len(calls) == 20 + 21 * 2 - 18  # Two batches a cell; nine cells were whole.
+    whole = run(step, tmp_path / "whole.json")
+    unlike = {"seconds": 0}
+    assert resumed | unlike == whole | unlike
+    assert json.loads(path.read_text()) == resumed
+    assert run(failing, path)["mean_extra"] == whole["mean_extra"] and len(calls) == 44
+    assert [r["severity"] for r in whole["corruptions"]["spatter"]] == [1, 2, 3, 4, 5]
+    assert "mce_unnormalised" not in whole
+
+
+def earlier(**changes) -> dict:
+    """A good results file with some changes."""
+    results = results_of(images(), sets_of(images(), "extra"))
+    rows = [{"severity": 1, "examples": 24, "wrong": 6, "error": 25.0}]
+    return results | {"corruptions": {"spatter": rows}} | changes
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (json.dumps(earlier(schema=2)), "schema = 2"),
+        (json.dumps(earlier(weights_digest="e")), 'weights_digest = "e", .* has "d"'),
+        (json.dumps(earlier(data={"name": "x"})), 'data = {"name": "x"}'),
+        (json.dumps(earlier(config={"classifier": "x"})), 'classifier = "x"'),
+        (json.dumps(earlier(corruption_source={"seed": 1})), 'corruption_source = {"seed": 1}'),
+        (json.dumps(earlier(corruptions={"spatter": [{"severity": 6}]})), r"severities \[6\]"),
+        (json.dumps(earlier(corruptions={"splatter": []})), "splatter"),
+        (json.dumps(earlier(corruptions=[])), "cannot be read"),
+        (json.dumps(earlier())[:-9], "cannot be read"),
+        ("[1]", "cannot be read"),
+    ],
+)
+def test_a_results_file_that_does_not_fit_is_refused(tmp_path, text, said):
+    path = tmp_path / "results.json"
+    path.write_text(text)
+    results = results_of(images(), sets_of(images(), "extra"))
+    with pytest.raises(UserError, match=said) as error:
+        evaluate.with_earlier(results, path)
+    assert str(path) in str(error.value) and "--out" in str(error.value)
+    path.write_text(json.dumps(earlier(ada={"cae": {"error": 5.0}})))
+    kept = evaluate.with_earlier(results, path)
+    assert kept["corruptions"]["spatter"][0]["wrong"] == 6
+    assert kept["ada"] == {"cae": {"error": 5.0}}
+
+
+# Errors of "AdA + DeepAugment(10x) + AugMix" on CIFAR-10-C, as RobustBench publishes them.
+PUBLISHED = """
+gaussian_noise 6.40 7.24 9.36 9.99 11.01
+shot_noise 5.79 6.17 7.83 8.63 10.41
+impulse_noise 6.82 8.49 10.02 13.54 17.20
+defocus_blur 5.10 5.30 5.61 6.15 7.47
+glass_blur 9.01 9.03 8.82 13.45 13.15
+motion_blur 5.57 6.44 7.68 7.66 9.19
+zoom_blur 6.05 6.05 6.34 6.56 7.46
+snow 6.10 7.20 8.70 10.83 9.64
+frost 5.53 6.08 6.91 7.12 7.91
+fog 5.02 5.87 6.98 8.87 16.56
+brightness 5.07 5.07 5.11 5.15 5.60
+contrast 5.03 5.43 5.68 6.15 8.57
+elastic_transform 7.14 6.76 7.35 9.32 12.19
+pixelate 5.57 5.82 6.14 7.42 13.18
+jpeg_compression 6.35 7.19 7.78 8.34 9.48
+"""
+
+
+def test_mce_of_the_published_grid():
+    lines = [line.split() for line in PUBLISHED.strip().splitlines()]
+    grid = {name: [{"error": float(e)} for e in errors] for name, *errors in lines}
+    assert tuple(grid) == corruptions.NAMES
+    assert evaluate.mean_error(grid, corruptions.NAMES) == pytest.approx(7.829, abs=5e-4)
+    grid["fog"].pop()
+    assert evaluate.mean_error(grid, corruptions.NAMES) is None
+    assert evaluate.mean_error({}, corruptions.NAMES) is None
+
+
+# ------------------------------------------------------------------------ weights
+
+
+def test_variables_come_from_the_weights_file_else_from_the_newest_good_checkpoint(tmp_path):
+    (params, state), shape = variables(), (16, 16, 3)
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=2)
+    for step in (4, 8):
+        scaled = jax.tree.map(lambda a, s=step: s * a, params)
+        train_state = train.TrainState(jnp.int32(step), scaled, state, {"momentum": params})
+        checkpoints.save(step, train_state, {"expect": {"config.name": "other"}}, wait=True)
+    checkpoints.close()
+    found = evaluate.load_variables(classifier(), shape, tmp_path)
+    chex.assert_trees_all_equal(found, (scaled, state, 8))
+    for path in (tmp_path / "checkpoints" / "8").rglob("*"):
+        path.write_bytes(b"") if path.is_file() else None
+    found = evaluate.load_variables(classifier(), shape, tmp_path)
+    chex.assert_trees_all_equal(found[1:], (state, 4))
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"4", "8"}
+    file = tmp_path / "classifier.safetensors"
+    checkpoint.save_weights(file, {"params": params, "state": state}, {"step": 9})
+    for path in (tmp_path, file):
+        chex.assert_trees_all_equal(
+            evaluate.load_variables(classifier(), shape, path), (params, state, 9)
+        )
+    with pytest.raises(UserError, match="does not fit this network"):
+        evaluate.load_variables(classifier(), (8, 8, 3), file)
+
+
+def test_a_folder_without_weights_is_refused(tmp_path):
+    with pytest.raises(UserError, match="nor an undamaged checkpoint"):
+        evaluate.load_variables(classifier(), (16, 16, 3), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------ the binary
+
+
+def run(*flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "ada_jax.evaluate", *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_the_binary_evaluates_random_weights(tmp_path):
+    out = tmp_path / "results.json"
+    config = ["--config=experiments/quickstart.py", "--config.compilation_cache="]
+    done = run(*config, "--random", f"--out={out}", "--split=test[:12]", "--sets=clean,extra")
+    assert done.returncode == 0, done.stderr
+    results = json.loads(out.read_text())
+    assert "mean of the 4 extra" in done.stdout and str(out) in done.stdout
+    assert results["name"] == "quickstart_random" and results["devices"] == 2
+    assert results["data"] == {"name": "mnist5k", "split": "test[:12]", "examples": 12}
+    assert results["clean"]["examples"] == 12
+    assert results["corruption_source"]["kind"] == "on_the_fly"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([], "give one"),
+        (["--workdir=/nowhere"], "--workdir=/nowhere has no config.json"),
+        (["--config=experiments/quickstart.py", "--random"], "--out=FILE"),
+        (
+            ["--config=experiments/quickstart.py", "--random", "--out=no", "--sets=clean,d"],
+            "--sets",
+        ),
+    ],
+)
+def test_the_binary_tells_a_mistake_in_one_sentence_and_status_2(flags, said):
+    done = run(*flags)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert len(errors) == 1 and said in errors[0]
