@@ -98,7 +98,7 @@ def reconstruction_bars(path: str, results: dict[str, dict[str, dict]]) -> None:
     axis = figure.subplots()
     _side_by_side(axis, results, corruptions)
     axis.set(ylabel="SSIM", ylim=(0, 1.05))
-    axis.legend(frameon=False, loc="lower right")
+    axis.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(results))
     _save(figure, path)
 
 

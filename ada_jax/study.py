@@ -325,6 +325,8 @@ def main(argv: list[str]) -> None:
         save = lambda r: logbook.write_json(json_path, {"settings": settings, "results": r})  # noqa: E731
         results = read_results(json_path, settings)
         results = study_reconstruct(nets, images, settings, f.batch_size, results, save)
+        # In the order asked for, which the file does not keep.
+        results = {n: {c: results[n][c] for c in f.corruptions} for n in f.nets}
         figures.reconstruction_bars(png_path, results)
         table = reconstruct_table(results)
     print(f"{table}\n\n{json_path}\n{png_path}")
