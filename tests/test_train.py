@@ -12,11 +12,12 @@ import time
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from ada_jax import checkpoint, cli, logbook, train
+from ada_jax import checkpoint, cli, corruption_nets, logbook, train
 from ada_jax.errors import UserError
 from experiments import cifar10, quickstart
 
@@ -188,7 +189,13 @@ def test_the_binary_tells_a_mistake_in_one_sentence_and_status_2(tmp_path, flags
 
 def first_steps(config: ConfigDict, steps: int = 3) -> tuple[train.TrainState, dict]:
     """The state and the metrics after a few steps on the devices there are."""
-    parts = train.build(config)
+    state, metrics = steps_of(train.build(config), steps)
+    return state, metrics[-1]
+
+
+def steps_of(parts: train.Parts, steps: int) -> tuple[train.TrainState, list[dict]]:
+    """The state after a few steps, and the metrics of each."""
+    config, found = parts.config, []
     images = train.data.to_float(
         next(train.data.eval_batches(parts.train_set, batch_size=8))["image"]
     )
@@ -200,7 +207,8 @@ def first_steps(config: ConfigDict, steps: int = 3) -> tuple[train.TrainState, d
     batches = train.data.train_batches(parts.train_set, batch_size=config.batch_size, seed=0)
     for _ in range(steps):
         state, metrics = update_step(state, thetas, train.shard(next(batches)), key)
-    return train.unreplicate(state), {k: float(v[0]) for k, v in metrics.items()}
+        found.append({k: float(v[0]) for k, v in metrics.items()})
+    return train.unreplicate(state), found
 
 
 def test_golden_step():
@@ -219,6 +227,21 @@ def test_metrics_of_a_step_are_complete_and_sane():
     assert 0.3 <= metrics["ada_ssim_after_min"] <= metrics["ada_ssim_after"] <= 1
     assert 0 <= metrics["ada_changed"] <= 1
     assert 0 < metrics["ada_on_surface"] <= 1
+
+
+def test_every_batch_draws_one_of_the_networks():
+    """One renders what it sees, the other black."""
+    nets = {"corruption_net": ("edsr_small",) * 2, "corruption_weights": ("", "")}
+    nets |= {"corruption_enlarge": (1, 1), "ssim_threshold": -1.0}
+    config = tiny(**{f"ada.{name}": value for name, value in nets.items()})
+    parts = train.build(config)
+    black = corruption_nets.CorruptionNet(
+        lambda theta, x, key: 0 * x * theta["w"], {"w": jnp.ones(())}
+    )
+    parts = parts._replace(nets=(parts.nets[0], black))
+    _, metrics = steps_of(parts, steps=10)
+    seen = [m["ada_ssim_before"] > 0.8 for m in metrics]
+    assert any(seen) and not all(seen)
 
 
 def test_the_nominal_line_trains_without_a_corruption_network():
