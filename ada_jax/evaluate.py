@@ -662,7 +662,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
         )
 
 
-def _config_of_run(workdir: str) -> ml_collections.ConfigDict:
+def config_of_run(workdir: str) -> ml_collections.ConfigDict:
     path = pathlib.Path(workdir) / "config.json"
     try:
         fields = dict(json.loads(path.read_text()))
@@ -767,7 +767,7 @@ def main(argv: list[str]) -> None:
 
 def _evaluate(values: flags.FlagValues) -> None:
     workdir, weights = values.workdir, values.weights
-    config = _with_flags(_config_of_run(workdir) if workdir else values.config)
+    config = _with_flags(config_of_run(workdir) if workdir else values.config)
     validate(config)
     cli.set_up_devices(config.cpu_devices, config.compilation_cache)
     clean = data.load(

@@ -1,6 +1,6 @@
 """The paper's two studies of the corruption networks, each as a JSON file and a figure.
 
-python -m ada_jax.study ssim          how far random perturbations reach (figure 1b)
+python -m ada_jax.study ssim          how far perturbations reach, random or AdA's (figure 1b)
 python -m ada_jax.study reconstruct   how well perturbations imitate each corruption (figure 3)
 """
 
@@ -24,8 +24,10 @@ from ada_jax import (
     corruption_nets,
     corruptions,
     data,
+    evaluate,
     figures,
     logbook,
+    losses,
     perturbation,
     pretrain,
     ssim,
@@ -54,6 +56,35 @@ def random_ssim(
       [B].
     """
     delta = perturbation.init(key, net.theta, perturbation.radii(net.theta, nu))
+    return ssim.ssim(x, ada.render(net, delta, x, key))
+
+
+def attacked_ssim(
+    net: corruption_nets.CorruptionNet,
+    logits_fn: ada.LogitsFn,
+    key: jax.Array,
+    x: jax.Array,
+    y: jax.Array,
+    *,
+    nu: float,
+    steps: int,
+) -> jax.Array:
+    """SSIM between images and what AdA makes of them for a classifier, before any line search.
+
+    Args:
+      net: the corruption network.
+      logits_fn: the classifier, [b,H,W,3] -> [b,K].
+      key: one key per example [B].
+      x: images [B,H,W,3] in [0,1].
+      y: labels [B].
+      nu: relative radius.
+      steps: of the ascent.
+
+    Returns:
+      [B].
+    """
+    loss_fn = lambda images: losses.cross_entropy(logits_fn(images), y)  # noqa: E731
+    delta, _ = ada.maximise(key, x, loss_fn, net, nu=nu, steps=steps)
     return ssim.ssim(x, ada.render(net, delta, x, key))
 
 
@@ -139,14 +170,16 @@ def study_ssim(
     x: np.ndarray,
     settings: dict[str, Any],
     batch_size: int,
+    attack: tuple[ada.LogitsFn, np.ndarray] | None = None,
 ) -> dict[str, Any]:
-    """SSIM under random perturbations of each network at each radius.
+    """SSIM under perturbations of each network at each radius, random ones or AdA's.
 
     Args:
       nets: by name.
       x: images [N,H,W,3] in [0,1].
-      settings: 'radii', as strings.
+      settings: 'radii', as strings, and AdA's 'attack_steps'.
       batch_size: see `in_batches`.
+      attack: the classifier and the labels [N]; None perturbs at random.
 
     Returns:
       By network and radius ('0' without perturbation): 'mean', 'std' and all 'values'.
@@ -155,10 +188,17 @@ def study_ssim(
     radii = ("0", *settings["radii"])
     for name, nu in tqdm.tqdm([(name, nu) for name in nets for nu in radii], desc="radii"):
 
-        def measure(key, x, net=nets[name], nu=float(nu)):
+        def at_random(key, x, net=nets[name], nu=float(nu)):
             return random_ssim(net, key, x, nu)
 
-        values = in_batches(measure, x, batch_size=batch_size)
+        def attacked(key, x, y, net=nets[name], nu=float(nu)):
+            steps = settings["attack_steps"]
+            return attacked_ssim(net, attack[0], key, x, y, nu=nu, steps=steps)
+
+        if attack:
+            values = in_batches(attacked, x, attack[1], batch_size=batch_size)
+        else:
+            values = in_batches(at_random, x, batch_size=batch_size)
         results[name][nu] = _summary(values) | {"values": np.round(values, 5).tolist()}
     return results
 
@@ -249,8 +289,10 @@ def reconstruct_table(results: dict[str, Any]) -> str:
 # ------------------------------------------------------------------------ the binary
 
 
-def load_images(dataset: str, split: str, data_dir: str, count: int, seed: int) -> np.ndarray:
-    """A random subset of a data set's images, [count,H,W,3] uint8.
+def load_images(
+    dataset: str, split: str, data_dir: str, count: int, seed: int
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """A random subset of a data set: images [count,H,W,3] uint8, labels [count], how many classes.
 
     Raises:
       UserError: fewer images than asked for, or images that are not uint8.
@@ -271,10 +313,23 @@ def load_images(dataset: str, split: str, data_dir: str, count: int, seed: int) 
             "take fewer."
         )
     chosen = np.sort(np.random.default_rng(seed).permutation(len(source))[:count])
-    images = np.stack([np.asarray(source.source[int(i)][0]) for i in chosen])
+    examples = [source.source[int(i)] for i in chosen]
+    images = np.stack([np.asarray(image) for image, _ in examples])
     if images.dtype != np.uint8:
         raise UserError(f"--dataset={dataset} has images of {images.dtype}: save them as uint8.")
-    return images
+    return images, np.array([label for _, label in examples], np.int32), source.num_classes
+
+
+def load_classifier(workdir: str, image_shape: tuple[int, ...], num_classes: int) -> ada.LogitsFn:
+    """The logits of a finished run's classifier, as it predicts.
+
+    Raises:
+      UserError: no run, or a damaged one.
+    """
+    config = evaluate.config_of_run(workdir)
+    classifier = evaluate.make_classifier(config, num_classes)
+    params, state, _ = evaluate.load_variables(classifier, image_shape, workdir)
+    return lambda x: classifier.apply(params, state, None, x, is_training=False)[0]
 
 
 def read_results(path: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -307,15 +362,18 @@ def main(argv: list[str]) -> None:
         )
     cli.set_up_devices(f.cpu_devices, "~/.cache/ada_jax")
     nets = {name: corruption_nets.make(name) for name in f.nets}
-    images = load_images(f.dataset, f.split, f.data_dir, f.examples, f.seed)
+    images, labels, classes = load_images(f.dataset, f.split, f.data_dir, f.examples, f.seed)
     common = {"dataset": f.dataset, "split": f.split, "examples": f.examples, "seed": f.seed}
     common["nets"] = {name: checkpoint.digest(net.theta) for name, net in nets.items()}
     json_path, png_path = (os.path.join(f.out, f"{study}.{kind}") for kind in ("json", "png"))
     os.makedirs(f.out, exist_ok=True)
 
     if study == "ssim":
-        settings = common | {"radii": f.radii}
-        results = study_ssim(nets, _to_float(images), settings, f.batch_size)
+        settings = common | {"radii": f.radii, "workdir": f.workdir, "attack_steps": f.attack_steps}
+        attack = None
+        if f.workdir:
+            attack = load_classifier(f.workdir, images.shape[1:], classes), labels
+        results = study_ssim(nets, _to_float(images), settings, f.batch_size, attack)
         logbook.write_json(json_path, {"settings": settings, "results": results})
         figures.ssim_densities(png_path, results)
         table = ssim_table(results)
@@ -343,6 +401,8 @@ if __name__ == "__main__":
     flags.DEFINE_integer("cpu_devices", 2, "Devices that a CPU is split into.")
     flags.DEFINE_string("out", "runs/study", "Folder for the JSON file and the figure.")
     flags.DEFINE_list("radii", list(RADII), "ssim: relative radii.")
+    flags.DEFINE_string("workdir", "", "ssim: a run whose classifier AdA attacks; '' is at random.")
+    flags.DEFINE_integer("attack_steps", 10, "ssim: steps of AdA.")
     flags.DEFINE_list("corruptions", list(corruptions.NAMES), "reconstruct: which corruptions.")
     flags.DEFINE_integer("steps", 50, "reconstruct: steps of Adam.")
     flags.DEFINE_float("learning_rate", 1e-3, "reconstruct: of Adam.")

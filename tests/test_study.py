@@ -21,7 +21,7 @@ def net():
 
 @pytest.fixture(scope="module")
 def images():
-    return study.load_images("photos", "test", "", 6, seed=0)
+    return study.load_images("photos", "test", "", 6, seed=0)[0]
 
 
 def test_every_example_counts_once_and_keeps_its_key_whatever_the_batch():
@@ -45,6 +45,14 @@ def test_without_a_radius_the_network_itself_is_measured_and_larger_radii_reach_
     assert results["0"]["mean"] > results["0.3"]["mean"] > results["0.6"]["mean"]
     assert results["0.3"]["std"] < results["0.6"]["std"]
     assert study.ssim_table({"a": results}).count("\n") == 2
+
+
+def test_an_attack_reaches_further_than_chance(net, images):
+    x = jnp.float32(images) / 255
+    keys, y = jax.random.split(jax.random.key(0), len(x)), jnp.zeros(len(x), int)
+    logits_fn = lambda x: 50 * jnp.stack([x[..., 0].mean((1, 2)), x[..., 1].mean((1, 2))], -1)  # noqa: E731
+    attacked = study.attacked_ssim(net, logits_fn, keys, x, y, nu=0.1, steps=5)
+    assert attacked.mean() < study.random_ssim(net, keys, x, 0.1).mean() - 0.01
 
 
 def test_reconstruction_comes_nearer_to_the_corruption_with_every_step(net, images):
