@@ -59,7 +59,7 @@ def augment_and_mix(
 
     Source: Hendrycks et al. (2020), algorithm 1.
     """
-    _check(severity, width, depth, alpha, ops)
+    check(severity, width, depth, alpha, ops)
     most = depth if depth > 0 else 3
     ops = tuple(ops)
 
@@ -298,10 +298,17 @@ _PLAIN = {
 }
 
 
-def _check(severity: float, width: int, depth: int, alpha: float, ops: Sequence[str]) -> None:
+def check(severity: float, width: int, depth: int, alpha: float, ops: Sequence[str]) -> None:
+    """Refuses settings of `augment_and_mix` that are out of their range.
+
+    Raises:
+      UserError: naming the first of them.
+    """
     known = (*OPS, *EXTRA_OPS)
     if unknown := [name for name in ops if name not in known]:
-        raise UserError(f"AugMix has no operation {unknown[0]!r}: choose from {', '.join(known)}.")
+        raise UserError(
+            f"ops has {unknown[0]!r}, which is unknown: choose from {', '.join(known)}."
+        )
     if not ops:
         raise UserError("ops is empty: name at least one operation of AugMix.")
     if not 0.1 <= severity <= 10:

@@ -22,6 +22,7 @@ from absl import logging
 
 from ada_jax import (
     ada,
+    augmix,
     checkpoint,
     classifiers,
     cli,
@@ -66,7 +67,7 @@ def make_update_step(
     net_applies: Sequence[Callable[..., jax.Array]],
     optimizer: optax.GradientTransformation,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """Makes the step of one device: crop/flip -> AdA -> line search -> classifier -> metrics.
+    """Makes the step of one device: crop/flip -> AdA -> line search -> AugMix -> update -> metrics.
 
     Args:
       config: the run's config.
@@ -98,11 +99,24 @@ def make_update_step(
             **attack_settings(config),
         )
 
-    def loss_fn(params, net_state, x, y):
-        logits, net_state = classifier.apply(params, net_state, None, x, is_training=True)
-        decay = losses.weight_decay(params, include_bn=config.weight_decay_bn)
+    def loss_fn(params, net_state, views, y):
+        logits, net_state = classifier.apply(params, net_state, None, views, is_training=True)
+        decay = config.weight_decay * losses.weight_decay(params, include_bn=config.weight_decay_bn)
+        logits, *mixed = jnp.split(logits, len(views) // len(y))
         loss = losses.cross_entropy(logits, y).mean()
-        return loss + config.weight_decay * decay, (net_state, loss, logits)
+        total = loss + decay
+        if mixed:
+            total += config.augmix.jsd_weight * losses.jsd(logits, *mixed).mean()
+        return total, (net_state, loss, logits)
+
+    def mix(example_keys, x):
+        """AugMix, or with its consistency loss the images and two mixtures of them."""
+        names = ("severity", "width", "depth", "alpha", "ops")
+        settings = {name: config.augmix[name] for name in names}
+        one = lambda i: augmix.augment_and_mix(  # noqa: E731
+            jax.vmap(lambda key: jax.random.fold_in(key, i))(example_keys), x, **settings
+        )
+        return jnp.concatenate([x, one(2), one(3)]) if config.augmix.jsd_weight else one(2)
 
     def update_step(state, thetas, batch, key):
         x, y = data.to_float(batch["image"]), batch["label"]
@@ -123,6 +137,8 @@ def make_update_step(
             x, attacked = jax.lax.switch(drawn, attacks, state, thetas, ada_keys, x, y)
             metrics = attack_metrics(attacked)
 
+        if config.augmix.use:
+            x = mix(example_keys, x)
         gradient_fn = jax.grad(loss_fn, has_aux=True)
         gradient, (net_state, loss, logits) = gradient_fn(state.params, state.net_state, x, y)
         gradient, net_state = average((gradient, net_state))
@@ -225,6 +241,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
     evaluate.validate(config)
     require("clean" in config.eval_sets, "eval_sets", "lacks 'clean': add it")
     validate_corruption_nets(config.ada)
+    names = ("severity", "width", "depth", "alpha", "ops")
+    augmix.check(**{name: config.augmix[name] for name in names})
+    require(config.augmix.jsd_weight >= 0, "augmix.jsd_weight", "must be 0 (off) or more")
     one_of("ada.step_rule", config.ada.step_rule, tuple(perturbation.STEP_RULES))
     one_of("ada.root_rule", config.ada.root_rule, ssim.ROOT_RULES)
     one_of("ada.batch_norm", config.ada.batch_norm, ("batch", "running"))
@@ -538,7 +557,9 @@ def identity(config: ml_collections.ConfigDict, thetas: Any) -> dict[str, Any]:
 
     The corruption networks' weights count by their digest, whatever their files are called.
     """
-    fields = {k: v for k, v in config.items() if k != "ada"}
+    fields = {k: v for k, v in config.items() if k not in ("ada", "augmix")}
+    if config.augmix.use:
+        fields |= {f"augmix.{k}": v for k, v in config.augmix.items()}
     if config.method == "ada":
         fields |= {f"ada.{k}": v for k, v in config.ada.items()}
         fields["ada.weights_digest"] = checkpoint.digest(

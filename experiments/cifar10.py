@@ -5,6 +5,7 @@
 
 Words after the colon, separated by commas:
   ada       AdA alone (the default); nominal: no AdA, for comparison.
+  augmix    AugMix alone; ada+augmix: both, AugMix after AdA.
   small     a network and a schedule for two CPU cores.
 
 What to expect: the paper reports 3.8% clean error and 12.5% mean corruption error for AdA. A full
@@ -16,13 +17,15 @@ Without the official test set (CIFAR-10 prepared from its training images only) 
     --config.train_split='train[:45000]' --config.eval_split='train[45000:]'
 """
 
+import re
+
 import ml_collections
 
 
 def get_config(words: str = "") -> ml_collections.ConfigDict:
     """The config; every knob of the binary is here, with the paper's value where it gives one."""
-    known = {"ada", "nominal", "small"}
-    chosen = [word for word in words.split(",") if word]
+    known = {"ada", "augmix", "nominal", "small"}
+    chosen = [word for word in re.split("[,+]", words) if word]
     for word in chosen:
         if word not in known:
             raise ValueError(
@@ -61,7 +64,8 @@ def get_config(words: str = "") -> ml_collections.ConfigDict:
     config.weight_decay_bn = False  # also decay batch-norm scales and offsets
 
     # Inner maximisation.
-    config.method = "nominal" if "nominal" in chosen else "ada"
+    config.method = "nominal" if {"nominal", "augmix"} & set(chosen) else "ada"
+    config.method = "ada" if "ada" in chosen else config.method
     config.ada = ml_collections.ConfigDict()
     config.ada.corruption_net = ("edsr_baseline_x4",)  # of several, every batch draws one
     config.ada.corruption_weights = ("",)  # safetensors files; '' takes the shipped one
@@ -74,6 +78,26 @@ def get_config(words: str = "") -> ml_collections.ConfigDict:
     config.ada.ssim_threshold = 0.3  # the line search keeps SSIM above it; -1 is off
     config.ada.root_rule = "in_range"  # or 'interpolated', 'paper': see ada_jax/ssim.py
     config.ada.microbatch = 0  # examples attacked at a time on a device; 0 is all
+
+    # AugMix, after AdA. ops also knows color, contrast, brightness and sharpness.
+    config.augmix = ml_collections.ConfigDict()
+    config.augmix.use = "augmix" in chosen
+    config.augmix.severity = 3.0
+    config.augmix.width = 3
+    config.augmix.depth = -1  # operations in a chain; -1 draws 1 to 3
+    config.augmix.alpha = 1.0
+    config.augmix.jsd_weight = 0.0  # of the consistency loss over three views; AugMix's own is 12
+    config.augmix.ops = (
+        "autocontrast",
+        "equalize",
+        "posterize",
+        "rotate",
+        "solarize",
+        "shear_x",
+        "shear_y",
+        "translate_x",
+        "translate_y",
+    )
 
     # Bookkeeping.
     config.log_steps = 50

@@ -68,7 +68,9 @@ def run(workdir, *flags: str, **kwargs) -> subprocess.CompletedProcess:
 # ------------------------------------------------------------------------ config and schedule
 
 
-@pytest.mark.parametrize("words", ["", "nominal", "small", "nominal,small"])
+@pytest.mark.parametrize(
+    "words", ["", "nominal", "small", "augmix", "ada+augmix,small", "nominal,small"]
+)
 def test_every_preset_is_valid(words):
     train.validate(cifar10.get_config(words))
 
@@ -117,6 +119,9 @@ def test_learning_rate_schedule(batch_size):
         ("ada.nu", -0.1, "negative"),
         ("ada.steps", 0, "1 or more"),
         ("ada.ssim_threshold", 1.0, "[-1, 1)"),
+        ("augmix.severity", 0.0, "severity=0.0"),
+        ("augmix.ops", ("blur",), "'blur'"),
+        ("augmix.jsd_weight", -1.0, "0 (off)"),
         ("learning_rate", 0.0, "positive"),
         ("learning_rate", float("inf"), "finite"),
         ("ada.nu", float("inf"), "finite"),
@@ -167,7 +172,7 @@ def test_batches_that_the_devices_do_not_divide(changes, said):
     [
         (["--config.classifer=resnet9"], "no field 'classifer'"),
         (["--config=experiments/none.py"], "experiments/none.py is not a file"),
-        (["--config=experiments/cifar10.py:adda"], "choose from ada, nominal, small"),
+        (["--config=experiments/cifar10.py:adda"], "choose from ada, augmix, nominal, small"),
         (["--config.epochs=many"], "--config.epochs=many"),
         (["--config.ada.steps=0"], "config.ada.steps=0"),
         (["--config.ada.corruption_weights=README.md"], "README.md"),
@@ -242,6 +247,25 @@ def test_every_batch_draws_one_of_the_networks():
     _, metrics = steps_of(parts, steps=10)
     seen = [m["ada_ssim_before"] > 0.8 for m in metrics]
     assert any(seen) and not all(seen)
+
+
+@pytest.mark.parametrize("jsd_weight", [0.0, 12.0])
+def test_augmix_changes_the_step_and_its_consistency_loss_the_gradient(jsd_weight):
+    _, plain = first_steps(tiny(method="nominal"), steps=1)
+    changes = {"method": "nominal", "augmix.use": True, "augmix.jsd_weight": jsd_weight}
+    state, mixed = first_steps(tiny(**changes), steps=1)
+    assert int(state.step) == 1 and np.isfinite(mixed["loss"])
+    assert mixed["gradient_norm"] != pytest.approx(plain["gradient_norm"], rel=1e-4)
+    # The clean view alone has the cross-entropy, and shares its batch-norm with the mixed ones.
+    assert mixed["loss"] != plain["loss"]
+
+
+def test_the_words_of_a_row_choose_the_method():
+    rows = {"": ("ada", False), "nominal": ("nominal", False), "augmix": ("nominal", True)}
+    rows |= {"ada": ("ada", False), "ada+augmix": ("ada", True)}
+    for words, expected in rows.items():
+        config = cifar10.get_config(words)
+        assert (config.method, config.augmix.use) == expected
 
 
 def test_the_nominal_line_trains_without_a_corruption_network():
