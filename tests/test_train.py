@@ -49,7 +49,7 @@ def flags_of(config: ConfigDict) -> list[str]:
     base = quickstart.get_config().to_dict()
     flags = []
     for name, value in config.items():
-        if name != "ada" and base[name] != value:
+        if name not in ("ada", "augmix") and base[name] != value:
             flags.append(f"--config.{name}={value}")
     return flags
 
