@@ -82,22 +82,7 @@ def make_update_step(
       is the run's.
     """
 
-    def logits_in_attack(params, net_state, x):
-        local = config.ada.batch_norm == "batch"
-        return classifier.apply(
-            params, net_state, None, x, is_training=False, test_local_stats=local
-        )[0]
-
-    def attack(i, state, thetas, example_keys, x, y):
-        return ada.adversarial_augment(
-            example_keys,
-            x,
-            y,
-            logits_fn=functools.partial(logits_in_attack, state.params, state.net_state),
-            net=corruption_nets.CorruptionNet(net_applies[i], thetas[i]),
-            microbatch=config.ada.microbatch or None,
-            **attack_settings(config),
-        )
+    attack = make_attack(config, classifier, net_applies)
 
     def loss_fn(params, net_state, views, y):
         logits, net_state = classifier.apply(params, net_state, None, views, is_training=True)
@@ -108,15 +93,6 @@ def make_update_step(
         if mixed:
             total += config.augmix.jsd_weight * losses.jsd(logits, *mixed).mean()
         return total, (net_state, loss, logits)
-
-    def mix(example_keys, x):
-        """AugMix, or with its consistency loss the images and two mixtures of them."""
-        names = ("severity", "width", "depth", "alpha", "ops")
-        settings = {name: config.augmix[name] for name in names}
-        one = lambda i: augmix.augment_and_mix(  # noqa: E731
-            jax.vmap(lambda key: jax.random.fold_in(key, i))(example_keys), x, **settings
-        )
-        return jnp.concatenate([x, one(2), one(3)]) if config.augmix.jsd_weight else one(2)
 
     def update_step(state, thetas, batch, key):
         x, y = data.to_float(batch["image"]), batch["label"]
@@ -129,16 +105,11 @@ def make_update_step(
         x = data.random_crop_flip(crop_keys, x, pad=config.pad, flip=config.flip)
         metrics = {}
         if net_applies:
-            # The same network on every device; the key is of no example's position.
-            drawn = jax.random.randint(
-                jax.random.fold_in(key, config.batch_size), (), 0, len(net_applies)
-            )
-            attacks = [functools.partial(attack, i) for i in range(len(net_applies))]
-            x, attacked = jax.lax.switch(drawn, attacks, state, thetas, ada_keys, x, y)
+            x, attacked = attack(key, state, thetas, ada_keys, x, y)
             metrics = attack_metrics(attacked)
 
         if config.augmix.use:
-            x = mix(example_keys, x)
+            x = mixed_views(config, example_keys, x)
         gradient_fn = jax.grad(loss_fn, has_aux=True)
         gradient, (net_state, loss, logits) = gradient_fn(state.params, state.net_state, x, y)
         gradient, net_state = average((gradient, net_state))
@@ -153,6 +124,65 @@ def make_update_step(
         return TrainState(state.step + 1, params, net_state, opt_state), reduce_metrics(metrics)
 
     return update_step
+
+
+def make_attack(
+    config: ml_collections.ConfigDict,
+    classifier: hk.TransformedWithState,
+    net_applies: Sequence[Callable[..., jax.Array]],
+) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
+    """Makes AdA of one device's batch; see `make_update_step` for the arguments.
+
+    Returns:
+      `attack(key, state, thetas, example_keys, x, y) -> (images, metrics)`, where `key` is the
+      step's, the same on every device.
+    """
+
+    def logits_fn(state, x):
+        local = config.ada.batch_norm == "batch"
+        return classifier.apply(
+            state.params, state.net_state, None, x, is_training=False, test_local_stats=local
+        )[0]
+
+    def through(i, state, thetas, example_keys, x, y):
+        return ada.adversarial_augment(
+            example_keys,
+            x,
+            y,
+            logits_fn=functools.partial(logits_fn, state),
+            net=corruption_nets.CorruptionNet(net_applies[i], thetas[i]),
+            microbatch=config.ada.microbatch or None,
+            **attack_settings(config),
+        )
+
+    def attack(key, *args):
+        # The same network on every device; the key is of no example's position.
+        key = jax.random.fold_in(key, config.batch_size)
+        drawn = jax.random.randint(key, (), 0, len(net_applies))
+        branches = [functools.partial(through, i) for i in range(len(net_applies))]
+        return jax.lax.switch(drawn, branches, *args)
+
+    return attack
+
+
+def mixed_views(
+    config: ml_collections.ConfigDict, example_keys: jax.Array, x: jax.Array
+) -> jax.Array:
+    """AugMix of images [b,H,W,3]; with its consistency loss [3b,H,W,3], the images first."""
+
+    def view(i):
+        # 0 and 1 would be the keys of the crop and of AdA.
+        view_keys = jax.vmap(lambda key: jax.random.fold_in(key, i))(example_keys)
+        return augmix.augment_and_mix(view_keys, x, **augmix_settings(config))
+
+    return jnp.concatenate([x, view(2), view(3)]) if config.augmix.jsd_weight else view(2)
+
+
+def augmix_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """AugMix's part of the config, as arguments of `augmix.augment_and_mix`."""
+    ops = augmix.OPS + (augmix.EXTRA_OPS if config.augmix.extra_ops else ())
+    names = ("severity", "width", "depth", "alpha")
+    return {name: config.augmix[name] for name in names} | {"ops": ops}
 
 
 def average(tree: Any) -> Any:
@@ -241,8 +271,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     evaluate.validate(config)
     require("clean" in config.eval_sets, "eval_sets", "lacks 'clean': add it")
     validate_corruption_nets(config.ada)
-    names = ("severity", "width", "depth", "alpha", "ops")
-    augmix.check(**{name: config.augmix[name] for name in names})
+    augmix.check(**augmix_settings(config))
     require(config.augmix.jsd_weight >= 0, "augmix.jsd_weight", "must be 0 (off) or more")
     one_of("ada.step_rule", config.ada.step_rule, tuple(perturbation.STEP_RULES))
     one_of("ada.root_rule", config.ada.root_rule, ssim.ROOT_RULES)

@@ -79,7 +79,7 @@ def get_config(words: str = "") -> ml_collections.ConfigDict:
     config.ada.root_rule = "in_range"  # or 'interpolated', 'paper': see ada_jax/ssim.py
     config.ada.microbatch = 0  # examples attacked at a time on a device; 0 is all
 
-    # AugMix, after AdA. ops also knows color, contrast, brightness and sharpness.
+    # AugMix, after AdA.
     config.augmix = ml_collections.ConfigDict()
     config.augmix.use = "augmix" in chosen
     config.augmix.severity = 3.0
@@ -87,17 +87,7 @@ def get_config(words: str = "") -> ml_collections.ConfigDict:
     config.augmix.depth = -1  # operations in a chain; -1 draws 1 to 3
     config.augmix.alpha = 1.0
     config.augmix.jsd_weight = 0.0  # of the consistency loss over three views; AugMix's own is 12
-    config.augmix.ops = (
-        "autocontrast",
-        "equalize",
-        "posterize",
-        "rotate",
-        "solarize",
-        "shear_x",
-        "shear_y",
-        "translate_x",
-        "translate_y",
-    )
+    config.augmix.extra_ops = False  # also colour, contrast, brightness and sharpness
 
     # Bookkeeping.
     config.log_steps = 50

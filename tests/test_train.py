@@ -120,7 +120,7 @@ def test_learning_rate_schedule(batch_size):
         ("ada.steps", 0, "1 or more"),
         ("ada.ssim_threshold", 1.0, "[-1, 1)"),
         ("augmix.severity", 0.0, "severity=0.0"),
-        ("augmix.ops", ("blur",), "'blur'"),
+        ("augmix.depth", 0, "depth=0"),
         ("augmix.jsd_weight", -1.0, "0 (off)"),
         ("learning_rate", 0.0, "positive"),
         ("learning_rate", float("inf"), "finite"),
