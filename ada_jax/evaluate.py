@@ -421,7 +421,12 @@ def new_results(
         "devices": jax.device_count(),
         "seconds": 0.0,
         "weights_digest": weights_digest,
-        "data": {"name": clean.name, "split": config.eval_split, "examples": len(clean)},
+        "data": {
+            "name": clean.name,
+            "split": config.eval_split,
+            "examples": len(clean),
+            "fingerprint": data.fingerprint(clean),
+        },
     }
     results |= {"corruption_source": dict(source)} if source else {}
     return json.loads(json.dumps(results))  # Tuples become lists, as they come back.
@@ -611,17 +616,11 @@ def rows(results: Results) -> list[tuple[str, str]]:
 
 # ------------------------------------------------------------------------ the config
 
-# What configs of runs from before there was an evaluation lack.
-_FIELDS_SINCE = {
-    "eval_sets": ("clean", "c"),
-    "eval_c_dir": "",
-    "corruption_seed": 0,
-    "corruption_table": "cifar",
-}
 _NEEDED = (
     *("name", "seed", "dataset", "data_dir", "image_size", "eval_split", "eval_batch_size"),
     *("classifier", "mean", "std", "bn_decay", "cross_replica_bn", "zero_init_logits"),
-    *("cpu_devices", "compilation_cache", *_FIELDS_SINCE),
+    *("cpu_devices", "compilation_cache"),
+    *("eval_sets", "eval_c_dir", "corruption_seed", "corruption_table"),
 )
 _FLAGS = {
     "sets": "eval_sets",
@@ -663,6 +662,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
 
 
 def config_of_run(workdir: str) -> ml_collections.ConfigDict:
+    """The config that a run was started with, unlocked.
+
+    Raises:
+      UserError: there is none in `workdir`, or it is damaged.
+    """
     path = pathlib.Path(workdir) / "config.json"
     try:
         fields = dict(json.loads(path.read_text()))
@@ -673,7 +677,7 @@ def config_of_run(workdir: str) -> ml_collections.ConfigDict:
         ) from error
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}): copy it again.") from error
-    return ml_collections.ConfigDict(_FIELDS_SINCE | fields, type_safe=False)
+    return ml_collections.ConfigDict(fields, type_safe=False)
 
 
 def _with_flags(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

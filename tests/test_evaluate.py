@@ -364,6 +364,15 @@ def test_a_results_file_that_does_not_fit_is_refused(tmp_path, text, said):
     assert kept["ada"] == {"cae": {"error": 5.0}}
 
 
+def test_results_of_other_images_of_the_same_name_and_number_are_refused(tmp_path):
+    path, clean = tmp_path / "results.json", images()
+    path.write_text(json.dumps(earlier()))
+    arrays = data.ArraySource(255 - clean.source.images, clean.source.labels)
+    other = dataclasses.replace(clean, source=arrays)
+    with pytest.raises(UserError, match="fingerprint"):
+        evaluate.with_earlier(results_of(other, sets_of(other, "extra")), path)
+
+
 # Errors of "AdA + DeepAugment(10x) + AugMix" on CIFAR-10-C, as RobustBench publishes them.
 PUBLISHED = """
 gaussian_noise 6.40 7.24 9.36 9.99 11.01
@@ -444,6 +453,7 @@ def test_the_binary_evaluates_random_weights(tmp_path):
     results = json.loads(out.read_text())
     assert "mean of the 4 extra" in done.stdout and str(out) in done.stdout
     assert results["name"] == "quickstart_random" and results["devices"] == 2
+    assert len(results["data"].pop("fingerprint")) == 64
     assert results["data"] == {"name": "mnist5k", "split": "test[:12]", "examples": 12}
     assert results["clean"]["examples"] == 12
     assert results["corruption_source"]["kind"] == "on_the_fly"
