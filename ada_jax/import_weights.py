@@ -95,29 +95,41 @@ def from_torch(preset: str, state: StateDict) -> dict[str, dict[str, np.ndarray]
       UserError: other names, shapes or mean shifts than the network's, or values that are not
         finite.
     """
-    state = {re.sub(r"^(module\.|model\.)+", "", name): a for name, a in state.items()}
-    like = jax.eval_shape(corruption_nets.architecture(preset).init, jax.random.key(0))
-    zeros = jax.tree.map(lambda a: np.zeros(a.shape, np.float32), like)
-    expected = {name: a.shape for name, a in to_torch(preset, zeros).items()}
-    optional = {name for name in expected if name.partition(".")[0] in _SHIFT}
-    if missing := sorted(set(expected) - set(state) - optional):
-        raise UserError(
-            f"The file is not {preset}: it lacks {len(missing)} arrays, {missing[0]} first."
-        )
-    if unknown := sorted(set(state) - set(expected)):
-        raise UserError(
-            f"The file is not {preset}: it has {len(unknown)} arrays more, {unknown[0]} first."
-        )
+    state = _without_prefix(state)
+    if mismatch := _mismatch(preset, state):
+        raise UserError(f"The file is not {preset}: {mismatch}.")
     for name, array in state.items():
-        if array.shape != expected[name]:
-            raise UserError(
-                f"The file is not {preset}: {name} has the shape {array.shape} and should have "
-                f"{expected[name]}."
-            )
         if not np.isfinite(array).all():
             raise UserError(f"The file's {name} holds NaN or infinity: take another file.")
-    _check_mean_shift({name: state[name] for name in optional & set(state)})
-    return {name: _layer(preset, name, state) for name in like}
+    _check_mean_shift({name: a for name, a in state.items() if _is_mean_shift(name)})
+    return {name: _layer(preset, name, state) for name in _zeros(preset)}
+
+
+def _without_prefix(state: StateDict) -> StateDict:
+    return {re.sub(r"^(module\.|model\.)+", "", name): a for name, a in state.items()}
+
+
+def _zeros(preset: str) -> dict[str, dict[str, np.ndarray]]:
+    like = jax.eval_shape(corruption_nets.architecture(preset).init, jax.random.key(0))
+    return jax.tree.map(lambda a: np.zeros(a.shape, np.float32), like)
+
+
+def _mismatch(preset: str, state: StateDict) -> str | None:
+    """What keeps a state dict's names and shapes from being a preset's; None where they are."""
+    expected = {name: a.shape for name, a in to_torch(preset, _zeros(preset)).items()}
+    required = {name for name in expected if not _is_mean_shift(name)}
+    if missing := sorted(required - set(state)):
+        return f"it lacks {len(missing)} arrays, {missing[0]} first"
+    if unknown := sorted(set(state) - set(expected)):
+        return f"it has {len(unknown)} arrays more, {unknown[0]} first"
+    for name, array in state.items():
+        if array.shape != expected[name]:
+            return f"{name} has the shape {array.shape} and should have {expected[name]}"
+    return None
+
+
+def _is_mean_shift(name: str) -> bool:
+    return name.partition(".")[0] in _SHIFT
 
 
 def _layer(preset: str, name: str, state: StateDict) -> dict[str, np.ndarray]:
@@ -154,22 +166,13 @@ def preset_of(network: str, state: StateDict) -> str:
     if network != "edsr":
         return network
     for preset, fields in corruption_nets.PRESETS.items():
-        if fields and _is_preset(preset, state):
+        if fields and not _mismatch(preset, _without_prefix(state)):
             return preset
     raise UserError(
         "The file is no EDSR that is known here "
         f"({', '.join(n for n, fields in corruption_nets.PRESETS.items() if fields)}): its first "
         f"arrays are {', '.join(list(state)[:3]) or 'none'}."
     )
-
-
-def _is_preset(preset: str, state: StateDict) -> bool:
-    try:
-        from_torch(preset, state)
-    except UserError as error:
-        # Of the right layers, but with something else wrong, which is said later.
-        return not str(error).startswith("The file is not")
-    return True
 
 
 # ------------------------------------------------------------------------ files
