@@ -116,10 +116,28 @@ def test_levels_are_drawn_as_published():
     mixed = 255 * np.asarray(jax.jit(f)(jax.random.key(0))[:, 0, 0, 0])
     assert np.mean(mixed < 240) == pytest.approx(0.172, abs=0.02)
     assert np.mean(np.abs(mixed - 244) < 0.5) == pytest.approx(0.828, abs=0.02)
-    levels = np.random.default_rng(0).uniform(0.1, 3, 200_000)
-    assert np.mean(np.floor(levels * 4 / 10) == 1) == pytest.approx(0.172, abs=0.005)
-    assert np.mean(np.floor(levels * 3) == 0) == pytest.approx(0.08, abs=0.005)
-    assert np.mean(np.floor(levels * (32 / 3) / 10) == 3) == pytest.approx(0.065, abs=0.005)
+
+
+def test_translations_are_drawn_as_published():
+    ramp = jnp.broadcast_to(8 * jnp.arange(32.0)[None, :, None] / 255, (6000, 1, 32, 3))
+    f = lambda key: augmix.augment_and_mix(  # noqa: E731
+        key, ramp, width=1, depth=1, alpha=1e6, ops=("translate_x",)
+    )
+    mixed = 255 * np.asarray(jax.jit(f)(jax.random.key(0))[:, 0, 16, 0])
+    # Half of the mixture is the ramp itself, which rises by 8 a pixel.
+    shift = np.round((2 * mixed - 8 * 16) / 8 - 16).astype(int)
+    shares = [np.mean(np.abs(shift) == pixels) for pixels in range(4)]
+    assert shares == pytest.approx([0.289, 0.323, 0.323, 0.065], abs=0.025)
+    assert np.mean(shift > 0) == pytest.approx(np.mean(shift < 0), abs=0.04)
+
+
+def test_rotations_are_drawn_as_published(images):
+    x = jnp.broadcast_to(jnp.float32(images[500]) / 255, (3000, 32, 32, 3))
+    f = lambda key: augmix.augment_and_mix(  # noqa: E731
+        key, x, width=1, depth=1, alpha=1e6, ops=("rotate",)
+    )
+    moved = np.abs(np.asarray(jax.jit(f)(jax.random.key(0)) - x)).max((1, 2, 3))
+    assert np.mean(moved < 1e-3) == pytest.approx(0.08, abs=0.02)  # int(3 s) is 0
 
 
 @pytest.fixture(scope="module")

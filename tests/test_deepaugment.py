@@ -1,5 +1,8 @@
 """DeepAugment's distortions, each against a few lines in PyTorch's order of axes."""
 
+import functools
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -145,12 +148,28 @@ def test_shifted_kernels_are_shifts_and_with_the_quirk_all_alike(edsr):
     np.testing.assert_allclose(out, np.repeat(out[:, :1], FEATURES, 1), atol=1e-6)
 
 
-def test_convolve_noise_and_dirichlet_keep_shapes_and_bounds(edsr):
+def drawn_block(rng, blocks):
+    """The first draw of every distortion of one block."""
+    return int(rng.choice([i for i in blocks if i < BLOCKS]))
+
+
+def test_convolve_noise(edsr):
     (w, out, _, _), (second, same, _, _) = kernels(edsr, deepaugment.convolve_noise)
-    # Every tap is in [-1/6, 1/6].
-    assert np.abs(out).max() <= np.abs(w).sum((1, 2, 3)).max() / 6 and (second == same).all()
+    rng = np.random.default_rng(0)
+    drawn_block(rng, (0, 3, 6, 9))
+    r = rng.random((3, 3, FEATURES, FEATURES), np.float32)
+    z = oihw((2 * r * rng.random() - 1) / 6)
+    np.testing.assert_allclose(out, convolved(w, z), atol=1e-5)
+    np.testing.assert_array_equal(second, same)
+
+
+def test_convolve_dirichlet(edsr):
     (first, same, _, _), (w, out, _, _) = kernels(edsr, deepaugment.convolve_dirichlet)
-    assert out.shape == w.shape and (out != w).all() and (first == same).all()
+    rng = np.random.default_rng(0)
+    drawn_block(rng, (1, 5, 9))
+    z = rng.dirichlet(np.full(9, 0.1), (FEATURES, FEATURES)).reshape(FEATURES, FEATURES, 3, 3)
+    np.testing.assert_allclose(out, convolved(w, z.swapaxes(0, 1)), atol=1e-5)
+    np.testing.assert_array_equal(first, same)
 
 
 def test_add_noise(edsr):
@@ -341,6 +360,49 @@ def test_head_features_are_exchanged_dropped_negated_or_left():
             kinds["exchange"] += 1
             np.testing.assert_array_equal(np.sort(image[0, 0, 0]), np.sort(h[0, 0, 0]))
     assert min(kinds.values()) >= 8
+
+
+def bodies(theta, h, quirks):
+    """Everything the body may come to, by name of the distortion."""
+    block = functools.partial(corruption_nets.edsr_block, theta)
+    close = functools.partial(corruption_nets.edsr_body_end, theta)
+    first = block(1, block(0, h))
+
+    def rest(x):
+        return close(block(3, block(2, x)))
+
+    def skip(skipped):
+        out = last = h
+        for i in range(BLOCKS + 1):
+            if i not in skipped:
+                last = (close if i == BLOCKS else functools.partial(block, i))(h if quirks else out)
+            out = last
+        return last
+
+    found = {
+        "negate": [rest(-first)],
+        "activate": [rest(jax.nn.relu(first)), rest(jax.nn.gelu(first, approximate=False))],
+        "flip": [rest(first[:, ::-1, :, ::-1]), rest(first[:, :, ::-1, ::-1])],
+        "none": [rest(first)],
+    }
+    subsets = itertools.product(range(2, BLOCKS + 1), repeat=3)
+    return found | {"skip": [skip(set(s)) for s in {tuple(sorted(set(s))) for s in subsets}]}
+
+
+@pytest.mark.parametrize("quirks", [False, True])
+def test_the_body_is_distorted_in_five_ways(edsr, quirks):
+    h = jnp.asarray(np.random.default_rng(0).normal(size=(1, 6, 5, FEATURES)), jnp.float32)
+    draws = jax.random.split(jax.random.key(0), 80)
+    f = jax.jit(jax.vmap(lambda key: deepaugment._distorted_body(key, edsr, h, quirks)))
+    known, seen = bodies(edsr, h, quirks), dict.fromkeys(("negate", "activate", "flip", "skip"), 0)
+    for out in f(draws):
+        names = {
+            n for n, some in known.items() if any(np.allclose(out, s, atol=1e-4) for s in some)
+        }
+        assert names
+        for name in names & set(seen):
+            seen[name] += 1
+    assert all(7 <= count <= 30 for count in seen.values())
 
 
 @pytest.mark.parametrize("quirks", [False, True])
