@@ -9,20 +9,16 @@ no seed. Here image i of a set always gets the same numbers, whatever else is co
 import collections
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import importlib.metadata
 import importlib.util
 import io
-import itertools
-import json
 import math
 import multiprocessing
 import os
 import pathlib
 import re
-import shutil
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,6 +32,7 @@ from absl import flags
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
+from ada_jax import npy_files
 from ada_jax.errors import UserError
 
 if TYPE_CHECKING:  # Only the binary needs it, and its worker processes start quicker without.
@@ -821,14 +818,14 @@ def write_set(
     _check_request(names, severities, seed, table, processes)
     _check_images(np.empty((0, *dataset.image_shape), np.uint8))
     out = pathlib.Path(out).expanduser()
-    with _alone_in(out):
-        _check_folder(out)
+    with npy_files.alone_in(out):
+        npy_files.check_folder(out)
         sha256, labels = digest(dataset)
-        _agree(out, _manifest(dataset, sha256, severities, seed, table))
+        npy_files.agree(out, _manifest(dataset, sha256, severities, seed, table))
         shape = (len(severities) * len(dataset), *dataset.image_shape)
-        todo = [name for name in names if not _is_whole(out / f"{name}.npy", shape)]
-        labelled = _is_whole(out / "labels.npy", shape[:1])
-        _check_space(out, len(todo) * math.prod(shape))
+        todo = [name for name in names if not npy_files.is_whole(out / f"{name}.npy", shape)]
+        labelled = npy_files.is_whole(out / "labels.npy", shape[:1])
+        npy_files.check_space(out, len(todo) * math.prod(shape))
         done = (len(names) - len(todo)) * shape[0]
         total = len(names) * shape[0]
         with (
@@ -838,9 +835,11 @@ def write_set(
             for name in todo:
                 progress.set_description(name)
                 tasks = _tasks(dataset, name, severities, seed, table)
-                _write(out / f"{name}.npy", np.uint8, shape, _counted(mapped(tasks), progress))
+                npy_files.write(
+                    out / f"{name}.npy", np.uint8, shape, npy_files.counted(mapped(tasks), progress)
+                )
         if not labelled:
-            _write(out / "labels.npy", labels.dtype, shape[:1], [labels] * len(severities))
+            npy_files.write(out / "labels.npy", labels.dtype, shape[:1], [labels] * len(severities))
 
 
 def _check_request(
@@ -855,36 +854,6 @@ def _check_request(
         raise UserError(f"--processes={processes} cannot work: give at least 1.")
     if "frost" in names:
         frost_files()
-
-
-@contextlib.contextmanager
-def _alone_in(out: pathlib.Path) -> Iterator[None]:
-    """Makes the folder and keeps other processes of this program out of it."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        folder = os.open(out, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(
-            f"--out={out} cannot be a folder to write to ({error.strerror}): name another."
-        ) from error
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise UserError(
-            f"--out={out} is being written by another process: wait for it, or name another folder."
-        ) from error
-    finally:
-        os.close(folder)
-
-
-def _check_folder(out: pathlib.Path) -> None:
-    foreign = any(path.suffix != ".partial" for path in out.iterdir())
-    if foreign and not (out / "manifest.json").is_file():
-        raise UserError(
-            f"--out={out} has files in it and no manifest.json, so it was not written by this "
-            "program: name a new folder."
-        )
 
 
 def digest(dataset: "data.Dataset") -> tuple[str, np.ndarray]:
@@ -927,53 +896,6 @@ def _manifest(
         "recipe": RECIPE,
         "versions": {p: importlib.metadata.version(p) for p in ("numpy", "scipy", "pillow")},
     }
-
-
-def _agree(out: pathlib.Path, manifest: dict[str, Any]) -> None:
-    """Writes the manifest into a new folder; in an old one refuses to make another set."""
-    path = out / "manifest.json"
-    if not path.is_file():
-        text = json.dumps(manifest, indent=2).encode() + b"\n"
-        _put(path, [text])
-        return
-    try:
-        before = dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}): name another folder with --out, or remove this one."
-        ) from error
-    for field in manifest:
-        if field != "data" and before.get(field) != manifest[field]:
-            raise UserError(
-                f"--out={out} has a set whose {field} is {before.get(field)}, and this one would "
-                f"have {manifest[field]}: name another folder, or remove that one."
-            )
-
-
-def _is_whole(path: pathlib.Path, shape: tuple[int, ...]) -> bool:
-    """Whether a file is there; one that is there and is not what it should be, is refused."""
-    if not path.exists():
-        return False
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-        found = f"[{', '.join(map(str, array.shape))}] {array.dtype}"
-        if array.shape == shape and (array.dtype == np.uint8 or path.stem == "labels"):
-            return True
-    except (OSError, ValueError, EOFError) as error:
-        found = f"not a whole array ({error})"
-    raise UserError(
-        f"{path} is {found} and should be [{', '.join(map(str, shape))}] uint8: remove it to have "
-        "it made anew."
-    )
-
-
-def _check_space(out: pathlib.Path, needed: int) -> None:
-    free = shutil.disk_usage(out).free
-    if needed > free:
-        raise UserError(
-            f"--out={out} needs {needed / 1e9:.1f} GB more and its disk has {free / 1e9:.1f} GB "
-            "free: make room, or name a folder on another disk."
-        )
 
 
 def _tasks(
@@ -1027,44 +949,6 @@ def _leave_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _counted(blocks: Iterable[np.ndarray], progress: tqdm.tqdm) -> Iterator[np.ndarray]:
-    for block in blocks:
-        yield block
-        progress.update(len(block))
-
-
-def _write(
-    path: pathlib.Path, dtype: Any, shape: tuple[int, ...], blocks: Iterable[np.ndarray]
-) -> None:
-    """Writes an array that comes in blocks of rows as one .npy file."""
-    with io.BytesIO() as file:
-        description = {
-            "descr": np.dtype(dtype).str,
-            "fortran_order": False,
-            "shape": tuple(shape),
-        }
-        np.lib.format.write_array_header_1_0(file, description)
-        header = file.getvalue()
-    _put(path, itertools.chain([header], (np.ascontiguousarray(block) for block in blocks)))
-
-
-def _put(path: pathlib.Path, parts: Iterable[Any]) -> None:
-    """Writes a file under another name and renames it once it is whole and on the disk."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(
-            f"{partial} cannot be written ({error.strerror}): mend that, or name another folder "
-            "with --out, and start the same command again."
-        ) from error
 
 
 def main(argv: list[str]) -> None:

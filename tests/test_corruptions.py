@@ -28,7 +28,7 @@ import skimage.filters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ada_jax import corruptions, data, ssim
+from ada_jax import corruptions, data, npy_files, ssim
 from ada_jax.corruptions import EXTRA, NAMES, corrupt
 from ada_jax.errors import UserError
 
@@ -645,13 +645,13 @@ def test_mistakes_cost_nothing(tmp_path, keywords, message):
 
 
 def test_two_at_once_are_refused(tmp_path):
-    with corruptions._alone_in(tmp_path), pytest.raises(UserError, match="another process"):
+    with npy_files.alone_in(tmp_path), pytest.raises(UserError, match="another process"):
         write(tmp_path)
 
 
 def test_a_full_disk_is_said_before_work_begins(monkeypatch, tmp_path):
-    usage = corruptions.shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(corruptions.shutil, "disk_usage", lambda path: usage)
+    usage = npy_files.shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(npy_files.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match="GB free: make room"):
         write(tmp_path)
 
