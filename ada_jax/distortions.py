@@ -1,13 +1,11 @@
-"""DeepAugment: images as distorted image-to-image networks render them (Hendrycks et al., 2021).
+"""DeepAugment's distortions of image-to-image networks (Hendrycks et al., 2021).
 
-A group of images shares one random distortion of a network's weights; every image has distortions
-of the network's features of its own. The weight distortions are NumPy on the host, a few array
-operations a group; the networks run on the devices.
+The weight distortions are NumPy on the host, a few array operations for a whole group of images;
+those of features and latents are JAX, drawn for every image.
 """
 
 import functools
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +13,7 @@ import numpy as np
 import scipy.special
 from jax import lax
 
-from ada_jax import corruption_nets
+from ada_jax import corruption_nets, keys, per_example
 
 Theta = dict[str, dict[str, np.ndarray]]
 _LAPLACE = np.array([[0, 1, 0], [1, -4, 1], [0, 1, 0]], np.float32)[..., None, None]
@@ -356,38 +354,34 @@ def render_edsr(theta: dict, x: jax.Array, key: jax.Array, *, quirks: bool = Fal
 
     Args:
       theta: parameters, distorted or not.
-      x: one image [H,W,3] in [0,1].
-      key: random key.
+      x: images [B,H,W,3] in [0,1].
+      key: random key, or one per example [B].
       quirks: as for `distort_edsr`.
 
     Returns:
-      [H,W,3], not clipped.
+      [B,H,W,3], not clipped.
     """
-    pre_key, body_key = jax.random.split(key)
-    head = corruption_nets.edsr_head(theta, x[None])
-    head = _distort_head(pre_key, head, quirks)
-    tail = corruption_nets.edsr_tail(theta, head + _distorted_body(body_key, theta, head, quirks))
-    return jax.image.resize(tail, (1, *x.shape), "cubic", antialias=True)[0]
+    draws = jax.vmap(jax.random.split)(keys.per_example(key, len(x)))
+    head = corruption_nets.edsr_head(theta, x)
+    head = jax.vmap(functools.partial(_distort_head, quirks=quirks))(draws[:, 0], head)
+    y = corruption_nets.edsr_tail(theta, head + _distorted_body(draws[:, 1], theta, head, quirks))
+    return y if y.shape == x.shape else jax.image.resize(y, x.shape, "cubic", antialias=True)
 
 
 def _distort_head(key: jax.Array, h: jax.Array, quirks: bool) -> jax.Array:
-    """Exchanges channels, drops or negates features, or nothing: one of four."""
+    """Exchanges channels of [H,W,C], drops or negates features, or nothing: one of four."""
     which, swap_key, mask_key = jax.random.split(key, 3)
     uniform = jax.random.uniform(mask_key, h.shape)
+    pairs = jax.random.randint(swap_key, (5, 2), 0, h.shape[-1])
 
-    def exchange():
-        def one(i, h):
-            a, b = pairs[i]
-            old = h[..., a]
-            h = h.at[..., a].set(h[..., b])
-            # The published code writes through a view and so only overwrites.
-            return h if quirks else h.at[..., b].set(old)
-
-        pairs = jax.random.randint(swap_key, (5, 2), 0, h.shape[-1])
-        return lax.fori_loop(0, 5, one, h)
+    def exchange(i, order):
+        a, b = pairs[i]
+        # The published code writes through a view and so only overwrites.
+        changed = order.at[a].set(order[b])
+        return changed if quirks else changed.at[b].set(order[a])
 
     options = (
-        exchange,
+        lambda: h[..., lax.fori_loop(0, 5, exchange, jnp.arange(h.shape[-1]))],
         lambda: h * (uniform >= 0.05),
         lambda: h * jnp.where(uniform < 0.025, -1.0, 1.0),
         lambda: h,
@@ -396,45 +390,40 @@ def _distort_head(key: jax.Array, h: jax.Array, quirks: bool) -> jax.Array:
 
 
 def _distorted_body(key: jax.Array, theta: dict, h: jax.Array, quirks: bool) -> jax.Array:
-    """The residual blocks and their closing convolution, distorted in one of five ways."""
-    which, what, skip_key = jax.random.split(key, 3)
+    """The residual blocks and their closing convolution, distorted in one of five ways.
+
+    After a third of the blocks features are negated, rectified or flipped; or modules are skipped;
+    or nothing happens. All images [B,H,W,C] pass through the same convolutions; keys are [B].
+    """
     blocks = sum(name.endswith("/conv0") for name in theta)
     middle = 5 if blocks > 5 else blocks // 2
-    u = jax.random.uniform(what)
-    skipped = jax.random.randint(skip_key, (3,), 2, blocks + 1)  # `blocks` is the closing one
+    which, what, skip_key = jnp.moveaxis(jax.vmap(lambda k: jax.random.split(k, 3))(key), 1, 0)
+    option = jax.vmap(lambda k: jax.random.randint(k, (), 0, 5))(which)
+    u = jax.vmap(jax.random.uniform)(what)
+    # Module `blocks` is the closing one.
+    drawn = jax.vmap(lambda k: jax.random.randint(k, (3,), 2, blocks + 1))(skip_key)
+    skipping = option == 3
 
-    def run(x, first, last):
-        for i in range(first, last):
-            x = corruption_nets.edsr_block(theta, i, x)
-        return x
+    def select(condition, a, b):
+        return jnp.where(condition[:, None, None, None], a, b)
 
-    def close(x):
-        return corruption_nets.edsr_body_end(theta, x)
+    def change(x):
+        activated = select(u < 1 / 3, jax.nn.relu(x), jax.nn.gelu(x, approximate=False))
+        flipped = select(u < 1 / 3, x[:, ::-1, :, ::-1], x[:, :, ::-1, ::-1])
+        x = select(option == 0, -x, x)
+        return select(option == 1, activated, select(option == 2, flipped, x))
 
-    def through(change):
-        return lambda: close(run(change(run(h, 0, middle)), middle, blocks))
-
-    def skip():
-        out = last = h
-        for i in range(blocks + 1):
-            module = close if i == blocks else lambda x, i=i: run(x, i, i + 1)
-            kept = jnp.all(skipped != i)
-            # The published code feeds every kept module with the head's output.
-            last = jnp.where(kept, module(h if quirks else out), last)
-            out = last
-        return last
-
-    def flipped(x):
-        return jnp.where(u < 1 / 3, x[:, ::-1, :, ::-1], x[:, :, ::-1, ::-1])
-
-    options = (
-        through(lambda x: -x),
-        through(lambda x: jnp.where(u < 1 / 3, jax.nn.relu(x), jax.nn.gelu(x, approximate=False))),
-        through(flipped),
-        skip,
-        through(lambda x: x),
-    )
-    return lax.switch(jax.random.randint(which, (), 0, len(options)), options)
+    out = h
+    for i in range(blocks + 1):
+        out = change(out) if i == middle else out
+        # The published code feeds every kept module with the head's output.
+        x = select(skipping, h, out) if quirks else out
+        if i < blocks:
+            y = corruption_nets.edsr_block(theta, i, x)
+        else:
+            y = corruption_nets.edsr_body_end(theta, x)
+        out = select(skipping & jnp.any(drawn == i, 1), out, y)
+    return out
 
 
 # ------------------------------------------------------------------------ the CAE's latents
@@ -445,14 +434,20 @@ def render_cae(theta: dict, x: jax.Array, key: jax.Array) -> jax.Array:
 
     Args:
       theta: parameters, distorted or not.
-      x: one image [H,W,3] in [0,1].
-      key: random key.
+      x: images [B,H,W,3] in [0,1].
+      key: random key, or one per example [B].
 
     Returns:
-      [H,W,3], not clipped.
+      [B,H,W,3], not clipped.
     """
+    latent = corruption_nets.cae_encode(theta, x)
+    bits = jax.vmap(_distorted_bits)(keys.per_example(key, len(x)), latent)
+    return corruption_nets.cae_decode(theta, bits)
+
+
+def _distorted_bits(key: jax.Array, latent: jax.Array) -> jax.Array:
+    """Bits [h,w,32] drawn from a latent, one of the two distorted."""
     bits_key, which, draw = jax.random.split(key, 3)
-    latent = corruption_nets.cae_encode(theta, x[None])[0]
     option = jax.random.randint(which, (), 0, 1 + len(_LATENT_DISTORTIONS))
     # Option 0 leaves the latent alone and amplifies the bits.
     options = (lambda e: e, *(lambda e, f=f: f(draw, e) for f in _LATENT_DISTORTIONS))
@@ -461,8 +456,7 @@ def render_cae(theta: dict, x: jax.Array, key: jax.Array) -> jax.Array:
     factors = jax.random.uniform(factor_key, bits.shape)
     factors = 3 + 4 * jax.random.uniform(scale_key) * factors
     # The published network amplifies bits of 0 and 1.
-    bits = jnp.where(option == 0, (bits + 1) * factors - 1, bits)
-    return corruption_nets.cae_decode(theta, bits[None])[0]
+    return jnp.where(option == 0, (bits + 1) * factors - 1, bits)
 
 
 def latent_drop(key: jax.Array, e: jax.Array) -> jax.Array:
@@ -543,64 +537,5 @@ def _taps(key: jax.Array, channels: int) -> tuple[jax.Array, jax.Array, jax.Arra
 
 
 def _convolve(e: jax.Array, taps: jax.Array) -> jax.Array:
-    return lax.conv_general_dilated(
-        e[None], taps, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )[0]
-
-
-# ------------------------------------------------------------------------ the data set
-
-
-def generate(
-    net: str,
-    theta: Theta,
-    images: np.ndarray,
-    *,
-    seed: int,
-    copy: int,
-    group: int = 20,
-    quirks: bool = False,
-) -> Iterator[np.ndarray]:
-    """Renders a data set once through distorted networks, group by group, over all devices.
-
-    What becomes of an image depends on the seed, the network, the copy and the image's position in
-    the whole set, not on the devices.
-
-    Args:
-      net: a name of `corruption_nets.names()`.
-      theta: its trained parameters.
-      images: [N,H,W,3] uint8.
-      seed: of all draws.
-      copy: which of several independent renderings, from 0.
-      group: images that share a distortion of the weights (the published code's mean is 20).
-      quirks: see `distort_edsr`.
-
-    Yields:
-      Consecutive rendered images [n,H,W,3] uint8, cut off, not rounded, as published.
-    """
-    is_cae = corruption_nets.PRESETS[net] is None
-    render_one = render_cae if is_cae else functools.partial(render_edsr, quirks=quirks)
-    devices = jax.local_device_count()
-
-    def render(theta, x, position):
-        root = jax.random.fold_in(jax.random.key(seed), copy)
-        key = jax.vmap(lambda i: jax.random.fold_in(root, i))(position)
-        x = x.astype(jnp.float32) / 255
-        # On a CPU one image after the other, so that only the distortion drawn is computed.
-        one = lambda a: render_one(theta, *a)  # noqa: E731
-        cpu, default = functools.partial(lax.map, one), jax.vmap(one)
-        y = lax.platform_dependent((x, key), cpu=cpu, default=default)
-        return (255 * jnp.clip(y, 0, 1)).astype(jnp.uint8)
-
-    def distorted(index):
-        rng = np.random.default_rng([seed, zlib.crc32(net.encode()), copy, index])
-        return distort_cae(rng, theta) if is_cae else distort_edsr(rng, theta, quirks=quirks)
-
-    run = jax.pmap(render, axis_name="devices")
-    for start in range(0, len(images), group * devices):
-        # The last groups are filled up with the first images, so that all have one shape.
-        position = np.arange(start, start + group * devices).reshape(devices, group)
-        indices = start // group + np.arange(devices)
-        thetas = jax.tree.map(lambda *a: np.stack(a), *(distorted(int(i)) for i in indices))
-        rendered = run(thetas, images[position % len(images)], position)
-        yield np.asarray(rendered).reshape(-1, *images.shape[1:])[: len(images) - start]
+    # Fast also where every image has taps of its own.
+    return per_example.conv2d(e[None], taps)[0]

@@ -56,6 +56,26 @@ def adversarial_rows(
     _save(figure, path)
 
 
+def contact_sheet(path: str, columns: dict[str, np.ndarray]) -> None:
+    """Draws images in rows, a column for each of their renderings.
+
+    Args:
+      path: PNG to write.
+      columns: images [N,H,W,3] uint8 by the column's title.
+    """
+    from matplotlib.figure import Figure  # takes a second to import
+
+    count = len(next(iter(columns.values())))
+    figure = Figure(figsize=(1.25 * len(columns), 1.2 * count + 0.3), layout="constrained")
+    axes = figure.subplots(count, len(columns), squeeze=False)
+    for column, (title, images) in zip(axes.T, columns.items(), strict=True):
+        column[0].set_title(_words(title), fontsize=9)
+        for axis, image in zip(column, images, strict=True):
+            axis.imshow(image, interpolation="nearest")
+            axis.set_axis_off()
+    _save(figure, path)
+
+
 def ssim_densities(path: str, results: dict[str, dict[str, dict]]) -> None:
     """Draws the densities of SSIM at each radius, a panel for each network (paper, figure 1b).
 

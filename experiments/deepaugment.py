@@ -1,0 +1,39 @@
+"""DeepAugment's images of CIFAR-10: what distorted EDSR and CAE networks make of each.
+
+    python -m ada_jax.deepaugment --config=experiments/deepaugment.py --copies=10
+    python -m ada_jax.deepaugment --config=experiments/deepaugment.py:small
+
+The set comes to runs/deepaugment, where experiments/cifar10.py:deepaugment and :deepaugment10x look
+for it. Words after the colon: small, a small EDSR for two CPU cores.
+
+The set must be made from the images that are trained on: give both commands the same
+--config.dataset, --config.data_dir and --config.train_split.
+"""
+
+import ml_collections
+
+
+def get_config(words: str = "") -> ml_collections.ConfigDict:
+    """The config; every knob of the binary is here."""
+    if words not in ("", "small"):
+        raise ValueError(
+            f"--config=experiments/deepaugment.py:{words} has an unknown word: leave it out, or "
+            "write small."
+        )
+    config = ml_collections.ConfigDict()
+    config.name = "deepaugment"
+    config.seed = 0
+    config.dataset = "cifar10"
+    config.data_dir = ""
+    config.train_split = "train"
+    config.image_size = 32  # pixels, for the data set 'folder'
+    config.copies = 1  # of every image and network; the paper's 10x are 10
+    config.nets = ("edsr_small" if words else "edsr_baseline_x4", "cae")
+    config.weights = ("", "")  # safetensors files; '' takes the shipped one
+    config.enlarge = (1, 1)  # factors by which images are enlarged for the network
+    config.group = 20  # images that share a distortion of the weights
+    config.quirks = False  # follow the published code also where it does other than it says
+    config.shard_images = 10_000  # in a file; a stopped run makes at most one file anew
+    config.compilation_cache = "~/.cache/ada_jax"
+    config.cpu_devices = 2  # devices a CPU is split into; 0 leaves it one
+    return config.lock()

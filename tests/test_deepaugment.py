@@ -1,0 +1,149 @@
+"""DeepAugment's sets: made in shards, resumed, shared by processes, checked before use."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from ada_jax import corruption_nets, data, deepaugment
+from ada_jax.errors import UserError
+from experiments import deepaugment as experiment
+
+ROOT = pathlib.Path(__file__).parents[1]
+IMAGES = np.random.default_rng(0).integers(0, 256, (9, 16, 16, 3), np.uint8)
+DATASET = data.from_arrays(IMAGES, np.arange(9) % 3, name="noise")
+THETA = jax.tree.map(np.asarray, corruption_nets.make("edsr_small").theta)
+
+
+def config(**changes):
+    small = {"nets": ("edsr_small",), "weights": ("",), "enlarge": (1,)}
+    result = experiment.get_config("small").unlock()
+    result.update(small | {"shard_images": 4, "group": 2, "copies": 1} | changes)
+    return result
+
+
+def rendered(images=IMAGES, **changes):
+    arguments = {"seed": 0, "copy": 0, "group": 4} | changes
+    return np.concatenate(list(deepaugment.generate("edsr_small", THETA, images, **arguments)))
+
+
+def whole(opened, copy=0):
+    return np.stack([opened.copies["edsr_small"][copy][i] for i in range(len(DATASET))])
+
+
+def test_the_set_does_not_depend_on_the_batch_around_an_image():
+    every = rendered()
+    assert every.dtype == np.uint8 and every.shape == IMAGES.shape
+    np.testing.assert_array_equal(rendered(IMAGES[:6]), every[:6])
+    np.testing.assert_array_equal(rendered(start=4), every[4:])
+    np.testing.assert_array_equal(rendered(start=4, stop=7), every[4:7])
+    assert (rendered(copy=1) != every).any() and (rendered(seed=1) != every).any()
+
+
+def test_a_set_is_written_in_shards_grows_and_is_opened(tmp_path):
+    assert deepaugment.write_set(DATASET, tmp_path, config())
+    assert len(list(tmp_path.glob("*.npy"))) == 3
+    first = deepaugment.open_set(tmp_path, DATASET, 1)
+    np.testing.assert_array_equal(whole(first), rendered(group=2))
+    assert deepaugment.write_set(DATASET, tmp_path, config(copies=2))
+    grown = deepaugment.open_set(tmp_path, DATASET, 2)
+    np.testing.assert_array_equal(whole(grown), whole(first))
+    assert (whole(grown, 1) != whole(grown)).any() and grown.digest == first.digest
+
+
+def test_a_stopped_set_goes_on(tmp_path, monkeypatch):
+    generate, calls = deepaugment.generate, []
+
+    def stop(*args, **kwargs):
+        calls.append(kwargs["start"])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(deepaugment, "generate", stop)
+    with pytest.raises(KeyboardInterrupt):
+        deepaugment.write_set(DATASET, tmp_path, config())
+    with pytest.raises(UserError, match="0 whole copies of edsr_small"):
+        deepaugment.open_set(tmp_path, DATASET, 1)
+    assert deepaugment.write_set(DATASET, tmp_path, config()) and calls == [0, 4, 4, 8]
+    monkeypatch.undo()
+    np.testing.assert_array_equal(
+        whole(deepaugment.open_set(tmp_path, DATASET, 1)), rendered(group=2)
+    )
+
+
+def test_another_process_s_shard_is_left_to_it(tmp_path):
+    deepaugment.write_set(DATASET, tmp_path, config())
+    shard = tmp_path / "edsr_small_copy00_001.npy"
+    shard.unlink()
+    hold = (
+        "import fcntl, sys; f = open(sys.argv[1], 'r+b'); fcntl.lockf(f, fcntl.LOCK_EX, 1, 1);"
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", hold, str(tmp_path / "manifest.json")]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    assert not deepaugment.write_set(DATASET, tmp_path, config()) and not shard.exists()
+    other.communicate("")
+    assert deepaugment.write_set(DATASET, tmp_path, config()) and shard.exists()
+
+
+def test_sets_that_do_not_fit_are_refused(tmp_path):
+    with pytest.raises(UserError, match="no set"):
+        deepaugment.open_set(tmp_path / "none", DATASET, 1)
+    deepaugment.write_set(DATASET, tmp_path, config())
+    with pytest.raises(UserError, match=r"1 whole copies.*copies=10 are wanted"):
+        deepaugment.open_set(tmp_path, DATASET, 10)
+    reversed_set = data.from_arrays(IMAGES[::-1], np.arange(9) % 3)
+    with pytest.raises(UserError, match="made from 9 other images"):
+        deepaugment.open_set(tmp_path, reversed_set, 1)
+    for changes in ({"seed": 1}, {"quirks": True}, {"group": 4}, {"shard_images": 8}):
+        with pytest.raises(UserError, match="has a set whose"):
+            deepaugment.write_set(DATASET, tmp_path, config(**changes))
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"kind": "corruptions"}))
+    with pytest.raises(UserError, match="kind 'corruptions'"):
+        deepaugment.open_set(tmp_path, DATASET, 1)
+    manifest.write_text("[")
+    with pytest.raises(UserError, match="cannot be read"):
+        deepaugment.open_set(tmp_path, DATASET, 1)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("nets", ("edsr",)),
+        ("nets", ("edsr_small", "edsr_small")),
+        ("weights", ("", "")),
+        ("enlarge", (0,)),
+        ("copies", 0),
+        ("group", 3),
+        ("seed", -1),
+    ],
+)
+def test_mistakes_name_the_field(field, value):
+    with pytest.raises(UserError, match=f"config.{field}"):
+        deepaugment.validate(config(**{field: value}))
+
+
+def test_the_binary_draws_a_contact_sheet(tmp_path):
+    flags = [
+        f"--{flag}"
+        for flag in (
+            "config=experiments/deepaugment.py:small",
+            "config.dataset=mnist5k",
+            "config.train_split=train[:40]",
+            "copies=2",
+            f"out={tmp_path}",
+        )
+    ]
+    command = [sys.executable, "-m", "ada_jax.deepaugment", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "2 copies of edsr_small, cae" in done.stdout
+    assert (tmp_path / "sheet.png").stat().st_size > 10_000
+    assert len(list(tmp_path.glob("*.npy"))) == 4
