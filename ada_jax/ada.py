@@ -42,7 +42,7 @@ def adversarial_augment(
       logits_fn: the classifier, [b,H,W,C] -> [b,K]; any framework's, closed over its parameters.
       net: the corruption network, `ada_jax.make_corruption_net(name)` or your own.
       nu: radius of every leaf's ball relative to the leaf's norm.
-      steps: steps of gradient ascent, at least 1.
+      steps: steps of gradient ascent; 0 leaves the random start, for comparison.
       step_rule: 'sign' (the paper's) or 'l2' (per leaf).
       step_scale: step in units of the median radius ('sign') or of the leaf's own radius ('l2').
       ssim_threshold: images with a lower SSIM to x are drawn back to about it; -1 switches it off.
@@ -78,6 +78,7 @@ def adversarial_augment(
         )
         images = render(net, delta, x, example_keys)
         metrics["loss_end"] = loss_fn(images)
+        metrics["loss_start"] = metrics["loss_start"] if steps else metrics["loss_end"]
         images, search = ssim.line_search(x, images, ssim_threshold, root_rule)
         metrics |= {"changed": search["changed"], "ssim_before": search["ssim_before"]}
         metrics["ssim_after"] = ssim.ssim(x, images)
@@ -185,8 +186,8 @@ def _check(key, x, nu, steps, step_rule, step_scale, ssim_threshold, root_rule, 
         raise UserError(f"step_scale={step_scale} must be positive (the paper's is 0.25).")
     if not -1 <= _known(ssim_threshold, 0.0) < 1:
         raise UserError(f"ssim_threshold={ssim_threshold} must be in [-1, 1), where -1 is off.")
-    if steps < 1:
-        raise UserError(f"steps={steps} makes no attack: take at least 1 (the paper takes 10).")
+    if steps < 0:
+        raise UserError(f"steps={steps} is negative: take 0 (a random start) or more (paper: 10).")
     if step_rule not in perturbation.STEP_RULES:
         known = ", ".join(perturbation.STEP_RULES)
         raise UserError(f"step_rule={step_rule!r} is unknown: choose one of {known}.")

@@ -652,6 +652,8 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
     num_threads: int = 4,
+    renderings: Sequence[Sequence[Any]] = (),
+    clean_too: bool = True,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields shuffled batches without end; step s is a pure function of (seed, s).
 
@@ -667,6 +669,10 @@ def train_batches(
       process_index: this process, in 0..process_count-1.
       process_count: how many processes share each batch.
       num_threads: how many batches are made at a time ahead of need; 0 makes them on demand.
+      renderings: other versions of the images: sources, each of K copies, each giving [H, W, 3]
+        uint8 for a position in `dataset`. Every example's source is drawn uniformly from these and
+        the data set itself, its copy uniformly; an epoch stays as long as it is.
+      clean_too: whether the data set itself is among the sources.
 
     Returns:
       An iterator of {'image': [b, H, W, 3] uint8 in 0..255 or float32 in [0, 1], 'label': [b]
@@ -687,9 +693,31 @@ def train_batches(
     def batch(step: int) -> dict[str, np.ndarray]:
         epochs, offsets = np.divmod(step * batch_size + share, size)
         parts = [_permutation(size, seed, int(e))[offsets[epochs == e]] for e in np.unique(epochs)]
-        return gather(dataset, np.concatenate(parts))
+        examples = gather(dataset, np.concatenate(parts))
+        if renderings:
+            _render(examples, renderings, clean_too, [seed, step, batch_size], share)
+        return examples
 
     return _prefetched(batch, range(start_step, sys.maxsize), num_threads)
+
+
+def _render(
+    examples: dict[str, np.ndarray],
+    renderings: Sequence[Sequence[Any]],
+    clean_too: bool,
+    seed: Sequence[int],
+    share: np.ndarray,
+) -> None:
+    """Replaces images by their versions in sources and copies drawn for each."""
+    # Drawn for the global batch, of which `share` are this process's positions.
+    draws = np.random.RandomState(seed)
+    count = seed[-1]
+    sources = draws.randint(0 if clean_too else 1, 1 + len(renderings), count)[share]
+    copies = draws.randint(0, len(renderings[0]), count)[share]
+    images, index = examples["image"], examples["index"]
+    scale = 1 if images.dtype == np.uint8 else np.float32(1 / 255)
+    for i in np.flatnonzero(sources):
+        images[i] = renderings[sources[i] - 1][copies[i]][int(index[i])] * scale
 
 
 def eval_batches(

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import haiku as hk
@@ -28,6 +28,7 @@ from ada_jax import (
     cli,
     corruption_nets,
     data,
+    deepaugment,
     evaluate,
     figures,
     keys,
@@ -273,12 +274,13 @@ def validate(config: ml_collections.ConfigDict) -> None:
     validate_corruption_nets(config.ada)
     augmix.check(**augmix_settings(config))
     require(config.augmix.jsd_weight >= 0, "augmix.jsd_weight", "must be 0 (off) or more")
+    require(config.deepaugment.copies >= 0, "deepaugment.copies", "must be 0 (off) or more")
     one_of("ada.step_rule", config.ada.step_rule, tuple(perturbation.STEP_RULES))
     one_of("ada.root_rule", config.ada.root_rule, ssim.ROOT_RULES)
     one_of("ada.batch_norm", config.ada.batch_norm, ("batch", "running"))
     good = 0 <= config.ada.nu < math.inf
     require(good, "ada.nu", "is negative or not finite: a radius is 0 or more (paper: 0.015)")
-    require(config.ada.steps >= 1, "ada.steps", "makes no attack: take 1 or more (paper: 10)")
+    require(config.ada.steps >= 0, "ada.steps", "must be 0 (random) or more (paper: 10)")
     require(config.ada.step_scale > 0, "ada.step_scale", "must be positive (paper: 0.25)")
     require(-1 <= config.ada.ssim_threshold < 1, "ada.ssim_threshold", "must be in [-1, 1)")
     require(config.ada.microbatch >= 0, "ada.microbatch", "must be 0 (off) or more")
@@ -359,6 +361,7 @@ class Parts(NamedTuple):
 
     config: ml_collections.ConfigDict
     train_set: data.Dataset
+    renderings: deepaugment.RenderedSet | None  # of the training images, for DeepAugment
     eval_set: data.Dataset
     sets: evaluate.Sets  # what the finished classifier is measured on
     corruption_sets: evaluate.Sets  # and what it is measured on while it trains
@@ -392,9 +395,11 @@ def build(config: ml_collections.ConfigDict) -> Parts:
             f"examples of {len(train_set)}: take more."
         )
     schedule = learning_rate_schedule(config, steps_per_epoch, total_steps)
+    folder, copies = config.deepaugment.dir, config.deepaugment.copies
     return Parts(
         config,
         train_set,
+        deepaugment.open_set(folder, train_set, copies) if copies else None,
         eval_set,
         evaluate.open_sets(config, eval_set, config.eval_sets),
         evaluate.open_sets(config, eval_set, during, config.corruption_eval_examples),
@@ -406,6 +411,21 @@ def build(config: ml_collections.ConfigDict) -> Parts:
         steps_per_epoch,
         total_steps,
     )
+
+
+def with_weights(state: TrainState, parts: Parts, path: str) -> TrainState:
+    """The state before the first step with a trained classifier's weights; see `load_variables`.
+
+    Raises:
+      UserError: there are none at `path`, or they are of another architecture.
+    """
+    try:
+        params, net_state, _ = evaluate.load_variables(
+            parts.classifier, parts.train_set.image_shape, path
+        )
+    except UserError as error:
+        raise UserError(f"config.init_weights={path!r} cannot be used: {error}") from error
+    return state._replace(params=params, net_state=net_state)
 
 
 def make_corruption_nets(
@@ -428,10 +448,12 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> int | None:
     key = jax.random.key(config.seed)
     images = data.to_float(next(data.eval_batches(parts.train_set, batch_size=8))["image"])
     state = initial_state(parts.classifier, parts.optimizer, key, images)
+    if config.init_weights:
+        state = with_weights(state, parts, config.init_weights)
 
     thetas = tuple(net.theta for net in parts.nets)
     checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints)
-    expect = identity(config, thetas) | {"training data": data.fingerprint(parts.train_set)}
+    expect = identity(parts, thetas, state)
     restored = checkpoints.restore(state, expect)
     extra = {"expect": expect, "pending": []}
     if restored:
@@ -484,14 +506,7 @@ def train(
     finite = functools.partial(logbook.finite, advice="lower config.learning_rate or config.ada.nu")
     update_step = compile_update_step(parts)
     state, thetas = replicate(state), replicate(thetas)
-    batches = data.train_batches(
-        parts.train_set,
-        batch_size=config.batch_size,
-        seed=config.seed,
-        start_step=step,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    batches = train_batches(parts, step)
     evaluate_at = every_epochs(config.eval_epochs, parts)
     corrupt_at = every_epochs(config.corruption_eval_epochs, parts)
     save_at = every_epochs(config.checkpoint_epochs, parts)
@@ -522,6 +537,21 @@ def train(
         # Still inside, for a second SIGTERM must not end the process before this is written.
         checkpoints.save(step, state, extra | {"pending": finite(pending, step)}, wait=True)
     return state, step < total_steps
+
+
+def train_batches(parts: Parts, start_step: int) -> Iterator[dict[str, np.ndarray]]:
+    """This process's batches from a step on; see `data.train_batches`."""
+    config = parts.config
+    return data.train_batches(
+        parts.train_set,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        start_step=start_step,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        renderings=list(parts.renderings.copies.values()) if parts.renderings else (),
+        clean_too=config.deepaugment.clean_too,
+    )
 
 
 def compile_update_step(parts: Parts) -> Callable[..., Any]:
@@ -577,24 +607,36 @@ _BOOKKEEPING = frozenset(
         "figure_examples",
         "ada.microbatch",
         "ada.corruption_weights",
+        "deepaugment.dir",
+        "init_weights",
     )
 )
 
 
-def identity(config: ml_collections.ConfigDict, thetas: Any) -> dict[str, Any]:
-    """The values a checkpoint must agree on with the config: all but the bookkeeping.
+def identity(parts: Parts, thetas: Any, state: TrainState) -> dict[str, Any]:
+    """The values a checkpoint must agree on with the run: all but the bookkeeping.
 
-    The corruption networks' weights count by their digest, whatever their files are called.
+    Data and weights count by their digests, whatever their files are called. `state` is the one
+    before the first step.
     """
-    fields = {k: v for k, v in config.items() if k not in ("ada", "augmix")}
+    config = parts.config
+    fields = {k: v for k, v in config.items() if k not in ("ada", "augmix", "deepaugment")}
+    if config.init_weights:
+        fields["init_weights_digest"] = checkpoint.digest(
+            {"params": state.params, "state": state.net_state}
+        )
     if config.augmix.use:
         fields |= {f"augmix.{k}": v for k, v in config.augmix.items()}
+    if parts.renderings:
+        fields |= {f"deepaugment.{k}": v for k, v in config.deepaugment.items()}
+        fields["deepaugment.set"] = parts.renderings.digest
     if config.method == "ada":
         fields |= {f"ada.{k}": v for k, v in config.ada.items()}
         fields["ada.weights_digest"] = checkpoint.digest(
             {str(i): theta for i, theta in enumerate(thetas)}
         )
     fields = {f"config.{k}": v for k, v in fields.items() if k not in _BOOKKEEPING}
+    fields["training data"] = data.fingerprint(parts.train_set)
     return json.loads(json.dumps(fields))  # tuples become lists, as they come back
 
 

@@ -3,10 +3,13 @@
     python -m ada_jax.train --config=experiments/cifar10.py
     python -m ada_jax.train --config=experiments/cifar10.py:small
 
-Words after the colon, separated by commas:
-  ada       AdA alone (the default); nominal: no AdA, for comparison.
-  augmix    AugMix alone; ada+augmix: both, AugMix after AdA.
-  small     a network and a schedule for two CPU cores.
+After the colon a row of the paper's table 1, its words joined by '+', and 'small' after a comma:
+  ada                          AdA, through EDSR (the default)
+  augmix                       AugMix, after AdA if that is there
+  deepaugment, deepaugment10x  and images that ada_jax.deepaugment made, 1 or 10 copies
+  nominal                      none of these
+  random                       random perturbations in AdA's ball, for comparison
+  small                        a network and a schedule for two CPU cores
 
 What to expect: the paper reports 3.8% clean error and 12.5% mean corruption error for AdA. A full
 run is about 3e18 floating-point operations: it wants a TPU slice or several GPUs (a v3-8 has the
@@ -21,19 +24,26 @@ import re
 
 import ml_collections
 
+ROWS = (
+    "nominal",
+    "augmix",
+    "deepaugment",
+    "deepaugment+augmix",
+    "deepaugment10x",
+    "deepaugment10x+augmix",
+    "ada",
+    "ada+augmix",
+    "ada+deepaugment+augmix",
+    "ada+deepaugment10x+augmix",
+)
+
 
 def get_config(words: str = "") -> ml_collections.ConfigDict:
     """The config; every knob of the binary is here, with the paper's value where it gives one."""
-    known = {"ada", "augmix", "nominal", "small"}
-    chosen = [word for word in re.split("[,+]", words) if word]
-    for word in chosen:
-        if word not in known:
-            raise ValueError(
-                f"--config=experiments/cifar10.py:{words} has the unknown word {word!r}: "
-                f"choose from {', '.join(sorted(known))}."
-            )
+    chosen = _chosen(words)
     config = ml_collections.ConfigDict()
-    config.name = "cifar10" + "".join(f"_{word}" for word in chosen)
+    row = "+".join(word for word in chosen if word != "small")
+    config.name = f"cifar10_{row}" + ("_small" if "small" in chosen else "")
     config.seed = 0
 
     # Data. data_dir '' takes TFDS's own folder (or TFDS_DATA_DIR); slices are allowed.
@@ -52,6 +62,7 @@ def get_config(words: str = "") -> ml_collections.ConfigDict:
     config.bn_decay = 0.99
     config.cross_replica_bn = False
     config.zero_init_logits = False
+    config.init_weights = ""  # a run's folder or a safetensors file to start from; '' is random
 
     # Outer minimisation. Set either epochs or train_steps; the other is 0.
     config.epochs = 300.0
@@ -64,14 +75,13 @@ def get_config(words: str = "") -> ml_collections.ConfigDict:
     config.weight_decay_bn = False  # also decay batch-norm scales and offsets
 
     # Inner maximisation.
-    config.method = "nominal" if {"nominal", "augmix"} & set(chosen) else "ada"
-    config.method = "ada" if "ada" in chosen else config.method
+    config.method = "ada" if {"ada", "random"} & set(chosen) else "nominal"
     config.ada = ml_collections.ConfigDict()
     config.ada.corruption_net = ("edsr_baseline_x4",)  # of several, every batch draws one
     config.ada.corruption_weights = ("",)  # safetensors files; '' takes the shipped one
     config.ada.corruption_enlarge = (1,)  # factors by which images are enlarged for the network
     config.ada.nu = 0.015  # radius of each leaf's ball, relative to the leaf's norm
-    config.ada.steps = 10
+    config.ada.steps = 0 if "random" in chosen else 10
     config.ada.step_rule = "sign"  # 'sign' (paper) or 'l2' (per leaf)
     config.ada.step_scale = 0.25  # of the median radius ('sign') or of the leaf's own ('l2')
     config.ada.batch_norm = "batch"  # statistics in the attack: 'batch' or 'running'
@@ -88,6 +98,12 @@ def get_config(words: str = "") -> ml_collections.ConfigDict:
     config.augmix.alpha = 1.0
     config.augmix.jsd_weight = 0.0  # of the consistency loss over three views; AugMix's own is 12
     config.augmix.extra_ops = False  # also colour, contrast, brightness and sharpness
+
+    # DeepAugment: every image is drawn clean or as one of the set's networks rendered it.
+    config.deepaugment = ml_collections.ConfigDict()
+    config.deepaugment.copies = 10 if "deepaugment10x" in chosen else int("deepaugment" in chosen)
+    config.deepaugment.dir = "runs/deepaugment"
+    config.deepaugment.clean_too = True
 
     # Bookkeeping.
     config.log_steps = 50
@@ -110,6 +126,22 @@ def get_config(words: str = "") -> ml_collections.ConfigDict:
     return config.lock()
 
 
+def _chosen(words: str) -> list[str]:
+    """The words after the colon, checked and in one order; without a row the row is 'ada'."""
+    rows = ("nominal", "random", "ada", "deepaugment", "deepaugment10x", "augmix")
+    given = [word for word in re.split("[,+]", words) if word]
+    unknown = [word for word in given if word not in (*rows, "small")]
+    chosen = [word for word in rows if word in given] or ["ada"]
+    twice = {"random", "ada"} <= {*chosen} or {"deepaugment", "deepaugment10x"} <= {*chosen}
+    if unknown or twice or ("nominal" in chosen and len(chosen) > 1):
+        raise ValueError(
+            f"--config=experiments/cifar10.py:{words} "
+            + (f"has the unknown word {unknown[0]!r}" if unknown else "is no row")
+            + f": the rows are {', '.join(ROWS)}; 'random' and ',small' are known beside them."
+        )
+    return chosen + (["small"] if "small" in given else [])
+
+
 def small(config: ml_collections.ConfigDict) -> None:
     """What two CPU cores do in about twenty minutes."""
     config.classifier = "resnet9"
@@ -121,6 +153,6 @@ def small(config: ml_collections.ConfigDict) -> None:
     config.weight_decay = 5e-4
     config.ada.corruption_net = ("edsr_small",)
     config.ada.nu = 0.02
-    config.ada.steps = 1
+    config.ada.steps = min(config.ada.steps, 1)  # 0 where perturbations are random
     config.eval_epochs = 1.0
     config.cpu_devices = 2

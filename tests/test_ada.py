@@ -140,6 +140,15 @@ def test_the_start_is_a_random_point_of_the_ball():
     np.testing.assert_allclose(metrics["loss_start"], loss_at_random(0, x, y), rtol=1e-4)
 
 
+def test_no_steps_leave_the_random_start():
+    x, y = batch(5)
+    knobs = {"logits_fn": LOGITS_FN, "net": NET, "nu": NU, "ssim_threshold": -1.0}
+    images, metrics = ada.adversarial_augment(example_keys(5), x, y, steps=0, **knobs)
+    start = render(random_delta(example_keys(5)), x, example_keys(5))
+    np.testing.assert_allclose(images, start, atol=1e-6)
+    np.testing.assert_array_equal(metrics["loss_start"], metrics["loss_end"])
+
+
 @pytest.mark.parametrize("i", range(BATCH))
 def test_an_examples_result_is_independent_of_its_neighbours(i):
     (x, y), (other_x, other_y) = batch(), batch(1)
@@ -299,7 +308,7 @@ def test_it_takes_a_flax_like_closure_under_jit_and_an_equinox_like_module_under
     [
         ({"nu": -0.1}, "nu=-0.1"),
         ({"nu": float("nan")}, "nu=nan"),
-        ({"steps": 0}, "steps=0"),
+        ({"steps": -1}, "steps=-1"),
         ({"step_rule": "adam"}, "step_rule='adam'.*sign, l2"),
         ({"root_rule": "nearest"}, "root_rule='nearest'.*in_range, interpolated, paper"),
         ({"nu": float("inf")}, "nu=inf"),

@@ -53,6 +53,49 @@ def test_batch_holds_the_examples_it_names():
         np.testing.assert_array_equal(batch["label"], batch["index"] % 3)
 
 
+class Rendering:
+    """A version of numbered images whose pixels tell source and copy."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __getitem__(self, i):
+        return np.full((4, 5, 3), self.value + i, np.uint8)
+
+
+def test_sources_are_drawn_uniformly_copies_too_and_each_keeps_its_position():
+    dataset = numbered(40)
+    renderings = [[Rendering(50 * (1 + 2 * s + c)) for c in range(2)] for s in range(2)]
+    settings = {"batch_size": 40, "seed": 0, "renderings": renderings}
+    batches = take(data.train_batches(dataset, **settings), 30)
+    values = np.concatenate([b["image"][:, 0, 0, 0].astype(int) - b["index"] for b in batches])
+    shares = [np.mean(values == 50 * v) for v in range(5)]
+    np.testing.assert_allclose(shares, [1 / 3, *[1 / 6] * 4], atol=0.04)
+    assert_batches_equal(
+        take(data.train_batches(dataset, start_step=3, **settings), 2), batches[3:5]
+    )
+    halves = [
+        take(data.train_batches(dataset, process_index=i, process_count=2, **settings), 1)[0]
+        for i in range(2)
+    ]
+    both = np.concatenate([half["image"] for half in halves])
+    np.testing.assert_array_equal(both, batches[0]["image"])
+    only = next(data.train_batches(dataset, clean_too=False, **settings))
+    assert np.all(only["image"][:, 0, 0, 0] - only["index"] >= 50)
+
+
+def test_renderings_of_floating_point_images_are_scaled():
+    images = np.full((8, 4, 5, 3), 0.5, np.float32)
+    dataset = data.from_arrays(images, np.arange(8) % 2)
+    batch = next(
+        data.train_batches(dataset, batch_size=8, seed=0, renderings=[[Rendering(102)]] * 9)
+    )
+    rendered = batch["image"][:, 0, 0, 0] != 0.5
+    assert rendered.any()
+    expected = (102 + batch["index"][rendered]) / 255
+    np.testing.assert_allclose(batch["image"][rendered, 0, 0, 0], expected, rtol=1e-6)
+
+
 def test_a_source_decoded_on_demand_gives_the_same_batches(monkeypatch, tmp_path):
     write_folder(tmp_path, {"a": 6, "b": 6})
     in_memory = data.load("folder", "all", data_dir=tmp_path, image_size=8)

@@ -19,7 +19,8 @@ from ml_collections import ConfigDict
 
 from ada_jax import checkpoint, cli, corruption_nets, logbook, train
 from ada_jax.errors import UserError
-from experiments import cifar10, quickstart
+from experiments import cifar10, finetune, quickstart
+from experiments import deepaugment as deepaugment_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -49,7 +50,7 @@ def flags_of(config: ConfigDict) -> list[str]:
     base = quickstart.get_config().to_dict()
     flags = []
     for name, value in config.items():
-        if name not in ("ada", "augmix") and base[name] != value:
+        if name not in ("ada", "augmix", "deepaugment") and base[name] != value:
             flags.append(f"--config.{name}={value}")
     return flags
 
@@ -69,10 +70,19 @@ def run(workdir, *flags: str, **kwargs) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize(
-    "words", ["", "nominal", "small", "augmix", "ada+augmix,small", "nominal,small"]
+    "words", ["", "small", "random", *cifar10.ROWS, *(f"{row},small" for row in cifar10.ROWS)]
 )
 def test_every_preset_is_valid(words):
-    train.validate(cifar10.get_config(words))
+    for experiment in (cifar10, finetune):
+        train.validate(experiment.get_config(words))
+
+
+@pytest.mark.parametrize(
+    "words", ["adda", "nominal+ada", "random+ada", "deepaugment,deepaugment10x"]
+)
+def test_an_unknown_row_lists_the_known_ones(words):
+    with pytest.raises(ValueError, match=r"ada\+deepaugment10x\+augmix"):
+        cifar10.get_config(words)
 
 
 def test_the_paper_s_values_are_the_defaults():
@@ -117,7 +127,8 @@ def test_learning_rate_schedule(batch_size):
         ("ada.root_rule", "x", "paper"),
         ("ada.batch_norm", "x", "running"),
         ("ada.nu", -0.1, "negative"),
-        ("ada.steps", 0, "1 or more"),
+        ("ada.steps", -1, "0 (random) or more"),
+        ("deepaugment.copies", -1, "0 (off) or more"),
         ("ada.ssim_threshold", 1.0, "[-1, 1)"),
         ("augmix.severity", 0.0, "severity=0.0"),
         ("augmix.depth", 0, "depth=0"),
@@ -172,9 +183,9 @@ def test_batches_that_the_devices_do_not_divide(changes, said):
     [
         (["--config.classifer=resnet9"], "no field 'classifer'"),
         (["--config=experiments/none.py"], "experiments/none.py is not a file"),
-        (["--config=experiments/cifar10.py:adda"], "choose from ada, augmix, nominal, small"),
+        (["--config=experiments/cifar10.py:adda"], "the rows are nominal, augmix"),
         (["--config.epochs=many"], "--config.epochs=many"),
-        (["--config.ada.steps=0"], "config.ada.steps=0"),
+        (["--config.ada.steps=-1"], "config.ada.steps=-1"),
         (["--config.ada.corruption_weights=README.md"], "README.md"),
         (["--config.dataset=folder", "--config.data_dir=/nowhere"], "/nowhere"),
         (["word"], "word"),
@@ -209,7 +220,7 @@ def steps_of(parts: train.Parts, steps: int) -> tuple[train.TrainState, list[dic
     update_step = train.compile_update_step(parts)
     thetas = tuple(net.theta for net in parts.nets)
     state, thetas = train.replicate(state), train.replicate(thetas)
-    batches = train.data.train_batches(parts.train_set, batch_size=config.batch_size, seed=0)
+    batches = train.train_batches(parts, 0)
     for _ in range(steps):
         state, metrics = update_step(state, thetas, train.shard(next(batches)), key)
         found.append({k: float(v[0]) for k, v in metrics.items()})
@@ -260,12 +271,74 @@ def test_augmix_changes_the_step_and_its_consistency_loss_the_gradient(jsd_weigh
     assert mixed["loss"] != plain["loss"]
 
 
-def test_the_words_of_a_row_choose_the_method():
-    rows = {"": ("ada", False), "nominal": ("nominal", False), "augmix": ("nominal", True)}
-    rows |= {"ada": ("ada", False), "ada+augmix": ("ada", True)}
-    for words, expected in rows.items():
-        config = cifar10.get_config(words)
-        assert (config.method, config.augmix.use) == expected
+@pytest.fixture(scope="module")
+def rendered_digits(tmp_path_factory):
+    """Ten copies of the digits that `tiny` trains on."""
+    folder = tmp_path_factory.mktemp("deepaugment")
+    config = deepaugment_config.get_config("small").unlock()
+    config.update(dataset="mnist5k", train_split="train[:64]", copies=10)
+    config.update(nets=("edsr_small",), weights=("",), enlarge=(1,))
+    digits = train.data.load("mnist5k", "train[:64]")
+    assert train.deepaugment.write_set(digits, folder, config)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def compilation_cache(tmp_path_factory):
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache")))
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", cifar10.ROWS)
+def test_every_row_runs_two_steps(row, rendered_digits, compilation_cache):
+    chosen = cifar10.get_config(f"{row},small")
+    config = tiny(method=chosen.method)
+    config.update(augmix=chosen.augmix, deepaugment=chosen.deepaugment)
+    config.deepaugment.dir = rendered_digits
+    state, metrics = first_steps(config, steps=2)
+    assert int(state.step) == 2 and np.isfinite(metrics["loss"])
+    assert (config.method == "ada") == ("ada" in row.split("+")) == ("ada_loss_end" in metrics)
+    assert config.augmix.use == ("augmix" in row)
+    assert config.deepaugment.copies == (10 if "10x" in row else int("deepaugment" in row))
+
+
+def test_deepaugment_changes_the_images_and_the_run_s_identity(rendered_digits):
+    plain = tiny(method="nominal")
+    with_set = tiny(
+        method="nominal", **{"deepaugment.copies": 2, "deepaugment.dir": rendered_digits}
+    )
+    identities, images = [], []
+    for config in (plain, with_set):
+        parts = train.build(config)
+        batch = next(train.train_batches(parts, 0))
+        images.append(batch["image"])
+        state = train.TrainState(0, {}, {}, ())
+        identities.append(train.identity(parts, (), state))
+    changed = np.any(images[0] != images[1], axis=(1, 2, 3))
+    assert 2 <= changed.sum() <= 14
+    added = {"config.deepaugment.copies", "config.deepaugment.clean_too"}
+    assert set(identities[1]) - set(identities[0]) == added | {"config.deepaugment.set"}
+
+
+def test_training_starts_from_trained_weights(tmp_path):
+    first = tiny(method="nominal", epochs=0.5)
+    assert train.main(first, str(tmp_path / "first")) is None
+    parts = train.build(first)
+    images = train.data.to_float(
+        next(train.data.eval_batches(parts.train_set, batch_size=8))["image"]
+    )
+    state = train.initial_state(parts.classifier, parts.optimizer, jax.random.key(1), images)
+    loaded = train.with_weights(state, parts, str(tmp_path / "first"))
+    trained, _ = checkpoint.load_weights(tmp_path / "first" / "classifier.safetensors")
+    chex.assert_trees_all_equal(loaded.params, trained["params"])
+    chex.assert_trees_all_equal(loaded.net_state, trained["state"])
+    with pytest.raises(UserError, match=r"config\.init_weights="):
+        train.with_weights(state, parts, str(tmp_path / "none"))
+    other = train.build(tiny(method="nominal", classifier="preact_resnet20"))
+    with pytest.raises(UserError, match=r"config\.init_weights="):
+        train.with_weights(state, other, str(tmp_path / "first"))
 
 
 def test_the_nominal_line_trains_without_a_corruption_network():

@@ -1,0 +1,34 @@
+"""Makes a trained classifier robust in a few epochs: AdA from its weights on.
+
+    python -m ada_jax.train --config=experiments/finetune.py \\
+        --config.init_weights=runs/cifar10_nominal_small
+
+`init_weights` is a run's folder or its classifier.safetensors; the classifier, its normalisation
+and the data must be those of the run. Words after the colon are those of experiments/cifar10.py:
+'ada+augmix' for both, 'nominal' for the same schedule without AdA, to compare with. The network and
+the data are those of cifar10.py:small; for others give --config.classifier and so on.
+"""
+
+import importlib.util
+import pathlib
+
+import ml_collections
+
+
+def get_config(words: str = "") -> ml_collections.ConfigDict:
+    """The small CIFAR-10 config with a short schedule."""
+    config = _cifar10(",".join(word for word in (words, "small") if word)).unlock()
+    config.name = config.name.replace("cifar10", "finetune")
+    config.init_weights = "runs/cifar10_nominal_small"
+    config.epochs = 5.0
+    config.warmup_epochs = 0.5
+    config.learning_rate = 0.1
+    return config.lock()
+
+
+def _cifar10(words: str) -> ml_collections.ConfigDict:
+    path = pathlib.Path(__file__).with_name("cifar10.py")
+    spec = importlib.util.spec_from_file_location("cifar10", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(words)
