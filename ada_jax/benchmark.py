@@ -1,6 +1,6 @@
 """Measures the package's hot paths on this machine, all in one process.
 
-python -m ada_jax.benchmark [--rows=conv,inner,step,memory] [--cpu_devices=2]
+python -m ada_jax.benchmark [--rows=conv,inner,step,augment,memory] [--cpu_devices=2]
 
 Every row gives useful work per second, counted as the floating-point operations of ordinary direct
 convolutions, and its share of the speed of a large float32 matrix product measured in between.
@@ -16,11 +16,22 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from ada_jax import ada, classifiers, cli, corruption_nets, evaluate, losses, per_example, train
+from ada_jax import (
+    ada,
+    augmix,
+    classifiers,
+    cli,
+    corruption_nets,
+    deepaugment,
+    evaluate,
+    losses,
+    per_example,
+    train,
+)
 from ada_jax.errors import UserError
 from experiments import cifar10
 
-ROWS = ("conv", "inner", "step", "memory")
+ROWS = ("conv", "inner", "step", "augment", "memory")
 _SECONDS = 3.0  # measured per row
 
 Timing = tuple[float, float]  # best seconds per call, seconds to compile
@@ -162,8 +173,8 @@ def net_flops(net: corruption_nets.CorruptionNet) -> float:
 
 
 def step_rows() -> Iterator[tuple[str, float, float, str, float]]:
-    """The whole training step of experiments/cifar10.py:small, with and without AdA."""
-    for words in ("nominal,small", "small"):
+    """The whole training step of cifar10.py:small, nominal, with AugMix and with AdA."""
+    for words in ("nominal,small", "augmix,small", "small"):
         config = cifar10.get_config(words)
         model = evaluate.make_classifier(config, 10)
         schedule = train.learning_rate_schedule(config, 100.0, 1000)
@@ -190,6 +201,30 @@ def step_rows() -> Iterator[tuple[str, float, float, str, float]]:
         rate = f"{config.batch_size / seconds:.0f} examples/s"
         title = f"training step, cifar10.py:{words}, batch {config.batch_size}"
         yield title, flops * config.batch_size, seconds, rate, compilation
+
+
+def augment_rows() -> Iterator[tuple[str, float, float, str, float]]:
+    """AugMix of a batch, and DeepAugment's renderings."""
+    batch = 128
+    x = jax.random.uniform(jax.random.key(0), (batch, 32, 32, 3))
+
+    def mix(x, seed):
+        return augmix.augment_and_mix(jax.random.key(seed[0]), x)
+
+    seconds, compilation = measure(mix, x, np.arange(jax.local_device_count()))
+    yield f"AugMix, batch {batch}", 0.0, seconds, f"{1e3 * seconds:.1f} ms", compilation
+    images = np.random.default_rng(0).integers(0, 256, (4000, 32, 32, 3), np.uint8)
+    for name in ("edsr_small", "cae"):
+        theta = jax.tree.map(np.asarray, corruption_nets.make(name).theta)
+        blocks = deepaugment.generate(name, theta, images, seed=0, copy=0)
+        start = time.perf_counter()
+        next(blocks)
+        compilation = time.perf_counter() - start
+        start, count = time.perf_counter(), 0
+        while (seconds := time.perf_counter() - start) < _SECONDS:
+            count += len(next(blocks))
+        rate = f"{count / seconds:.0f} images/s"
+        yield f"DeepAugment, {name}", 0.0, seconds, rate, compilation
 
 
 def memory_rows() -> Iterator[str]:
@@ -231,15 +266,15 @@ def main(argv: list[str]) -> None:
     print(f"{jax.local_device_count()} devices ({device}), jax {jax.__version__}\n")
     print("| what | speed | Gflop/s | share of sgemm | compile s |")
     print("|---|---|---|---|---|")
-    rows = {"conv": conv_rows, "inner": inner_rows, "step": step_rows}
+    rows = {"conv": conv_rows, "inner": inner_rows, "step": step_rows, "augment": augment_rows}
     for name in (n for n in ROWS if n in chosen and n in rows):
         sgemm = peak()
         print(f"| sgemm 2048 | | {sgemm / 1e9:.0f} | 100% | |", flush=True)
         for title, flops, seconds, rate, compilation in rows[name]():
             speed, share = flops / seconds, 100 * flops / seconds / sgemm
             rate = rate or f"{1e3 * seconds:.1f} ms"
-            line = f"| {title} | {rate} | {speed / 1e9:.0f} | {share:.1f}% | {compilation:.1f} |"
-            print(line, flush=True)
+            counted = f"{speed / 1e9:.0f} | {share:.1f}%" if flops else "|"
+            print(f"| {title} | {rate} | {counted} | {compilation:.1f} |", flush=True)
     if "memory" in chosen:
         print()
         for line in memory_rows():

@@ -79,6 +79,7 @@ _BOOKKEEPING = frozenset(
         "keep_checkpoints",
         "figure_examples",
         "ada.microbatch",
+        "deepaugment.dir",
     )
 )
 
@@ -106,6 +107,7 @@ class Row(NamedTuple):
     seeds: int = 0  # 0 for published numbers
     measured_on: str = ""
     tables: tuple[str, ...] = ()  # of the paper, that have this row
+    sampling: float = 0.0  # standard error of the clean error, of one seed; 0 is unknown
 
 
 # ------------------------------------------------------------------------ results files
@@ -286,6 +288,7 @@ def rows(results: Iterable[Result]) -> list[Row]:
                 seeds=0 if same[0].published else len(same),
                 measured_on=measured_on(same[0]),
                 tables=tuple(same[0].fields.get("tables", ())),
+                sampling=max(map(_sampling_error, same)),
             )
         )
     return sorted(found, key=lambda row: _by_mce(row.values))
@@ -338,9 +341,12 @@ def _paper_row(result: Result) -> str:
     fields = result.fields
     if result.published:
         return fields["name"]
-    if fields["data"].get("name") != "cifar10":  # the paper has nothing to compare with
+    config = fields["config"]
+    # The paper has nothing to compare with.
+    other = config.get("init_weights") or config.get("ada", {}).get("steps") == 0
+    if other or fields["data"].get("name") != "cifar10":
         return ""
-    return method(fields["name"], fields["config"])
+    return method(fields["name"], config)
 
 
 def _corrupted(result: Result) -> int | None:
@@ -348,6 +354,14 @@ def _corrupted(result: Result) -> int | None:
     cells = [e for entries in result.fields.get("corruptions", {}).values() for e in entries]
     counts = {cell.get("examples") for cell in cells}
     return counts.pop() if len(counts) == 1 else None
+
+
+def _sampling_error(result: Result) -> float:
+    """The standard error in percent of the clean error for so many images; 0 is unknown."""
+    clean = result.fields.get("clean", {})
+    if result.published or not clean.get("examples"):
+        return 0.0
+    return math.sqrt(clean["error"] * (100 - clean["error"]) / clean["examples"])
 
 
 def measured_on(result: Result) -> str:
@@ -437,6 +451,11 @@ def _notes(shown: list[Row]) -> list[str]:
     notes = ["Errors in percent; mCE is the mean over the 15 corruptions and five severities."]
     if any(row.seeds > 1 for row in shown):
         notes.append("Over seeds: mean ± sample standard deviation.")
+    if errors := [row.sampling for row in shown if row.sampling]:
+        notes.append(
+            f"Standard error of a clean error for its number of images: at most {max(errors):.2f}; "
+            "of a mean over corruptions of the same images about as much."
+        )
     where: dict[str, list[str]] = {}
     for row in shown:
         labels = where.setdefault(row.measured_on, [])
