@@ -1,0 +1,443 @@
+"""Runs the points of a sweep on this machine, or prints their commands for any scheduler.
+
+    python -m ada_jax.sweep --sweep=experiments/sweeps/table1.py:small
+    python -m ada_jax.sweep --sweep=FILE --jobs=2 --out=runs/NAME --config.epochs=2  # all points
+    python -m ada_jax.sweep --sweep=FILE --collect=DIR  # copies results to DIR/POINT.json
+    python -m ada_jax.sweep --sweep=FILE --print
+
+Every point is a run of ada_jax.train in OUT/POINT, where its output is log.txt. The same command
+skips what is finished and goes on with what was interrupted, and ends with the report. SIGTERM and
+Ctrl-C let the running points save, and leave with status 143; a point that fails does not stop
+the others, and the status is 1.
+
+A sweep file has get_hyper(hyper), or get_hyper(hyper, words) for FILE:WORDS. It returns a list of
+points such as {'config': 'experiments/cifar10.py:ada,small', 'config.seed': 1}, made by hand or
+with the functions of `Hyper`; CONFIG in the file names the config of points that name none.
+"""
+
+import collections
+import contextlib
+import fcntl
+import importlib.util
+import inspect
+import itertools
+import json
+import os
+import pathlib
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+from ada_jax import checkpoint, cli, logbook, report, tables, train
+from ada_jax.errors import UserError
+
+_TRAIN = ("-m", "ada_jax.train")
+_POLL_SECONDS = 0.2
+_MEANS = {"c": "mce_unnormalised", "extra": "mean_extra"}  # there once a set is whole
+
+Fields = dict[str, Any]  # As {'config.seed': 1}.
+
+
+class Hyper:
+    """What get_hyper(hyper) makes lists of points with, named as elsewhere."""
+
+    @staticmethod
+    def sweep(name: str, values: Iterable[Any]) -> list[Fields]:
+        """A point for each value of one field."""
+        return [{name: value} for value in values]
+
+    @staticmethod
+    def fixed(name: str, value: Any, length: int = 1) -> list[Fields]:
+        """One field's same value in so many points."""
+        return [{name: value}] * length
+
+    @staticmethod
+    def product(sweeps: Iterable[Iterable[Fields]]) -> list[Fields]:
+        """All combinations, the last sweep's points varying fastest."""
+        return [_joined(points) for points in itertools.product(*sweeps)]
+
+    @staticmethod
+    def zipit(sweeps: Iterable[Sequence[Fields]]) -> list[Fields]:
+        """First with first and so on; a sweep of one point goes with all."""
+        sweeps = list(sweeps)
+        length = max(map(len, sweeps), default=0)
+        if any(len(sweep) not in (1, length) for sweep in sweeps):
+            lengths = ", ".join(str(len(sweep)) for sweep in sweeps)
+            raise UserError(f"hyper.zipit got {lengths} points: give it sweeps of one length.")
+        repeated = [list(sweep) * (length if len(sweep) == 1 else 1) for sweep in sweeps]
+        return [_joined(points) for points in zip(*repeated, strict=True)]
+
+    @staticmethod
+    def chainit(sweeps: Iterable[Iterable[Fields]]) -> list[Fields]:
+        """One sweep after the other."""
+        return list(itertools.chain.from_iterable(sweeps))
+
+
+def _joined(points: Iterable[Fields]) -> Fields:
+    return {name: value for point in points for name, value in point.items()}
+
+
+# ------------------------------------------------------------------------ points
+
+
+class Point(NamedTuple):
+    """One run of a sweep.
+
+    Attributes:
+      name: of its folder; safe for file systems, different from all others of the sweep.
+      flags: of ada_jax.train, without --workdir.
+      config: what they make of the config, as it comes back from JSON.
+    """
+
+    name: str
+    flags: list[str]
+    config: dict[str, Any]
+
+
+def read(sweep: str, overrides: Sequence[str] = ()) -> list[Point]:
+    """Reads a sweep file and checks all that can be wrong before anything is started.
+
+    Args:
+      sweep: FILE or FILE:WORDS.
+      overrides: flags of ada_jax.train for every point, as '--config.epochs=2'.
+
+    Raises:
+      UserError: the file or the words are wrong, or a point has an unknown field, a value that
+        training would refuse, or the name of another.
+    """
+    base, found = _load(sweep)
+    swept = {name for fields in found for name in fields}
+    for override in overrides:
+        if (name := override.lstrip("-").partition("=")[0].removeprefix("no")) in swept:
+            raise UserError(f"--sweep={sweep} sets {name} itself: leave --{name} out.")
+    points = []
+    for name, fields in zip(names(found, base), found, strict=True):
+        config = fields.get("config", base)
+        own = [f"--{field}={value}" for field, value in fields.items() if field != "config"]
+        arguments = [f"--config={config}", *own, *overrides]
+        try:
+            points.append(Point(name, arguments, load_config(arguments)))
+        except UserError as error:
+            raise UserError(f"--sweep={sweep}, point {name}: {error}") from error
+    counts = collections.Counter(point.name for point in points)
+    for name, count in counts.items():
+        if count > 1:
+            raise UserError(
+                f"--sweep={sweep} has {count} points with the name {name}: leave all but one out, "
+                "or let them differ in more than punctuation."
+            )
+    return points
+
+
+def _load(sweep: str) -> tuple[str, list[Fields]]:
+    """The file's CONFIG, '' for none, and its points."""
+    path, _, words = sweep.partition(":")
+    if not (os.path.isfile(path) and path.endswith(".py")):
+        raise UserError(
+            f"--sweep={path} is not a Python file: name one, as experiments/sweeps/table1.py."
+        )
+    spec = importlib.util.spec_from_file_location("sweep", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        if not hasattr(module, "get_hyper"):
+            raise UserError("The file has no get_hyper(hyper), which returns points: add it.")
+        if words and len(inspect.signature(module.get_hyper).parameters) < 2:
+            raise UserError(f"The file takes no words: leave {words!r} out.")
+        points = list(module.get_hyper(Hyper, words) if words else module.get_hyper(Hyper))
+    except ValueError as error:  # Said by the file, as a config's get_config says it.
+        raise UserError(f"--sweep={sweep}: {error}") from error
+    except Exception as error:
+        raise UserError(f"--sweep={sweep} cannot be read ({error!r}): mend the file.") from error
+    base = getattr(module, "CONFIG", "")
+    _check_points(path, base, points)
+    return base, points
+
+
+def _check_points(path: str, base: str, points: list[Fields]) -> None:
+    if not points:
+        raise UserError(f"--sweep={path} has no points: let get_hyper return some.")
+    for point in points:
+        if not isinstance(point, dict) or not all(
+            re.match(r"config($|\.)", str(name)) for name in point
+        ):
+            raise UserError(
+                f"--sweep={path} has the point {point!r}, which is not a dict of fields as "
+                "{'config.seed': 1}: mend get_hyper."
+            )
+        if not point.get("config", base):
+            raise UserError(
+                f"--sweep={path} has the point {point!r} without a config: set CONFIG in the file, "
+                "or 'config' in the point."
+            )
+
+
+def names(points: Sequence[Fields], base: str) -> list[str]:
+    """Names of points: the words of their configs, and the fields in which they differ.
+
+    Args:
+      points: all of a sweep; a field that they share does not count, save for the seed.
+      base: the config of those that name none.
+
+    Returns:
+      As 'ada+augmix,small-seed1'. The config's file stands for its words where it has none, and
+      before them where the points' files differ.
+    """
+    fields = {field for point in points for field in point} - {"config"}
+    counting = {f for f in fields if len({repr(p.get(f)) for p in points}) > 1} | {"config.seed"}
+    configs = [point.get("config", base).partition(":") for point in points]
+    several = len({file for file, _, _ in configs}) > 1
+    made = []
+    for point, (file, _, words) in zip(points, configs, strict=True):
+        parts = [pathlib.Path(file).stem] if several or not words else []
+        parts += [words] if words else []
+        parts += [_label(field, point[field]) for field in point if field in counting]
+        made.append("-".join(_safe(part) for part in parts))
+    return made
+
+
+def _label(field: str, value: Any) -> str:
+    """'seed1', 'nu0.02', and of a word the word alone."""
+    return value if isinstance(value, str) else f"{field.rpartition('.')[2]}{value}"
+
+
+def _safe(text: str) -> str:
+    return re.sub(r"[^\w.,+=-]+", "_", text).strip("._,")
+
+
+def load_config(arguments: list[str]) -> dict[str, Any]:
+    """The config that ada_jax.train makes of its flags, checked, as it comes back from JSON.
+
+    Raises:
+      UserError: what ada_jax.train would say of them.
+    """
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
+    file = arguments[0].partition("=")[2].partition(":")[0]
+    if not os.path.isfile(file):
+        raise UserError(f"--config={file} is not a file: name one from the current folder.")
+    try:
+        values(["ada_jax.train", *arguments])
+        train.validate(values.config)
+    except (KeyError, AttributeError) as error:
+        raise UserError(cli._unknown_field(error)) from error
+    except (flags.Error, ValueError, TypeError) as error:
+        raise UserError(str(error)) from error
+    return json.loads(json.dumps(values.config.to_dict()))
+
+
+# ------------------------------------------------------------------------ runs
+
+
+def command(point: Point, out: str) -> list[str]:
+    """The point's command line behind 'python'."""
+    return [*_TRAIN, *point.flags, f"--workdir={os.path.join(out, point.name)}"]
+
+
+def finished(point: Point, out: str) -> dict[str, Any] | None:
+    """The results of a point that has nothing left to do; None for another.
+
+    Its results file is of the point's config, has every set, the attack's errors and pictures if
+    they are wanted, and is of the step that the weights are of, which a run writes at its end.
+    """
+    workdir = pathlib.Path(out) / point.name
+    try:
+        results = dict(json.loads((workdir / "results.json").read_text()))
+        _, weights = checkpoint.load_weights(workdir / "classifier.safetensors")
+    except (OSError, ValueError, TypeError):  # Missing or damaged; a UserError is a ValueError.
+        return None
+    config = point.config
+    attacked = config["method"] == "ada" and config["figure_examples"]
+    nets = config["ada"]["corruption_net"] if attacked else ()
+    whole = (
+        results.get("config") == config
+        and results.get("step") == weights.get("step")
+        and all(_MEANS.get(name, name) in results for name in config["eval_sets"])
+        and all(net in results.get("ada", {}) for net in nets)
+    )
+    return results if whole else None
+
+
+def run(points: Sequence[Point], out: str, jobs: int) -> tuple[dict[str, str], bool]:
+    """Runs what is not finished, `jobs` points at a time.
+
+    Args:
+      points: of `read`.
+      out: folder of their folders.
+      jobs: how many processes to keep running.
+
+    Returns:
+      For each point that failed its name and the reason; and whether SIGTERM or Ctrl-C came.
+    """
+    waiting, failed = _unfinished(points, out), {}
+    running: dict[subprocess.Popen, tuple[Point, float]] = {}
+    with _stop_signal() as stop:
+        while not stop.received and (waiting or running):
+            while waiting and len(running) < jobs:
+                point = waiting.pop(0)
+                try:
+                    running[start(point, out)] = point, time.monotonic()
+                except OSError as error:
+                    failed[point.name] = _cannot_start(point, out, error)
+            time.sleep(_POLL_SECONDS)
+            for process in [p for p in running if p.poll() is not None]:
+                point, started = running.pop(process)
+                if reason := _settle(point, out, process.returncode, time.monotonic() - started):
+                    failed[point.name] = reason
+        for process in running:
+            process.terminate()
+        for process, (point, _) in running.items():
+            logging.info("%s: stopped with status %d", point.name, process.wait())
+    return failed, stop.received
+
+
+def _unfinished(points: Sequence[Point], out: str) -> list[Point]:
+    """The points to run; says which are not."""
+    found = {point.name: finished(point, out) for point in points}
+    for name, results in found.items():
+        if results:
+            logging.info("%s: finished before, %s", name, _errors(results))
+    waiting = [point for point in points if not found[point.name]]
+    logging.info("%d of %d points to run", len(waiting), len(points))
+    return waiting
+
+
+@contextlib.contextmanager
+def _stop_signal() -> Iterator[cli.StopSignal]:
+    """A `cli.StopSignal` that notes Ctrl-C, too."""
+    with cli.StopSignal() as stop:
+        before = signal.signal(signal.SIGINT, signal.getsignal(signal.SIGTERM))
+        try:
+            yield stop
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+def start(point: Point, out: str) -> subprocess.Popen:
+    """Starts a point's run, which adds its output to OUT/POINT/log.txt.
+
+    Raises:
+      OSError: the log cannot be written; a BlockingIOError where another process writes it.
+    """
+    arguments = command(point, out)
+    path = _log(point, out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as log:
+        # The run inherits the lock and keeps it, should this process be killed: no two in a folder.
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        log.write(f"$ {shlex.join(['python', *arguments])}\n")
+        log.flush()
+        logging.info("%s: started, output in %s", point.name, path)
+        return subprocess.Popen(
+            [sys.executable, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            process_group=0,  # Ctrl-C would end it without saving.
+        )
+
+
+def _log(point: Point, out: str) -> pathlib.Path:
+    return pathlib.Path(out) / point.name / "log.txt"
+
+
+def _cannot_start(point: Point, out: str, error: OSError) -> str:
+    reason = f"{_log(point, out)} cannot be written ({error.strerror})"
+    if isinstance(error, BlockingIOError):
+        reason = f"another process is at work in {_log(point, out).parent}: wait for it, or end it"
+    logging.error("%s: %s", point.name, reason)
+    return reason
+
+
+def _settle(point: Point, out: str, status: int, seconds: float) -> str | None:
+    """Says how a run ended; returns the reason where it failed."""
+    minutes = f"{seconds / 60:.1f} min"
+    if results := finished(point, out):
+        logging.info("%s: finished in %s, %s", point.name, minutes, _errors(results))
+        return None
+    last = _log(point, out).read_text(errors="replace").rstrip().splitlines()[-1].strip()
+    reason = f"status {status}, {last}"
+    logging.error("%s: failed after %s, %s", point.name, minutes, reason)
+    return reason
+
+
+def _errors(results: dict[str, Any]) -> str:
+    said = f"clean error {results['clean']['error']:.2f}%"
+    return said + (f", mCE {results[_MEANS['c']]:.2f}%" if _MEANS["c"] in results else "")
+
+
+# ------------------------------------------------------------------------ the binary
+
+
+def show_report(files: Sequence[str]) -> None:
+    """Prints what `python -m ada_jax.report FILES` prints."""
+    results = [result for file in files for result in report.read(file)]
+    ours = report.rows(results)
+    made = report.table_1(ours, []), report.table_3(ours, []), report.table_list(results, [])
+    print("\n\n".join(map(tables.markdown, made)), flush=True)
+
+
+def collect(points: Sequence[Point], out: str, folder: str) -> None:
+    """Copies every point's results file to FOLDER/POINT.json."""
+    for point in points:
+        text = (pathlib.Path(out) / point.name / "results.json").read_text()
+        logbook.write_atomically(os.path.join(folder, f"{point.name}.json"), text)
+
+
+def _make_folder(flag: str, path: str) -> None:
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--{flag}={path} cannot be made a folder ({error.strerror}): name another."
+        ) from error
+
+
+def main(argv: list[str], overrides: Sequence[str] = ()) -> int | None:
+    """Runs or prints the sweep; returns an exit status."""
+    f = flags.FLAGS
+    if len(argv) > 1:
+        raise UserError(f"The argument {argv[1]!r} is not a flag: write --flag=value.")
+    points = read(f.sweep, overrides)
+    out = f.out or os.path.join("runs", pathlib.Path(f.sweep.partition(":")[0]).stem)
+    if f.print:
+        print("\n".join(shlex.join(["python", *command(point, out)]) for point in points))
+        return None
+    _make_folder("out", out)
+    if f.collect:
+        _make_folder("collect", f.collect)
+    failed, stopped = run(points, out, f.jobs)
+    if stopped:
+        logging.warning("Stopped: the same command goes on.")
+        return cli.INTERRUPTED
+    done = [point for point in points if point.name not in failed]
+    if f.collect:
+        collect(done, out, f.collect)
+    if done:
+        show_report([os.path.join(out, point.name, "results.json") for point in done])
+    for name, reason in failed.items():
+        print(f"failed: {name}: {reason}", file=sys.stderr, flush=True)
+    return 1 if failed else None
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("sweep", None, "File with get_hyper(), as experiments/sweeps/table1.py.")
+    flags.DEFINE_string(
+        "out", "", "Folder of the runs' folders; runs/NAME, the file's, by default."
+    )
+    flags.DEFINE_integer("jobs", 1, "Points that run at a time.", lower_bound=1)
+    flags.DEFINE_bool("print", False, "Print the commands and run nothing.")
+    flags.DEFINE_string("collect", "", "Folder for a copy POINT.json of every results file.")
+    flags.mark_flag_as_required("sweep")
+    # absl knows the fields of a config only once it has read one.
+    given = [a for a in sys.argv[1:] if re.match(r"--?(no)?config\.", a)]
+    sys.argv[1:] = [a for a in sys.argv[1:] if a not in given]
+    cli.start(lambda argv: main(argv, given))

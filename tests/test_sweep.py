@@ -1,0 +1,416 @@
+"""Sweeps: their points and names, skipping, kills, signals and failures, and the sentences."""
+
+import json
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from ada_jax import cli, sweep
+from ada_jax.checkpoint import save_weights
+from ada_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
+TABLE_1 = "experiments/sweeps/table1.py"
+RADIUS = "experiments/sweeps/radius.py"
+TINY = (
+    "--config.train_split=train[:32]",
+    "--config.eval_split=test[:40]",
+    "--config.batch_size=16",
+    "--config.eval_batch_size=40",
+    "--config.epochs=0",
+    "--config.train_steps=2",
+    "--config.eval_sets=('clean',)",
+    "--config.figure_examples=0",
+    "--config.cpu_devices=0",
+)
+SEEDS = """
+CONFIG = "experiments/quickstart.py:nominal"
+def get_hyper(hyper):
+    return hyper.sweep("config.seed", range({}))
+"""
+
+
+@pytest.fixture(autouse=True)
+def root(monkeypatch):
+    """Configs are named from the repository's folder."""
+    monkeypatch.chdir(ROOT)
+
+
+def write(tmp_path, text: str) -> str:
+    path = tmp_path / "sweep.py"
+    path.write_text(text)
+    return str(path)
+
+
+def binary(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "ada_jax.sweep", *arguments]
+
+
+def run_binary(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(binary(*arguments), capture_output=True, text=True, timeout=300)
+
+
+# ------------------------------------------------------------------------ points
+
+
+def test_hyper_combines_points():
+    hyper = sweep.Hyper
+    a, b = hyper.sweep("a", [1, 2]), hyper.sweep("b", [3, 4])
+    assert hyper.product([a, b]) == [
+        {"a": 1, "b": 3},
+        {"a": 1, "b": 4},
+        {"a": 2, "b": 3},
+        {"a": 2, "b": 4},
+    ]
+    zipped = hyper.zipit([a, b, hyper.fixed("c", 5)])
+    assert zipped == [{"a": 1, "b": 3, "c": 5}, {"a": 2, "b": 4, "c": 5}]
+    assert hyper.zipit([a, hyper.fixed("c", 5, length=2)]) == hyper.product(
+        [a, hyper.fixed("c", 5)]
+    )
+    assert hyper.chainit([a, b]) == a + b
+    assert hyper.product([]) == [{}]
+    with pytest.raises(UserError, match="2, 3 points"):
+        hyper.zipit([a, hyper.sweep("b", [1, 2, 3])])
+
+
+def test_table_1_has_the_papers_ten_rows():
+    published = json.loads((ROOT / "experiments/results/published.json").read_text())["rows"]
+    rows = {row["name"] for row in published if "1" in row["tables"]}
+    base, points = sweep._load(TABLE_1)
+    assert base == "experiments/cifar10.py"
+    assert len(rows) == len(points) == 10
+    assert {point["config"] for point in points} == {f"{base}:{row}" for row in rows}
+    assert {point["config.seed"] for point in points} == {0}
+
+
+def test_table_1_at_the_small_preset_repeats_four_rows():
+    base, points = sweep._load(f"{TABLE_1}:small")
+    names = sweep.names(points, base)
+    assert len(set(names)) == len(names) == 6 + 4 * 3
+    assert names[0] == "nominal,small-seed0"
+    assert names[9] == "ada+deepaugment10x+augmix,small-seed0"
+    for row in ("nominal", "augmix", "ada", "ada+augmix"):
+        assert {f"{row},small-seed{seed}" for seed in (0, 1, 2)} < set(names)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("small,ada,seeds=1", ["ada,small-seed0"]),
+        ("nominal,ada+augmix", ["nominal-seed0", "ada+augmix-seed0"]),
+        ("seeds=2,nominal", ["nominal-seed0", "nominal-seed1"]),
+    ],
+)
+def test_a_row_of_table_1_has_the_same_name_alone(words, expected):
+    points = sweep.read(f"{TABLE_1}:{words}")
+    assert [point.name for point in points] == expected
+
+
+def test_radius_keeps_off_the_images_that_the_table_is_measured_on():
+    points = sweep.read(RADIUS)
+    assert len({point.name for point in points}) == 12
+    assert points[0].name == "small-nu0.01-steps1-sign-step_scale0.25"
+    preset = next(p for p in points if p.name == "small-nu0.02-steps1-sign-step_scale0.25")
+    assert preset.config["ada"]["steps"] == 1
+    assert preset.config["eval_split"] == "train[40000:45000]"
+
+
+def test_names_have_what_differs_and_are_safe_for_file_systems():
+    points = [
+        {"config": "a/cifar10.py:small", "config.ada.corruption_net": ("cae",), "config.pad": 4},
+        {"config": "a/quickstart.py", "config.data_dir": "/a b/../c", "config.pad": 4},
+    ]
+    names = sweep.names(points, "")
+    assert names == ["cifar10-small-corruption_net_cae", "quickstart-a_b_.._c"]
+
+
+def test_reading_touches_no_device():
+    """On a TPU the parent would take it from its runs."""
+    code = f"from ada_jax import sweep; sweep.read({RADIUS!r}); import jax._src.xla_bridge as x"
+    code += "; assert not x.backends_are_initialized()"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_printed_commands_are_the_points():
+    split = "--config.train_split=train[:45000]"
+    done = run_binary(f"--sweep={TABLE_1}:nominal,small", "--out=my runs", "--print", split)
+    assert done.returncode == 0, done.stderr
+    commands = [shlex.split(line) for line in done.stdout.splitlines()]
+    assert commands[1] == [
+        *("python", "-m", "ada_jax.train", "--config=experiments/cifar10.py:nominal,small"),
+        *("--config.seed=1", split, "--workdir=my runs/nominal,small-seed1"),
+    ]
+    assert len(commands) == 3
+    assert not os.path.exists("my runs")
+
+
+# ------------------------------------------------------------------------ bad input
+
+LIST = "CONFIG = 'experiments/quickstart.py'\ndef get_hyper(hyper): return {}"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("x = 1", "no get_hyper"),
+        ("import nothing_of_that_name", "nothing_of_that_name"),
+        ("def get_hyper(", "mend the file"),
+        (LIST.format("[]"), "no points"),
+        (LIST.format("[1]"), "not a dict"),
+        (LIST.format("[{'seed': 1}]"), "'config.seed': 1"),
+        ("def get_hyper(hyper): return [{'config.seed': 1}]", "without a config"),
+        (LIST.format("[{'config': 'nothing.py:a'}]"), "nothing.py is not a file"),
+        (LIST.format("[{'config': 'experiments/cifar10.py:x'}]"), "unknown word 'x'"),
+        (LIST.format("[{'config.sed': 1}]"), "point quickstart: The config has no field 'sed'"),
+        (LIST.format("[{'config.seed': 'x'}]"), "config.seed=x"),
+        (LIST.format("[{'config.ada.nu': -1.0}]"), "negative"),
+        (LIST.format("[{'config.seed': 1}, {'config.seed': 1}]"), "2 points with the name"),
+        (LIST.format("hyper.sweep('config.name', ['a b', 'a/b'])"), "more than punctuation"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused_before_anything_is_started(tmp_path, text, said):
+    with pytest.raises(UserError) as error:
+        sweep.read(write(tmp_path, text))
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "said"),
+    [
+        ("nothing.py", (), "nothing.py is not a Python file"),
+        ("README.md", (), "not a Python file"),
+        (f"{TABLE_1}:small,adda", (), "'adda' is unknown: choose from small, seeds=N, nominal"),
+        (f"{TABLE_1}:seeds=0", (), "'seeds=0' is unknown"),
+        (f"{RADIUS}:small", (), "takes no words"),
+        (RADIUS, ("--config.ada.nu=1",), "sets config.ada.nu itself"),
+        (RADIUS, ("--config.nu=1",), "has no field 'nu'"),
+    ],
+)
+def test_words_and_overrides_that_do_not_fit_are_refused(name, overrides, said):
+    with pytest.raises(UserError) as error:
+        sweep.read(name, overrides)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "--sweep"),
+        ([f"--sweep={RADIUS}", "--config.learning_rat=1"], 'Did you mean "learning_rate"'),
+        ([f"--sweep={RADIUS}", "--out=README.md"], "--out=README.md cannot be made a folder"),
+    ],
+)
+def test_the_binary_tells_a_mistake_in_one_sentence_and_status_2(arguments, said):
+    done = run_binary(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert said in done.stderr
+
+
+# ------------------------------------------------------------------------ runs of a stand-in
+
+STAND_IN = """
+import pathlib, shutil, signal, sys, time
+workdir = pathlib.Path(sys.argv[-1].partition("=")[2])
+ready = pathlib.Path(__file__).with_name("ready") / workdir.name
+def stop(*_):
+    print("saved", flush=True)
+    sys.exit(143)
+signal.signal(signal.SIGTERM, stop)
+print("up", flush=True)
+while (ready / "wait").exists():
+    time.sleep(0.05)
+if (ready / "fail").exists():
+    print("error: out of luck\\n", flush=True)
+    sys.exit(3)
+shutil.copytree(ready, workdir, dirs_exist_ok=True)
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """Three points, and in place of training a script that copies each one's results from ready."""
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+    monkeypatch.setattr(sweep, "_TRAIN", (str(tmp_path / "stand_in.py"),))
+    monkeypatch.setattr(sweep, "_POLL_SECONDS", 0.02)
+    points = sweep.read(write(tmp_path, SEEDS.format(3)))
+    for point in points:
+        folder = tmp_path / "ready" / point.name
+        save_weights(folder / "classifier.safetensors", {"w": np.ones(1)}, {"step": 7})
+        counts = {"examples": 8, "wrong": 2, "error": 25.0}
+        results = {"config": point.config, "step": 7, "clean": counts, "mce_unnormalised": 50.0}
+        (folder / "results.json").write_text(json.dumps(results))
+    return points, tmp_path / "ready", str(tmp_path / "out")
+
+
+def log_of(point, out) -> str:
+    return (pathlib.Path(out) / point.name / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_what_is_finished_is_skipped(stand_in, jobs):
+    points, _, out = stand_in
+    assert sweep.run(points[:2], out, jobs) == ({}, False)
+    assert sweep.run(points, out, jobs) == ({}, False)
+    assert all(log_of(point, out).count("up") == 1 for point in points)
+    assert log_of(points[1], out).startswith("$ python ")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda results: results.pop("clean"),
+        lambda results: results.pop("mce_unnormalised"),  # Not the whole grid.
+        lambda results: results.update(step=6),  # Of a checkpoint.
+        lambda results: results["config"].update(learning_rate=0.3),
+    ],
+)
+def test_what_is_not_whole_or_of_another_config_runs_again(stand_in, change):
+    points, ready, out = stand_in
+    sweep.run(points, out, 1)
+    path = pathlib.Path(out) / points[1].name / "results.json"
+    results = json.loads(path.read_text())
+    change(results)
+    path.write_text(json.dumps(results))
+    assert sweep.run(points, out, 1) == ({}, False)
+    assert [log_of(point, out).count("up") for point in points] == [1, 2, 1]
+    path.write_text("{")
+    assert sweep.finished(points[1], out) is None
+    shutil.rmtree(ready)  # And now nothing would mend it.
+    failed, _ = sweep.run(points, out, 1)
+    assert set(failed) == {points[1].name}
+
+
+def test_the_attacks_errors_and_pictures_count_where_they_are_wanted(stand_in):
+    points, ready, _ = stand_in
+    config = points[0].config | {"method": "ada", "figure_examples": 4}
+    point = points[0]._replace(config=config)
+    path = ready / point.name / "results.json"
+    results = json.loads(path.read_text()) | {"config": config}
+    path.write_text(json.dumps(results))
+    assert sweep.finished(point, str(ready)) is None
+    path.write_text(json.dumps(results | {"ada": {"edsr_small": {}}}))
+    assert sweep.finished(point, str(ready))
+
+
+def test_a_point_that_fails_does_not_stop_the_others(stand_in):
+    points, ready, out = stand_in
+    (ready / points[0].name / "fail").touch()
+    (ready / points[1].name / "results.json").unlink()
+    failed, stopped = sweep.run(points, out, 1)
+    assert failed == {
+        points[0].name: "status 3, error: out of luck",
+        points[1].name: "status 0, up",
+    }
+    assert not stopped
+    assert sweep.finished(points[2], out)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_let_the_runs_save(stand_in, number):
+    points, ready, out = stand_in
+    for point in points:
+        (ready / point.name / "wait").touch()
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+
+    def send_when_two_are_up():
+        logs = [pathlib.Path(out) / point.name / "log.txt" for point in points[:2]]
+        while not all(log.exists() and "up" in log.read_text() for log in logs):
+            time.sleep(0.05)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=send_when_two_are_up).start()
+    assert sweep.run(points, out, 2) == ({}, True)
+    assert [log_of(point, out).splitlines()[-1] for point in points[:2]] == ["saved", "saved"]
+    assert not (pathlib.Path(out) / points[2].name).exists()
+    assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+
+
+def test_two_sweeps_do_not_share_a_folder(stand_in):
+    """As where a sweep was killed and its run was not."""
+    points, ready, out = stand_in
+    (ready / points[0].name / "wait").touch()
+    left_alone = sweep.start(points[0], out)
+    failed, _ = sweep.run(points, out, 2)
+    assert set(failed) == {points[0].name}
+    assert "another process is at work" in failed[points[0].name]
+    left_alone.kill()
+    left_alone.wait()
+    (ready / points[0].name / "wait").unlink()
+    assert sweep.run(points, out, 2) == ({}, False)
+
+
+# ------------------------------------------------------------------------ runs
+
+
+def children(pid: int) -> list[int]:
+    return [int(p) for p in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def comparable(path: pathlib.Path) -> dict:
+    return {k: v for k, v in json.loads(path.read_text()).items() if k != "seconds"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_killed_in_the_middle_it_ends_with_the_same_results_files(tmp_path):
+    cache = f"--config.compilation_cache={tmp_path / 'cache'}"
+    arguments = [f"--sweep={write(tmp_path, SEEDS.format(2))}", *TINY, cache]
+    out = tmp_path / "out"
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(binary(*arguments, f"--out={out}"), stderr=log)
+    while not (out / "nominal-seed1" / "log.txt").exists():
+        time.sleep(0.1)
+        assert process.poll() is None, (tmp_path / "log").read_text()
+    (child,) = children(process.pid)
+    for pid in (process.pid, child):
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+    first = (out / "nominal-seed0" / "results.json").read_bytes()
+    assert not (out / "nominal-seed1" / "results.json").exists()
+
+    collected = tmp_path / "collected"
+    done = run_binary(*arguments, f"--out={out}", f"--collect={collected}")
+    assert done.returncode == 0, done.stderr
+    assert "nominal-seed0: finished before, clean error" in done.stderr
+    assert re.search(r"nominal-seed1: finished in [\d.]+ min, clean error", done.stderr)
+    files = [out / f"nominal-seed{seed}" / "results.json" for seed in (0, 1)]
+    assert files[0].read_bytes() == first
+    assert [p.read_bytes() for p in sorted(collected.iterdir())] == [p.read_bytes() for p in files]
+    report = [sys.executable, "-m", "ada_jax.report", *map(str, files)]
+    assert done.stdout == subprocess.run(report, capture_output=True, text=True).stdout
+
+    whole = sweep.read(arguments[0].partition("=")[2], [*TINY, cache])[1]
+    command = [sys.executable, *sweep.command(whole, str(tmp_path / "whole"))]
+    subprocess.run(command, check=True, capture_output=True)
+    assert comparable(files[1]) == comparable(tmp_path / "whole" / "nominal-seed1/results.json")
+
+
+@pytest.mark.slow
+def test_the_binary_leaves_with_143_after_sigterm_and_1_after_a_failure(tmp_path):
+    arguments = [f"--sweep={write(tmp_path, SEEDS.format(2))}", f"--out={tmp_path / 'out'}", *TINY]
+    process = subprocess.Popen(binary(*arguments), stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "out" / "nominal-seed0" / "log.txt").exists():
+        time.sleep(0.1)
+        assert process.poll() is None
+    process.terminate()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == cli.INTERRUPTED
+    assert "the same command goes on" in errors
+
+    missing = f"--config.data_dir={tmp_path / 'nothing'}"
+    done = run_binary(*arguments, "--jobs=2", "--config.dataset=cifar10", missing)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.count("failed: nominal-seed") == 2
+    assert "failed: nominal-seed1: status 2, error: config.dataset = 'cifar10'" in done.stderr
