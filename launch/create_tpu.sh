@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# Creates a Cloud TPU VM and waits until it is ready. One that is ready is left alone, one that was
+# preempted is deleted first, one that was stopped is started.
+#
+#   launch/create_tpu.sh --name=ada --zone=europe-west4-a --type=v3-8 --spot
+#
+# --name=NAME        of the VM
+# --zone=ZONE        a zone that has the type
+# --type=TYPE        accelerator type, as v3-8, v4-8, v5e-8, v5p-8 or v6e-8
+# --version=VERSION  software version; by default the one for JAX on the type
+# --project=PROJECT  by default gcloud's
+# --spot             spot capacity: much cheaper, may be taken away at any moment
+# --queued           ask for it in a queue (queued resources), rather than now or never
+# --poll_seconds=30  between two looks at the queue
+# --dry_run          print the gcloud commands, run none
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+name="" zone="" type="" version="" project="" spot="" queued="" poll_seconds=30 dry_run=""
+# shellcheck source=launch/common.sh
+. "$here/common.sh"
+parse "name zone type version project poll_seconds" "spot queued dry_run" "$@"
+require name zone type
+
+type=${type/#v5e-/v5litepod-} # gcloud's name for what everybody calls v5e
+case ${version:-$type} in
+  "$version") ;;
+  v[234]-*) version=tpu-ubuntu2204-base ;;
+  v5litepod-*) version=v2-alpha-tpuv5-lite ;;
+  v5p-*) version=v2-alpha-tpuv5 ;;
+  v6e-*) version=v2-alpha-tpuv6e ;;
+  *) complain "No software version is known for --type=$type: name one with --version." ;;
+esac
+
+look tpu-vm state MISSING
+case $state in
+  READY)
+    echo "$name is ready."
+    exit
+    ;;
+  STOPPED)
+    tpus tpu-vm start "$name"
+    exit
+    ;;
+  PREEMPTED | TERMINATED) "$here/delete_tpu.sh" "${same[@]}" ;; # its name is taken until then
+  MISSING) ;;
+  *)
+    if [ -z "$queued" ]; then
+      echo "$name is in state $state: try again later." >&2
+      exit 1
+    fi
+    ;;
+esac
+
+options=(--accelerator-type="$type" ${spot:+--spot})
+if [ -z "$queued" ]; then
+  tpus tpu-vm create "$name" --version="$version" "${options[@]}"
+  exit
+fi
+
+look queued-resources state.state MISSING
+if [ "$state" = FAILED ] || [ "$state" = SUSPENDED ]; then
+  "$here/delete_tpu.sh" "${same[@]}"
+  state=MISSING
+fi
+if [ "$state" = MISSING ]; then
+  tpus queued-resources create "$name" --node-id="$name" --runtime-version="$version" \
+    "${options[@]}"
+fi
+while look queued-resources state.state ACTIVE && [ "$state" != ACTIVE ]; do
+  echo "The request for $name is in state $state."
+  case $state in FAILED | SUSPENDING | SUSPENDED | DELETING) exit 1 ;; esac
+  sleep "$poll_seconds"
+done
