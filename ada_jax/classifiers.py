@@ -8,6 +8,7 @@ import chex
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import jmp
 
 from ada_jax import per_example
 from ada_jax.errors import UserError
@@ -40,6 +41,7 @@ def make(
     bn_decay: float = 0.9,
     bn_axis_name: str | None = None,
     zero_init_logits: bool = False,
+    compute_dtype: str = "float32",
 ) -> hk.TransformedWithState:
     """Makes a classifier whose forward pass normalises its images by itself.
 
@@ -59,6 +61,8 @@ def make(
       bn_axis_name: the mapped axis to average batch statistics over; None for each device's own.
         `init` does not use it and so runs outside of `pmap`.
       zero_init_logits: whether the last layer starts at zero rather than at random.
+      compute_dtype: 'bfloat16' convolves in it; parameters, batch normalisation and logits are
+        float32 all the same.
 
     Returns:
       The pair of pure functions `init` and `apply`.
@@ -75,6 +79,8 @@ def make(
             f"The classifier {name!r} is not known: choose one of {', '.join(names())}."
         )
 
+    policy = jmp.get_policy(f"params=float32,compute={compute_dtype},output=float32")
+
     def forward(x: jax.Array, is_training: bool, test_local_stats: bool = False) -> jax.Array:
         chex.assert_type(x, float)
         chex.assert_shape(x, (None, None, None, len(mean)))
@@ -89,11 +95,13 @@ def make(
                 cross_replica_axis=axis_name,
                 name=bn_name,
             )
-            return jax.nn.relu(bn(h, is_training, test_local_stats))
+            h = bn(policy.cast_to_param(h), is_training, test_local_stats)
+            return policy.cast_to_compute(jax.nn.relu(h))
 
         x = (x - jnp.asarray(mean, x.dtype)) / jnp.asarray(std, x.dtype)
-        features = jnp.mean(_NETWORKS[name](x, norm_relu), axis=(1, 2))
-        return _logits(features, num_classes, zero_init_logits).astype(jnp.float32)
+        features = _NETWORKS[name](policy.cast_to_compute(x), norm_relu)
+        features = jnp.mean(policy.cast_to_output(features), axis=(1, 2))
+        return _logits(features, num_classes, zero_init_logits)
 
     return hk.transform_with_state(forward)
 
@@ -123,7 +131,7 @@ class Conv(hk.Module):
           [B, ceil(H / stride), ceil(W / stride), channels].
         """
         shape = (self.size, self.size, x.shape[-1], self.channels)
-        w = hk.get_parameter("w", shape, x.dtype, init=_uniform_fan_in)
+        w = hk.get_parameter("w", shape, jnp.float32, init=_uniform_fan_in).astype(x.dtype)
         return per_example.conv2d(x, w, stride=self.stride, padding=self.size // 2)
 
 

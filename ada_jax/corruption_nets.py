@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jmp
 import numpy as np
 
 from ada_jax import checkpoint, per_example
@@ -114,6 +115,25 @@ def enlarged(apply: Callable[..., jax.Array], factor: int) -> Callable[..., jax.
         return jax.image.resize(apply(theta, large, key), x.shape, "cubic", antialias=True)
 
     return resized
+
+
+def cast(
+    apply: Callable[..., jax.Array], dtype: str = "float32", remat: bool = False
+) -> Callable[..., jax.Array]:
+    """The network with its parameters rounded to another type, in which its layers compute.
+
+    Args:
+      apply: a network's function.
+      dtype: 'float32' or 'bfloat16'.
+      remat: whether its gradient computes the features anew instead of keeping them.
+    """
+    policy = jmp.get_policy(f"params=float32,compute={dtype},output=float32")
+
+    def casted(theta, x, key=None):
+        return policy.cast_to_output(apply(policy.cast_to_compute(theta), x, key))
+
+    wrapped = apply if dtype == "float32" else casted
+    return jax.checkpoint(wrapped) if remat else wrapped
 
 
 # ------------------------------------------------------------------------------- EDSR
@@ -301,11 +321,12 @@ def _pad(x: jax.Array, before: int, after: int, mode: str = "constant") -> jax.A
 
 
 def _conv(params: dict, x: jax.Array, stride: int = 1, padding: int | None = None) -> jax.Array:
-    return per_example.conv2d(x, params["w"], params["b"], stride=stride, padding=padding)
+    w, b = params["w"], params["b"]
+    return per_example.conv2d(x.astype(w.dtype), w, b, stride=stride, padding=padding)
 
 
 def _conv_transpose(params: dict, x: jax.Array) -> jax.Array:
-    return per_example.conv_transpose2d(x, params["w"], params["b"])
+    return per_example.conv_transpose2d(x.astype(params["w"].dtype), params["w"], params["b"])
 
 
 def _conv_init(key: jax.Array, inputs: int, outputs: int, size: int = 3) -> dict:

@@ -52,6 +52,7 @@ def make_classifier(config: ml_collections.ConfigDict, num_classes: int) -> hk.T
         bn_decay=config.bn_decay,
         bn_axis_name=AXIS if config.cross_replica_bn else None,
         zero_init_logits=config.zero_init_logits,
+        compute_dtype=config.compute_dtype,
     )
 
 
@@ -619,6 +620,7 @@ def rows(results: Results) -> list[tuple[str, str]]:
 _NEEDED = (
     *("name", "seed", "dataset", "data_dir", "image_size", "eval_split", "eval_batch_size"),
     *("classifier", "mean", "std", "bn_decay", "cross_replica_bn", "zero_init_logits"),
+    "compute_dtype",
     *("cpu_devices", "compilation_cache"),
     *("eval_sets", "eval_c_dir", "corruption_seed", "corruption_table"),
 )

@@ -79,6 +79,7 @@ _BOOKKEEPING = frozenset(
         "keep_checkpoints",
         "figure_examples",
         "ada.microbatch",
+        "ada.remat",
         "deepaugment.dir",
     )
 )

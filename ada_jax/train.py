@@ -22,6 +22,7 @@ from absl import logging
 
 from ada_jax import (
     ada,
+    attacks,
     augmix,
     checkpoint,
     classifiers,
@@ -40,7 +41,7 @@ from ada_jax import (
 from ada_jax.devices import AXIS, replicate, shard, unreplicate
 from ada_jax.errors import UserError
 
-METHODS = ("ada", "nominal")
+METHODS = ("ada", "nominal", "pgd")
 
 
 class TrainState(NamedTuple):
@@ -83,7 +84,10 @@ def make_update_step(
       is the run's.
     """
 
-    attack = make_attack(config, classifier, net_applies)
+    cast = functools.partial(
+        corruption_nets.cast, dtype=config.compute_dtype, remat=config.ada.remat
+    )
+    attack = make_attack(config, classifier, [cast(apply) for apply in net_applies])
 
     def loss_fn(params, net_state, views, y):
         logits, net_state = classifier.apply(params, net_state, None, views, is_training=True)
@@ -105,7 +109,7 @@ def make_update_step(
 
         x = data.random_crop_flip(crop_keys, x, pad=config.pad, flip=config.flip)
         metrics = {}
-        if net_applies:
+        if attack:
             x, attacked = attack(key, state, thetas, ada_keys, x, y)
             metrics = attack_metrics(attacked)
 
@@ -131,18 +135,22 @@ def make_attack(
     config: ml_collections.ConfigDict,
     classifier: hk.TransformedWithState,
     net_applies: Sequence[Callable[..., jax.Array]],
-) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
-    """Makes AdA of one device's batch; see `make_update_step` for the arguments.
+) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]] | None:
+    """Makes the attack on one device's batch; see `make_update_step` for the arguments.
 
     Returns:
       `attack(key, state, thetas, example_keys, x, y) -> (images, metrics)`, where `key` is the
-      step's, the same on every device.
+      step's, the same on every device, and metrics are per example; None without an attack.
     """
 
-    def logits_fn(state, x):
-        local = config.ada.batch_norm == "batch"
+    def logits_fn(state, batch_norm, x):
         return classifier.apply(
-            state.params, state.net_state, None, x, is_training=False, test_local_stats=local
+            state.params,
+            state.net_state,
+            None,
+            x,
+            is_training=False,
+            test_local_stats=batch_norm == "batch",
         )[0]
 
     def through(i, state, thetas, example_keys, x, y):
@@ -150,20 +158,34 @@ def make_attack(
             example_keys,
             x,
             y,
-            logits_fn=functools.partial(logits_fn, state),
+            logits_fn=functools.partial(logits_fn, state, config.ada.batch_norm),
             net=corruption_nets.CorruptionNet(net_applies[i], thetas[i]),
             microbatch=config.ada.microbatch or None,
             **attack_settings(config),
         )
 
-    def attack(key, *args):
+    def ada_attack(key, *args):
         # The same network on every device; the key is of no example's position.
         key = jax.random.fold_in(key, config.batch_size)
         drawn = jax.random.randint(key, (), 0, len(net_applies))
         branches = [functools.partial(through, i) for i in range(len(net_applies))]
         return jax.lax.switch(drawn, branches, *args)
 
-    return attack
+    def pgd_attack(key, state, thetas, example_keys, x, y):
+        del key, thetas
+        images, info = attacks.pgd(
+            example_keys,
+            functools.partial(logits_fn, state, config.pgd.batch_norm),
+            x,
+            y,
+            config.pgd.epsilon,
+            norm=config.pgd.norm,
+            steps=config.pgd.steps,
+            step_size=config.pgd.step_scale * config.pgd.epsilon,
+        )
+        return jax.lax.stop_gradient((images, {"broken": info["broken"]}))
+
+    return {"ada": ada_attack, "pgd": pgd_attack, "nominal": None}[config.method]
 
 
 def mixed_views(
@@ -200,12 +222,10 @@ def attack_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def attack_metrics(attacked: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Scalars for the log from `ada.adversarial_augment`'s per-example metrics."""
+    """Scalars for the log from an attack's per-example metrics."""
     means = {f"ada_{name}": jnp.mean(value) for name, value in attacked.items()}
-    return means | {
-        "ada_ssim_before_min": jnp.min(attacked["ssim_before"]),
-        "ada_ssim_after_min": jnp.min(attacked["ssim_after"]),
-    }
+    least = ("ssim_before", "ssim_after")
+    return means | {f"ada_{n}_min": jnp.min(attacked[n]) for n in least if n in attacked}
 
 
 def reduce_metrics(metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -275,6 +295,13 @@ def validate(config: ml_collections.ConfigDict) -> None:
     augmix.check(**augmix_settings(config))
     require(config.augmix.jsd_weight >= 0, "augmix.jsd_weight", "must be 0 (off) or more")
     require(config.deepaugment.copies >= 0, "deepaugment.copies", "must be 0 (off) or more")
+    one_of("compute_dtype", config.compute_dtype, ("float32", "bfloat16"))
+    one_of("pgd.norm", config.pgd.norm, ("linf", "l2"))
+    one_of("pgd.batch_norm", config.pgd.batch_norm, ("batch", "running"))
+    for field in ("pgd.epsilon", "pgd.step_scale"):
+        value = config.pgd[field.partition(".")[2]]
+        require(0 < value < math.inf, field, "must be positive and finite")
+    require(config.pgd.steps >= 1, "pgd.steps", "must be 1 or more")
     one_of("ada.step_rule", config.ada.step_rule, tuple(perturbation.STEP_RULES))
     one_of("ada.root_rule", config.ada.root_rule, ssim.ROOT_RULES)
     one_of("ada.batch_norm", config.ada.batch_norm, ("batch", "running"))
@@ -606,6 +633,7 @@ _BOOKKEEPING = frozenset(
         "keep_checkpoints",
         "figure_examples",
         "ada.microbatch",
+        "ada.remat",
         "ada.corruption_weights",
         "deepaugment.dir",
         "init_weights",
@@ -620,7 +648,10 @@ def identity(parts: Parts, thetas: Any, state: TrainState) -> dict[str, Any]:
     before the first step.
     """
     config = parts.config
-    fields = {k: v for k, v in config.items() if k not in ("ada", "augmix", "deepaugment")}
+    parts_of_methods = ("ada", "pgd", "augmix", "deepaugment")
+    fields = {k: v for k, v in config.items() if k not in parts_of_methods}
+    if config.method == "pgd":
+        fields |= {f"pgd.{k}": v for k, v in config.pgd.items()}
     if config.init_weights:
         fields["init_weights_digest"] = checkpoint.digest(
             {"params": state.params, "state": state.net_state}

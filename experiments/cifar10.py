@@ -9,6 +9,7 @@ After the colon a row of the paper's table 1, its words joined by '+', and 'smal
   deepaugment, deepaugment10x  and images that ada_jax.deepaugment made, 1 or 10 copies
   nominal                      none of these
   random                       random perturbations in AdA's ball, for comparison
+  linf_at, l2_at               adversarial training by PGD, for comparison (table 3)
   small                        a network and a schedule for two CPU cores
 
 What to expect: the paper reports 3.8% clean error and 12.5% mean corruption error for AdA. A full
@@ -62,6 +63,7 @@ def get_config(words: str = "") -> ml_collections.ConfigDict:
     config.bn_decay = 0.99
     config.cross_replica_bn = False
     config.zero_init_logits = False
+    config.compute_dtype = "float32"  # or 'bfloat16', of convolutions; all else is float32
     config.init_weights = ""  # a run's folder or a safetensors file to start from; '' is random
 
     # Outer minimisation. Set either epochs or train_steps; the other is 0.
@@ -76,6 +78,7 @@ def get_config(words: str = "") -> ml_collections.ConfigDict:
 
     # Inner maximisation.
     config.method = "ada" if {"ada", "random"} & set(chosen) else "nominal"
+    config.method = "pgd" if {"linf_at", "l2_at"} & set(chosen) else config.method
     config.ada = ml_collections.ConfigDict()
     config.ada.corruption_net = ("edsr_baseline_x4",)  # of several, every batch draws one
     config.ada.corruption_weights = ("",)  # safetensors files; '' takes the shipped one
@@ -88,6 +91,15 @@ def get_config(words: str = "") -> ml_collections.ConfigDict:
     config.ada.ssim_threshold = 0.3  # the line search keeps SSIM above it; -1 is off
     config.ada.root_rule = "in_range"  # or 'interpolated', 'paper': see ada_jax/ssim.py
     config.ada.microbatch = 0  # examples attacked at a time on a device; 0 is all
+    config.ada.remat = False  # compute the network's features anew for the gradient, to save memory
+
+    # Adversarial training in a ball of pixels, for comparison.
+    config.pgd = ml_collections.ConfigDict()
+    config.pgd.norm = "l2" if "l2_at" in chosen else "linf"
+    config.pgd.epsilon = 1.0 if "l2_at" in chosen else 8 / 255  # those of Laidlaw et al.
+    config.pgd.steps = 10
+    config.pgd.step_scale = 0.25  # of epsilon
+    config.pgd.batch_norm = "batch"  # as for ada
 
     # AugMix, after AdA.
     config.augmix = ml_collections.ConfigDict()
@@ -128,16 +140,18 @@ def get_config(words: str = "") -> ml_collections.ConfigDict:
 
 def _chosen(words: str) -> list[str]:
     """The words after the colon, checked and in one order; without a row the row is 'ada'."""
-    rows = ("nominal", "random", "ada", "deepaugment", "deepaugment10x", "augmix")
+    attacks = ("ada", "random", "linf_at", "l2_at")
+    rows = ("nominal", *attacks, "deepaugment", "deepaugment10x", "augmix")
     given = [word for word in re.split("[,+]", words) if word]
     unknown = [word for word in given if word not in (*rows, "small")]
     chosen = [word for word in rows if word in given] or ["ada"]
-    twice = {"random", "ada"} <= {*chosen} or {"deepaugment", "deepaugment10x"} <= {*chosen}
+    twice = len({*attacks} & {*chosen}) > 1 or {"deepaugment", "deepaugment10x"} <= {*chosen}
     if unknown or twice or ("nominal" in chosen and len(chosen) > 1):
         raise ValueError(
             f"--config=experiments/cifar10.py:{words} "
             + (f"has the unknown word {unknown[0]!r}" if unknown else "is no row")
-            + f": the rows are {', '.join(ROWS)}; 'random' and ',small' are known beside them."
+            + f": the rows are {', '.join(ROWS)}; 'random', 'linf_at', "
+            "'l2_at' and ',small' are known beside them."
         )
     return chosen + (["small"] if "small" in given else [])
 

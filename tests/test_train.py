@@ -50,7 +50,7 @@ def flags_of(config: ConfigDict) -> list[str]:
     base = quickstart.get_config().to_dict()
     flags = []
     for name, value in config.items():
-        if name not in ("ada", "augmix", "deepaugment") and base[name] != value:
+        if name not in ("ada", "pgd", "augmix", "deepaugment") and base[name] != value:
             flags.append(f"--config.{name}={value}")
     return flags
 
@@ -69,12 +69,11 @@ def run(workdir, *flags: str, **kwargs) -> subprocess.CompletedProcess:
 # ------------------------------------------------------------------------ config and schedule
 
 
-@pytest.mark.parametrize(
-    "words", ["", "small", "random", *cifar10.ROWS, *(f"{row},small" for row in cifar10.ROWS)]
-)
-def test_every_preset_is_valid(words):
+@pytest.mark.parametrize("small", ["", ",small"])
+@pytest.mark.parametrize("row", ["", "random", "linf_at", "l2_at", *cifar10.ROWS])
+def test_every_preset_is_valid(row, small):
     for experiment in (cifar10, finetune):
-        train.validate(experiment.get_config(words))
+        train.validate(experiment.get_config(row + small))
 
 
 @pytest.mark.parametrize(
@@ -120,6 +119,10 @@ def test_learning_rate_schedule(batch_size):
         ("method", "adda", "ada, nominal"),
         ("dataset", "mnist", "mnist5k"),
         ("classifier", "resnet", "preact_resnet50"),
+        ("compute_dtype", "float16", "bfloat16"),
+        ("pgd.norm", "l1", "linf"),
+        ("pgd.epsilon", 0.0, "positive"),
+        ("pgd.steps", 0, "1 or more"),
         ("ada.corruption_net", ("edsr",), "edsr_small"),
         ("ada.corruption_net", ("edsr_small", "cae"), "2 networks"),
         ("ada.corruption_enlarge", (0,), "factors"),
@@ -235,6 +238,26 @@ def test_golden_step():
 
 
 GOLDEN = {"loss": 2.4, "ada_loss_start": 2.317, "ada_ssim_after": 0.907}
+
+
+@pytest.mark.slow
+def test_bfloat16_and_remat_train_as_float32_does():
+    _, wanted = first_steps(tiny(), steps=2)
+    _, remat = first_steps(tiny(**{"ada.remat": True}), steps=2)
+    assert remat == pytest.approx(wanted, rel=1e-3)
+    state, half = first_steps(tiny(compute_dtype="bfloat16"), steps=2)
+    for name in ("loss", "ada_loss_start", "ada_ssim_after"):
+        assert half[name] == pytest.approx(wanted[name], rel=0.05)
+        assert half[name] != wanted[name]
+    assert {a.dtype.name for a in jax.tree.leaves(state)} == {"float32", "int32"}
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_adversarial_training_raises_the_loss(norm):
+    plain = tiny(method="nominal")
+    attacked = tiny(method="pgd", **{"pgd.norm": norm, "pgd.epsilon": 0.5, "pgd.steps": 2})
+    losses = [first_steps(config, steps=1)[1]["loss"] for config in (plain, attacked)]
+    assert losses[1] > losses[0] + 0.1
 
 
 def test_metrics_of_a_step_are_complete_and_sane():
