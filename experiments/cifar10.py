@@ -14,7 +14,7 @@ After the colon a row of the paper's table 1, its words joined by '+', and 'smal
 
 What to expect: the paper reports 3.8% clean error and 12.5% mean corruption error for AdA. A full
 run is about 3e18 floating-point operations: it wants a TPU slice or several GPUs (a v3-8 has the
-HBM for it; see the README for the compiler's own figures). ':small' takes about twenty minutes on
+HBM for it; see the README for the compiler's own figures). ':small' takes about forty minutes on
 two cores.
 
 Without the official test set (CIFAR-10 prepared from its training images only) add
@@ -157,10 +157,10 @@ def _chosen(words: str) -> list[str]:
 
 
 def small(config: ml_collections.ConfigDict) -> None:
-    """What two CPU cores do in about twenty minutes."""
+    """What two CPU cores do in about forty minutes."""
     config.classifier = "resnet9"
     config.bn_decay = 0.9
-    config.epochs = 6.0
+    config.epochs = 12.0
     config.batch_size = 128
     config.learning_rate = 0.2
     config.warmup_epochs = 1.0
