@@ -1,0 +1,449 @@
+"""AutoAttack: four attacks in sequence, each on what the ones before left unbroken, and its books.
+
+Source: Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
+parameter-free attacks" (2020), section 5, its 'standard' version.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from ada_jax import keys
+from ada_jax.attacks import loops
+from ada_jax.attacks.apgd import apgd
+from ada_jax.attacks.fab import fab
+from ada_jax.attacks.loops import LogitsFn
+from ada_jax.attacks.pgd import multitargeted
+from ada_jax.attacks.square import square
+from ada_jax.devices import AXIS, shard
+from ada_jax.errors import UserError
+
+STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
+# In the order of their keys: an attack draws the same whatever ran before it.
+_ATTACKS: dict[str, Callable] = {
+    "apgd-ce": functools.partial(apgd, loss="ce"),
+    "apgd-t": functools.partial(apgd, loss="dlr-targeted"),
+    "fab-t": functools.partial(fab, search_steps=0),
+    "square": square,
+    "apgd-dlr": functools.partial(apgd, loss="dlr"),
+    "multitargeted": multitargeted,
+}
+ATTACKS = tuple(_ATTACKS)
+# Rounding in an attack may leave an image as far outside of its ball.
+_TOLERANCE = 1e-6
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass
+class Account:
+    """What one attack did.
+
+    Attributes:
+      attack: its name, of ATTACKS.
+      attacked: how many examples it was given.
+      broken: how many of them it broke.
+      robust_accuracy: share of all examples still classified correctly after it, in [0,1].
+      forward: passes through the classifier, counted in images; without the check of the results.
+      backward: gradients of it, counted in images.
+      seconds: wall-clock time, compilation included.
+    """
+
+    attack: str
+    attacked: int
+    broken: int
+    robust_accuracy: float
+    forward: int
+    backward: int
+    seconds: float
+
+
+@dataclasses.dataclass
+class Report:
+    """What a sequence of attacks found.
+
+    Attributes:
+      name: 'AutoAttack' if all four standard attacks ran with their own constants, with what ran
+        besides them, as in 'AutoAttack+multitargeted'; else 'partial: apgd-ce+square' and so on.
+      norm: 'linf' or 'l2'.
+      epsilon: radius, in units of pixels.
+      images: [N,H,W,C] in [0,1], the misclassified image where an attack found one, else x.
+      robust: bool [N], classified correctly, and by no attack broken.
+      broken_by: [N], the attack's name, 'clean' where x itself is misclassified, '' where robust.
+      clean_accuracy: share of examples classified correctly without an attack.
+      robust_accuracy: share of examples that are robust.
+      accounts: one per attack, in order.
+      warnings: sentences that say why the result may be unreliable.
+    """
+
+    name: str
+    norm: str
+    epsilon: float
+    images: np.ndarray
+    robust: np.ndarray
+    broken_by: np.ndarray
+    clean_accuracy: float
+    robust_accuracy: float
+    accounts: list[Account]
+    warnings: list[str]
+
+
+def autoattack(
+    key: jax.Array,
+    logits_fn: LogitsFn,
+    x: np.ndarray,
+    y: np.ndarray,
+    epsilon: float,
+    *,
+    norm: str = "linf",
+    attacks: Sequence[str] = STANDARD,
+    batch_size: int = 256,
+    microbatch: int | None = None,
+    constants: dict[str, dict[str, Any]] | None = None,
+    state_dir: str | os.PathLike | None = None,
+) -> Report:
+    """Runs attacks one after the other on all local devices, each on what is still robust.
+
+    Every attack is compiled once for all batches, and once for all radii while logits_fn is the
+    same object. An example's result depends on its own key, image and label only.
+
+    Args:
+      key: one random key.
+      logits_fn: the classifier in evaluation mode, [b,H,W,C] -> [b,K]: deterministic, not mixing
+        examples, returning logits; closed over its parameters.
+      x: images [N,H,W,C], float32 in [0,1].
+      y: labels [N], int in [0,K).
+      epsilon: the ball's radius, positive, in units of pixels.
+      norm: 'linf' or 'l2'.
+      attacks: names of ATTACKS, in order.
+      batch_size: examples per call, over all devices; rounded up to a multiple of them.
+      microbatch: examples computed at a time on a device; broken examples cost nothing, but a
+        microbatch is always filled up. None takes 32 on CPUs and 128 elsewhere.
+      constants: keyword arguments for attacks by name, such as {'square': {'queries': 1000}};
+        AutoAttack's own are the defaults, and with others the report is called partial.
+      state_dir: folder to keep finished batches in; the same call goes on with what is not there.
+
+    Returns:
+      The report. Of 'robust' only what was checked after the attack, inside the ball and the box
+      and misclassified, is taken away.
+
+    Raises:
+      UserError: an argument is out of range, the classifier returns probabilities, has fewer than
+        four classes or gives no numbers, or the folder belongs to another call.
+    """
+    x, y, constants = np.asarray(x), np.asarray(y), constants or {}
+    _check(x, y, epsilon, norm, attacks, batch_size, constants)
+    usual = 32 if jax.local_devices()[0].platform == "cpu" else 128
+    runner = _Runner(logits_fn, norm, min(batch_size, len(x)), microbatch or usual)
+    logits = runner.logits(x)
+    warnings = _check_classifier(logits_fn, x, y, logits, attacks)
+    state = _open_state(state_dir, key, x, y, logits, epsilon, norm, attacks, constants, batch_size)
+
+    wrong = np.argmax(logits, -1) != y
+    robust, images, broken_by = ~wrong, x.copy(), np.where(wrong, "clean", "").astype("<U16")
+    accounts, clean_accuracy = [], float(np.mean(robust))
+    for attack in attacks:
+        todo, totals, zero_gradients = np.flatnonzero(robust), np.zeros(3), 0
+        example_keys = _example_keys(key, attack, len(x))
+        for start in range(0, len(todo), runner.batch_size):
+            place = todo[start : start + runner.batch_size]
+            batch = {"key": example_keys[place], "x": x[place], "y": y[place].astype(np.int32)}
+            run = functools.partial(runner.attack, attack, batch, epsilon, constants.get(attack))
+            result = _remembered(state and state / f"{attack}_{start:07d}.npz", run)
+            hit = place[result["broken"]]
+            images[hit], robust[hit], broken_by[hit] = result["images"], False, attack
+            totals += result["totals"]
+            zero_gradients += int(result["zero_gradients"])
+        account = _account(attack, todo, robust, totals)
+        accounts.append(account)
+        warnings += _warn_about(account, accounts[:-1], clean_accuracy, zero_gradients)
+        logging.info("%s", account)
+    return Report(
+        name=_name(attacks, constants),
+        norm=norm,
+        epsilon=float(epsilon),
+        images=images,
+        robust=robust,
+        broken_by=broken_by,
+        clean_accuracy=clean_accuracy,
+        robust_accuracy=float(np.mean(robust)),
+        accounts=accounts,
+        warnings=warnings,
+    )
+
+
+# ------------------------------------------------------------------------ batches on devices
+
+
+class _Runner:
+    """Runs the classifier and the attacks on batches of one size, split over all local devices."""
+
+    def __init__(self, logits_fn: LogitsFn, norm: str, batch_size: int, microbatch: int):
+        devices = jax.local_device_count()
+        self.batch_size = -(-batch_size // devices) * devices
+        self.logits_fn, self.norm = logits_fn, norm
+        self.microbatch = min(microbatch, self.batch_size // devices)
+
+    def logits(self, x: np.ndarray) -> np.ndarray:
+        """Logits [N,K] of any number of images."""
+        classify = _compiled_logits(self.logits_fn, self.microbatch)
+        parts = np.split(x, range(self.batch_size, len(x), self.batch_size))
+        return np.concatenate([self._call(classify, {"x": part})["logits"] for part in parts])
+
+    def attack(
+        self, name: str, batch: Arrays, epsilon: float, constants: dict[str, Any] | None
+    ) -> Arrays:
+        """Attacks one batch, 'key', 'x' and 'y' of at most batch_size examples, and checks it.
+
+        Returns:
+          Which examples are 'broken' [b], the broken ones' 'images', the 'totals' (passes forward,
+          passes backward, seconds) and how many starts had 'zero_gradients'.
+        """
+        started, constants = time.monotonic(), tuple(sorted((constants or {}).items()))
+        attack = _compiled_attack(name, self.logits_fn, self.norm, self.microbatch, constants)
+        out = self._call(attack, batch, np.float32(epsilon))
+        wrong = np.argmax(self.logits(out["images"]), -1) != batch["y"]
+        broken = wrong & _within(out["images"], batch["x"], epsilon, self.norm)
+        passes = [out[name].sum(dtype=np.int64) for name in ("forward", "backward")]
+        return {
+            "broken": broken,
+            "images": out["images"][broken],
+            "totals": np.array([*passes, time.monotonic() - started]),
+            "zero_gradients": out["zero_gradient"].sum(),
+        }
+
+    def _call(self, mapped: Callable, batch: Arrays, *constants: Any) -> Arrays:
+        """Calls a mapped function on a batch filled up to the batch size, and cuts its results."""
+        count = len(batch["x"])
+        full = lambda a: np.concatenate([a, np.repeat(a[:1], self.batch_size - count, 0)])  # noqa: E731
+        padded = {name: full(a) for name, a in batch.items()}
+        padded["mask"] = np.arange(self.batch_size) < count
+        out = mapped(shard(padded), *constants)
+        return {name: np.asarray(a).reshape(-1, *a.shape[2:])[:count] for name, a in out.items()}
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled_attack(
+    name: str,
+    logits_fn: LogitsFn,
+    norm: str,
+    microbatch: int,
+    constants: tuple[tuple[str, Any], ...],
+) -> Callable:
+    """The attack, mapped over devices; epsilon is an argument, so that all radii share it."""
+
+    def attack(batch, epsilon):
+        images, info = _ATTACKS[name](
+            batch["key"],
+            logits_fn,
+            batch["x"],
+            batch["y"],
+            epsilon,
+            norm=norm,
+            mask=batch["mask"],
+            microbatch=microbatch,
+            **dict(constants),
+        )
+        none = jnp.zeros(len(images), jnp.int32)
+        out = {"images": images, "forward": info["forward"]}
+        return out | {n: info.get(n, none) for n in ("backward", "zero_gradient")}
+
+    return jax.pmap(attack, AXIS, in_axes=(0, None))
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled_logits(logits_fn: LogitsFn, microbatch: int) -> Callable:
+    """The classifier, mapped over devices, with the attacks' microbatch and so their rounding."""
+
+    def classify(batch):
+        return {"logits": loops.logits_of(logits_fn, batch["x"], batch["mask"], microbatch)}
+
+    return jax.pmap(classify, AXIS)
+
+
+def _example_keys(key: jax.Array, attack: str, count: int) -> np.ndarray:
+    """Raw keys from the examples' places among all: batches and devices do not matter."""
+    key = jax.random.fold_in(key, ATTACKS.index(attack))
+    return np.asarray(_key_data(keys.of_positions(key, 0, count)))
+
+
+def _key_data(key: jax.Array) -> jax.Array:
+    """The numbers of a typed key; a raw one as it is."""
+    return jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
+
+
+def _within(images: np.ndarray, x: np.ndarray, epsilon: float, norm: str) -> np.ndarray:
+    """Whether images are in the ball and in the box [N], in double precision."""
+    delta = (images.astype(np.float64) - x).reshape(len(x), -1)
+    distance = np.abs(delta).max(-1) if norm == "linf" else np.sqrt(np.sum(delta**2, -1))
+    flat = images.reshape(len(x), -1)
+    return (distance <= epsilon + _TOLERANCE) & np.all((flat >= 0) & (flat <= 1), -1)
+
+
+# ------------------------------------------------------------------------ books
+
+
+def _account(attack: str, todo: np.ndarray, robust: np.ndarray, totals: np.ndarray) -> Account:
+    return Account(
+        attack=attack,
+        attacked=len(todo),
+        broken=int(len(todo) - robust[todo].sum()),
+        robust_accuracy=float(np.mean(robust)),
+        forward=int(totals[0]),
+        backward=int(totals[1]),
+        seconds=float(totals[2]),
+    )
+
+
+def _name(attacks: Sequence[str], constants: dict[str, dict[str, Any]]) -> str:
+    if set(STANDARD) <= set(attacks) and not set(STANDARD) & set(constants):
+        return "+".join(["AutoAttack", *(name for name in attacks if name not in STANDARD)])
+    return f"partial: {'+'.join(attacks)}"
+
+
+def _warn_about(
+    account: Account, before: list[Account], clean_accuracy: float, zero_gradients: int
+) -> list[str]:
+    """Signs that an attack's gradients, or those of the attacks before it, misled it."""
+    found = []
+    if zero_gradients:
+        found.append(
+            f"{account.attack} met {zero_gradients} starts with a gradient of zero: attacks by "
+            "gradients are unreliable here."
+        )
+    gain = (before[-1].robust_accuracy if before else clean_accuracy) - account.robust_accuracy
+    if account.attack == "square" and before and gain > 0.002:
+        found.append(
+            f"Square, which uses no gradients, still broke {gain:.2%} of the examples: the "
+            "gradients may be masked, so try more of its queries or an adaptive attack."
+        )
+    for sentence in found:
+        logging.warning("%s", sentence)
+    return found
+
+
+# ------------------------------------------------------------------------ checks
+
+
+def _check(x, y, epsilon, norm, attacks, batch_size, constants) -> None:
+    loops.check(x, epsilon, norm)
+    if y.shape != x.shape[:1] or not np.issubdtype(y.dtype, np.integer):
+        raise UserError(
+            f"Labels of shape {list(y.shape)} and {y.dtype} must be one integer for each of the "
+            f"{len(x)} images."
+        )
+    for name in (*attacks, *constants):
+        if name not in ATTACKS:
+            raise UserError(f"The attack {name!r} is unknown: choose among {', '.join(ATTACKS)}.")
+    if not attacks or len(set(attacks)) < len(attacks):
+        raise UserError(f"attacks={attacks!r} must name at least one attack, and each only once.")
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size} must be at least 1.")
+
+
+def _check_classifier(
+    logits_fn: LogitsFn, x: np.ndarray, y: np.ndarray, logits: np.ndarray, attacks: Sequence[str]
+) -> list[str]:
+    """Refuses a classifier that cannot be attacked; returns warnings about one that may not."""
+    classes = logits.shape[-1]
+    if not np.all(np.isfinite(logits)):
+        raise UserError("The classifier returns NaN or infinity for some images: mend it first.")
+    if not (y.min() >= 0 and y.max() < classes):
+        raise UserError(
+            f"Labels from {y.min()} to {y.max()} do not fit the classifier's {classes} logits."
+        )
+    if "apgd-t" in attacks and classes < 4:
+        raise UserError(
+            f"AutoAttack's targeted DLR loss needs at least 4 classes and the classifier has "
+            f"{classes}: leave 'apgd-t' out of `attacks`."
+        )
+    sums_to_one = np.all(np.abs(logits.sum(-1) - 1) < 1e-5)
+    if logits.min() >= 0 and logits.max() <= 1 and sums_to_one:
+        raise UserError("The classifier returns probabilities: the attacks need its logits.")
+    # Traced twice, too: some randomness is drawn at tracing.
+    few = jnp.asarray(x[:32])
+    first, second = (np.asarray(jax.jit(lambda a: logits_fn(a))(few)) for _ in range(2))
+    scale = np.linalg.norm(first, axis=-1) + 1e-10
+    if np.any(np.linalg.norm(first - second, axis=-1) > 1e-4 * scale):
+        sentence = (
+            "The classifier is random: two passes differ, and AutoAttack's result is unreliable."
+        )
+        logging.warning("%s", sentence)
+        return [sentence]
+    return []
+
+
+# ------------------------------------------------------------------------ what is kept on disk
+
+
+def _open_state(
+    state_dir, key, x, y, logits, epsilon, norm, attacks, constants, batch_size
+) -> pathlib.Path | None:
+    """The folder for finished batches, found empty or to be of the same call."""
+    if state_dir is None:
+        return None
+    folder = pathlib.Path(state_dir)
+    data = hashlib.sha256()
+    for array in (_key_data(key), x, y):
+        data.update(np.ascontiguousarray(array).tobytes())
+    settings = {
+        "epsilon": float(epsilon),
+        "norm": norm,
+        "attacks": list(attacks),
+        "constants": constants,
+        "batch_size": batch_size,
+        "data": data.hexdigest(),
+    }
+    settings = json.dumps(settings, sort_keys=True)
+    start = folder / "start.npz"
+    if start.exists():
+        known = _read(start)
+        # Not to the last bit: the folder may have come from other devices.
+        same = known["logits"].shape == logits.shape and np.allclose(
+            known["logits"], logits, rtol=1e-3, atol=1e-3
+        )
+        if str(known["settings"]) != settings or not same:
+            raise UserError(
+                f"The folder {folder} holds another classifier's attacks, or attacks with other "
+                "settings, keys or images: delete it or name another."
+            )
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(start, {"settings": np.array(settings), "logits": logits})
+    return folder
+
+
+def _remembered(path: pathlib.Path | None, compute: Callable[[], Arrays]) -> Arrays:
+    """What the file holds, or else what is computed and written to it; without a path no file."""
+    if path and path.exists():
+        return _read(path)
+    result = compute()
+    if path:
+        _write(path, result)
+    return result
+
+
+def _write(path: pathlib.Path, arrays: Arrays) -> None:
+    """Writes a file whole or not at all."""
+    unfinished = path.with_suffix(".tmp")
+    with unfinished.open("wb") as file:
+        np.savez(file, **arrays)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def _read(path: pathlib.Path) -> Arrays:
+    with np.load(path, allow_pickle=False) as file:
+        return dict(file)

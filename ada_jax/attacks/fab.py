@@ -1,0 +1,212 @@
+"""FAB-T, the targeted fast adaptive boundary attack: the nearest misclassified image.
+
+Source: Croce and Hein, "Minimally distorted adversarial examples with a fast adaptive boundary
+attack" (2020), with one target class per run as in AutoAttack.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ada_jax import keys, losses
+from ada_jax.attacks import geometry, loops
+from ada_jax.attacks.apgd import pick
+from ada_jax.attacks.loops import Examples, LogitsFn
+
+
+class _State(NamedTuple):
+    active: jax.Array  # Everything is [B, ...].
+    adversarial: jax.Array  # The nearest misclassified image, or x,
+    distance: jax.Array  # and how far it is, infinite while there is none.
+    x: jax.Array  # The iterate.
+    forward: jax.Array
+    backward: jax.Array
+
+
+def fab(
+    key: jax.Array,
+    logits_fn: LogitsFn,
+    x: jax.Array,
+    y: jax.Array,
+    epsilon: jax.Array | float,
+    *,
+    norm: str = "linf",
+    steps: int = 100,
+    restarts: int = 1,
+    targets: int = 9,
+    alpha_max: float = 0.1,
+    eta: float = 1.05,
+    beta: float = 0.9,
+    search_steps: int = 3,
+    stop_when_broken: bool = True,
+    mask: jax.Array | None = None,
+    microbatch: int | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """FAB-T: walks along the decision boundary, drawn towards the original image.
+
+    Args:
+      key: random key, or one per example [B]; only restarts after the first draw anything.
+      logits_fn: the classifier in evaluation mode, [b,H,W,C] -> [b,K]; it must not mix examples.
+      x: images [B,H,W,C], float32 in [0,1].
+      y: labels [B], int.
+      epsilon: radius that counts as broken, and of the random restarts; positive.
+      norm: 'linf' or 'l2'; the distance that is minimised.
+      steps: steps of a run.
+      restarts: runs for every target; the first starts at x.
+      targets: how many classes to aim at, those with the largest logits for x but y; at most K - 1.
+      alpha_max: largest share of the projection of x, as against that of the iterate, in a step.
+      eta: how far to overshoot the boundary, 1 is not at all.
+      beta: what is kept of the distance to x after a misclassified iterate.
+      search_steps: steps of the final search between x and the result; AutoAttack's has none.
+      stop_when_broken: whether an example's attack ends within epsilon; False finds the distance.
+      mask: which examples to attack, bool [B]; the others are returned as they are.
+      microbatch: examples computed at a time, see `apgd`.
+
+    Returns:
+      The nearest misclassified images found [B,H,W,C] in [0,1], not always within epsilon, or x
+      where there is none, and, per example [B]: 'broken' (within epsilon), 'distance' (infinite
+      where nothing was found) and the passes it took 'forward' and 'backward'.
+
+    Raises:
+      UserError: an argument is out of range.
+    """
+    logits_fn, mask, microbatch = loops.prepare(logits_fn, x, epsilon, norm, mask, microbatch)
+    runs = restarts * min(targets, loops.num_classes(logits_fn, x) - 1)
+    example_keys = keys.per_example(key, len(x))
+    logits = loops.logits_of(logits_fn, x, mask, microbatch)
+    ranking = jnp.argsort(-logits, axis=-1)
+    wrong = mask & loops.misclassified(logits, y)
+    attackable = mask & ~wrong
+
+    def step(i, examples, state):
+        w, gap = _linearise(logits_fn, examples, state.x)
+        moved = _step(examples["x"], state.x, w, gap, norm, alpha_max, eta)
+        state = state._replace(forward=state.forward + 2, backward=state.backward + 1)
+        return _keep(logits_fn, examples, state, moved, epsilon, norm, beta, stop_when_broken)
+
+    def one_run(run, state):
+        state = state._replace(x=x)
+        if restarts > 1:
+            run_keys = jax.vmap(lambda k: jax.random.fold_in(k, run))(example_keys)
+            radius = geometry.along(jnp.minimum(epsilon, state.distance) / 2, x)
+            random = geometry.on_sphere(run_keys, x, radius, norm)
+            state = state._replace(x=jnp.where(run % restarts > 0, random, x))
+        examples = {"x": x, "y": y, "target": ranking[:, 1 + run // restarts]}
+        return loops.iterate(step, examples, state, steps, microbatch)
+
+    none = jnp.zeros(len(x), jnp.int32)
+    distance = jnp.where(wrong, 0.0, jnp.inf)
+    start = _State(attackable, x, distance, x, none + mask, none)
+    state = loops.repeat(one_run, runs, start)
+    if search_steps:
+        state = _search(logits_fn, x, y, logits, state, norm, search_steps, microbatch)
+    info = {"broken": state.distance <= epsilon, "distance": state.distance}
+    info |= {"forward": state.forward, "backward": state.backward}
+    return lax.stop_gradient((state.adversarial, info))
+
+
+def _linearise(
+    logits_fn: LogitsFn, examples: Examples, x: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Gradient and value of the target's logit minus the label's."""
+
+    def total(x):
+        logits = logits_fn(x).astype(jnp.float32)
+        gap = pick(logits, examples["target"]) - pick(logits, examples["y"])
+        return gap.sum(), gap
+
+    return jax.grad(total, has_aux=True)(x)
+
+
+def _step(
+    x0: jax.Array,
+    x: jax.Array,
+    w: jax.Array,
+    gap: jax.Array,
+    norm: str,
+    alpha_max: float,
+    eta: float,
+) -> jax.Array:
+    """Goes beyond the boundary's linearisation, from the iterate and a little from the original."""
+    missing0 = -gap - jnp.sum((w * (x0 - x)).reshape(len(x), -1), -1)
+    both = jnp.concatenate
+    delta = geometry.to_hyperplane(both([x, x0]), both([w, w]), both([-gap, missing0]), norm)
+    length = jnp.maximum(geometry.size(delta, norm), 1e-8)
+    (d, d0), (near, near0) = jnp.split(delta, 2), jnp.split(length, 2)
+    alpha = geometry.along(jnp.minimum(near / (near + near0), alpha_max), x)
+    return jnp.clip((1 - alpha) * (x + eta * d) + alpha * (x0 + eta * d0), 0, 1)
+
+
+def _keep(
+    logits_fn: LogitsFn,
+    examples: Examples,
+    state: _State,
+    moved: jax.Array,
+    epsilon: jax.Array | float,
+    norm: str,
+    beta: float,
+    stop_when_broken: bool,
+) -> _State:
+    """Keeps the nearest misclassified iterate, and draws a misclassified one back."""
+    x0 = examples["x"]
+    wrong = loops.misclassified(logits_fn(moved), examples["y"])
+    distance = geometry.size(moved - x0, norm)
+    nearer = wrong & (distance < state.distance)
+    best = jnp.where(nearer, distance, state.distance)
+    return state._replace(
+        active=state.active & ~(best <= epsilon) if stop_when_broken else state.active,
+        adversarial=jnp.where(geometry.along(nearer, x0), moved, state.adversarial),
+        distance=best,
+        x=jnp.where(geometry.along(wrong, x0), x0 + beta * (moved - x0), moved),
+    )
+
+
+class _Segment(NamedTuple):
+    active: jax.Array
+    low: jax.Array  # The largest share of the way known to be classified correctly,
+    high: jax.Array  # the smallest known not to be,
+    margin_low: jax.Array  # and the margins there.
+    margin_high: jax.Array
+
+
+def _search(
+    logits_fn: LogitsFn,
+    x: jax.Array,
+    y: jax.Array,
+    logits: jax.Array,
+    state: _State,
+    norm: str,
+    steps: int,
+    microbatch: int,
+) -> _State:
+    """Looks for nearer images on the way from x to the result, where margins are almost linear."""
+    found = jnp.isfinite(state.distance) & (state.distance > 0)
+    examples = {"x": x, "y": y, "end": state.adversarial}
+    at = lambda e, share: e["x"] + geometry.along(share, e["x"]) * (e["end"] - e["x"])  # noqa: E731
+    at_end = loops.logits_of(logits_fn, state.adversarial, found, microbatch)
+    zeros = jnp.zeros(len(x))
+    start = _Segment(found, zeros, zeros + 1, losses.margin(logits, y), losses.margin(at_end, y))
+
+    def step(i, examples, s):
+        # A little beyond where a straight line is zero: on the line the verdict is rounding's.
+        root = s.low - s.margin_low * (s.high - s.low) / (s.margin_high - s.margin_low)
+        share = root + 0.01 * (s.high - root)
+        logits = logits_fn(at(examples, share))
+        wrong, margin = (
+            loops.misclassified(logits, examples["y"]),
+            losses.margin(logits, examples["y"]),
+        )
+        return s._replace(
+            low=jnp.where(wrong, s.low, share),
+            high=jnp.where(wrong, share, s.high),
+            margin_low=jnp.where(wrong, s.margin_low, margin),
+            margin_high=jnp.where(wrong, margin, s.margin_high),
+        )
+
+    end = loops.iterate(step, examples, start, steps, microbatch)
+    nearest = jnp.where(geometry.along(end.high < 1, x), at(examples, end.high), state.adversarial)
+    distance = jnp.where(found, geometry.size(nearest - x, norm), state.distance)
+    passes = state.forward + jnp.where(found, steps + 1, 0)
+    return state._replace(adversarial=nearest, distance=distance, forward=passes)

@@ -1,0 +1,172 @@
+"""What all attacks share: loops that only pay for the examples still under attack, and checks.
+
+An attack keeps, per example, a `state` (a NamedTuple of arrays [B, ...] with a field `active`) and
+looks at `examples` (a dict of arrays [B, ...] that do not change). Its step sees neither masks nor
+batch sizes: `on_active` hands it the active examples only, a microbatch at a time.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ada_jax.errors import UserError
+
+LogitsFn = Callable[[jax.Array], jax.Array]
+Examples = dict[str, jax.Array]
+State = Any  # A NamedTuple of arrays [B, ...], one of them `active`, bool.
+Step = Callable[[jax.Array, Examples, State], State]
+
+NORMS = ("linf", "l2")
+
+
+def iterate(step: Step, examples: Examples, state: State, steps: int, microbatch: int) -> State:
+    """Repeats state = step(i, examples, state), i = 0, 1, ..., as long as any example is active.
+
+    Args:
+      step: applied to b examples at a time, b = microbatch; it may end an example's activity.
+      examples: arrays [B, ...].
+      state: its start, arrays [B, ...].
+      steps: the largest number of steps.
+      microbatch: b, at most B.
+
+    Returns:
+      The state, in which an example's is what it was when the example ceased to be active.
+    """
+
+    def body(carry):
+        i, state = carry
+        return i + 1, on_active(lambda e, s: step(i, e, s), examples, state, microbatch)
+
+    def unfinished(carry):
+        return (carry[0] < steps) & jnp.any(carry[1].active)
+
+    return lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
+
+
+def on_active(
+    step: Callable[[Examples, State], State], examples: Examples, state: State, microbatch: int
+) -> State:
+    """Replaces the state of the active examples by step's; the others cost nothing.
+
+    Args:
+      step: from b examples and their state to their new state.
+      examples: arrays [B, ...].
+      state: arrays [B, ...].
+      microbatch: b, at most B; with b = B all examples are computed, and the active ones replaced.
+    """
+    size = len(state.active)
+    if microbatch == size:
+        return _select(state.active, step(examples, state), state)
+    groups = -(-size // microbatch)
+    # The places behind the last active example are `size`: reads stay in range, writes are dropped.
+    places = jnp.flatnonzero(state.active, size=groups * microbatch, fill_value=size)
+
+    def one_group(i, state):
+        place = lax.dynamic_slice_in_dim(places, i * microbatch, microbatch)
+        read = lambda a: a[jnp.minimum(place, size - 1)]  # noqa: E731
+        new = step(jax.tree.map(read, examples), jax.tree.map(read, state))
+        return jax.tree.map(lambda a, b: a.at[place].set(b, mode="drop"), state, new)
+
+    return lax.fori_loop(0, -(-jnp.sum(state.active) // microbatch), one_group, state)
+
+
+def repeat(one_run: Callable[[jax.Array, State], State], runs: int, state: State) -> State:
+    """Repeats state = one_run(i, state), i < runs, as long as any example is active."""
+    if runs == 1:  # No loop, so that the compiler drops what a caller does not use.
+        return one_run(jnp.int32(0), state)
+    unfinished = lambda carry: (carry[0] < runs) & jnp.any(carry[1].active)  # noqa: E731
+    body = lambda carry: (carry[0] + 1, one_run(*carry))  # noqa: E731
+    return lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
+
+
+class _Logits(NamedTuple):
+    active: jax.Array
+    logits: jax.Array
+
+
+def logits_of(logits_fn: LogitsFn, x: jax.Array, active: jax.Array, microbatch: int) -> jax.Array:
+    """The active examples' logits [B,K], float32; the others' are zero and cost nothing.
+
+    Args:
+      logits_fn: the classifier, [b,H,W,C] -> [b,K].
+      x: images [B,H,W,C].
+      active: bool [B].
+      microbatch: b.
+    """
+    classify = lambda e, s: s._replace(logits=logits_fn(e["x"]).astype(jnp.float32))  # noqa: E731
+    start = _Logits(active, jnp.zeros((len(x), num_classes(logits_fn, x))))
+    return on_active(classify, {"x": x}, start, microbatch).logits
+
+
+def misclassified(logits: jax.Array, y: jax.Array) -> jax.Array:
+    """Whether the largest logit is another class's, bool [B]."""
+    return jnp.argmax(logits, -1) != y
+
+
+def num_classes(logits_fn: LogitsFn, x: jax.Array) -> int:
+    """K, without running the classifier."""
+    return jax.eval_shape(logits_fn, x[:1]).shape[-1]
+
+
+def detached(logits_fn: LogitsFn, images: jax.Array) -> LogitsFn:
+    """logits_fn for images of this shape, in which nothing that it closes over has a gradient.
+
+    Without it a caller who differentiates a whole training step would differentiate the attack.
+    """
+    converted, closed_over = jax.closure_convert(logits_fn, images)
+    closed_over = lax.stop_gradient(closed_over)
+    return lambda x: converted(x, *closed_over)
+
+
+def prepare(
+    logits_fn: LogitsFn,
+    x: jax.Array,
+    epsilon: jax.Array | float,
+    norm: str,
+    mask: jax.Array | None,
+    microbatch: int | None,
+) -> tuple[LogitsFn, jax.Array, int]:
+    """Checks what every attack is given and fills in what was left out.
+
+    Returns:
+      logits_fn without gradients to what it closes over, the mask [B] and the microbatch.
+
+    Raises:
+      UserError: an argument is out of range; images and epsilon only where they are not traced.
+    """
+    check(x, epsilon, norm)
+    if microbatch is not None and microbatch < 1:
+        raise UserError(f"microbatch={microbatch} must be at least 1, or None for the whole batch.")
+    microbatch = min(microbatch or len(x), len(x))
+    mask = jnp.ones(len(x), bool) if mask is None else mask
+    return detached(logits_fn, x[:microbatch]), mask, microbatch
+
+
+def check(x: jax.Array, epsilon: jax.Array | float, norm: str) -> None:
+    """Raises UserError for images, a radius or a norm that no attack can work with."""
+    if norm not in NORMS:
+        raise UserError(f"norm={norm!r} is unknown: choose one of {', '.join(NORMS)}.")
+    if not 0 < _known(epsilon, 1.0) < np.inf:
+        raise UserError(f"epsilon={epsilon} must be positive and finite (8/255 is common in linf).")
+    if x.ndim != 4 or not len(x):
+        raise UserError(f"Images of shape {list(x.shape)} must be [B,H,W,C], with B at least 1.")
+    if x.dtype != jnp.float32:
+        raise UserError(f"Images of {x.dtype} must be float32 in [0, 1]: convert them.")
+    pixels = _known(x, 0.0)
+    if not (pixels.min() >= 0 and pixels.max() <= 1):  # also true of NaN
+        raise UserError(f"Pixels from {pixels.min()} to {pixels.max()} must be in [0, 1].")
+
+
+def _known(value: jax.Array | float, unknown: float) -> np.ndarray:
+    """The value, to be looked at even inside `jax.jit`; of a traced one, `unknown`."""
+    return np.asarray(unknown if isinstance(value, jax.core.Tracer) else value)
+
+
+def _select(condition: jax.Array, new: State, old: State) -> State:
+    """new where the condition [B] holds, else old, for every leaf [B, ...]."""
+    along = lambda a: condition.reshape(-1, *[1] * (a.ndim - 1))  # noqa: E731
+    return jax.tree.map(lambda a, b: jnp.where(along(a), a, b), new, old)
