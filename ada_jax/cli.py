@@ -16,6 +16,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from ada_jax import hosts
 from ada_jax.errors import UserError
 
 INTERRUPTED = 143  # exit status after SIGTERM: state saved, start the same command to go on
@@ -35,11 +36,13 @@ def run(main: Callable[[ml_collections.ConfigDict, str], int | None]) -> None:
         "workdir", None, "Folder of the run; by default runs/NAME, NAME from the config."
     )
     flags.mark_flag_as_required("config")
+    hosts.define_flags()
 
     def with_flags(argv: list[str]) -> int | None:
         if len(argv) > 1:
             raise UserError(f"The argument {argv[1]!r} is not a flag: write --flag=value.")
         config = config_flag.value
+        hosts.connect(_complain)
         return main(config, workdir.value or os.path.join("runs", config.name))
 
     start(with_flags)
@@ -127,16 +130,22 @@ def set_up_devices(cpu_devices: int, compilation_cache: str) -> None:
 class StopSignal:
     """Notes SIGTERM while it is open, so that a loop can save before it leaves."""
 
+    def __init__(self, listen: bool = True) -> None:
+        """Notes nothing without `listen`: JAX itself listens where there are several processes."""
+        self._listen = listen
+
     def __enter__(self) -> "StopSignal":
         self.received = False
-        self._before = signal.signal(signal.SIGTERM, self._note)
+        if self._listen:
+            self._before = signal.signal(signal.SIGTERM, self._note)
         return self
 
     def _note(self, *_: Any) -> None:
         self.received = True
 
     def __exit__(self, *_: Any) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+        if self._listen:
+            signal.signal(signal.SIGTERM, self._before)
 
 
 def _keep_freed_memory() -> None:

@@ -27,7 +27,7 @@ import numpy as np
 import tqdm
 from absl import flags
 
-from ada_jax import checkpoint, classifiers, cli, corruptions, data, logbook, losses
+from ada_jax import checkpoint, classifiers, cli, corruptions, data, hosts, logbook, losses
 from ada_jax.devices import AXIS, replicate, shard
 from ada_jax.errors import UserError
 
@@ -515,7 +515,8 @@ def complete(
     Returns:
       The results with everything in `datasets` measured.
     """
-    todo = {cell: dataset for cell, dataset in datasets.items() if not _has(results, cell)}
+    have = hosts.of_first(np.array([_has(results, cell) for cell in datasets]))
+    todo = {cell: datasets[cell] for cell, done in zip(datasets, have, strict=True) if not done}
     started, before = time.monotonic(), results["seconds"]
     for cell, counts in measure(eval_step, variables, todo, batch_size):
         results = _with(results, cell, counts)

@@ -32,6 +32,7 @@ from ada_jax import (
     deepaugment,
     evaluate,
     figures,
+    hosts,
     keys,
     logbook,
     losses,
@@ -471,6 +472,7 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> int | None:
     validate(config)
     cli.set_up_devices(config.cpu_devices, config.compilation_cache)
     validate_devices(config, jax.device_count())
+    hosts.check_shared(workdir)
     parts = build(config)
     key = jax.random.key(config.seed)
     images = data.to_float(next(data.eval_batches(parts.train_set, batch_size=8))["image"])
@@ -539,8 +541,8 @@ def train(
     save_at = every_epochs(config.checkpoint_epochs, parts)
     pending = extra["pending"]
     timer = logbook.Timer(step, total_steps, config.batch_size, show=jax.process_index() == 0)
-    with cli.StopSignal() as stop:
-        while step < total_steps and not stop.received:
+    with cli.StopSignal(listen=jax.process_count() == 1) as stop:
+        while step < total_steps and not (stop.received or hosts.preempted(step)):
             with timer.waiting():
                 batch = shard(next(batches))
             state, metrics = update_step(state, thetas, batch, key)

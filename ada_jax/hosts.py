@@ -1,0 +1,134 @@
+"""Several processes, on one host or many, as one run: meeting, a shared folder, a common end."""
+
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from ada_jax.errors import UserError
+
+_MEETING_SECONDS = 50  # for all processes to find the coordinator
+_HEARTBEAT_SECONDS = 60  # after which a process that is silent counts as dead, and the others end
+
+
+def define_flags() -> None:
+    """Defines what `connect` reads."""
+    flags.DEFINE_bool(
+        "distributed",
+        False,
+        "Run as one of several processes; a TPU slice and Slurm say themselves which.",
+    )
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, with --distributed.")
+    flags.DEFINE_integer("processes", None, "How many there are, with --coordinator.")
+    flags.DEFINE_integer("process", None, "Which one this is, from 0, with --coordinator.")
+
+
+def connect(complain: Callable[[str], Any]) -> None:
+    """Meets the other processes if --distributed is set; call it before a device is touched.
+
+    Args:
+      complain: prints a sentence, where the process has to end at once.
+
+    Raises:
+      UserError: flags are missing or contradict each other, or the processes do not find each
+        other within a minute.
+    """
+    f = flags.FLAGS
+    given = [name for name in ("coordinator", "processes", "process") if f[name].value is not None]
+    if not f.distributed:
+        if given:
+            raise UserError(f"--{given[0]} has no meaning without --distributed: add it.")
+        return
+    if given and len(given) < 3:
+        missing = {"coordinator", "processes", "process"} - {*given}
+        raise UserError(
+            f"--{sorted(missing)[0]} is not set beside --{given[0]}: give --coordinator=HOST:PORT, "
+            "--processes and --process together, or none of them on a TPU slice or under Slurm."
+        )
+    if given and not (f.processes >= 1 and 0 <= f.process < f.processes):
+        raise UserError(
+            f"--process={f.process} and --processes={f.processes} do not fit: processes are "
+            "numbered from 0 to one less than there are."
+        )
+    sentence = (
+        f"--distributed could not bring the processes together within {_MEETING_SECONDS} seconds "
+        f"(--coordinator={f.coordinator}, --processes={f.processes}, --process={f.process}): start "
+        "all of them with the same --coordinator and --processes, and a number each."
+    )
+
+    def give_up() -> None:
+        complain(sentence)
+        os._exit(2)
+
+    # JAX itself would abort the process, with a stack trace.
+    watch = threading.Timer(_MEETING_SECONDS, give_up)
+    watch.daemon = True
+    watch.start()
+    try:
+        jax.distributed.initialize(
+            f.coordinator,
+            f.processes,
+            f.process,
+            initialization_timeout=2 * _MEETING_SECONDS,
+            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=_HEARTBEAT_SECONDS,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{sentence} ({' '.join(str(error).split())[:200]})") from error
+    finally:
+        watch.cancel()
+
+
+def check_shared(workdir: str) -> None:
+    """Finds out whether all processes see the same folder.
+
+    Raises:
+      UserError: on every process, if one does not.
+    """
+    if jax.process_count() == 1:
+        return
+    from etils import epath
+    from jax.experimental import multihost_utils
+
+    folder = epath.Path(workdir)
+    drawn = np.asarray(np.random.default_rng().integers(2**31), np.int32)
+    mark = folder / f".shared-{int(of_first(drawn))}"
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.write_text("")
+    multihost_utils.sync_global_devices("workdir marked")
+    seen = multihost_utils.process_allgather(np.asarray(mark.exists()))
+    if jax.process_index() == 0:
+        mark.unlink()
+    if not seen.all():
+        blind = ", ".join(str(i) for i in np.flatnonzero(~seen.ravel()))
+        raise UserError(
+            f"--workdir={workdir} is not the same folder for all processes (process {blind} does "
+            "not see what process 0 writes there): name one on a shared file system, or gs://..."
+        )
+
+
+def preempted(step: int) -> bool:
+    """Whether to save before this step and leave, after a notice to any of several processes.
+
+    All are told the same step. Every process must ask at every step; one alone is told by
+    `cli.StopSignal`.
+    """
+    if jax.process_count() == 1:
+        return False
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.reached_preemption_sync_point(step)
+
+
+def of_first(values: np.ndarray) -> np.ndarray:
+    """Process 0's values, for all: what was read from a file that it may be writing."""
+    if jax.process_count() == 1:
+        return values
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.broadcast_one_to_all(values))
