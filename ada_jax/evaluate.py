@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,13 +28,25 @@ import numpy as np
 import tqdm
 from absl import flags
 
-from ada_jax import checkpoint, classifiers, cli, corruptions, data, hosts, logbook, losses
+from ada_jax import (
+    checkpoint,
+    classifiers,
+    cli,
+    corruption_nets,
+    corruptions,
+    data,
+    hosts,
+    logbook,
+    losses,
+    worst_case,
+)
 from ada_jax.devices import AXIS, replicate, shard
 from ada_jax.errors import UserError
 
 SCHEMA = 1
 _CORRUPTIONS = {"c": corruptions.NAMES, "extra": corruptions.EXTRA}
 SETS = ("clean", *_CORRUPTIONS, "cifar10_1")
+WORST = ("lp", "ada")  # the binary's alone
 
 Cell = tuple[str, int]  # A corruption and its severity; another set and 0.
 Counts = dict[str, Any]
@@ -774,8 +787,12 @@ def main(argv: list[str]) -> None:
 
 def _evaluate(values: flags.FlagValues) -> None:
     workdir, weights = values.workdir, values.weights
+    worst = [name for name in WORST if name in (values.sets or ())]
+    if worst:
+        values.sets = [name for name in values.sets if name not in WORST] or ["clean"]
     config = _with_flags(config_of_run(workdir) if workdir else values.config)
     validate(config)
+    _check_worst(values)
     cli.set_up_devices(config.cpu_devices, config.compilation_cache)
     clean = data.load(
         config.dataset,
@@ -803,8 +820,51 @@ def _evaluate(values: flags.FlagValues) -> None:
     results = with_earlier(results, out)
     variables, eval_step = replicate((params, state)), map_eval_step(classifier)
     results = complete(results, out, eval_step, variables, sets.datasets, config.eval_batch_size)
-    table = [*rows(results), ("results", out), ("time", logbook.clock(results["seconds"]))]
+    logits_fn = functools.partial(_logits, classifier, params, state)
+    settings = {"examples": values.worst_examples, "seed": config.seed}
+    settings |= {"batch_size": min(config.eval_batch_size, 256)}
+    save = functools.partial(write, out)
+    if "lp" in worst:
+        results = worst_case.pixel_balls(
+            results, save, logits_fn, clean, state_dir=f"{out}.attacks", **settings
+        )
+    if "ada" in worst:
+        results = worst_case.under_ada(
+            results,
+            save,
+            logits_fn,
+            clean,
+            nets=values.ada_nets,
+            radii=[float(nu) for nu in values.ada_radii],
+            steps=values.ada_steps,
+            restarts=values.ada_restarts,
+            **settings,
+        )
+    table = [
+        *rows(results),
+        *worst_case.rows(results),
+        ("results", out),
+        ("time", logbook.clock(results["seconds"])),
+    ]
     print("\n" + logbook.table(table), flush=True)
+
+
+def _logits(
+    classifier: hk.TransformedWithState, params: hk.Params, state: hk.State, x: jax.Array
+) -> jax.Array:
+    return classifier.apply(params, state, None, x, is_training=False)[0]
+
+
+def _check_worst(values: flags.FlagValues) -> None:
+    known = corruption_nets.names()
+    if unknown := [name for name in values.ada_nets if name not in known]:
+        raise UserError(f"--ada_nets={unknown[0]} is unknown: choose from {', '.join(known)}.")
+    for radius in values.ada_radii:
+        if not re.fullmatch(r"\d*\.?\d+", radius):
+            raise UserError(f"--ada_radii={radius} is no radius: give numbers from 0, as 0.015.")
+    for name, least in (("worst_examples", 0), ("ada_steps", 0), ("ada_restarts", 1)):
+        if values[name].value < least:
+            raise UserError(f"--{name}={values[name].value} must be {least} or more.")
 
 
 if __name__ == "__main__":
@@ -814,7 +874,12 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of a run, finished or not.")
     flags.DEFINE_string("weights", None, "A classifier's safetensors file.")
     flags.DEFINE_bool("random", False, "Evaluate the classifier as it is before training.")
-    flags.DEFINE_list("sets", None, f"Which of {','.join(SETS)}.")
+    flags.DEFINE_list("sets", None, f"Which of {','.join(SETS + WORST)}.")
+    flags.DEFINE_integer("worst_examples", 0, "lp, ada: images, from the start; 0 is all.")
+    flags.DEFINE_list("ada_nets", ["edsr_small"], "ada: corruption networks.")
+    flags.DEFINE_list("ada_radii", ["0.015", "0.03", "0.06"], "ada: relative radii nu.")
+    flags.DEFINE_integer("ada_steps", 10, "ada: steps of ascent.")
+    flags.DEFINE_integer("ada_restarts", 1, "ada: attacks, of which one is enough.")
     flags.DEFINE_string("c_dir", None, "Folder of a '-C' set, 'tfds', or '' to corrupt on the fly.")
     flags.DEFINE_integer("corruption_seed", None, "Of the corruptions on the fly.")
     flags.DEFINE_string("corruption_table", None, "Whose parameters on the fly: cifar or imagenet.")

@@ -5,10 +5,11 @@ python -m ada_jax.report RESULTS... --paper              with the paper's own nu
 python -m ada_jax.report --paper --table=3 --format=csv  the paper's table alone
 python -m ada_jax.report RESULTS... --figures=DIR        pictures, and a page with everything
 
-Table 1 has a line for each method; table 3 has the errors on each corruption; 'list' has every
-results file, where it comes from and what it was measured on. Results that share their name and
-settings and differ in seed become one line, with mean and standard deviation. All errors are in
-percent, and mCE is the plain mean over corruptions and severities (un-normalised).
+Table 1 has a line for each method, table 2 its accuracy in balls of pixels, table 3 its errors on
+each corruption; 'list' has every results file, where it comes from and what it was measured on.
+Results that share their name and settings and differ in seed become one line, with mean and
+standard deviation. All errors are in percent, and mCE is the plain mean over corruptions and
+severities (un-normalised).
 """
 
 import json
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 
 from absl import flags, logging
 
-from ada_jax import cli, corruptions, figures, gallery, logbook, tables
+from ada_jax import cli, corruptions, figures, gallery, logbook, tables, worst_case
 from ada_jax.errors import UserError
 from ada_jax.tables import Cell, Table
 
@@ -59,6 +60,7 @@ _SETS: dict[str, Any] = {  # absent where they were not evaluated
     "mce_unnormalised": int | float,
     "mean_extra": int | float,
     "ada": dict,
+    "lp_accuracy": dict,
 }
 # Two runs are one method, whatever these are.
 _BOOKKEEPING = frozenset(
@@ -174,7 +176,8 @@ def flatten(file: str, fields: dict[str, Any], rounding: float = 0.005) -> dict[
     Returns:
       Percent, for what was measured: 'clean', 'cifar10_1', 'fog/3' and so on (severity 3), 'fog'
       (mean over the five severities), 'noise', 'blur', 'weather' and 'digital' (means over the
-      paper's groups), 'extra' (the additional four), 'mce', and 'mce/3' (severity 3 of the 15).
+      paper's groups), 'extra' (the additional four), 'mce', and 'mce/3' (severity 3 of the 15);
+      and, not errors but robust accuracies, 'l2 0.5', 'linf 1/255' and so on.
 
     Raises:
       UserError: an error that is no percentage or not wrong / examples, an unknown corruption or
@@ -189,6 +192,9 @@ def flatten(file: str, fields: dict[str, Any], rounding: float = 0.005) -> dict[
     for name, error in fields.get("corruption_errors", {}).items():
         _check_corruption(file, name, [])
         errors[name] = _error(file, name, {"error": error})
+    for norm, accuracies in fields.get("lp_accuracy", {}).items():
+        for radius, accuracy in accuracies.items():
+            errors[f"{norm} {radius}"] = _error(file, f"{norm} {radius}", {"error": accuracy})
     means = MEANS | {f"mce/{s}": [f"{name}/{s}" for name in NAMES] for s in corruptions.SEVERITIES}
     for key, names in means.items():
         if all(name in errors for name in names):
@@ -396,7 +402,15 @@ _EACH = {
     **{name: (name.split("_")[0], 1) for name in NAMES},
     **{name: (name.replace("_", " ").removesuffix(" noise"), 1) for name in EXTRA},
 }
-_OPTIONAL = {"extra", "cifar10_1", *EXTRA}  # columns that are left out where nobody has them
+_BALLS = {
+    "clean": ("clean error", 2),
+    **{f"l2 {r}": (f"l2 {r}", 2) for r in worst_case.RADII["l2"]},
+    **{f"linf {r}": (f"linf {r}", 2) for r in worst_case.RADII["linf"]},
+    "cifar10_1": ("CIFAR-10.1", 2),
+}
+_OPTIONAL = {"extra", "cifar10_1", *EXTRA, *_BALLS} - {
+    "clean"
+}  # columns that are left out where nobody has them
 
 
 def table_1(ours: list[Row], paper: list[Row]) -> Table:
@@ -411,6 +425,13 @@ def table_1(ours: list[Row], paper: list[Row]) -> Table:
       A table sorted by mCE, the paper's lines among ours.
     """
     return _table("Table 1: robustness to common corruptions", _SUMMARY, ours, paper, "1")
+
+
+def table_2(ours: list[Row], paper: list[Row]) -> Table:
+    """As `table_1`, with robust accuracies: the worst case of AutoAttack and MultiTargeted."""
+    shown = [row for row in ours if any(key in row.values for key in _BALLS if " " in key)]
+    paper = paper if shown or not ours else []  # nothing of ours to compare with
+    return _table("Table 2: accuracy in balls of pixels", _BALLS, shown, paper, "2")
 
 
 def table_3(ours: list[Row], paper: list[Row]) -> Table:
@@ -645,7 +666,7 @@ def _pairs(results: list[Result]) -> list[gallery.Picture]:
 def main(argv: list[str]) -> None:
     """Prints the tables and draws the pictures."""
     f = flags.FLAGS
-    known = ("1", "3", "list")
+    known = ("1", "2", "3", "list")
     if f.format not in tables.FORMATS:
         raise UserError(f"--format={f.format} is unknown: choose from {', '.join(tables.FORMATS)}.")
     if unknown := [name for name in f.table if name not in known]:
@@ -661,6 +682,7 @@ def main(argv: list[str]) -> None:
     ours, paper = rows(results), rows(result for result in everything if result.published)
     made = {
         "1": table_1(ours, paper),
+        "2": table_2(ours, paper),
         "3": table_3(ours, paper),
         "list": table_list(results or everything, paper if results else []),
     }
@@ -668,15 +690,18 @@ def main(argv: list[str]) -> None:
         pictures = draw(f.figures, ours, paper, results)
         page = os.path.join(f.figures, "index.html")
         title = "Robustness to common corruptions"
-        logbook.write_atomically(page, gallery.page(title, list(made.values()), pictures))
+        logbook.write_atomically(
+            page, gallery.page(title, [t for t in made.values() if t.groups], pictures)
+        )
         for path in (*(p.path for p in pictures if p.section == "figures"), page):
             logging.info("wrote %s", path)
-    print("\n\n".join(tables.FORMATS[f.format](made[name]) for name in f.table))
+    names = [name for name in f.table if made[name].groups]
+    print("\n\n".join(tables.FORMATS[f.format](made[name]) for name in names))
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("format", "markdown", "markdown, latex or csv.")
-    flags.DEFINE_list("table", ["1", "3", "list"], "Which tables: 1, 3, list.")
+    flags.DEFINE_list("table", ["1", "2", "3", "list"], "Which tables: 1, 2, 3, list.")
     flags.DEFINE_bool("paper", False, "Put the paper's own numbers beside.")
     flags.DEFINE_string("figures", "", "Folder for pictures and a page, index.html.")
     cli.start(main)

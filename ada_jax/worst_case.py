@@ -1,0 +1,211 @@
+"""Worst-case errors for a results file: AutoAttack with MultiTargeted, and AdA's own attack.
+
+Both are measured cell by cell; a cell that a file has of as many images is not measured again.
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from ada_jax import ada, attacks, corruption_nets, corruptions, data, keys
+from ada_jax.attacks.loops import LogitsFn
+from ada_jax.devices import AXIS, shard
+
+Results = dict[str, Any]
+Write = Callable[[Results], None]
+# The paper's table 2, and 8/255 beside it.
+RADII = {
+    "l2": {"0.5": 0.5, "1": 1.0},
+    "linf": {f"{n}/255": n / 255 for n in (1, 2, 4, 8)},
+}
+_SEQUENCE = (*attacks.STANDARD, "multitargeted")
+
+
+def first_examples(dataset: data.Dataset, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first images [N,H,W,3], float32 in [0,1], and labels [N]; all for a count of 0."""
+    batch = data.gather(dataset, np.arange(min(count or len(dataset), len(dataset))))
+    return np.float32(corruptions.as_uint8(batch["image"])) / 255, batch["label"]
+
+
+def pixel_balls(
+    results: Results,
+    write: Write,
+    logits_fn: LogitsFn,
+    dataset: data.Dataset,
+    *,
+    examples: int,
+    seed: int,
+    batch_size: int,
+    state_dir: str | os.PathLike[str],
+) -> Results:
+    """Robust accuracy in balls of pixels: AutoAttack, then MultiTargeted on what it leaves.
+
+    Args:
+      results: so far; what they lack of RADII is measured.
+      write: called with the results after every radius.
+      logits_fn: the classifier in evaluation mode, closed over its parameters.
+      dataset: clean images.
+      examples: how many to take from the start; 0 is all.
+      seed: of the attacks.
+      batch_size: examples a call, over all devices.
+      state_dir: folder for what an interrupted radius has finished.
+
+    Returns:
+      The results with 'lp', by norm and radius: 'examples', those 'robust', 'accuracy' against
+      both (the worst case for each example), 'autoattack' and 'clean', all in percent, and the
+      attacks' accounts and warnings; and 'lp_accuracy', the accuracies alone.
+
+    Source: Calian et al. (2021), table 2.
+    """
+    x, y = first_examples(dataset, examples)
+    for norm, radii in RADII.items():
+        for name, epsilon in radii.items():
+            if results.get("lp", {}).get(norm, {}).get(name, {}).get("examples") == len(x):
+                continue
+            report = attacks.autoattack(
+                jax.random.key(seed),
+                logits_fn,
+                x,
+                y,
+                epsilon,
+                norm=norm,
+                attacks=_SEQUENCE,
+                batch_size=batch_size,
+                state_dir=os.path.join(state_dir, f"{norm}_{name.replace('/', '_')}"),
+            )
+            results = _with_ball(results, norm, name, report)
+            write(results)
+            logging.info("%s %s: %.2f%% robust", norm, name, 100 * report.robust_accuracy)
+    return results
+
+
+def _with_ball(results: Results, norm: str, name: str, report: attacks.Report) -> Results:
+    count = len(report.robust)
+    after = {account.attack: 100 * account.robust_accuracy for account in report.accounts}
+    cell = {
+        "attacks": report.name,
+        "examples": count,
+        "robust": int(report.robust.sum()),
+        "accuracy": 100 * report.robust_accuracy,
+        "autoattack": after[attacks.STANDARD[-1]],
+        "clean": 100 * report.clean_accuracy,
+        "accounts": [dataclasses.asdict(account) for account in report.accounts],
+        "warnings": report.warnings,
+    }
+    balls = results.get("lp", {})
+    balls = balls | {norm: balls.get(norm, {}) | {name: cell}}
+    accuracies = {
+        norm: {name: c["accuracy"] for name, c in cells.items()} for norm, cells in balls.items()
+    }
+    return results | {"lp": balls, "lp_accuracy": accuracies}
+
+
+def under_ada(
+    results: Results,
+    write: Write,
+    logits_fn: LogitsFn,
+    dataset: data.Dataset,
+    *,
+    nets: Sequence[str],
+    radii: Sequence[float],
+    steps: int,
+    restarts: int,
+    examples: int,
+    seed: int,
+    batch_size: int,
+) -> Results:
+    """Errors under AdA's maximisation, as the worst of some restarts.
+
+    Args:
+      results: so far.
+      write: called with the results after every cell.
+      logits_fn: the classifier in evaluation mode, closed over its parameters.
+      dataset: clean images.
+      nets: names of corruption networks with shipped weights.
+      radii: relative radii nu.
+      steps: of gradient ascent.
+      restarts: attacks from other random starts; one that succeeds is enough.
+      examples: images to take from the start; 0 is all.
+      seed: of the attacks.
+      batch_size: examples at a time, over all devices.
+
+    Returns:
+      The results with 'under_ada', one entry a network and radius: 'examples', 'wrong', 'error' in
+      percent, and the mean 'ssim' of the last restart's images.
+    """
+    x, y = first_examples(dataset, examples)
+    devices = jax.local_device_count()
+    size = -(-min(batch_size, len(x)) // devices) * devices
+    for name in nets:
+        net = corruption_nets.make(name)
+        attack = jax.pmap(_attacker(logits_fn, net, steps, restarts), AXIS, in_axes=(0, None))
+        for nu in radii:
+            cell = {"net": name, "nu": nu, "steps": steps, "restarts": restarts}
+            cell |= {"examples": len(x), "seed": seed}
+            found = results.get("under_ada", [])
+            if any(cell.items() <= entry.items() for entry in found):
+                continue
+            wrong, similarity = _in_batches(attack, x, y, nu, seed, size)
+            cell |= {"wrong": int(wrong.sum()), "error": 100 * float(wrong.mean())}
+            cell["ssim"] = float(similarity.mean())
+            results = results | {"under_ada": [*found, cell]}
+            write(results)
+            logging.info("AdA, %s, nu %g: %.2f%% wrong", name, nu, cell["error"])
+    return results
+
+
+def _attacker(
+    logits_fn: Callable[[jax.Array], jax.Array],
+    net: corruption_nets.CorruptionNet,
+    steps: int,
+    restarts: int,
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    augment = functools.partial(ada.adversarial_augment, logits_fn=logits_fn, net=net, steps=steps)
+
+    def attack(batch, nu):
+        x, y = batch["x"], batch["y"]
+
+        def once(i, carry):
+            wrong, _ = carry
+            example_keys = jax.vmap(lambda key: jax.random.fold_in(key, i))(batch["key"])
+            images, metrics = augment(example_keys, x, y, nu=nu)
+            return wrong | (jnp.argmax(logits_fn(images), -1) != y), metrics["ssim_after"]
+
+        wrong = jnp.argmax(logits_fn(x), -1) != y
+        return jax.lax.fori_loop(0, restarts, once, (wrong, jnp.ones(len(x))))
+
+    return attack
+
+
+def _in_batches(
+    attack: Callable[..., Any], x: np.ndarray, y: np.ndarray, nu: float, seed: int, size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Whether each example is wrong, and its SSIM; the last batch is filled up."""
+    example_keys = keys.of_positions(jax.random.key(seed), 0, len(x))
+    parts = []
+    for start in range(0, len(x), size):
+        place = np.minimum(start + np.arange(size), len(x) - 1)
+        batch = shard({"x": x[place], "y": y[place], "key": example_keys[place]})
+        parts.append([np.asarray(a).ravel() for a in attack(batch, nu)])
+    wrong, similarity = (np.concatenate(some)[: len(x)] for some in zip(*parts, strict=True))
+    return wrong, similarity
+
+
+def rows(results: Results) -> list[tuple[str, str]]:
+    """The worst cases as a table's (name, value)."""
+    shown = []
+    for norm, cells in results.get("lp", {}).items():
+        for name, cell in cells.items():
+            value = f"{cell['accuracy']:.2f}% of {cell['examples']} ({cell['autoattack']:.2f}%)"
+            shown.append((f"robust, {norm} {name} (AutoAttack alone)", value))
+    for cell in results.get("under_ada", []):
+        title = f"error under AdA, {cell['net']}, nu {cell['nu']:g}, {cell['steps']} steps"
+        shown.append((title, f"{cell['error']:.2f}% of {cell['examples']}"))
+    return shown

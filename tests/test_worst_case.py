@@ -1,0 +1,127 @@
+"""Worst-case errors in results files: what is kept, what is measured again, and what is counted."""
+
+import functools
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_evaluate import ROOT, classifier, images, variables
+
+from ada_jax import attacks, evaluate, report, worst_case
+
+DATASET = images(12, side=32)
+
+
+def logits_fn():
+    return functools.partial(evaluate._logits, classifier(), *variables(side=32))
+
+
+def report_of(calls, key, logits_fn, x, y, epsilon, *, norm, attacks, batch_size, state_dir):
+    """What an attack that breaks every other example would say."""
+    calls.append((norm, epsilon, len(x), state_dir))
+    robust = np.arange(len(x)) % 2 == 0
+    accounts = [worst_case.attacks.Account(name, 6, 0, 0.75, 10, 10, 1.0) for name in attacks]
+    return worst_case.attacks.Report(
+        "AutoAttack+multitargeted", norm, epsilon, x, robust, np.array([]), 0.9, 0.5, accounts, []
+    )
+
+
+def test_every_radius_of_table_2_is_measured_once(monkeypatch, tmp_path):
+    calls, written = [], []
+    monkeypatch.setattr(attacks, "autoattack", functools.partial(report_of, calls))
+    measure = functools.partial(
+        worst_case.pixel_balls,
+        write=written.append,
+        logits_fn=None,
+        dataset=DATASET,
+        seed=0,
+        batch_size=8,
+        state_dir=tmp_path,
+    )
+    results = measure({}, examples=10)
+    assert [(norm, round(255 * e, 1)) for norm, e, _, _ in calls] == [
+        ("l2", 127.5), ("l2", 255.0), *(("linf", n) for n in (1, 2, 4, 8))
+    ]  # fmt: skip
+    assert len({folder for *_, folder in calls}) == 6 and len(written) == 6
+    cell = results["lp"]["linf"]["8/255"]
+    assert (cell["examples"], cell["robust"], cell["accuracy"], cell["autoattack"]) == (
+        10,
+        5,
+        50,
+        75,
+    )
+    assert results["lp_accuracy"]["l2"] == {"0.5": 50, "1": 50}
+    assert measure(written[2], examples=10) == results and len(calls) == 9
+    measure(results, examples=0)
+    assert len(calls) == 15 and calls[-1][2] == 12
+
+
+def test_table_2_has_the_accuracies_beside_the_paper_s():
+    row = report.Row("ours", "nominal", {"clean": 5.0, "linf 1/255": 30.0, "l2 0.5": 1.0}, {}, 1)
+    paper = report.rows(report.read(str(report.PUBLISHED)))
+    table = report.table_2([row], paper)
+    assert "linf 8/255" not in table.head and "linf 1/255" in table.head
+    (ours,) = [group for group in table.groups if group[0][0].value == "ours"]
+    column = table.head.index("linf 1/255")
+    assert ours[0][column].value == 30 and ours[1][column].value == pytest.approx(30 - 24.23)
+    assert not report.table_2([], []).groups
+
+
+def test_errors_under_ada_are_the_worst_of_the_restarts_and_kept():
+    written, fn = [], logits_fn()
+    settings = {"nets": ["edsr_small"], "steps": 1, "examples": 10, "seed": 0, "batch_size": 8}
+
+    def measure(results, **changes):
+        return worst_case.under_ada(results, written.append, fn, DATASET, **settings | changes)
+
+    once = measure({}, radii=[0.0, 0.05], restarts=1)
+    plain = np.mean(
+        np.argmax(fn(jnp.float32(DATASET.source.images[:10]) / 255), -1)
+        != DATASET.source.labels[:10]
+    )
+    none, some = once["under_ada"]
+    # With a radius of 0 the network renders the image almost as it is.
+    assert none["error"] == pytest.approx(100 * plain, abs=10) and none["ssim"] > 0.98
+    assert some["wrong"] >= none["wrong"] and some["ssim"] < none["ssim"]
+    assert len(written) == 2 and measure(once, radii=[0.05], restarts=1) == once
+    again = measure(once, radii=[0.05], restarts=3)["under_ada"]
+    assert len(again) == 3 and again[-1]["wrong"] >= some["wrong"]
+    other = measure({}, radii=[0.05], restarts=1, batch_size=4)["under_ada"][0]
+    assert other["wrong"] == some["wrong"]
+
+
+def test_the_tables_of_the_binary():
+    cell = {"accuracy": 50.0, "autoattack": 51.0, "examples": 8}
+    under = {"net": "cae", "nu": 0.03, "steps": 5, "error": 25.0, "examples": 8}
+    rows = worst_case.rows({"lp": {"l2": {"1": cell}}, "under_ada": [under]})
+    assert rows == [
+        ("robust, l2 1 (AutoAttack alone)", "50.00% of 8 (51.00%)"),
+        ("error under AdA, cae, nu 0.03, 5 steps", "25.00% of 8"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--ada_nets=edsr", "--ada_nets=edsr is unknown"),
+        ("--ada_radii=far", "--ada_radii=far is no radius"),
+        ("--ada_restarts=0", "--ada_restarts=0 must be 1 or more"),
+    ],
+)
+def test_mistakes_are_said_before_anything_is_loaded(tmp_path, flag, said):
+    command = [sys.executable, "-m", "ada_jax.evaluate", "--config=experiments/quickstart.py"]
+    command += ["--random", f"--out={tmp_path / 'r.json'}", "--sets=ada", flag]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_the_binary_measures_under_ada(tmp_path):
+    command = [sys.executable, "-m", "ada_jax.evaluate", "--config=experiments/quickstart.py"]
+    command += ["--random", f"--out={tmp_path / 'r.json'}", "--sets=ada", "--ada_radii=0.02"]
+    command += ["--worst_examples=16", "--ada_steps=1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "error under AdA, edsr_small, nu 0.02, 1 steps" in done.stdout
