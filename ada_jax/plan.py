@@ -1,6 +1,7 @@
-"""Tells, without a TPU, whether a config fits on one and how long a step takes there at least.
+r"""Tells, without a TPU, whether a config fits on one and how long a step takes there at least.
 
-    python -m ada_jax.plan --config=experiments/cifar10.py --topology=v5e:2x2,v3:2x2 [--json=FILE]
+    python -m ada_jax.plan --config=experiments/cifar10.py --topology=v5e:2x2,v3:2x2 \
+        [--hours_price=PRICE] [--json=FILE]
 
 The TPU's own compiler (`pip install -e '.[tpu]'`) compiles the update step of `ada_jax.train` for
 all cores of the topology; neither data nor weights are needed. Exit status 1 says that the step
@@ -15,6 +16,8 @@ What the table's figures are, all of them for one core:
   floor            the longer of compiled flops over the chip's published peak and HBM traffic over
                    its published bandwidth. No step is faster; most are several times slower, for
                    64 channels do not fill a matrix unit of 128 x 128.
+  whole run        hours for all steps where each takes the floor, and where it takes 1 / 0.4 and
+                   1 / 0.2 of it; with --hours_price also what they cost.
 """
 
 import importlib.util
@@ -64,6 +67,8 @@ CHIPS = {
     "v5p": Chip("v5p:2x2x1", 1, 459e12, 2765e9, 95.74 * GIB),
     "v6e": Chip("v6e:2x2", 1, 918e12, 1638e9, 31.25 * GIB),
 }
+EXAMPLES = 50_000  # CIFAR-10's
+_UTILISATIONS = (1.0, 0.4, 0.2)  # of the floor's speed
 _CLASSES = 10  # of a data set that is not looked at; a step's cost hardly depends on it
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",  # asks no metadata server about the TPU, for there is none
@@ -188,12 +193,15 @@ def compile_step(step: Step, devices: Sequence[jax.Device]) -> jax.stages.Compil
 # ------------------------------------------------------------------------ the figures
 
 
-def measure(config: ml_collections.ConfigDict, topology: str) -> dict[str, Any]:
+def measure(
+    config: ml_collections.ConfigDict, topology: str, examples: int = EXAMPLES
+) -> dict[str, Any]:
     """Compiles the step for a topology and takes its figures.
 
     Args:
       config: the run's config.
       topology: such as 'v5e:2x2'.
+      examples: training examples, for the length of a run.
 
     Returns:
       The figures of one core, flops, bytes and seconds; `fits` says whether the compiler found
@@ -212,6 +220,7 @@ def measure(config: ml_collections.ConfigDict, topology: str) -> dict[str, Any]:
         "topology": topology,
         "device": devices[0].device_kind,
         "cores": cores,
+        "steps": steps_of(config, examples),
         "batch_per_core": config.batch_size // cores,
         "useful_flops": useful_flops(step, cores),
         "hbm_available": chip.hbm,
@@ -255,8 +264,8 @@ def program_figures(compiled: jax.stages.Compiled, chip: Chip) -> dict[str, floa
     }
 
 
-def table(figures: dict[str, Any]) -> str:
-    """The figures of one topology as a table."""
+def table(figures: dict[str, Any], price: float = 0.0) -> str:
+    """The figures of one topology as a table; see `run_rows` for the price."""
     f = figures
     rows = [
         ("topology", f"{f['topology']}, {f['cores']} cores of {f['device']}"),
@@ -275,7 +284,8 @@ def table(figures: dict[str, Any]) -> str:
             ("HBM for code", _gib(f["hbm_code"])),
             (
                 "HBM in all",
-                f"{_gib(f['hbm_total'])} of {_gib(f['hbm_available'])}, {f['hbm_share']:.0%}",
+                f"{_gib(f['hbm_total'])} of {_gib(f['hbm_available'])}, "
+                f"{1 - f['hbm_share']:.0%} free",
             ),
             ("seconds for the flops", f"{f['flops_seconds']:.3f} at {chip.peak / 1e12:.1f} T/s"),
             (
@@ -283,6 +293,7 @@ def table(figures: dict[str, Any]) -> str:
                 f"{f['traffic_seconds']:.3f} at {chip.bandwidth / 1e9:.0f} GB/s",
             ),
             ("floor", f"{f['floor_seconds']:.3f} seconds a step"),
+            *run_rows(f, f["steps"], price),
             ("compiled in", f"{f['compile_seconds']:.0f} seconds"),
         ]
     return "\n".join(f"| {name:24} | {value:44} |" for name, value in rows)
@@ -290,6 +301,29 @@ def table(figures: dict[str, Any]) -> str:
 
 def _gib(size: float) -> str:
     return f"{size / GIB:.2f} GiB"
+
+
+def run_rows(figures: dict[str, Any], steps: int, price: float) -> list[tuple[str, str]]:
+    """The whole run's hours, and its cost, at several shares of the floor's speed.
+
+    Args:
+      figures: of `measure`, of a step that fits.
+      steps: of the run.
+      price: of an hour of the whole topology; 0 leaves the cost out.
+    """
+    hours = [steps * figures["floor_seconds"] / share / 3600 for share in _UTILISATIONS]
+    shares = ", ".join(f"{share:.0%}" for share in _UTILISATIONS)
+    rows = [
+        (f"{steps:,} steps, hours", f"{', '.join(f'{h:.1f}' for h in hours)} at {shares} of that"),
+    ]
+    if price:
+        rows.append(("their price", ", ".join(f"{price * h:,.0f}" for h in hours)))
+    return rows
+
+
+def steps_of(config: ml_collections.ConfigDict, examples: int) -> int:
+    """Steps of a whole run on so many training examples."""
+    return config.train_steps or round(config.epochs * examples / config.batch_size)
 
 
 def refusal(figures: dict[str, Any]) -> str:
@@ -306,7 +340,12 @@ def refusal(figures: dict[str, Any]) -> str:
 
 
 def main(
-    config: ml_collections.ConfigDict, topologies: Sequence[str], json_path: str | None = None
+    config: ml_collections.ConfigDict,
+    topologies: Sequence[str],
+    json_path: str | None = None,
+    *,
+    examples: int = EXAMPLES,
+    price: float = 0.0,
 ) -> int | None:
     """Prints a table for every topology.
 
@@ -314,6 +353,8 @@ def main(
       config: the run's config.
       topologies: names, or several with commas between them.
       json_path: file for the figures, a list with a dictionary per topology.
+      examples: training examples, for the length of a run.
+      price: of an hour of a whole topology; 0 leaves the cost out.
 
     Returns:
       1 if the step does not fit on one of them, else None.
@@ -324,13 +365,17 @@ def main(
     names = [name.strip() for given in topologies for name in given.split(",") if name.strip()]
     if not names:
         raise UserError(f"Name a topology: --topology={CHIPS['v5e'].example}, for example.")
+    if examples < 1 or not 0 <= price < math.inf:
+        raise UserError(
+            f"--examples={examples} must be 1 or more, and --hours_price={price} 0 or more."
+        )
     train.validate(config)
     for name in names:
         train.validate_devices(config, cores_of(name))
     results = []
     for name in names:
-        results.append(measure(config, name))
-        print("\n" + table(results[-1]), flush=True)
+        results.append(measure(config, name, examples))
+        print("\n" + table(results[-1], price), flush=True)
         if not results[-1]["fits"]:
             print(f"error: {refusal(results[-1])}", file=sys.stderr, flush=True)
         if json_path:
@@ -340,11 +385,14 @@ def main(
 
 def _run(config: ml_collections.ConfigDict, workdir: str) -> int | None:
     del workdir  # every binary has the flag; this one writes nothing there
-    return main(config, flags.FLAGS.topology, flags.FLAGS.json)
+    f = flags.FLAGS
+    return main(config, f.topology, f.json, examples=f.examples, price=f.hours_price)
 
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")  # a TPU that is there is left alone
     flags.DEFINE_multi_string("topology", [], "Such as v5e:2x2; repeat it, or separate by commas.")
     flags.DEFINE_string("json", None, "File for the figures.")
+    flags.DEFINE_integer("examples", EXAMPLES, "Training examples, for the length of a run.")
+    flags.DEFINE_float("hours_price", 0.0, "Price of an hour of the whole topology.")
     cli.run(_run)

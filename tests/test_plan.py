@@ -232,3 +232,19 @@ def test_the_paper_s_step_fits_on_a_v3_8(tmp_path):
     assert f["batch_per_core"] * f["cores"] == cifar10.get_config().batch_size
     assert f["hbm_share"] < 0.9
     assert f["compiled_flops"] < 1.3 * f["useful_flops"]
+
+
+def test_a_run_s_hours_and_price_follow_from_the_floor():
+    config = cifar10.get_config()
+    steps = plan.steps_of(config, 50_000)
+    assert steps == round(300 * 50_000 / 256)
+    (hours, shown), (_, price) = plan.run_rows({"floor_seconds": 0.36}, 10_000, 8.0)
+    assert hours == "10,000 steps, hours" and shown == "1.0, 2.5, 5.0 at 100%, 40%, 20% of that"
+    assert price == "8, 20, 40"
+    assert len(plan.run_rows({"floor_seconds": 0.36}, 10_000, 0.0)) == 1
+
+
+@pytest.mark.parametrize("knobs", [{"examples": 0}, {"price": -1.0}, {"price": float("nan")}])
+def test_a_run_without_examples_or_with_a_negative_price_is_refused(knobs):
+    with pytest.raises(UserError, match="--hours_price="):
+        plan.main(cifar10.get_config(), ["v5e:2x2"], **knobs)
