@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ada_jax import keys, losses, perturbation, ssim
+from ada_jax import guards, keys, losses, perturbation, ssim
 from ada_jax.corruption_nets import CorruptionNet
 from ada_jax.errors import UserError
 
@@ -121,7 +121,7 @@ def maximise(
       'on_surface'.
     """
     x, net = lax.stop_gradient(x), net._replace(theta=lax.stop_gradient(net.theta))
-    loss_fn = _constant(loss_fn, x)
+    loss_fn = guards.detached(loss_fn, x)
     radii = perturbation.radii(net.theta, nu)
     step = perturbation.STEP_RULES[step_rule]
 
@@ -163,28 +163,18 @@ def render(net: CorruptionNet, delta: PyTree, x: jax.Array, example_keys: jax.Ar
     return jnp.clip(jax.vmap(one)(delta, x, example_keys), 0.0, 1.0)
 
 
-def _constant(f: Callable, *args: jax.Array) -> Callable:
-    """f for arguments of these shapes, in which nothing that f closes over has a gradient.
-
-    Without it a caller who differentiates a whole training step would differentiate the ascent.
-    """
-    converted, closed_over = jax.closure_convert(f, *args)
-    closed_over = lax.stop_gradient(closed_over)
-    return lambda *args: converted(*args, *closed_over)
-
-
 def _check(key, x, nu, steps, step_rule, step_scale, ssim_threshold, root_rule, microbatch) -> None:
-    _check_images(x)
+    guards.check_images(x)
     one_key = 0 if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else 1
     if key.ndim > one_key and len(key) != len(x):
         raise UserError(f"There are {len(key)} keys for {len(x)} images: give one, or as many.")
-    if not 0 <= _known(nu, 0.0) < np.inf:
+    if not 0 <= guards.known(nu, 0.0) < np.inf:
         raise UserError(
             f"nu={nu} is negative or not finite: a radius is 0 or more (the paper's is 0.015)."
         )
-    if not 0 < _known(step_scale, 1.0) < np.inf:
+    if not 0 < guards.known(step_scale, 1.0) < np.inf:
         raise UserError(f"step_scale={step_scale} must be positive (the paper's is 0.25).")
-    if not -1 <= _known(ssim_threshold, 0.0) < 1:
+    if not -1 <= guards.known(ssim_threshold, 0.0) < 1:
         raise UserError(f"ssim_threshold={ssim_threshold} must be in [-1, 1), where -1 is off.")
     if steps < 0:
         raise UserError(f"steps={steps} is negative: take 0 (a random start) or more (paper: 10).")
@@ -198,18 +188,3 @@ def _check(key, x, nu, steps, step_rule, step_scale, ssim_threshold, root_rule, 
         raise UserError(
             f"microbatch={microbatch} does not divide the batch of {len(x)}: take a divisor."
         )
-
-
-def _check_images(x: jax.Array) -> None:
-    if x.ndim != 4 or not len(x):
-        raise UserError(f"Images of shape {list(x.shape)} must be [B,H,W,C], with B at least 1.")
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise UserError(f"Images of {x.dtype} must be floating point in [0, 1]: divide by 255.")
-    pixels = _known(x, 0.0)
-    if not (pixels.min() >= 0 and pixels.max() <= 1):  # also true of NaN
-        raise UserError(f"Pixels from {pixels.min()} to {pixels.max()} must be in [0, 1].")
-
-
-def _known(value: jax.Array | float, unknown: float) -> np.ndarray:
-    """The value, to be looked at even inside `jax.jit`; of a traced one, `unknown`."""
-    return np.asarray(unknown if isinstance(value, jax.core.Tracer) else value)

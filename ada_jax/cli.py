@@ -81,12 +81,12 @@ def _parse_flags(argv: list[str]) -> list[str]:
                 )
         return flags.FLAGS(argv)
     except (KeyError, AttributeError) as error:
-        sys.exit(_complain(_unknown_field(error)))
+        sys.exit(_complain(unknown_field(error)))
     except (flags.Error, UserError, ValueError, TypeError, OSError) as error:
         sys.exit(_complain(error))
 
 
-def _unknown_field(error: Exception) -> str:
+def unknown_field(error: Exception) -> str:
     """ml_collections' answer to a field that the config does not have, in words."""
     while error.args and isinstance(error.args[0], Exception):
         error = error.args[0]
@@ -109,6 +109,20 @@ def _complain(error: BaseException | str) -> int:
     text = re.split(r"^\w+(?:Error|Exception): ", str(error), flags=re.MULTILINE)[-1]
     print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)
     return 2
+
+
+def make_folder(flag: str, path: str) -> None:
+    """Makes a folder that a flag names, with those above it.
+
+    Raises:
+      UserError: it cannot be made.
+    """
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--{flag}={path} cannot be made a folder ({error.strerror}): name another."
+        ) from error
 
 
 def set_up_devices(cpu_devices: int, compilation_cache: str) -> None:

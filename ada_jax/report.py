@@ -544,12 +544,7 @@ def draw(
     Raises:
       UserError: the folder cannot be made.
     """
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"--figures={folder} cannot be made a folder ({error.strerror}): name another."
-        ) from error
+    cli.make_folder("figures", folder)
     compared = {row.method for row in ours}
     shown = ours + [row for row in paper if row.method in compared or not ours]
     drawn = []

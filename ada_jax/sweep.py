@@ -228,7 +228,7 @@ def load_config(arguments: list[str]) -> dict[str, Any]:
         values(["ada_jax.train", *arguments])
         train.validate(values.config)
     except (KeyError, AttributeError) as error:
-        raise UserError(cli._unknown_field(error)) from error
+        raise UserError(cli.unknown_field(error)) from error
     except (flags.Error, ValueError, TypeError) as error:
         raise UserError(str(error)) from error
     return json.loads(json.dumps(values.config.to_dict()))
@@ -392,15 +392,6 @@ def collect(points: Sequence[Point], out: str, folder: str) -> None:
         logbook.write_atomically(os.path.join(folder, f"{point.name}.json"), text)
 
 
-def _make_folder(flag: str, path: str) -> None:
-    try:
-        os.makedirs(path, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"--{flag}={path} cannot be made a folder ({error.strerror}): name another."
-        ) from error
-
-
 def main(argv: list[str], overrides: Sequence[str] = ()) -> int | None:
     """Runs or prints the sweep; returns an exit status."""
     f = flags.FLAGS
@@ -411,9 +402,9 @@ def main(argv: list[str], overrides: Sequence[str] = ()) -> int | None:
     if f.print:
         print("\n".join(shlex.join(["python", *command(point, out)]) for point in points))
         return None
-    _make_folder("out", out)
+    cli.make_folder("out", out)
     if f.collect:
-        _make_folder("collect", f.collect)
+        cli.make_folder("collect", f.collect)
     failed, stopped = run(points, out, f.jobs)
     if stopped:
         logging.warning("Stopped: the same command goes on.")

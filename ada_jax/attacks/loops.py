@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ada_jax import guards
 from ada_jax.errors import UserError
 
 LogitsFn = Callable[[jax.Array], jax.Array]
@@ -112,16 +113,6 @@ def num_classes(logits_fn: LogitsFn, x: jax.Array) -> int:
     return jax.eval_shape(logits_fn, x[:1]).shape[-1]
 
 
-def detached(logits_fn: LogitsFn, images: jax.Array) -> LogitsFn:
-    """logits_fn for images of this shape, in which nothing that it closes over has a gradient.
-
-    Without it a caller who differentiates a whole training step would differentiate the attack.
-    """
-    converted, closed_over = jax.closure_convert(logits_fn, images)
-    closed_over = lax.stop_gradient(closed_over)
-    return lambda x: converted(x, *closed_over)
-
-
 def prepare(
     logits_fn: LogitsFn,
     x: jax.Array,
@@ -143,27 +134,18 @@ def prepare(
         raise UserError(f"microbatch={microbatch} must be at least 1, or None for the whole batch.")
     microbatch = min(microbatch or len(x), len(x))
     mask = jnp.ones(len(x), bool) if mask is None else mask
-    return detached(logits_fn, x[:microbatch]), mask, microbatch
+    return guards.detached(logits_fn, x[:microbatch]), mask, microbatch
 
 
 def check(x: jax.Array, epsilon: jax.Array | float, norm: str) -> None:
     """Raises UserError for images, a radius or a norm that no attack can work with."""
     if norm not in NORMS:
         raise UserError(f"norm={norm!r} is unknown: choose one of {', '.join(NORMS)}.")
-    if not 0 < _known(epsilon, 1.0) < np.inf:
+    if not 0 < guards.known(epsilon, 1.0) < np.inf:
         raise UserError(f"epsilon={epsilon} must be positive and finite (8/255 is common in linf).")
-    if x.ndim != 4 or not len(x):
-        raise UserError(f"Images of shape {list(x.shape)} must be [B,H,W,C], with B at least 1.")
+    guards.check_images(x)
     if x.dtype != jnp.float32:
         raise UserError(f"Images of {x.dtype} must be float32 in [0, 1]: convert them.")
-    pixels = _known(x, 0.0)
-    if not (pixels.min() >= 0 and pixels.max() <= 1):  # also true of NaN
-        raise UserError(f"Pixels from {pixels.min()} to {pixels.max()} must be in [0, 1].")
-
-
-def _known(value: jax.Array | float, unknown: float) -> np.ndarray:
-    """The value, to be looked at even inside `jax.jit`; of a traced one, `unknown`."""
-    return np.asarray(unknown if isinstance(value, jax.core.Tracer) else value)
 
 
 def _select(condition: jax.Array, new: State, old: State) -> State:

@@ -1,0 +1,40 @@
+"""The door of every attack: images that are images, functions without hidden gradients."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ada_jax.errors import UserError
+
+
+def known(value: jax.Array | float, unknown: float) -> np.ndarray:
+    """The value, to be looked at even inside `jax.jit`; of a traced one, `unknown`."""
+    return np.asarray(unknown if isinstance(value, jax.core.Tracer) else value)
+
+
+def check_images(x: jax.Array) -> None:
+    """Refuses what are no images [B,H,W,C] in [0,1]; pixels only where they are not traced.
+
+    Raises:
+      UserError: a shape, a type or a pixel is wrong.
+    """
+    if x.ndim != 4 or not len(x):
+        raise UserError(f"Images of shape {list(x.shape)} must be [B,H,W,C], with B at least 1.")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise UserError(f"Images of {x.dtype} must be floating point in [0, 1]: divide by 255.")
+    pixels = known(x, 0.0)
+    if not (pixels.min() >= 0 and pixels.max() <= 1):  # also true of NaN
+        raise UserError(f"Pixels from {pixels.min()} to {pixels.max()} must be in [0, 1].")
+
+
+def detached(f: Callable, *args: jax.Array) -> Callable:
+    """f for arguments of these shapes, in which nothing that f closes over has a gradient.
+
+    Without it a caller who differentiates a whole training step would differentiate the attack.
+    """
+    converted, closed_over = jax.closure_convert(f, *args)
+    closed_over = lax.stop_gradient(closed_over)
+    return lambda *args: converted(*args, *closed_over)
