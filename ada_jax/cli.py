@@ -22,12 +22,15 @@ from ada_jax.errors import UserError
 INTERRUPTED = 143  # exit status after SIGTERM: state saved, start the same command to go on
 
 
-def run(main: Callable[[ml_collections.ConfigDict, str], int | None]) -> None:
+def run(
+    main: Callable[[ml_collections.ConfigDict, str], int | None], *, distributed: bool = False
+) -> None:
     """Runs a binary that takes --config and --workdir.
 
     Args:
       main: called with the locked config and the workdir; returns an exit status or None. A
         `UserError` it raises is printed as one sentence and the process leaves with status 2.
+      distributed: whether it can be one of several processes, and takes `hosts`' flags.
     """
     config_flag = config_flags.DEFINE_config_file(
         "config", None, "File with get_config(), as experiments/cifar10.py or FILE:WORDS."
@@ -36,13 +39,15 @@ def run(main: Callable[[ml_collections.ConfigDict, str], int | None]) -> None:
         "workdir", None, "Folder of the run; by default runs/NAME, NAME from the config."
     )
     flags.mark_flag_as_required("config")
-    hosts.define_flags()
+    if distributed:
+        hosts.define_flags()
 
     def with_flags(argv: list[str]) -> int | None:
         if len(argv) > 1:
             raise UserError(f"The argument {argv[1]!r} is not a flag: write --flag=value.")
         config = config_flag.value
-        hosts.connect(_complain)
+        if distributed:
+            hosts.connect(_complain)
         return main(config, workdir.value or os.path.join("runs", config.name))
 
     start(with_flags)
@@ -144,21 +149,23 @@ def set_up_devices(cpu_devices: int, compilation_cache: str) -> None:
 class StopSignal:
     """Notes SIGTERM while it is open, so that a loop can save before it leaves."""
 
-    def __init__(self, listen: bool = True) -> None:
-        """Notes nothing without `listen`: JAX itself listens where there are several processes."""
-        self._listen = listen
-
     def __enter__(self) -> "StopSignal":
         self.received = False
-        if self._listen:
+        # Where there are several processes JAX itself listens, and tells the others.
+        self._listens = not jax.distributed.is_initialized()
+        if self._listens:
             self._before = signal.signal(signal.SIGTERM, self._note)
         return self
 
     def _note(self, *_: Any) -> None:
         self.received = True
 
+    def at(self, step: int) -> bool:
+        """Whether to save before this step and leave; see `hosts.preempted`."""
+        return self.received or hosts.preempted(step)
+
     def __exit__(self, *_: Any) -> None:
-        if self._listen:
+        if self._listens:
             signal.signal(signal.SIGTERM, self._before)
 
 

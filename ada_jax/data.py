@@ -695,7 +695,11 @@ def train_batches(
         parts = [_permutation(size, seed, int(e))[offsets[epochs == e]] for e in np.unique(epochs)]
         examples = gather(dataset, np.concatenate(parts))
         if renderings:
-            _render(examples, renderings, clean_too, [seed, step, batch_size], share)
+            # Drawn for the global batch, of which `share` are this process's positions.
+            draws = np.random.RandomState([seed, step, batch_size])
+            first, copies = int(not clean_too), len(renderings[0])
+            sources = draws.randint(first, 1 + len(renderings), batch_size)[share]
+            _render(examples, renderings, sources, draws.randint(copies, size=batch_size)[share])
         return examples
 
     return _prefetched(batch, range(start_step, sys.maxsize), num_threads)
@@ -704,16 +708,10 @@ def train_batches(
 def _render(
     examples: dict[str, np.ndarray],
     renderings: Sequence[Sequence[Any]],
-    clean_too: bool,
-    seed: Sequence[int],
-    share: np.ndarray,
+    sources: np.ndarray,
+    copies: np.ndarray,
 ) -> None:
-    """Replaces images by their versions in sources and copies drawn for each."""
-    # Drawn for the global batch, of which `share` are this process's positions.
-    draws = np.random.RandomState(seed)
-    count = seed[-1]
-    sources = draws.randint(0 if clean_too else 1, 1 + len(renderings), count)[share]
-    copies = draws.randint(0, len(renderings[0]), count)[share]
+    """Replaces images by a copy from the source drawn for each, of which 0 is the image itself."""
     images, index = examples["image"], examples["index"]
     scale = 1 if images.dtype == np.uint8 else np.float32(1 / 255)
     for i in np.flatnonzero(sources):

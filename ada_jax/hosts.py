@@ -115,10 +115,10 @@ def check_shared(workdir: str) -> None:
 def preempted(step: int) -> bool:
     """Whether to save before this step and leave, after a notice to any of several processes.
 
-    All are told the same step. Every process must ask at every step; one alone is told by
-    `cli.StopSignal`.
+    All are told the same step. Every process must ask at every step; `cli.StopSignal` does, and
+    notes the signal itself where there is one process.
     """
-    if jax.process_count() == 1:
+    if not jax.distributed.is_initialized():
         return False
     from jax.experimental import multihost_utils
 

@@ -474,7 +474,7 @@ def train(
     )
     timer = logbook.Timer(step, total_steps, batch_size)
     with cli.StopSignal() as stop:
-        while step < total_steps and not stop.received:
+        while step < total_steps and not stop.at(step):
             with timer.waiting():
                 batch = next(batches)
             state, metrics = update_step(state, {"image": batch["image"]}, key)

@@ -112,7 +112,7 @@ def make_update_step(
         metrics = {}
         if attack:
             x, attacked = attack(key, state, thetas, ada_keys, x, y)
-            metrics = attack_metrics(attacked)
+            metrics = attack_metrics(config.method, attacked)
 
         if config.augmix.use:
             x = mixed_views(config, example_keys, x)
@@ -222,11 +222,11 @@ def attack_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return {name: config.ada[name] for name in names}
 
 
-def attack_metrics(attacked: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Scalars for the log from an attack's per-example metrics."""
-    means = {f"ada_{name}": jnp.mean(value) for name, value in attacked.items()}
+def attack_metrics(method: str, attacked: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Scalars for the log from an attack's per-example metrics, named after the method."""
+    means = {f"{method}_{name}": jnp.mean(value) for name, value in attacked.items()}
     least = ("ssim_before", "ssim_after")
-    return means | {f"ada_{n}_min": jnp.min(attacked[n]) for n in least if n in attacked}
+    return means | {f"{method}_{n}_min": jnp.min(attacked[n]) for n in least if n in attacked}
 
 
 def reduce_metrics(metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -541,8 +541,8 @@ def train(
     save_at = every_epochs(config.checkpoint_epochs, parts)
     pending = extra["pending"]
     timer = logbook.Timer(step, total_steps, config.batch_size, show=jax.process_index() == 0)
-    with cli.StopSignal(listen=jax.process_count() == 1) as stop:
-        while step < total_steps and not (stop.received or hosts.preempted(step)):
+    with cli.StopSignal() as stop:
+        while step < total_steps and not stop.at(step):
             with timer.waiting():
                 batch = shard(next(batches))
             state, metrics = update_step(state, thetas, batch, key)
@@ -782,4 +782,4 @@ def show_parameters(params: hk.Params) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, distributed=True)

@@ -1,6 +1,7 @@
 """Worst-case errors in results files: what is kept, what is measured again, and what is counted."""
 
 import functools
+import json
 import subprocess
 import sys
 
@@ -125,3 +126,26 @@ def test_the_binary_measures_under_ada(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "error under AdA, edsr_small, nu 0.02, 1 steps" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_binary_measures_balls_of_pixels_and_goes_on(tmp_path):
+    out = tmp_path / "r.json"
+    command = [sys.executable, "-m", "ada_jax.evaluate", "--config=experiments/quickstart.py"]
+    command += ["--random", f"--out={out}", "--sets=lp", "--worst_examples=12"]
+    command += ["--config.seed=3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(out.read_text())
+    assert results["lp_accuracy"].keys() == {"l2", "linf"}
+    for cells in results["lp"].values():
+        for cell in cells.values():
+            assert cell["attacks"] == "AutoAttack+multitargeted" and cell["examples"] == 12
+            assert cell["accuracy"] <= cell["autoattack"] <= cell["clean"]
+            assert cell["accounts"][0]["attacked"] == round(0.12 * cell["clean"]) > 0
+    del results["lp"]["linf"]["8/255"]
+    out.write_text(json.dumps(results))
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    again = json.loads(out.read_text())
+    assert done.returncode == 0 and again["lp_accuracy"] == results["lp_accuracy"]
+    assert again["lp"]["l2"] == results["lp"]["l2"]

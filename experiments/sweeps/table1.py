@@ -12,19 +12,9 @@ Words after the colon, separated by commas:
 import re
 from typing import Any
 
+from experiments.cifar10 import ROWS
+
 CONFIG = "experiments/cifar10.py"
-ROWS = (
-    "nominal",
-    "augmix",
-    "deepaugment",
-    "deepaugment+augmix",
-    "deepaugment10x",
-    "deepaugment10x+augmix",
-    "ada",
-    "ada+augmix",
-    "ada+deepaugment+augmix",
-    "ada+deepaugment10x+augmix",
-)
 REPEATED = ("nominal", "augmix", "ada", "ada+augmix")  # at the small preset
 
 
