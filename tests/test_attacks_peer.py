@@ -4,6 +4,7 @@ Left out where that package or PyTorch is missing.
 """
 
 import functools
+import itertools
 import time
 
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from ada_jax import attacks, losses
+from ada_jax import attacks, classifiers, losses
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("pyautoattack")
@@ -142,3 +143,64 @@ def test_fabs_distances_are_within_two_percent_on_average(norm):
     ratio = (np.asarray(info["distance"]) / best)[right]
     print(f"{norm}: ours / peer {ratio.mean():.4f}, from {ratio.min():.3f} to {ratio.max():.3f}")
     assert np.isfinite(ratio).all() and abs(ratio.mean() - 1) < 0.02
+
+
+class ResNet9(torch.nn.Module):
+    """The classifier 'resnet9' in PyTorch, with weights of its own."""
+
+    def __init__(self):
+        super().__init__()
+        widths = (16, 32, 64, 128)
+        self.stem = self.layer(3, 16)
+        self.down = torch.nn.ModuleList(
+            self.layer(before, after, 2) for before, after in itertools.pairwise(widths)
+        )
+        self.same = torch.nn.ModuleList(
+            torch.nn.Sequential(self.layer(width, width), self.layer(width, width))
+            for width in widths[1:]
+        )
+        self.last = torch.nn.Linear(128, 10)
+
+    @staticmethod
+    def layer(before: int, after: int, stride: int = 1) -> torch.nn.Module:
+        convolution = torch.nn.Conv2d(before, after, 3, stride, 1, bias=False)
+        return torch.nn.Sequential(convolution, torch.nn.BatchNorm2d(after), torch.nn.ReLU())
+
+    def forward(self, x):
+        x = self.stem((x - 0.5) / 0.25)
+        for down, same in zip(self.down, self.same, strict=True):
+            x = down(x)
+            x = x + same(x)
+        return self.last(x.mean((2, 3)))
+
+
+def test_apgd_is_no_slower_than_the_peers():
+    """A thousand images, a hundred iterations, a ball too small to break any: all are done."""
+    from pyautoattack.autopgd_base import APGDAttack
+
+    epsilon, count = 1e-6, 1000
+    x = np.float32(np.random.default_rng(0).uniform(size=(count, 32, 32, 3)))
+    net = classifiers.make("resnet9", 10)
+    params, state = net.init(jax.random.key(0), jnp.asarray(x[:8]), is_training=True)
+    logits_fn = lambda x: net.apply(params, state, None, x, is_training=False)[0]  # noqa: E731
+    y = np.asarray(jax.jit(logits_fn)(x).argmax(-1)).astype(np.int32)
+    run = lambda: attacks.autoattack(  # noqa: E731
+        jax.random.key(0), logits_fn, x, y, epsilon, attacks=("apgd-ce",), batch_size=count
+    )
+    model = ResNet9().eval().requires_grad_(False)
+    assert sum(w.numel() for w in model.parameters()) == sum(
+        w.size for w in jax.tree.leaves(params)
+    )
+    x_torch = torch.tensor(x).permute(0, 3, 1, 2).contiguous()
+    y_torch = model(x_torch).argmax(1)
+    peer = APGDAttack(model, n_iter=100, norm="Linf", n_restarts=1, eps=epsilon, seed=0, loss="ce")
+    peer.device = "cpu"
+    run()  # Compiles.
+    ours, theirs = [], []
+    for _ in range(2):
+        ours.append(run().accounts[0].seconds)
+        started = time.monotonic()
+        peer.perturb(x_torch, y_torch)
+        theirs.append(time.monotonic() - started)
+    print(f"ours {ours} s, the peer's {theirs} s; {jax.local_device_count()} devices")
+    assert min(ours) <= 1.1 * min(theirs)
