@@ -16,7 +16,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent import futures
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import chex
 import grain
@@ -25,12 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 from jax import lax
+from PIL import Image
 
-from ada_jax import keys
+from ada_jax import keys, photographs
 from ada_jax.errors import UserError
-
-if TYPE_CHECKING:  # Its functions import it when an image has to be decoded.
-    from PIL import Image
 
 NAMES = ("mnist5k", "cifar10", "imagenet2012", "folder", "npz")
 PHOTOGRAPHS = ("imagenet2012", "folder")  # Of any size, so that they can be cropped at random.
@@ -110,108 +108,7 @@ class _EncodedSource:
         return self.decode(self.records[int(i)])
 
     def __getitems__(self, indices: Sequence[int]) -> Iterable[tuple[np.ndarray, int]]:
-        return map(self.decode, _many(self.records, indices))
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class PhotoSource:
-    """Photographs of any size; what is asked for is decoded then, by all cores, and made square.
-
-    Attributes:
-      records: the photographs, encoded.
-      read: turns a record into (RGB image, label).
-      size: the side of the squares in pixels.
-      share: of the shorter side, what the central square takes that `[i]` gives.
-    """
-
-    records: Sequence[Any]
-    read: Callable[[Any], tuple["Image.Image", int]]
-    size: int
-    share: float = 1.0
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
-        return self._square(self.records[int(i)])
-
-    def __getitems__(self, indices: Sequence[int]) -> Iterable[tuple[np.ndarray, int]]:
-        return _decoders().map(self._square, _many(self.records, indices))
-
-    def random_crops(
-        self,
-        indices: Sequence[int],
-        generators: Sequence[np.random.RandomState],
-        scale: tuple[float, float],
-        ratio: tuple[float, float],
-    ) -> Iterable[tuple[np.ndarray, int]]:
-        """Examples whose crops are drawn from a generator for each, see `train_batches`."""
-
-        def crop(record: Any, generator: np.random.RandomState) -> tuple[np.ndarray, int]:
-            image, label = self.read(record)
-            box = random_box(generator, *image.size, scale=scale, ratio=ratio)
-            return _resized(image, box, self.size), label
-
-        return _decoders().map(crop, _many(self.records, indices), generators)
-
-    def _square(self, record: Any) -> tuple[np.ndarray, int]:
-        image, label = self.read(record)
-        side = round(self.share * min(image.size))
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        return _resized(image, (left, top, left + side, top + side), self.size), label
-
-
-def _many(records: Sequence[Any], indices: Sequence[int]) -> Iterable[Any]:
-    # array_record reads many records at once four times as fast as one by one.
-    many = getattr(records, "__getitems__", None)
-    return many(indices) if many else (records[i] for i in indices)
-
-
-@functools.cache  # Threads, for Pillow decodes and resizes without holding Python's lock.
-def _decoders() -> futures.ThreadPoolExecutor:
-    return futures.ThreadPoolExecutor(os.cpu_count())
-
-
-def _resized(image: "Image.Image", box: tuple[int, int, int, int], size: int) -> np.ndarray:
-    from PIL import Image
-
-    return np.asarray(image.crop(box).resize((size, size), Image.Resampling.BICUBIC))
-
-
-def random_box(
-    generator: np.random.RandomState,
-    width: int,
-    height: int,
-    *,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-) -> tuple[int, int, int, int]:
-    """Draws a rectangle within an image, the usual augmentation of photographs.
-
-    Args:
-      generator: what to draw from.
-      width: of the image, in pixels.
-      height: of the image, in pixels.
-      scale: least and greatest share of the image's area, uniform between.
-      ratio: least and greatest width over height, its logarithm uniform between.
-
-    Returns:
-      (left, top, right, bottom); after ten draws that do not fit, the largest rectangle in the
-      centre whose ratio is allowed.
-
-    Source: Szegedy et al., "Going deeper with convolutions" (2015), section 6.
-    """
-    for _ in range(10):
-        area = width * height * generator.uniform(*scale)
-        shape = np.exp(generator.uniform(*np.log(ratio)))
-        w, h = round(np.sqrt(area * shape)), round(np.sqrt(area / shape))
-        if 0 < w <= width and 0 < h <= height:
-            left, top = generator.randint(width - w + 1), generator.randint(height - h + 1)
-            return left, top, left + w, top + h
-    w = max(1, min(width, round(height * ratio[1])))
-    h = max(1, min(height, round(width / ratio[0])))
-    left, top = (width - w) // 2, (height - h) // 2
-    return left, top, left + w, top + h
+        return map(self.decode, photographs.many(self.records, indices))
 
 
 # ------------------------------------------------------------------------------------- loading
@@ -431,22 +328,14 @@ def _photographs(name: str, split: str, data_dir: Any, image_size: int, share: f
     """A split of TFDS's photographs, their classes named as TFDS does."""
     records = _tfds_records(name, split, data_dir, "image")
     class_names = tuple(records.dataset_info.features["label"].names)
-    source = PhotoSource(records, _read_tfds, image_size, share)
+    source = photographs.Source(records, _read_tfds, image_size, share)
     return Dataset(source, len(class_names), class_names, (image_size, image_size, 3), name)
 
 
 def resized(dataset: Dataset, image_size: int) -> Dataset:
-    """The same photographs as squares of another side; `dataset` must have a `PhotoSource`."""
+    """The same photographs as squares of another side; they must be a `photographs.Source`."""
     source = dataclasses.replace(dataset.source, size=image_size)
     return dataclasses.replace(dataset, source=source, image_shape=(image_size, image_size, 3))
-
-
-def shrunk(images: np.ndarray, image_size: int) -> np.ndarray:
-    """Square images [N,H,H,3] uint8 as photographs are resized: [N,image_size,image_size,3]."""
-    from PIL import Image
-
-    box = (0, 0, images.shape[2], images.shape[1])
-    return np.stack([_resized(Image.fromarray(image), box, image_size) for image in images])
 
 
 def div2k_images(split: str, data_dir: Any = None) -> Iterator[np.ndarray]:
@@ -462,8 +351,6 @@ def div2k_images(split: str, data_dir: Any = None) -> Iterator[np.ndarray]:
     Raises:
       UserError: the data or the split is not there.
     """
-    from PIL import Image
-
     for record in _tfds_records("div2k", split, data_dir, "hr"):
         yield np.asarray(Image.open(io.BytesIO(record["hr"])).convert("RGB"))
 
@@ -527,14 +414,10 @@ def _prepare_command(name: str, data_dir: Any) -> str:
 
 
 def _decode_tfds(record: dict[str, Any]) -> tuple[np.ndarray, int]:
-    from PIL import Image
-
     return np.asarray(Image.open(io.BytesIO(record["image"]))), record["label"]
 
 
-def _read_tfds(record: dict[str, Any]) -> tuple["Image.Image", int]:
-    from PIL import Image
-
+def _read_tfds(record: dict[str, Any]) -> tuple[Image.Image, int]:
     return Image.open(io.BytesIO(record["image"])).convert("RGB"), record["label"]
 
 
@@ -562,7 +445,7 @@ def _load_folder(split: str, data_dir: Any, image_size: int, encoded: bool) -> D
                 "data_dir/train/CLASS and data_dir/test/CLASS."
             )
     rows = _positions(split, len(files))
-    source = PhotoSource(files[rows.start : rows.stop], _read_file, image_size)
+    source = photographs.Source(files[rows.start : rows.stop], _read_file, image_size)
     shape = (image_size, image_size, 3)
     if not encoded:
         source = _in_memory(source, shape, root.name)
@@ -621,9 +504,7 @@ def _is_test(path: pathlib.Path) -> bool:
     return int.from_bytes(_name_hash(path)[-8:]) % 10 == 0
 
 
-def _read_file(file: tuple[pathlib.Path, int]) -> tuple["Image.Image", int]:
-    from PIL import Image
-
+def _read_file(file: tuple[pathlib.Path, int]) -> tuple[Image.Image, int]:
     path, label = file
     try:
         with Image.open(path) as image:
@@ -857,8 +738,9 @@ def train_batches(
         uint8 for a position in `dataset`. Every example's source is drawn uniformly from these and
         the data set itself, its copy uniformly; an epoch stays as long as it is.
       clean_too: whether the data set itself is among the sources.
-      crop_scale: for photographs (`PhotoSource`), least and greatest share of the area of crops
-        drawn anew for every step and position, see `random_box`; () takes the central squares.
+      crop_scale: least and greatest share of the area of crops drawn anew for every step and
+        position, see `photographs.random_box`, where the source is a `photographs.Source`; ()
+        takes the central squares.
       crop_ratio: their least and greatest width over height.
 
     Returns:

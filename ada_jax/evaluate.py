@@ -38,6 +38,7 @@ from ada_jax import (
     hosts,
     logbook,
     losses,
+    photographs,
     worst_case,
 )
 from ada_jax.devices import AXIS, replicate, shard
@@ -258,7 +259,7 @@ class _Corrupted:
             table=self.table,
         )
         if self.side != self.clean.image_shape[0]:
-            images = data.shrunk(images, self.side)
+            images = photographs.shrunk(images, self.side)
         return zip(images, batch["label"].tolist(), strict=True)
 
 
