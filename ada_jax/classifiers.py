@@ -1,8 +1,10 @@
-"""The image classifiers: pre-activation ResNets for small images and a nine-layer ResNet."""
+"""The image classifiers: pre-activation ResNets and a nine-layer one for small images, ResNet50."""
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import chex
 import haiku as hk
@@ -29,7 +31,7 @@ def names() -> tuple[str, ...]:
     Returns:
       The names, from the smallest network to the largest.
     """
-    return tuple(_NETWORKS)
+    return (*_NETWORKS, "resnet50")
 
 
 def make(
@@ -72,9 +74,11 @@ def make(
 
     Source: networks and normalisation as in Wong et al., "Fast is better than free" (2020), and
     He et al., "Identity mappings in deep residual networks" (2016), with PyTorch's default
-    initialisation; `resnet9` is this project's, for small machines.
+    initialisation; `resnet9` is this project's, for small machines; `resnet50` is Haiku's, of He et
+    al., "Deep residual learning for image recognition" (2016) with the stride in the 3x3
+    convolution, and starts with Haiku's convolutions and residual branches scaled by zero.
     """
-    if name not in _NETWORKS:
+    if name not in names():
         raise UserError(
             f"The classifier {name!r} is not known: choose one of {', '.join(names())}."
         )
@@ -99,6 +103,11 @@ def make(
             return policy.cast_to_compute(jax.nn.relu(h))
 
         x = (x - jnp.asarray(mean, x.dtype)) / jnp.asarray(std, x.dtype)
+        if name == "resnet50":
+            bn_config = {"decay_rate": bn_decay, "cross_replica_axis": axis_name}
+            net = _resnet50(num_classes, bn_config, zero_init_logits)
+            with _resnet50_policies(compute_dtype):
+                return net(x, is_training, test_local_stats)
         features = _NETWORKS[name](policy.cast_to_compute(x), norm_relu)
         features = jnp.mean(policy.cast_to_output(features), axis=(1, 2))
         return _logits(features, num_classes, zero_init_logits)
@@ -136,11 +145,38 @@ class Conv(hk.Module):
 
 
 def _logits(features: jax.Array, num_classes: int, zero_init: bool) -> jax.Array:
-    bound = 1 / math.sqrt(features.shape[-1])
+    inits = _logits_inits(features.shape[-1], zero_init)
+    return hk.Linear(num_classes, **inits, name="logits")(features)
+
+
+def _logits_inits(width: int, zero_init: bool) -> dict[str, hk.initializers.Initializer]:
+    bound = 1 / math.sqrt(width)
     zeros = hk.initializers.Constant(0.0)
     w_init = zeros if zero_init else _uniform_fan_in
     b_init = zeros if zero_init else hk.initializers.RandomUniform(-bound, bound)
-    return hk.Linear(num_classes, w_init=w_init, b_init=b_init, name="logits")(features)
+    return {"w_init": w_init, "b_init": b_init}
+
+
+def _resnet50(num_classes: int, bn_config: dict[str, Any], zero_init_logits: bool) -> hk.Module:
+    return hk.nets.ResNet50(
+        num_classes,
+        bn_config,
+        logits_config=_logits_inits(2048, zero_init_logits),
+        name="resnet50",
+    )
+
+
+def _resnet50_policies(compute_dtype: str) -> contextlib.ExitStack:
+    """Has Haiku's layers compute as ours do: only convolutions in `compute_dtype`."""
+    dtypes = {
+        hk.Conv2D: f"params=float32,compute={compute_dtype},output={compute_dtype}",
+        hk.BatchNorm: f"params=float32,compute=float32,output={compute_dtype}",
+        hk.Linear: "params=float32,compute=float32,output=float32",
+    }
+    stack = contextlib.ExitStack()
+    for layer, policy in dtypes.items():
+        stack.enter_context(hk.mixed_precision.push_policy(layer, jmp.get_policy(policy)))
+    return stack
 
 
 def _basic_block(x: jax.Array, width: int, stride: int, norm_relu: NormRelu) -> jax.Array:

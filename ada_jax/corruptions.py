@@ -58,6 +58,21 @@ NAMES = (
 EXTRA = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 SEVERITIES = (1, 2, 3, 4, 5)
 
+# Mean errors of AlexNet on ImageNet-C, as shares, in the order of NAMES: Hendrycks & Dietterich
+# (2019) divide by them.
+ALEXNET_ERRORS = dict(
+    zip(
+        NAMES,
+        (
+            *(0.886428, 0.894468, 0.922640),
+            *(0.819880, 0.826268, 0.785948, 0.798360),
+            *(0.866816, 0.826572, 0.819324, 0.564592),
+            *(0.853204, 0.646056, 0.717840, 0.606500),
+        ),
+        strict=True,
+    )
+)
+
 # One entry a severity; what the numbers are, the function of that name says. Lengths in pixels.
 _CIFAR = {
     "gaussian_noise": (0.04, 0.06, 0.08, 0.09, 0.10),
@@ -995,10 +1010,10 @@ def _load(name: str, split: str, data_dir: str | None, image_size: int) -> "data
 if __name__ == "__main__":
     from ada_jax import cli
 
-    flags.DEFINE_string("data", None, "mnist5k, cifar10, folder, or the path of an .npz file.")
+    flags.DEFINE_string("data", None, "mnist5k, cifar10, imagenet2012, folder or an .npz file.")
     flags.DEFINE_string("split", "test", "Split of the data or a slice of it, as test[:500].")
     flags.DEFINE_string("data_dir", None, "Where the data is.")
-    flags.DEFINE_integer("image_size", 32, "Side in pixels to which a folder's images are resized.")
+    flags.DEFINE_integer("image_size", 32, "Side in pixels of a folder's or ImageNet's images.")
     flags.DEFINE_string("out", None, "Folder of the set.")
     flags.DEFINE_list("names", list(NAMES + EXTRA), "Corruptions.")
     flags.DEFINE_list("severities", [str(s) for s in SEVERITIES], "Severities.")

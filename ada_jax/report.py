@@ -177,7 +177,8 @@ def flatten(file: str, fields: dict[str, Any], rounding: float = 0.005) -> dict[
       Percent, for what was measured: 'clean', 'cifar10_1', 'fog/3' and so on (severity 3), 'fog'
       (mean over the five severities), 'noise', 'blur', 'weather' and 'digital' (means over the
       paper's groups), 'extra' (the additional four), 'mce', and 'mce/3' (severity 3 of the 15);
-      and, not errors but robust accuracies, 'l2 0.5', 'linf 1/255' and so on.
+      of ImageNet 'mce_alexnet', in percent of AlexNet's errors; and, not errors but robust
+      accuracies, 'l2 0.5', 'linf 1/255' and so on.
 
     Raises:
       UserError: an error that is no percentage or not wrong / examples, an unknown corruption or
@@ -208,6 +209,9 @@ def flatten(file: str, fields: dict[str, Any], rounding: float = 0.005) -> dict[
                     "evaluate again."
                 )
             errors[key] = stated
+    if "mce_alexnet" in fields and "mce" in errors:
+        relative = (errors[name] / share for name, share in corruptions.ALEXNET_ERRORS.items())
+        errors["mce_alexnet"] = statistics.fmean(relative)
     return errors
 
 
@@ -322,7 +326,9 @@ def settings(result: Result) -> dict[str, Any]:
     flat = {"published": result.published, "corrupted": _corrupted(result)}
     for key in ("config", "data", "corruption_source", "step"):
         flat |= _flat(result.fields.get(key), "" if key == "config" else key)
-    return {k: v for k, v in flat.items() if k not in _BOOKKEEPING}
+    # Runs without random crops of photographs are as those from before there were any.
+    unused = () if flat.get("crop_scale") else ("crop_scale", "crop_ratio")
+    return {k: v for k, v in flat.items() if k not in _BOOKKEEPING and k not in unused}
 
 
 def _flat(value: Any, prefix: str) -> dict[str, Any]:
@@ -392,6 +398,7 @@ def measured_on(result: Result) -> str:
 _SUMMARY = {  # values, headings and digits
     "clean": ("clean error", 2),
     "mce": ("mCE, un-normalised", 2),
+    "mce_alexnet": ("mCE, AlexNet's errors as 100%", 2),
     **{group: (group, 1) for group in GROUPS},
     "extra": ("extra four", 1),
     "cifar10_1": ("CIFAR-10.1", 2),
@@ -408,7 +415,7 @@ _BALLS = {
     **{f"linf {r}": (f"linf {r}", 2) for r in worst_case.RADII["linf"]},
     "cifar10_1": ("CIFAR-10.1", 2),
 }
-_OPTIONAL = {"extra", "cifar10_1", *EXTRA, *_BALLS} - {
+_OPTIONAL = {"mce_alexnet", "extra", "cifar10_1", *EXTRA, *_BALLS} - {
     "clean"
 }  # columns that are left out where nobody has them
 

@@ -296,6 +296,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     augmix.check(**augmix_settings(config))
     require(config.augmix.jsd_weight >= 0, "augmix.jsd_weight", "must be 0 (off) or more")
     require(config.deepaugment.copies >= 0, "deepaugment.copies", "must be 0 (off) or more")
+    validate_crops(config)
     one_of("compute_dtype", config.compute_dtype, ("float32", "bfloat16"))
     one_of("pgd.norm", config.pgd.norm, ("linf", "l2"))
     one_of("pgd.batch_norm", config.pgd.batch_norm, ("batch", "running"))
@@ -334,6 +335,37 @@ def validate(config: ml_collections.ConfigDict) -> None:
         "epochs",
         f"and config.train_steps={config.train_steps} must not both be set: make one of them 0",
     )
+
+
+def validate_crops(config: ml_collections.ConfigDict) -> None:
+    """Checks the random crops of photographs.
+
+    Raises:
+      UserError: a range that is none, or images that cannot be cropped so.
+    """
+    scale, ratio = tuple(config.crop_scale), tuple(config.crop_ratio)
+    if scale and not (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1):
+        raise UserError(
+            f"config.crop_scale={scale} must be two shares of the area in (0, 1], as (0.08, 1.0), "
+            "or () for no such crops."
+        )
+    if not (len(ratio) == 2 and 0 < ratio[0] <= ratio[1] < math.inf):
+        raise UserError(
+            f"config.crop_ratio={ratio} must be two positive ratios, the lesser first, as "
+            "(0.75, 1.3333)."
+        )
+    if scale and config.dataset not in data.PHOTOGRAPHS:
+        raise UserError(
+            f"config.crop_scale={scale} needs photographs of any size, as one of "
+            f"{', '.join(data.PHOTOGRAPHS)} has, and config.dataset={config.dataset!r} has images "
+            "of one size: set config.crop_scale='()' and config.pad."
+        )
+    if scale and config.deepaugment.copies:
+        raise UserError(
+            f"config.crop_scale={scale} crops photographs, and config.deepaugment.copies="
+            f"{config.deepaugment.copies} takes images that are rendered after the crop: make one "
+            "of them () or 0."
+        )
 
 
 def validate_corruption_nets(config: ml_collections.ConfigDict) -> None:
@@ -407,7 +439,8 @@ def build(config: ml_collections.ConfigDict) -> Parts:
     load = functools.partial(
         data.load, config.dataset, data_dir=config.data_dir or None, image_size=config.image_size
     )
-    train_set, eval_set = load(config.train_split), load(config.eval_split)
+    train_set = load(config.train_split, encoded=bool(config.crop_scale))
+    eval_set = load(config.eval_split)
     during = ("c",) if config.corruption_eval_epochs else ()
     classifier = evaluate.make_classifier(config, train_set.num_classes)
     steps_per_epoch = len(train_set) / config.batch_size
@@ -580,6 +613,8 @@ def train_batches(parts: Parts, start_step: int) -> Iterator[dict[str, np.ndarra
         process_count=jax.process_count(),
         renderings=list(parts.renderings.copies.values()) if parts.renderings else (),
         clean_too=config.deepaugment.clean_too,
+        crop_scale=config.crop_scale,
+        crop_ratio=config.crop_ratio,
     )
 
 
@@ -652,6 +687,8 @@ def identity(parts: Parts, thetas: Any, state: TrainState) -> dict[str, Any]:
     config = parts.config
     parts_of_methods = ("ada", "pgd", "augmix", "deepaugment")
     fields = {k: v for k, v in config.items() if k not in parts_of_methods}
+    if not config.crop_scale:
+        fields = {k: v for k, v in fields.items() if k not in ("crop_scale", "crop_ratio")}
     if config.method == "pgd":
         fields |= {f"pgd.{k}": v for k, v in config.pgd.items()}
     if config.init_weights:

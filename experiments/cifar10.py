@@ -52,8 +52,10 @@ def get_config(words: str = "") -> ml_collections.ConfigDict:
     config.data_dir = ""
     config.train_split = "train"
     config.eval_split = "test"
-    config.image_size = 32  # pixels, for the data set 'folder'
+    config.image_size = 32  # pixels, for the data sets 'folder' and 'imagenet2012'
     config.pad = 4  # pixels of zeros around the image before the random crop
+    config.crop_scale = ()  # shares of the area that random crops of photographs have; () is none
+    config.crop_ratio = (3 / 4, 4 / 3)  # their least and greatest width over height
     config.flip = True
 
     # Classifier. mean and std normalise its input.

@@ -1,10 +1,14 @@
 """What all tests share."""
 
+import io
 import pathlib
 from collections.abc import Iterator
+from unittest import mock
 
 import jax
+import numpy as np
 import pytest
+from PIL import Image
 
 _MAPS = pathlib.Path("/proc/self/maps")
 _MOST_MAPS = 20_000
@@ -16,3 +20,43 @@ def compiled_programs_are_dropped() -> Iterator[None]:
     yield
     if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MOST_MAPS:
         jax.clear_caches()
+
+
+def photograph(number: int, size: tuple[int, int] | None = None) -> bytes:
+    """A generated JPEG of another size and content for each number."""
+    rng = np.random.default_rng(number)
+    width, height = size or rng.integers(40, 120, 2)
+    coarse = Image.fromarray(rng.integers(0, 256, (5, 7, 3), np.uint8))
+    with io.BytesIO() as file:
+        coarse.resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+        return file.getvalue()
+
+
+@pytest.fixture(scope="session")
+def imagenet(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """TFDS's folder of a small ImageNet and of ImageNet-C's fog; image i is of class i."""
+    root = tmp_path_factory.mktemp("tfds")
+    squares = [photograph(i, (224, 224)) for i in range(8)]
+    for severity in range(1, 6):
+        _prepare(root, f"imagenet2012_corrupted/fog_{severity}", {"validation": squares})
+    everything = [photograph(i) for i in range(24)]
+    _prepare(root, "imagenet2012", {"train": everything, "validation": everything[:8]})
+    return root
+
+
+def _prepare(root: pathlib.Path, name: str, splits: dict[str, list[bytes]]) -> None:
+    import tensorflow_datasets as tfds
+
+    def examples(images: list[bytes]) -> Iterator[tuple[str, dict]]:
+        for i, image in enumerate(images):
+            yield str(i), {"image": io.BytesIO(image), "label": i, "file_name": f"{i}.JPEG"}
+
+    builder = tfds.builder(name, data_dir=root, file_format="array_record")
+    with mock.patch.object(
+        type(builder),
+        "_split_generators",
+        lambda *_: {split: examples(images) for split, images in splits.items()},
+    ):
+        builder.download_and_prepare(
+            download_config=tfds.download.DownloadConfig(manual_dir=str(root))
+        )

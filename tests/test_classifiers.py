@@ -18,6 +18,7 @@ PARAMETERS = {
     "resnet9": 486_938,
     "preact_resnet18": 11_172_170,
     "preact_resnet50": 23_513_162,
+    "resnet50": 23_528_522,
 }
 
 
@@ -67,7 +68,22 @@ def test_parameter_count(name: str) -> None:
     assert hk.data_structures.tree_size(params) == PARAMETERS[name]
 
 
-@pytest.mark.parametrize(("name", "count"), [("preact_resnet18", 20), ("preact_resnet50", 53)])
+def test_resnet50_has_the_published_sizes_stage_by_stage() -> None:
+    # Of the network that PyTorch's model zoo calls resnet50, from the stem to the logits.
+    published = (9_408 + 128, 215_808, 1_219_584, 7_098_368, 14_964_736, 2_049_000)
+    params, _ = shapes("resnet50", images(2), num_classes=1000)
+    stages = ("initial_", *(f"block_group_{i}/" for i in range(4)), "logits")
+    counts = [
+        hk.data_structures.tree_size({k: p for k, p in params.items() if f"/~/{stage}" in k})
+        for stage in stages
+    ]
+    assert tuple(counts) == published
+    assert hk.data_structures.tree_size(params) == sum(published) == 25_557_032
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("preact_resnet18", 20), ("preact_resnet50", 53), ("resnet50", 53)]
+)
 def test_convolutions_have_no_bias(name: str, count: int) -> None:
     params, _ = shapes(name, images(2))
     convolutions = [p for p in params.values() if "w" in p and p["w"].ndim == 4]
@@ -197,6 +213,26 @@ def test_resnet9_equals_an_independent_statement() -> None:
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_resnet50_equals_an_independent_statement() -> None:
+    _, params, state = fitted("resnet50")
+    x = images(2, 64, 64, seed=5)
+    logits, _ = apply("resnet50", x, is_training=False)
+    expected = jax.jit(reference_resnet50)(params, state, x)
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_resnet50_convolves_in_the_dtype_asked_for() -> None:
+    params, state = shapes("resnet50", images(2))
+    net = classifiers.make("resnet50", 10, compute_dtype="bfloat16")
+    apply_fn = functools.partial(net.apply, is_training=True)
+    jaxpr = str(jax.make_jaxpr(apply_fn)(params, state, None, images(2)))
+    made = [line.split(" = ")[0] for line in jaxpr.splitlines() if "conv_general_dilated" in line]
+    assert len(made) == 53 and all(":bf16[" in line for line in made)
+    logits, new_state = jax.eval_shape(apply_fn, params, state, None, images(2))
+    assert logits.dtype == jnp.float32
+    chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
+
+
 def test_normalisation_is_the_one_asked_for() -> None:
     x = images(2, 8, 8)
     mean, std = (0.1, 0.2, 0.3), (0.5, 0.4, 0.3)
@@ -308,3 +344,34 @@ def reference_preact_resnet(params: hk.Params, state: hk.State, x: jax.Array) ->
         x = h + (conv(projected, shortcut, stride) if shortcut in params else x)
     features = norm_relu(x, "bn").mean((1, 2))
     return features @ params["logits"]["w"] + params["logits"]["b"]
+
+
+def reference_resnet50(params: hk.Params, state: hk.State, x: jax.Array) -> jax.Array:
+    def conv_norm(x: jax.Array, conv: str, norm: str, stride: int = 1) -> jax.Array:
+        x = jax.lax.conv_general_dilated(
+            x,
+            params[f"resnet50/~/{conv}"]["w"],
+            (stride, stride),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        scale = params[f"resnet50/~/{norm}"]
+        mean, var = (state[f"resnet50/~/{norm}/~/{s}_ema"]["average"] for s in ("mean", "var"))
+        return (x - mean) / jnp.sqrt(var + 1e-5) * scale["scale"] + scale["offset"]
+
+    x = conv_norm(normalised(x), "initial_conv", "initial_batchnorm", 2)
+    x = jnp.pad(jnp.maximum(x, 0), ((0, 0), (0, 1), (0, 1), (0, 0)))
+    half = x.shape[1] // 2
+    window = [x[:, i : i + 2 * half : 2, j : j + 2 * half : 2] for i in range(3) for j in range(3)]
+    x = functools.reduce(jnp.maximum, window)
+    for stage, depth in enumerate((3, 4, 6, 3)):
+        for i in range(depth):
+            stride = 2 if stage and not i else 1
+            block = f"block_group_{stage}/~/block_{i}/~"
+            h = jnp.maximum(conv_norm(x, f"{block}/conv_0", f"{block}/batchnorm_0"), 0)
+            h = jnp.maximum(conv_norm(h, f"{block}/conv_1", f"{block}/batchnorm_1", stride), 0)
+            h = conv_norm(h, f"{block}/conv_2", f"{block}/batchnorm_2")
+            shortcut = f"{block}/shortcut_conv", f"{block}/shortcut_batchnorm", stride
+            x = jnp.maximum(h + (x if i else conv_norm(x, *shortcut)), 0)
+    logits = params["resnet50/~/logits"]
+    return x.mean((1, 2)) @ logits["w"] + logits["b"]

@@ -1,5 +1,6 @@
 """Batches, splits, crop and flip, and the sentence that answers each bad input."""
 
+import io
 import itertools
 import os
 import time
@@ -11,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ada_jax import data
+from ada_jax import data, photographs
 from ada_jax.errors import UserError
+from tests.conftest import photograph
 
 
 def numbered(size, classes=3, name="numbered"):
@@ -472,6 +474,126 @@ def test_an_unreadable_image_of_a_large_folder_is_named_by_the_iterator(monkeypa
     dataset = data.load("folder", "all", data_dir=tmp_path)
     with pytest.raises(UserError, match=r"0001.png' cannot be read"):
         list(data.eval_batches(dataset, batch_size=4))
+
+
+# ---------------------------------------------------------------------------------- photographs
+
+CROPS = {"crop_scale": (0.08, 1.0), "batch_size": 6, "seed": 3}
+
+
+def square(number, size, share=1.0):
+    """The central square of a photograph, said anew."""
+    image = Image.open(io.BytesIO(photograph(number)))
+    side = round(share * min(image.size))
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.crop((left, top, left + side, top + side))
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i in range(24):
+        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+        (tmp_path / "ab"[i % 2] / f"{i}.JPEG").write_bytes(photograph(i))
+    return tmp_path
+
+
+def test_imagenet_is_read_as_tfds_prepared_it(imagenet):
+    train, held_out = (
+        data.load("imagenet2012", split, data_dir=imagenet, image_size=32)
+        for split in ("train[:20]", "validation")
+    )
+    assert (len(train), len(held_out), train.num_classes) == (20, 8, 1000)
+    assert train.image_shape == (32, 32, 3) and train.class_names[1] == "n01443537"
+    batches = list(data.eval_batches(held_out, batch_size=4))
+    labels = np.concatenate([batch["label"] for batch in batches])
+    assert sorted(labels) == list(range(8))
+    for image, label in zip(np.concatenate([b["image"] for b in batches]), labels, strict=True):
+        np.testing.assert_array_equal(image, square(label, 32, share=0.875))
+
+
+def test_imagenet_c_is_read_as_tfds_prepared_it(imagenet):
+    fog = data.imagenet2012_corrupted("fog", 3, imagenet, image_size=32)
+    assert (len(fog), fog.name) == (8, "imagenet2012_corrupted/fog_3")
+    for image, label in (fog.source[i] for i in range(8)):
+        whole = Image.open(io.BytesIO(photograph(label, (224, 224))))
+        want = whole.resize((32, 32), Image.Resampling.BICUBIC)
+        np.testing.assert_array_equal(image, want)
+
+
+def test_photographs_at_another_size(imagenet):
+    small = data.load("imagenet2012", "validation", data_dir=imagenet, image_size=32)
+    large = data.resized(small, 48)
+    assert large.image_shape == (48, 48, 3)
+    image, label = large.source[2]
+    np.testing.assert_array_equal(image, square(label, 48, share=0.875))
+
+
+def test_imagenet_mistakes(imagenet, tmp_path):
+    def load(split="train", data_dir=imagenet, image_size=128):
+        return data.load("imagenet2012", split, data_dir=data_dir, image_size=image_size)
+
+    with pytest.raises(UserError, match=r"builder\('imagenet2012', .*manual_dir='ARCHIVES'"):
+        load(data_dir=tmp_path)
+    with pytest.raises(UserError, match=r"builder\('imagenet2012_corrupted/snow_2'"):
+        data.imagenet2012_corrupted("snow", 2, imagenet)
+    with pytest.raises(UserError, match=r"'test'.*choose from 'train', 'validation'"):
+        load("test")
+    for size in (31, 1024):
+        with pytest.raises(UserError, match=rf"config.image_size = {size} .*in 32..512"):
+            load(image_size=size)
+
+
+@pytest.mark.parametrize("name", ["imagenet2012", "folder"])
+def test_random_crops_are_a_function_of_seed_and_step(name, imagenet, folder):
+    root, split = (imagenet, "train") if name == "imagenet2012" else (folder, "all")
+    dataset = data.load(name, split, data_dir=root, image_size=32, encoded=True)
+    want = take(data.train_batches(dataset, **CROPS), 8)
+    assert_batches_equal(take(data.train_batches(dataset, num_threads=0, **CROPS), 8), want)
+    assert_batches_equal(take(data.train_batches(dataset, start_step=5, **CROPS), 3), want[5:])
+    parts = [
+        take(data.train_batches(dataset, process_index=i, process_count=2, **CROPS), 2)
+        for i in range(2)
+    ]
+    together = [{k: np.concatenate([a[k], b[k]]) for k in a} for a, b in zip(*parts, strict=True)]
+    assert_batches_equal(together, want[:2])
+    # Every photograph once an epoch, and otherwise in the next.
+    epochs = [
+        dict(zip(indices(e), np.concatenate([b["image"] for b in e]), strict=True))
+        for e in (want[:4], want[4:])
+    ]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(24))] * 2
+    assert not any(np.array_equal(epochs[0][i], epochs[1][i]) for i in range(24))
+
+
+def test_a_crop_of_everything_is_the_central_square(folder):
+    for i in range(24):
+        (folder / "ab"[i % 2] / f"{i}.JPEG").write_bytes(photograph(i, (50, 50)))
+    dataset = data.load("folder", "all", data_dir=folder, image_size=16, encoded=True)
+    settings = {"batch_size": 8, "seed": 0}
+    whole = data.train_batches(dataset, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), **settings)
+    assert_batches_equal(take(whole, 2), take(data.train_batches(dataset, **settings), 2))
+
+
+def test_a_folder_is_kept_encoded_only_where_that_is_asked_for(folder):
+    held = data.load("folder", "all", data_dir=folder, image_size=16)
+    kept = data.load("folder", "all", data_dir=folder, image_size=16, encoded=True)
+    assert isinstance(held.source, data.ArraySource) and isinstance(kept.source, photographs.Source)
+    assert data.fingerprint(held) == data.fingerprint(kept)
+
+
+def test_batches_ahead_are_bounded_in_bytes(monkeypatch):
+    monkeypatch.setattr(data, "_AHEAD_LIMIT", 3 * 8 * 4 * 5 * 3)
+    asked = []
+
+    def options(num_threads, prefetch_buffer_size):
+        asked.append((num_threads, prefetch_buffer_size))
+        return original(num_threads, prefetch_buffer_size)
+
+    original = data.grain.ReadOptions
+    monkeypatch.setattr(data.grain, "ReadOptions", options)
+    data.train_batches(numbered(20), batch_size=8, seed=0, num_threads=16)
+    assert asked == [(3, 3)]
 
 
 # ----------------------------------------------------------------------------------------- npz

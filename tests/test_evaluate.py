@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from ada_jax import checkpoint, corruptions, data, evaluate, train
+from ada_jax import checkpoint, corruptions, data, evaluate, photographs, train
 from ada_jax.devices import replicate
 from ada_jax.errors import UserError
 from experiments import quickstart
@@ -291,6 +291,61 @@ def test_tfds_s_sets_are_refused_for_other_data(tfds_asked, names):
         sets_of(images(), *names, eval_c_dir="tfds")
     with pytest.raises(UserError, match="20 images, and there are 10"):
         sets_of(ten_classes(10), "c", eval_c_dir="tfds")
+
+
+# ------------------------------------------------------------------------ ImageNet-C
+
+
+@pytest.fixture
+def held_out(imagenet) -> data.Dataset:
+    return data.load("imagenet2012", "validation", data_dir=imagenet, image_size=32)
+
+
+def imagenet_sets(clean: data.Dataset, root: pathlib.Path, c_dir: str) -> evaluate.Sets:
+    fields = {"dataset": "imagenet2012", "image_size": 32, "corruption_table": "imagenet"}
+    return sets_of(clean, "c", data_dir=str(root), eval_c_dir=c_dir, **fields)
+
+
+def test_imagenet_is_corrupted_on_the_fly_at_the_size_of_imagenet_c(held_out, imagenet):
+    sets = imagenet_sets(held_out, imagenet, c_dir="")
+    assert sets.source["pixels"] == 224 and sets.source["table"] == "imagenet"
+    image, label = sets.datasets["pixelate", 4].source[3]
+    original, same_label = data.resized(held_out, 224).source[3]
+    corrupted = corruptions.corrupt("pixelate", 4, original[None], table="imagenet")
+    np.testing.assert_array_equal(image, photographs.shrunk(corrupted, 32)[0])
+    assert label == same_label and image.shape == (32, 32, 3)
+
+
+def test_imagenet_c_comes_from_tfds(held_out, imagenet, monkeypatch):
+    monkeypatch.setitem(evaluate._CORRUPTIONS, "c", ("fog",))
+    sets = imagenet_sets(held_out, imagenet, c_dir="tfds")
+    assert list(sets.datasets) == [("fog", severity) for severity in range(1, 6)]
+    assert sets.source == {"kind": "tfds"}
+    batch = next(data.eval_batches(sets.datasets["fog", 2], batch_size=8))
+    assert sorted(batch["label"]) == list(range(8)) and batch["image"].shape == (8, 32, 32, 3)
+    half = dataclasses.replace(held_out, source=range(4))
+    with pytest.raises(UserError, match="has 8 images, and there are 4 clean ones"):
+        imagenet_sets(half, imagenet, c_dir="tfds")
+
+
+def test_alexnet_s_own_errors_are_an_mce_of_100(held_out):
+    def grid(factor: float) -> dict:
+        errors = {name: 100 * factor * e for name, e in corruptions.ALEXNET_ERRORS.items()}
+        return {
+            name: [{"severity": s, "error": error} for s in corruptions.SEVERITIES]
+            for name, error in errors.items()
+        }
+
+    assert evaluate.alexnet_mce(grid(1.0)) == pytest.approx(100)
+    results = {"data": {"name": "imagenet2012"}, "corruptions": grid(0.5)}
+    results |= evaluate._means(results)
+    assert results["mce_alexnet"] == pytest.approx(50)
+    shown = dict(evaluate.rows(results))
+    assert shown["mCE, AlexNet's errors as 100%"] == "50.00%"
+    assert shown["mCE, un-normalised"] == "39.45%"  # half of the 15 errors' mean
+    assert evaluate.alexnet_mce(grid(1.0) | {"fog": []}) is None
+    others = results | {"data": {"name": "cifar10"}}
+    assert "mce_alexnet" not in evaluate._means(others)
 
 
 # ------------------------------------------------------------------------ results

@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,7 @@ from ml_collections import ConfigDict
 
 from ada_jax import costs, plan
 from ada_jax.errors import UserError
-from experiments import cifar10, quickstart
+from experiments import cifar10, imagenet, quickstart
 
 ROOT = pathlib.Path(__file__).parents[1]
 small = st.integers(1, 4)
@@ -146,6 +147,20 @@ def test_the_tiny_step_needs_what_pencil_and_paper_say():
     expected = 2 * (3 * ascent + rendered + classifier)
     # SSIM's windows are not in the sum: 0.3% of it.
     np.testing.assert_allclose(plan.useful_flops(step, cores=4), expected, rtol=0.01)
+
+
+def test_imagenet_s_step_has_its_shapes_and_length_without_data_or_weights():
+    config = imagenet.get_config()
+    step = plan.step_of(config, config.batch_size // 32)
+    state, thetas, batch, _ = step.arguments
+    assert batch["image"].shape == (32, 128, 128, 3)
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == 25_557_032
+    assert sum(leaf.size for leaf in jax.tree.leaves(thetas)) == 1_517_571
+    assert plan.steps_of(config) == round(90 * 1_281_167 / 1024)
+    mapped = jax.make_jaxpr(step.update, axis_env=[(plan.train.AXIS, 32)], return_shape=True)
+    (_, (after, metrics)) = mapped(*step.arguments)
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+    assert metrics["ada_ssim_after"].shape == ()
 
 
 PROGRAM = """

@@ -16,7 +16,7 @@ import PIL.Image
 import pytest
 import scipy.stats
 
-from ada_jax import figures, gallery, report, tables
+from ada_jax import corruptions, figures, gallery, report, tables
 from ada_jax.errors import UserError
 from ada_jax.tables import Cell, Table
 
@@ -208,6 +208,25 @@ def test_other_settings_under_one_name_are_kept_apart_and_said(tmp_path):
         words.format(""),
         words.format("500 of them "),
     }
+
+
+def test_runs_from_before_there_were_crops_are_joined_with_those_after(tmp_path):
+    after = result(seed=1)
+    after["config"] |= {"crop_scale": [], "crop_ratio": [0.75, 1.3333]}
+    (row,) = report.rows(read(tmp_path, result(), after))
+    assert row.seeds == 2
+    after["config"] |= {"crop_scale": [0.08, 1.0]}
+    assert len(report.rows(read(tmp_path, result(), after))) == 2
+
+
+def test_imagenet_has_a_column_relative_to_alexnet_and_others_have_not(tmp_path):
+    of_imagenet = result(mce_alexnet=1.0)  # is computed anew
+    table = report.table_1(report.rows(read(tmp_path, of_imagenet)), [])
+    column = table.head.index("mCE, AlexNet's errors as 100%")
+    means = [np.mean([e["error"] for e in of_imagenet["corruptions"][n]]) for n in report.NAMES]
+    expected = np.mean(np.array(means) / list(corruptions.ALEXNET_ERRORS.values()))
+    assert table.lines[0][column].value == pytest.approx(expected)
+    assert not any("AlexNet" in word for word in report.table_1(report.rows([]), []).head)
 
 
 def test_the_same_result_twice_is_refused(tmp_path):
