@@ -26,7 +26,7 @@ import numpy as np
 import tqdm
 from jax import lax
 
-from ada_jax import keys
+from ada_jax import keys, paths
 from ada_jax.errors import UserError
 
 NAMES = ("mnist5k", "cifar10", "folder", "npz")
@@ -629,7 +629,7 @@ def _data_path(data_dir: Any, name: str, what: str) -> pathlib.Path:
         raise UserError(
             f"config.data_dir is not set, and config.dataset = {name!r} needs it: give {what}."
         )
-    return pathlib.Path(data_dir).expanduser().absolute()
+    return paths.local(f"config.data_dir = {str(data_dir)!r}", data_dir).absolute()
 
 
 def _listed(names: Iterable[Any]) -> str:

@@ -36,6 +36,7 @@ from ada_jax import (
     keys,
     logbook,
     losses,
+    paths,
     perturbation,
     ssim,
 )
@@ -470,6 +471,8 @@ def make_corruption_nets(
 def main(config: ml_collections.ConfigDict, workdir: str) -> int | None:
     """Trains, or goes on training, in `workdir`; returns an exit status."""
     validate(config)
+    paths.check_bucket(f"--workdir={workdir}", workdir)
+    paths.check_bucket(f"config.init_weights={config.init_weights!r}", config.init_weights)
     cli.set_up_devices(config.cpu_devices, config.compilation_cache)
     validate_devices(config, jax.device_count())
     hosts.check_shared(workdir)
@@ -560,10 +563,12 @@ def train(
                 log.write(step, "corruptions", corruption_errors(parts, state))
             if save_at(step) and step < total_steps:
                 pending = finite(pending, step)
+                log.flush()
                 checkpoints.save(step, unreplicate(state), extra | {"pending": pending})
         timer.close()
         state = unreplicate(state)
         # Still inside, for a second SIGTERM must not end the process before this is written.
+        log.flush()
         checkpoints.save(step, state, extra | {"pending": finite(pending, step)}, wait=True)
     return state, step < total_steps
 
