@@ -27,6 +27,7 @@ class Emulator(socketserver.ThreadingMixIn, http.server.HTTPServer):
     Attributes:
       buckets: {bucket: {object: (generation, content)}}.
       forbidden: buckets that nobody may use.
+      read_only: buckets that nobody may write to.
       calls: (method, bucket, object) of all requests so far.
     """
 
@@ -37,6 +38,7 @@ class Emulator(socketserver.ThreadingMixIn, http.server.HTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.buckets: dict[str, dict[str, tuple[int, bytes]]] = {name: {} for name in buckets}
         self.forbidden: set[str] = set()
+        self.read_only: set[str] = set()
         self.calls: list[tuple[str, str, str]] = []
         self.uploads: dict[str, tuple[str, str, bytes]] = {}
         self.numbers = itertools.count(1)
@@ -61,10 +63,30 @@ class Emulator(socketserver.ThreadingMixIn, http.server.HTTPServer):
             "TENSORSTORE_GCS_HTTP_URL": url,
         }
 
+    def folder(self) -> str:
+        """A folder gs://BUCKET/... of the first bucket that nobody used before."""
+        return f"gs://{next(iter(self.buckets))}/{next(self.numbers)}"
+
     def content(self, path: str) -> bytes:
         """What is at gs://BUCKET/OBJECT."""
         bucket, _, name = path.removeprefix("gs://").partition("/")
         return self.buckets[bucket][name][1]
+
+    def has(self, path: str) -> bool:
+        """Whether the object gs://BUCKET/OBJECT is there."""
+        bucket, _, name = path.removeprefix("gs://").partition("/")
+        return name in self.buckets[bucket]
+
+    def remove(self, path: str) -> None:
+        """Removes the object gs://BUCKET/OBJECT."""
+        bucket, _, name = path.removeprefix("gs://").partition("/")
+        del self.buckets[bucket][name]
+
+    def cut(self, path: str) -> None:
+        """Leaves half of the object gs://BUCKET/OBJECT."""
+        bucket, _, name = path.removeprefix("gs://").partition("/")
+        content = self.content(path)
+        self.buckets[bucket][name] = next(self.numbers), content[: len(content) // 2]
 
     def stop(self) -> None:
         """Ends the server."""
@@ -94,7 +116,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 bucket, name = found.pop("bucket"), found.pop("name", self.query.get("name", ""))
                 with self.server.lock:
                     self.server.calls.append((method, bucket, name))
-                    if bucket in self.server.forbidden:
+                    writes = method != "GET" and bucket in self.server.read_only
+                    if writes or bucket in self.server.forbidden:
                         return self._send(403)
                     if bucket not in self.server.buckets:
                         return self._send(404)
@@ -124,6 +147,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _bucket(self, bucket: str, *_: Any) -> None:
         self._send(200, {"kind": "storage#bucket", "id": bucket, "name": bucket})
+
+    def _layout(self, *_: Any) -> None:
+        self._send(200, {"hierarchicalNamespace": {"enabled": False}})
 
     def _list(self, bucket: str, *_: Any) -> None:
         get, items, prefixes = self.query.get, [], []
@@ -229,6 +255,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 _ROUTES = (
     ("GET", r"/storage/v1/b/(?P<bucket>[^/]+)", _Handler._bucket),
+    ("GET", r"/storage/v1/b/(?P<bucket>[^/]+)/storageLayout", _Handler._layout),
     ("GET", r"/storage/v1/b/(?P<bucket>[^/]+)/o", _Handler._list),
     ("GET", "/storage/v1/b" + _OBJECT, _Handler._get),
     ("DELETE", "/storage/v1/b" + _OBJECT, _Handler._delete),
