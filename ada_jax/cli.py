@@ -36,7 +36,7 @@ def run(
         "config", None, "File with get_config(), as experiments/cifar10.py or FILE:WORDS."
     )
     workdir = flags.DEFINE_string(
-        "workdir", None, "Folder of the run; by default runs/NAME, NAME from the config."
+        "workdir", None, "Folder of the run, may be gs://...; runs/NAME of the config by default."
     )
     flags.mark_flag_as_required("config")
     if distributed:

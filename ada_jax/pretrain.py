@@ -4,6 +4,7 @@ python -m ada_jax.pretrain --config=experiments/pretrain_edsr.py[:PRESET] [--wor
 python -m ada_jax.pretrain --config=experiments/pretrain_cae.py [--workdir=DIR]
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -429,9 +430,9 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> int | None:
     log = logbook.Logbook(workdir, int(state.step))
 
     started = time.monotonic()
-    state, interrupted = train(parts, state, key, checkpoints, extra, log)
+    with contextlib.closing(log):
+        state, interrupted = train(parts, state, key, checkpoints, extra, log)
     checkpoints.close()
-    log.close()
     if interrupted:
         logging.warning("SIGTERM: saved step %d; the same command goes on.", state.step)
         return cli.INTERRUPTED

@@ -498,9 +498,9 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> int | None:
     log = logbook.Logbook(workdir, int(state.step), write=jax.process_index() == 0)
 
     started = time.monotonic()
-    state, interrupted = train(parts, state, thetas, key, checkpoints, extra, log)
+    with contextlib.closing(log):
+        state, interrupted = train(parts, state, thetas, key, checkpoints, extra, log)
     checkpoints.close()
-    log.close()
     if interrupted:
         logging.warning("SIGTERM: saved step %d; the same command goes on.", state.step)
         return cli.INTERRUPTED
