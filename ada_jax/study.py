@@ -360,14 +360,15 @@ def main(argv: list[str]) -> None:
             f"--batch_size={f.batch_size} and --examples={f.examples} must be positive, and the "
             f"batch divisible by --cpu_devices={f.cpu_devices}."
         )
-    cli.make_folder("out", f.out)
-    paths.check_bucket(f"--workdir={f.workdir}", f.workdir)
+    for flag in ("out", "workdir"):
+        paths.check_bucket(f"--{flag}={f[flag].value}", f[flag].value)
     cli.set_up_devices(f.cpu_devices, "~/.cache/ada_jax")
     nets = {name: corruption_nets.make(name) for name in f.nets}
     images, labels, classes = load_images(f.dataset, f.split, f.data_dir, f.examples, f.seed)
     common = {"dataset": f.dataset, "split": f.split, "examples": f.examples, "seed": f.seed}
     common["nets"] = {name: checkpoint.digest(net.theta) for name, net in nets.items()}
     json_path, png_path = (os.path.join(f.out, f"{study}.{kind}") for kind in ("json", "png"))
+    cli.make_folder("out", f.out)
 
     if study == "ssim":
         settings = common | {"radii": f.radii, "workdir": f.workdir, "attack_steps": f.attack_steps}

@@ -465,6 +465,7 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_one_before(tmp_path):
 # ------------------------------------------------------------------------ in a bucket
 
 
+@pytest.mark.slow
 def test_weights_in_a_bucket(cloud):
     path = f"{cloud.folder()}/w.safetensors"
     with pytest.raises(UserError, match=f"no weights file {path}"):

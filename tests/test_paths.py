@@ -10,7 +10,7 @@ from ada_jax import figures, paths
 from ada_jax.errors import UserError
 
 
-@pytest.fixture(params=["here", "in a bucket"])
+@pytest.fixture(params=["here", pytest.param("in a bucket", marks=pytest.mark.slow)])
 def folder(request, tmp_path):
     """A folder of either kind."""
     if request.param == "here":
