@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from absl import logging
 
+from ada_jax import paths
 from ada_jax.errors import UserError
 
 Tree = Any  # A pytree of arrays.
@@ -58,7 +59,7 @@ def save_weights(
     as JSON.
 
     Args:
-      path: the local file to write or replace; missing folders are made.
+      path: the file to write or replace, local or gs://...; missing folders are made.
       tree: pytree of finite arrays, returned by `load_weights` as nested dicts.
       metadata: what a reader must know: classifier, number of classes, ...
 
@@ -93,7 +94,8 @@ def save_weights(
     fields["metadata_digest"] = _json_digest(fields)
     encoded = {name: json.dumps(value, allow_nan=False) for name, value in fields.items()}
     try:
-        _write_atomically(path, safetensors.numpy.save(flat, encoded))
+        paths.make_folder(os.path.dirname(path) or ".")
+        paths.write(path, safetensors.numpy.save(flat, encoded))
     except OSError as error:
         raise UserError(
             f"The weights could not be written to {path} ({error}): "
@@ -108,7 +110,7 @@ def load_weights(
     """Reads weights written by `save_weights` and verifies all of them.
 
     Args:
-      path: the local safetensors file.
+      path: the safetensors file, local or gs://...
       like: pytree of arrays or `jax.ShapeDtypeStruct` whose names and shapes the file must have;
         dtypes may differ.
 
@@ -120,7 +122,8 @@ def load_weights(
       UserError: the file is missing, damaged, foreign, not finite, or does not fit `like`.
     """
     path = os.fspath(path)
-    if not os.path.exists(path):
+    paths.check_bucket(f"The weights file {path}", path)
+    if not paths.exists(path):
         raise UserError(f"There is no weights file {path}: check the path.")
     flat, fields = _read_safetensors(path)
     if fields.get("format") != _FORMAT:
@@ -179,12 +182,14 @@ class Checkpoints:
         self._ocp = ocp
         root = epath.Path(workdir)  # Its `absolute` takes 'gs://...' for a local name.
         self._folder = (root if root.is_absolute() else root.absolute()) / "checkpoints"
+        paths.check_bucket(f"The folder {self._folder}", self._folder)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.LatestN(keep),
             lightweight_initialize=True,  # Else a damaged metadata file can fail the opening.
         )
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            with paths.os_errors(self._folder):
+                self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
                 f"The folder {self._folder} cannot be used for checkpoints ({error}): "
@@ -503,7 +508,10 @@ def _read_safetensors(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]
     import safetensors
 
     try:
-        with safetensors.safe_open(path, framework="np") as file:
+        with (
+            paths.local_copy(path) as copy,
+            safetensors.safe_open(copy, framework="np") as file,
+        ):
             fields = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
             return {name: file.get_tensor(name) for name in file.keys()}, fields  # noqa: SIM118
     except Exception as error:  # Its parts raise whatever the damaged bytes lead them to.
@@ -511,24 +519,3 @@ def _read_safetensors(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]
             f"The file {path} is not a whole safetensors file of ada_jax ({_one_line(error)}): "
             "copy it again, or save it with ada_jax.checkpoint.save_weights (pickles are not read)."
         ) from error
-
-
-def _write_atomically(path: str, content: bytes) -> None:
-    folder, name = os.path.split(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
-    temporary = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)  # The rename itself must survive a power cut too.
-    finally:
-        os.close(handle)

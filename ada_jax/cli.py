@@ -16,7 +16,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from ada_jax import hosts
+from ada_jax import hosts, paths
 from ada_jax.errors import UserError
 
 INTERRUPTED = 143  # exit status after SIGTERM: state saved, start the same command to go on
@@ -36,7 +36,7 @@ def run(
         "config", None, "File with get_config(), as experiments/cifar10.py or FILE:WORDS."
     )
     workdir = flags.DEFINE_string(
-        "workdir", None, "Folder of the run; by default runs/NAME, NAME from the config."
+        "workdir", None, "Folder of the run, may be gs://...; runs/NAME of the config by default."
     )
     flags.mark_flag_as_required("config")
     if distributed:
@@ -120,10 +120,11 @@ def make_folder(flag: str, path: str) -> None:
     """Makes a folder that a flag names, with those above it.
 
     Raises:
-      UserError: it cannot be made.
+      UserError: it cannot be made, or is in a bucket that cannot be used.
     """
+    paths.check_bucket(f"--{flag}={path}", path)
     try:
-        os.makedirs(path, exist_ok=True)
+        paths.make_folder(path)
     except OSError as error:
         raise UserError(
             f"--{flag}={path} cannot be made a folder ({error.strerror}): name another."
@@ -140,8 +141,7 @@ def set_up_devices(cpu_devices: int, compilation_cache: str) -> None:
     if cpu_devices:
         jax.config.update("jax_num_cpu_devices", cpu_devices)
     if compilation_cache:
-        folder = str(pathlib.Path(compilation_cache).expanduser())
-        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(compilation_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     _keep_freed_memory()
 

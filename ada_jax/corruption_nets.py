@@ -77,7 +77,7 @@ def make(name: str, weights: str | None = None, *, enlarge: int = 1) -> Corrupti
       UserError: unknown name, no weights, or weights of another network.
     """
     net = architecture(name)
-    path = pathlib.Path(weights) if weights else WEIGHTS / f"{name}.safetensors"
+    path = weights or WEIGHTS / f"{name}.safetensors"
     if not weights and not path.exists():
         shipped = sorted(p.stem for p in WEIGHTS.glob("*.safetensors"))
         raise UserError(

@@ -32,7 +32,7 @@ from absl import flags
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
-from ada_jax import npy_files
+from ada_jax import npy_files, paths
 from ada_jax.errors import UserError
 
 if TYPE_CHECKING:  # Only the binary needs it, and its worker processes start quicker without.
@@ -832,7 +832,7 @@ def write_set(
     names, severities = tuple(dict.fromkeys(names)), tuple(sorted(set(severities)))
     _check_request(names, severities, seed, table, processes)
     _check_images(np.empty((0, *dataset.image_shape), np.uint8))
-    out = pathlib.Path(out).expanduser()
+    out = paths.local(f"--out={out}", out)
     with npy_files.alone_in(out):
         npy_files.check_folder(out)
         sha256, labels = digest(dataset)

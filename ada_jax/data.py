@@ -27,7 +27,7 @@ import tqdm
 from jax import lax
 from PIL import Image
 
-from ada_jax import keys, photographs
+from ada_jax import keys, paths, photographs
 from ada_jax.errors import UserError
 
 NAMES = ("mnist5k", "cifar10", "imagenet2012", "folder", "npz")
@@ -692,7 +692,7 @@ def _data_path(data_dir: Any, name: str, what: str) -> pathlib.Path:
         raise UserError(
             f"config.data_dir is not set, and config.dataset = {name!r} needs it: give {what}."
         )
-    return pathlib.Path(data_dir).expanduser().absolute()
+    return paths.local(f"config.data_dir = {str(data_dir)!r}", data_dir).absolute()
 
 
 def _listed(names: Iterable[Any]) -> str:

@@ -37,6 +37,7 @@ from ada_jax import (
     distortions,
     figures,
     npy_files,
+    paths,
 )
 from ada_jax.errors import UserError
 
@@ -139,7 +140,7 @@ def write_set(
       UserError: if a field does not fit, or the folder has anything else in it.
     """
     validate(config)
-    out = pathlib.Path(out).expanduser()
+    out = paths.local(f"--out={out}", out)
     fields = zip(config.nets, config.weights, config.enlarge, strict=True)
     nets = {
         name: (jax.tree.map(np.asarray, corruption_nets.make(name, path or None).theta), factor)
@@ -325,7 +326,7 @@ def open_set(folder: str | os.PathLike[str], dataset: data.Dataset, copies: int)
     Raises:
       UserError: the set is missing, made from other images, or has fewer copies.
     """
-    folder = pathlib.Path(folder).expanduser()
+    folder = paths.local(f"config.deepaugment.dir={os.fspath(folder)!r}", folder)
     where = f"config.deepaugment.dir={str(folder)!r}"
     manifest = _read_manifest(folder, where)
     if manifest["data_sha256"] != data.fingerprint(dataset):

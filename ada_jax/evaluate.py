@@ -38,6 +38,7 @@ from ada_jax import (
     hosts,
     logbook,
     losses,
+    paths,
     photographs,
     worst_case,
 )
@@ -309,7 +310,8 @@ def _from_folder(
     config: ml_collections.ConfigDict, clean: data.Dataset, names: Sequence[str], size: int
 ) -> tuple[dict[Cell, data.Dataset], dict[str, Any]]:
     """Opens a "-C" set in the published layout, see `corruptions.write_set`, memory-mapped."""
-    folder = pathlib.Path(config.eval_c_dir).expanduser().absolute()
+    what = f"config.eval_c_dir (--c_dir) = {config.eval_c_dir!r}"
+    folder = paths.local(what, config.eval_c_dir).absolute()
     _check_whole(folder)
     sha256, clean_labels = corruptions.digest(clean)
     labels = _read_labels(folder, clean_labels)
@@ -471,11 +473,10 @@ def with_earlier(results: Results, path: str | os.PathLike[str]) -> Results:
     Raises:
       UserError: it is damaged, of another schema, or of other weights, data or corruptions.
     """
-    path = pathlib.Path(path)
-    if not path.exists():
+    if not paths.exists(path):
         return results
     try:
-        before = dict(json.loads(path.read_text()))
+        before = dict(json.loads(paths.read(path)))
         _check_same(results, before, path)
         _check_rows(before)
         seconds = float(before["seconds"])
@@ -489,7 +490,7 @@ def with_earlier(results: Results, path: str | os.PathLike[str]) -> Results:
     return before | results | {"seconds": seconds} | _means(before)
 
 
-def _check_same(results: Results, before: Results, path: pathlib.Path) -> None:
+def _check_same(results: Results, before: Results, path: paths.AnyPath) -> None:
     """Refuses a file whose numbers cannot stand beside those that are to be measured."""
 
     def facts(of: Results) -> dict[str, Any]:
@@ -558,9 +559,9 @@ def write(path: str | os.PathLike[str], results: Results) -> None:
     """Writes a results file whole or not at all, by the first process alone."""
     if jax.process_index() != 0:
         return
-    path = pathlib.Path(path)
+    path = paths.at(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        paths.make_folder(path.parent)
         logbook.write_json(path, results)
     except OSError as error:
         raise UserError(
@@ -720,9 +721,9 @@ def config_of_run(workdir: str) -> ml_collections.ConfigDict:
     Raises:
       UserError: there is none in `workdir`, or it is damaged.
     """
-    path = pathlib.Path(workdir) / "config.json"
+    path = paths.at(workdir) / "config.json"
     try:
-        fields = dict(json.loads(path.read_text()))
+        fields = dict(json.loads(paths.read(path)))
     except FileNotFoundError as error:
         raise UserError(
             f"--workdir={workdir} has no config.json, so no run was started there: name a run's "
@@ -765,6 +766,8 @@ def _check_flags(argv: list[str]) -> None:
         )
     if not values.workdir and not (values.config and values.out):
         raise UserError(f"--{given[0]} needs --config=FILE and --out=FILE beside it: give both.")
+    for flag in ("workdir", "weights", "out"):
+        paths.check_bucket(f"--{flag}={values[flag].value}", values[flag].value or "")
 
 
 def load_variables(
@@ -783,14 +786,15 @@ def load_variables(
     Raises:
       UserError: there are none, or they are damaged or of another architecture.
     """
-    path, images = pathlib.Path(path), jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    path, images = paths.at(path), jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     init = functools.partial(classifier.init, is_training=True)
     params, state = jax.eval_shape(init, jax.random.key(0), images)
-    file = path / "classifier.safetensors" if path.is_dir() else path
-    if file.is_file() or not path.is_dir():
+    folder = paths.is_dir(path)
+    file = path / "classifier.safetensors" if folder else path
+    if paths.exists(file) or not folder:
         tree, metadata = checkpoint.load_weights(file, {"params": params, "state": state})
         return tree["params"], tree.get("state", {}), int(metadata.get("step", 0))
-    if (path / "checkpoints").is_dir():
+    if paths.is_dir(path / "checkpoints"):
         checkpoints = checkpoint.Checkpoints(path, keep=1)
         found = checkpoints.read_latest({"params": params, "net_state": state})
         checkpoints.close()

@@ -1,10 +1,12 @@
 """Pictures."""
 
-import os
+import io
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from ada_jax import paths
 
 
 def adversarial_rows(
@@ -257,5 +259,6 @@ def _words(name: str) -> str:
 
 def _save(figure: Any, path: str) -> None:
     """Writes a PNG whole or not at all."""
-    figure.savefig(f"{path}.tmp", format="png", dpi=120)
-    os.replace(f"{path}.tmp", path)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=120)
+    paths.write(path, content.getvalue())

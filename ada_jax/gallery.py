@@ -2,10 +2,9 @@
 
 import base64
 import html
-import pathlib
 from typing import NamedTuple
 
-from ada_jax import tables
+from ada_jax import paths, tables
 from ada_jax.tables import Cell, Table
 
 
@@ -158,7 +157,7 @@ def _align(cell: Cell) -> str:
 
 
 def _figure(picture: Picture) -> str:
-    data = base64.b64encode(pathlib.Path(picture.path).read_bytes()).decode()
+    data = base64.b64encode(paths.read(picture.path)).decode()
     return (
         f'<figure><div class="scroll" role="region" aria-label="Figure" tabindex="0">'
         f'<img src="data:image/png;base64,{data}" alt="{html.escape(picture.alt)}"></div>\n'

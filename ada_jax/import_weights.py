@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from ada_jax import checkpoint, cli, corruption_nets
+from ada_jax import checkpoint, cli, corruption_nets, paths
 from ada_jax.errors import UserError
 
 StateDict = dict[str, np.ndarray]
@@ -266,7 +266,8 @@ def main(argv: list[str]) -> None:
     _, network, source, out = argv
     if network not in _NETWORKS:
         raise UserError(f"{network!r} is unknown: choose one of {', '.join(_NETWORKS)}.")
-    if os.path.exists(out):
+    paths.check_bucket(out, out)
+    if paths.exists(out):
         raise UserError(f"{out} exists and is not overwritten: remove it or name another file.")
     print((export_file if flags.FLAGS.export else import_file)(network, source, out))
 

@@ -15,6 +15,7 @@ import numpy as np
 import tqdm
 from absl import logging
 
+from ada_jax import paths
 from ada_jax.errors import UserError
 
 Record = dict[str, Any]
@@ -33,59 +34,49 @@ class Logbook:
         """
         from clu import metric_writers  # imports TensorFlow: takes seconds
 
-        self._file = None
+        self._journal = None
         self._writer = metric_writers.create_default_writer(
             os.path.join(workdir, "tensorboard"), just_logging=not write, asynchronous=False
         )
         if write:
-            path = pathlib.Path(workdir) / "metrics.jsonl"
-            _keep_until(path, step)
-            self._file = path.open("a")
+            kept = [json.dumps(r) + "\n" for r in read(workdir) if r["step"] <= step]
+            self._journal = paths.Journal(os.path.join(workdir, "metrics.jsonl"), "".join(kept))
 
     def write(self, step: int, kind: str, metrics: dict[str, float]) -> None:
         """Writes one record of scalars: kind is 'train', 'eval' and so on."""
         metrics = {k: float(v) for k, v in metrics.items()}
         self._writer.write_scalars(step, {f"{kind}/{k}": v for k, v in metrics.items()})
-        if self._file:
-            self._file.write(json.dumps({"step": step, "kind": kind, **metrics}) + "\n")
-            self._file.flush()
+        if self._journal:
+            self._journal.write(json.dumps({"step": step, "kind": kind, **metrics}) + "\n")
+
+    def flush(self) -> None:
+        """Call it before a checkpoint: a resumed run does not write the lines before it again."""
+        if self._journal:
+            self._journal.flush()
 
     def close(self) -> None:
         """Writes out what is buffered."""
         self._writer.flush()
         self._writer.close()
-        if self._file:
-            self._file.close()
+        if self._journal:
+            self._journal.close()
 
 
 def read(workdir: str) -> list[Record]:
     """The records of a run; a last line cut short by a kill is left out."""
-    path = pathlib.Path(workdir) / "metrics.jsonl"
+    path = os.path.join(workdir, "metrics.jsonl")
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in paths.read(path).splitlines() if paths.exists(path) else []:
         try:
             records.append(json.loads(line))
-        except json.JSONDecodeError:
+        except ValueError:
             break
     return records
 
 
-def _keep_until(path: pathlib.Path, step: int) -> None:
-    records = [r for r in read(str(path.parent)) if r["step"] <= step]
-    write_atomically(path, "".join(json.dumps(r) + "\n" for r in records))
-
-
-def write_atomically(path: str | os.PathLike, text: str) -> None:
-    """Writes a text file whole or not at all."""
-    path = pathlib.Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Writes a JSON file whole or not at all."""
-    write_atomically(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+    paths.write(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def finite(pending: list[dict[str, Any]], step: int, *, advice: str) -> list[dict[str, float]]:

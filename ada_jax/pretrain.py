@@ -4,6 +4,7 @@ python -m ada_jax.pretrain --config=experiments/pretrain_edsr.py[:PRESET] [--wor
 python -m ada_jax.pretrain --config=experiments/pretrain_cae.py [--workdir=DIR]
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -18,7 +19,7 @@ import numpy as np
 import optax
 from absl import logging
 
-from ada_jax import checkpoint, cli, corruption_nets, data, keys, logbook, ssim
+from ada_jax import checkpoint, cli, corruption_nets, data, keys, logbook, paths, ssim
 from ada_jax.errors import UserError
 
 PHOTOS = {  # scikit-image's colour photographs that come inside its package
@@ -412,6 +413,7 @@ def build(config: ml_collections.ConfigDict) -> Parts:
 def main(config: ml_collections.ConfigDict, workdir: str) -> int | None:
     """Trains, or goes on training, in `workdir`; returns an exit status."""
     validate(config)
+    paths.check_bucket(f"--workdir={workdir}", workdir)
     cli.set_up_devices(0, config.compilation_cache)
     parts = build(config)
     key = jax.random.key(config.seed)
@@ -428,9 +430,9 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> int | None:
     log = logbook.Logbook(workdir, int(state.step))
 
     started = time.monotonic()
-    state, interrupted = train(parts, state, key, checkpoints, extra, log)
+    with contextlib.closing(log):
+        state, interrupted = train(parts, state, key, checkpoints, extra, log)
     checkpoints.close()
-    log.close()
     if interrupted:
         logging.warning("SIGTERM: saved step %d; the same command goes on.", state.step)
         return cli.INTERRUPTED
@@ -490,10 +492,12 @@ def train(
                 log.write(step, "eval", quality)
             if every(config.checkpoint_steps, step) and step < total_steps:
                 pending = finite(pending, step)
+                log.flush()
                 checkpoints.save(step, state, extra | {"pending": pending})
         timer.close()
         state = jax.device_get(state)
         # Still inside, for a second SIGTERM must not end the process before this is written.
+        log.flush()
         checkpoints.save(step, state, extra | {"pending": finite(pending, step)}, wait=True)
     return state, step < total_steps
 
@@ -549,7 +553,7 @@ def finish(parts: Parts, workdir: str, state: TrainState, seconds: float) -> Non
         ("network", f"{name}, {sum(a.size for a in leaves):,} numbers in {len(leaves)} leaves"),
         ("reconstruction", f"PSNR {quality['psnr']:.2f} dB, SSIM {quality['ssim']:.4f}"),
         ("held out", f"{quality['examples']:.0f} patches of {config.dataset}"),
-        ("weights", f"{path}, {os.path.getsize(path) / 1e6:.2f} MB"),
+        ("weights", f"{path}, {len(paths.read(path)) / 1e6:.2f} MB"),
         ("sha256 of the arrays", digest[:16]),
         ("time", logbook.clock(seconds)),
     ]

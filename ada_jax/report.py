@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from absl import flags, logging
 
-from ada_jax import cli, corruptions, figures, gallery, logbook, tables, worst_case
+from ada_jax import cli, corruptions, figures, gallery, logbook, paths, tables, worst_case
 from ada_jax.errors import UserError
 from ada_jax.tables import Cell, Table
 
@@ -123,14 +123,15 @@ def read(path: str) -> list[Result]:
       UserError: there is no such file, it is cut short, of another schema, or its numbers
         contradict each other.
     """
-    file = os.path.join(path, "results.json") if os.path.isdir(path) else path
-    if not os.path.isfile(file):
+    paths.check_bucket(path, path)
+    file = os.path.join(path, "results.json") if paths.is_dir(path) else path
+    if not paths.at(file).is_file():
         raise UserError(
             f"{file} is not there: name results files or folders of runs, and evaluate a run first "
             "with python -m ada_jax.evaluate --workdir=DIR."
         )
     try:
-        content = json.loads(pathlib.Path(file).read_text())
+        content = json.loads(paths.read(file))
     except ValueError as error:  # bad JSON or bad UTF-8
         raise UserError(f"{file} is not whole JSON ({error}): evaluate again.") from error
     schema = content.get("schema") if isinstance(content, dict) else None
@@ -646,7 +647,7 @@ def _pairs(results: list[Result]) -> list[gallery.Picture]:
     """The pictures of clean and augmented images that training left beside the results."""
     found = []
     for result in results:
-        for path in sorted(pathlib.Path(result.file).parent.glob("adversarial_*.png")):
+        for path in paths.glob(os.path.dirname(result.file), "adversarial_*.png"):
             net = path.stem.removeprefix("adversarial_")
             alt = (
                 f"{result.fields['name']}, seed {result.fields['seed']}, attacked through {net}: "
@@ -678,8 +679,8 @@ def main(argv: list[str]) -> None:
             "No results are named: give results files or folders of runs, or --paper for the "
             "paper's own numbers."
         )
-    paths = [*argv[1:], *([str(PUBLISHED)] if f.paper else [])]
-    everything = [result for path in paths for result in read(path)]
+    files = [*argv[1:], *([str(PUBLISHED)] if f.paper else [])]
+    everything = [result for file in files for result in read(file)]
     results = [result for result in everything if not result.published]
     ours, paper = rows(results), rows(result for result in everything if result.published)
     made = {
@@ -692,9 +693,7 @@ def main(argv: list[str]) -> None:
         pictures = draw(f.figures, ours, paper, results)
         page = os.path.join(f.figures, "index.html")
         title = "Robustness to common corruptions"
-        logbook.write_atomically(
-            page, gallery.page(title, [t for t in made.values() if t.groups], pictures)
-        )
+        paths.write(page, gallery.page(title, [t for t in made.values() if t.groups], pictures))
         for path in (*(p.path for p in pictures if p.section == "figures"), page):
             logging.info("wrote %s", path)
     names = [name for name in f.table if made[name].groups]

@@ -28,6 +28,7 @@ from ada_jax import (
     figures,
     logbook,
     losses,
+    paths,
     perturbation,
     pretrain,
     ssim,
@@ -338,10 +339,9 @@ def read_results(path: str, settings: dict[str, Any]) -> dict[str, Any]:
     Raises:
       UserError: the file is of other settings.
     """
-    if not os.path.exists(path):
+    if not paths.exists(path):
         return {}
-    with open(path) as file:
-        written = json.load(file)
+    written = json.loads(paths.read(path))
     if written["settings"] != json.loads(json.dumps(settings)):
         raise UserError(f"{path} is of other settings: name another --out or remove the file.")
     return written["results"]
@@ -360,13 +360,15 @@ def main(argv: list[str]) -> None:
             f"--batch_size={f.batch_size} and --examples={f.examples} must be positive, and the "
             f"batch divisible by --cpu_devices={f.cpu_devices}."
         )
+    for flag in ("out", "workdir"):
+        paths.check_bucket(f"--{flag}={f[flag].value}", f[flag].value)
     cli.set_up_devices(f.cpu_devices, "~/.cache/ada_jax")
     nets = {name: corruption_nets.make(name) for name in f.nets}
     images, labels, classes = load_images(f.dataset, f.split, f.data_dir, f.examples, f.seed)
     common = {"dataset": f.dataset, "split": f.split, "examples": f.examples, "seed": f.seed}
     common["nets"] = {name: checkpoint.digest(net.theta) for name, net in nets.items()}
     json_path, png_path = (os.path.join(f.out, f"{study}.{kind}") for kind in ("json", "png"))
-    os.makedirs(f.out, exist_ok=True)
+    cli.make_folder("out", f.out)
 
     if study == "ssim":
         settings = common | {"radii": f.radii, "workdir": f.workdir, "attack_steps": f.attack_steps}

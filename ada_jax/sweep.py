@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 from absl import flags, logging
 from ml_collections import config_flags
 
-from ada_jax import checkpoint, cli, logbook, report, tables, train
+from ada_jax import checkpoint, cli, paths, report, tables, train
 from ada_jax.errors import UserError
 
 _TRAIN = ("-m", "ada_jax.train")
@@ -248,10 +248,10 @@ def finished(point: Point, out: str) -> dict[str, Any] | None:
     Its results file is of the point's config, has every set, the attack's errors and pictures if
     they are wanted, and is of the step that the weights are of, which a run writes at its end.
     """
-    workdir = pathlib.Path(out) / point.name
+    workdir = os.path.join(out, point.name)
     try:
-        results = dict(json.loads((workdir / "results.json").read_text()))
-        _, weights = checkpoint.load_weights(workdir / "classifier.safetensors")
+        results = dict(json.loads(paths.read(os.path.join(workdir, "results.json"))))
+        _, weights = checkpoint.load_weights(os.path.join(workdir, "classifier.safetensors"))
     except (OSError, ValueError, TypeError):  # Missing or damaged; a UserError is a ValueError.
         return None
     config = point.config
@@ -346,7 +346,9 @@ def start(point: Point, out: str) -> subprocess.Popen:
 
 
 def _log(point: Point, out: str) -> pathlib.Path:
-    return pathlib.Path(out) / point.name / "log.txt"
+    """Of the run's output, which is also its lock; for a bucket it lies in runs/BUCKET/..."""
+    folder = os.path.join("runs", out.removeprefix("gs://")) if paths.in_bucket(out) else out
+    return pathlib.Path(folder) / point.name / "log.txt"
 
 
 def _cannot_start(point: Point, out: str, error: OSError) -> str:
@@ -388,8 +390,8 @@ def show_report(files: Sequence[str]) -> None:
 def collect(points: Sequence[Point], out: str, folder: str) -> None:
     """Copies every point's results file to FOLDER/POINT.json."""
     for point in points:
-        text = (pathlib.Path(out) / point.name / "results.json").read_text()
-        logbook.write_atomically(os.path.join(folder, f"{point.name}.json"), text)
+        results = paths.read(os.path.join(out, point.name, "results.json"))
+        paths.write(os.path.join(folder, f"{point.name}.json"), results)
 
 
 def main(argv: list[str], overrides: Sequence[str] = ()) -> int | None:

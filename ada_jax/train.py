@@ -36,6 +36,7 @@ from ada_jax import (
     keys,
     logbook,
     losses,
+    paths,
     perturbation,
     ssim,
 )
@@ -503,6 +504,8 @@ def make_corruption_nets(
 def main(config: ml_collections.ConfigDict, workdir: str) -> int | None:
     """Trains, or goes on training, in `workdir`; returns an exit status."""
     validate(config)
+    paths.check_bucket(f"--workdir={workdir}", workdir)
+    paths.check_bucket(f"config.init_weights={config.init_weights!r}", config.init_weights)
     cli.set_up_devices(config.cpu_devices, config.compilation_cache)
     validate_devices(config, jax.device_count())
     hosts.check_shared(workdir)
@@ -528,9 +531,9 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> int | None:
     log = logbook.Logbook(workdir, int(state.step), write=jax.process_index() == 0)
 
     started = time.monotonic()
-    state, interrupted = train(parts, state, thetas, key, checkpoints, extra, log)
+    with contextlib.closing(log):
+        state, interrupted = train(parts, state, thetas, key, checkpoints, extra, log)
     checkpoints.close()
-    log.close()
     if interrupted:
         logging.warning("SIGTERM: saved step %d; the same command goes on.", state.step)
         return cli.INTERRUPTED
@@ -593,10 +596,12 @@ def train(
                 log.write(step, "corruptions", corruption_errors(parts, state))
             if save_at(step) and step < total_steps:
                 pending = finite(pending, step)
+                log.flush()
                 checkpoints.save(step, unreplicate(state), extra | {"pending": pending})
         timer.close()
         state = unreplicate(state)
         # Still inside, for a second SIGTERM must not end the process before this is written.
+        log.flush()
         checkpoints.save(step, state, extra | {"pending": finite(pending, step)}, wait=True)
     return state, step < total_steps
 

@@ -3,6 +3,7 @@
 import io
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 from unittest import mock
 
 import jax
@@ -60,3 +61,23 @@ def _prepare(root: pathlib.Path, name: str, splits: dict[str, list[bytes]]) -> N
         builder.download_and_prepare(
             download_config=tfds.download.DownloadConfig(manual_dir=str(root))
         )
+
+
+@pytest.fixture(scope="session")
+def buckets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Google Cloud Storage on this machine, a `gcs.Emulator` with gs://bucket."""
+    import gcs
+
+    emulator = gcs.Emulator(tmp_path_factory.mktemp("gcs"), "bucket", "secret", "shown")
+    emulator.forbidden.add("secret")
+    emulator.read_only.add("shown")
+    yield emulator
+    emulator.stop()
+
+
+@pytest.fixture
+def cloud(buckets: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The same, where all clients of the test and of what it starts find it."""
+    for name, value in buckets.environment.items():
+        monkeypatch.setenv(name, value)
+    return buckets

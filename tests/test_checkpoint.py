@@ -462,6 +462,38 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_one_before(tmp_path):
     assert os.listdir(tmp_path / "checkpoints") == ["2"]
 
 
+# ------------------------------------------------------------------------ in a bucket
+
+
+@pytest.mark.slow
+def test_weights_in_a_bucket(cloud):
+    path = f"{cloud.folder()}/w.safetensors"
+    with pytest.raises(UserError, match=f"no weights file {path}"):
+        load_weights(path)
+    save_weights(path, WEIGHTS, {"classifier": "resnet9"})
+    assert_same(load_weights(path)[0], WEIGHTS)
+    cloud.cut(path)
+    with pytest.raises(UserError, match=f"{path} is not a whole safetensors file"):
+        load_weights(path)
+
+
+@pytest.mark.slow
+def test_unfinished_and_damaged_steps_in_a_bucket_give_the_one_before(cloud):
+    workdir = cloud.folder()
+    save_steps(workdir, 1, 2, 3, keep=3)
+    cloud.remove(f"{workdir}/checkpoints/3/commit_success.txt")  # As a kill leaves it.
+    cloud.cut(f"{workdir}/checkpoints/2/meta/metadata")
+    with opened(workdir) as checkpoints:
+        state, _, step = checkpoints.restore(make_state(0), EXPECT)
+        assert step == 1
+        assert_same(state, make_state(1))
+    assert cloud.has(f"{workdir}/checkpoints/torn-2/meta/metadata")
+    save_steps(workdir, 2, 3, keep=1)
+    with opened(workdir) as checkpoints:
+        assert_same(checkpoints.restore(make_state(0), EXPECT)[0], make_state(3))
+    assert not cloud.has(f"{workdir}/checkpoints/1/commit_success.txt")
+
+
 def test_importing_does_not_import_orbax():
     code = "import ada_jax.checkpoint, sys; sys.exit('orbax' in sys.modules)"
     folder = pathlib.Path(checkpoint.__file__).parents[1]

@@ -22,6 +22,17 @@ def test_a_resumed_log_drops_what_will_be_written_again_and_a_torn_last_line(tmp
     ]
 
 
+def test_a_killed_run_s_log_in_a_bucket_lacks_no_line_before_its_last_checkpoint(cloud):
+    workdir = cloud.folder()
+    log = logbook.Logbook(workdir, step=0)
+    for step in (10, 20, 30, 40):
+        log.write(step, "train", {"loss": 1 / step})
+        if step == 30:
+            log.flush()
+    logbook.Logbook(workdir, step=20).close()
+    assert [record["step"] for record in logbook.read(workdir)] == [10, 20]
+
+
 def test_summary_takes_the_least_of_minima_and_the_mean_of_the_rest():
     steps = [{"loss": 1.0, "ssim_min": 0.5}, {"loss": 3.0, "ssim_min": 0.25}]
     assert logbook.summarise(steps) == {"loss": 2.0, "ssim_min": 0.25}

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from ada_jax import checkpoint, cli, corruption_nets, logbook, train
+from ada_jax import checkpoint, cli, corruption_nets, logbook, paths, report, train
 from ada_jax.errors import UserError
 from experiments import cifar10, finetune, imagenet, quickstart
 from experiments import deepaugment as deepaugment_config
@@ -266,6 +266,10 @@ def test_batches_that_the_devices_do_not_divide(changes, said):
         (["--config.ada.steps=-1"], "config.ada.steps=-1"),
         (["--config.ada.corruption_weights=README.md"], "README.md"),
         (["--config.dataset=folder", "--config.data_dir=/nowhere"], "/nowhere"),
+        (
+            ["--config.dataset=npz", "--config.data_dir=gs://a/b.npz"],
+            "'gs://a/b.npz' is in a bucket",
+        ),
         (["word"], "word"),
     ],
 )
@@ -590,6 +594,49 @@ def test_sigterm_saves_and_the_same_command_goes_on(uninterrupted):
     process.kill()
     process.communicate()
     assert f"Going on from step {step} ".encode() in seen
+
+
+@pytest.mark.slow
+def test_a_run_in_a_bucket_is_stopped_and_ends_as_one_on_this_machine(uninterrupted, cloud):
+    folder, flags, _ = uninterrupted
+    workdir = cloud.folder()
+    whole, saved = str(folder / "whole"), f"{workdir}/checkpoints/2/commit_success.txt"
+    process = subprocess.Popen(command(workdir, *flags), cwd=ROOT, stderr=subprocess.PIPE)
+    while not cloud.has(saved):
+        time.sleep(0.05)
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == cli.INTERRUPTED, errors.decode()
+    done = run(workdir, *flags)
+    assert done.returncode == 0, done.stderr
+    assert "Going on from step" in done.stderr and f"of {workdir}" in done.stderr
+    assert comparable(workdir) == comparable(whole)
+    chex.assert_trees_all_equal(
+        *(checkpoint.load_weights(f"{w}/classifier.safetensors") for w in (whole, workdir))
+    )
+    assert cloud.content(f"{workdir}/adversarial_edsr_small.png").startswith(b"\x89PNG")
+
+    cloud.remove(f"{workdir}/results.json")
+    evaluation = [sys.executable, "-m", "ada_jax.evaluate", f"--workdir={workdir}"]
+    subprocess.run(evaluation, cwd=ROOT, check=True, timeout=300)
+    theirs, ours = (json.loads(paths.read(f"{w}/results.json")) for w in (whole, workdir))
+    assert {k: ours[k] for k in ("clean", "corruptions", "weights_digest")} == {
+        k: theirs[k] for k in ("clean", "corruptions", "weights_digest")
+    }
+    (row,) = report.read(workdir)
+    assert row.fields["clean"] == theirs["clean"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bucket", ["nowhere", "secret", "shown"])
+def test_a_bucket_that_cannot_be_used_is_named_before_the_first_step(cloud, bucket):
+    started = time.monotonic()
+    done = run(f"gs://{bucket}/run")
+    assert time.monotonic() - started < 60
+    (error,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert done.returncode == 2 and f"gs://{bucket}/run" in error
+    assert "Traceback" not in done.stderr and "step 1" not in done.stderr
 
 
 @pytest.mark.slow

@@ -7,9 +7,9 @@ parameter-free attacks" (2020), section 5, its 'standard' version.
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import os
-import pathlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from ada_jax import keys
+from ada_jax import keys, paths
 from ada_jax.attacks import loops
 from ada_jax.attacks.apgd import apgd
 from ada_jax.attacks.fab import fab
@@ -387,13 +387,11 @@ def _check_classifier(
 # ------------------------------------------------------------------------ what is kept on disk
 
 
-def _open_state(
-    state_dir, key, x, y, logits, epsilon, norm, attacks, constants, batch_size
-) -> pathlib.Path | None:
+def _open_state(state_dir, key, x, y, logits, epsilon, norm, attacks, constants, batch_size) -> Any:
     """The folder for finished batches, found empty or to be of the same call."""
     if state_dir is None:
         return None
-    folder = pathlib.Path(state_dir)
+    folder = paths.at(state_dir)
     data = hashlib.sha256()
     for array in (_key_data(key), x, y):
         data.update(np.ascontiguousarray(array).tobytes())
@@ -407,7 +405,7 @@ def _open_state(
     }
     settings = json.dumps(settings, sort_keys=True)
     start = folder / "start.npz"
-    if start.exists():
+    if paths.exists(start):
         known = _read(start)
         # Not to the last bit: the folder may have come from other devices.
         same = known["logits"].shape == logits.shape and np.allclose(
@@ -419,14 +417,14 @@ def _open_state(
                 "settings, keys or images: delete it or name another."
             )
     else:
-        folder.mkdir(parents=True, exist_ok=True)
+        paths.make_folder(folder)
         _write(start, {"settings": np.array(settings), "logits": logits})
     return folder
 
 
-def _remembered(path: pathlib.Path | None, compute: Callable[[], Arrays]) -> Arrays:
+def _remembered(path: Any, compute: Callable[[], Arrays]) -> Arrays:
     """What the file holds, or else what is computed and written to it; without a path no file."""
-    if path and path.exists():
+    if path and paths.exists(path):
         return _read(path)
     result = compute()
     if path:
@@ -434,16 +432,13 @@ def _remembered(path: pathlib.Path | None, compute: Callable[[], Arrays]) -> Arr
     return result
 
 
-def _write(path: pathlib.Path, arrays: Arrays) -> None:
+def _write(path: paths.AnyPath, arrays: Arrays) -> None:
     """Writes a file whole or not at all."""
-    unfinished = path.with_suffix(".tmp")
-    with unfinished.open("wb") as file:
-        np.savez(file, **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    paths.write(path, content.getvalue())
 
 
-def _read(path: pathlib.Path) -> Arrays:
-    with np.load(path, allow_pickle=False) as file:
+def _read(path: paths.AnyPath) -> Arrays:
+    with np.load(io.BytesIO(paths.read(path)), allow_pickle=False) as file:
         return dict(file)
