@@ -9,8 +9,8 @@ and the data must be those of the run. Words after the colon are those of experi
 the data are those of cifar10.py:small; for others give --config.classifier and so on.
 """
 
-import importlib.util
 import pathlib
+import runpy
 
 import ml_collections
 
@@ -28,7 +28,4 @@ def get_config(words: str = "") -> ml_collections.ConfigDict:
 
 def _cifar10(words: str) -> ml_collections.ConfigDict:
     path = pathlib.Path(__file__).with_name("cifar10.py")
-    spec = importlib.util.spec_from_file_location("cifar10", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(words)
+    return runpy.run_path(str(path))["get_config"](words)

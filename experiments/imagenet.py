@@ -33,8 +33,8 @@ how. A folder of the same images (train/CLASS/*.JPEG beside val/CLASS/*.JPEG) wo
 It is evaluated on whole central squares, and corrupted at the size that is trained on.
 """
 
-import importlib.util
 import pathlib
+import runpy
 
 import ml_collections
 
@@ -94,7 +94,4 @@ def small(config: ml_collections.ConfigDict) -> None:
 
 def _cifar10(words: str) -> ml_collections.ConfigDict:
     path = pathlib.Path(__file__).with_name("cifar10.py")
-    spec = importlib.util.spec_from_file_location("cifar10", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(words)
+    return runpy.run_path(str(path))["get_config"](words)

@@ -11,8 +11,8 @@ shipped ones were trained on CIFAR-10's training images at 32x32, the last 5,000
 The published network saw 5.8 million steps of 128x128 patches of video frames (learning rate 1e-4).
 """
 
-import importlib.util
 import pathlib
+import runpy
 
 import ml_collections
 
@@ -33,7 +33,4 @@ def get_config(preset: str = "cae") -> ml_collections.ConfigDict:
 
 def _edsr(preset: str) -> ml_collections.ConfigDict:
     path = pathlib.Path(__file__).with_name("pretrain_edsr.py")
-    spec = importlib.util.spec_from_file_location("pretrain_edsr", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module._config(preset)
+    return runpy.run_path(str(path))["_config"](preset)
