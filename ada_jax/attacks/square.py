@@ -5,7 +5,8 @@ random search" (2020), with the details of AutoAttack's.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -75,21 +76,10 @@ def square(
     schedule = jnp.asarray(schedule)
     logits = loops.logits_of(logits_fn, x, mask, microbatch)
 
-    first, change = (_stripes, _change_linf) if norm == "linf" else (_grid, _change_l2)
-
-    def propose(i, key, x, best):
-        """Image i of one example: the start (0), or the best with another square."""
-        # One draw for all purposes: random draws are what takes long to compile.
-        numbers = jax.random.uniform(jax.random.fold_in(key, i), (_most_numbers(x.shape),))
-        return lax.cond(
-            i == 0,
-            lambda: first(numbers, x, epsilon),
-            lambda: change(numbers, x, best, epsilon, schedule[i - 1], tiles),
-        )
+    propose = _proposal(norm, epsilon, schedule, tiles)
 
     def step(i, examples, state):
-        propose_all = jax.vmap(propose, (None, 0, 0, 0))
-        candidate = propose_all(i, examples["key"], examples["x"], state.x)
+        candidate = jax.vmap(propose, (None, 0, 0, 0))(i, examples["key"], examples["x"], state.x)
         logits = logits_fn(candidate)
         margin = losses.margin(logits, examples["y"])
         wrong = loops.misclassified(logits, examples["y"])
@@ -114,6 +104,24 @@ def square(
     images = jnp.where(geometry.along(state.broken, x), state.x, x)
     info = {"broken": state.broken, "margin": state.margin, "forward": state.passes}
     return lax.stop_gradient((images, info))
+
+
+def _proposal(
+    norm: str, epsilon: jax.Array | float, schedule: jax.Array, tiles: Any
+) -> Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]:
+    """Gives image i of one example: the start (0), or the best with another square."""
+    first, change = (_stripes, _change_linf) if norm == "linf" else (_grid, _change_l2)
+
+    def propose(i: jax.Array, key: jax.Array, x: jax.Array, best: jax.Array) -> jax.Array:
+        # One draw for all purposes: random draws are what takes long to compile.
+        numbers = jax.random.uniform(jax.random.fold_in(key, i), (_most_numbers(x.shape),))
+        return lax.cond(
+            i == 0,
+            lambda: first(numbers, x, epsilon),
+            lambda: change(numbers, x, best, epsilon, schedule[i - 1], tiles),
+        )
+
+    return propose
 
 
 def sides(
