@@ -30,7 +30,9 @@ def get_config(words: str = "") -> ml_collections.ConfigDict:
     config.copies = 1  # of every image and network; the paper's 10x are 10
     config.nets = ("edsr_small" if words else "edsr_baseline_x4", "cae")
     config.weights = ("", "")  # safetensors files; '' takes the shipped one
-    config.enlarge = (1, 1)  # factors by which images are enlarged for the network
+    # Factors by which images are enlarged for the network. At 32x32 the CAE alone, undistorted,
+    # makes a nominal classifier err on 41% of images that it errs on 14% of; enlarged twice, 22%.
+    config.enlarge = (1, 2)
     config.group = 20  # images that share a distortion of the weights
     config.quirks = False  # follow the published code also where it does other than it says
     config.shard_images = 10_000  # in a file; a stopped run makes at most one file anew

@@ -109,6 +109,7 @@ def test_table_1_at_the_small_preset_repeats_four_rows():
         ("small,ada,seeds=1", ["ada,small-seed0"]),
         ("nominal,ada+augmix", ["nominal-seed0", "ada+augmix-seed0"]),
         ("seeds=2,nominal", ["nominal-seed0", "nominal-seed1"]),
+        ("small,random", ["random,small-seed0"]),
     ],
 )
 def test_a_row_of_table_1_has_the_same_name_alone(words, expected):

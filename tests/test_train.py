@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import pathlib
 import random
 import re
@@ -543,30 +544,63 @@ def test_a_run_leaves_what_it_promises(uninterrupted):
 @pytest.mark.timeout(900)
 def test_killed_at_ten_random_moments_a_run_ends_bitwise_equal(uninterrupted):
     folder, flags, _ = uninterrupted
-    moments, kills = random.Random(0), 0
-    for _ in range(40):
+    kill_and_restart(folder / "killed", flags, kills=10, moments=(3, 14), signals=[signal.SIGKILL])
+    assert_alike(folder / "whole", folder / "killed")
+
+
+@pytest.mark.skipif(
+    "ADA_JAX_KILLS" not in os.environ, reason="ADA_JAX_KILLS=50 takes a quarter of an hour"
+)
+@pytest.mark.timeout(7200)
+def test_the_quickstart_killed_many_times_ends_as_if_it_had_not_been(tmp_path):
+    flags = [f"--config.compilation_cache={tmp_path}/cache"]
+    done = run(tmp_path / "whole", *flags)
+    assert done.returncode == 0, done.stderr
+    kill_and_restart(
+        tmp_path / "killed",
+        flags,
+        kills=int(os.environ["ADA_JAX_KILLS"]),
+        moments=(1, 14),
+        signals=[signal.SIGKILL, signal.SIGTERM],
+    )
+    assert_alike(tmp_path / "whole", tmp_path / "killed")
+    whole, killed = (
+        json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "killed")
+    )
+    assert whole["clean"] == killed["clean"] and whole["corruptions"] == killed["corruptions"]
+
+
+def kill_and_restart(workdir, flags, *, kills: int, moments, signals) -> None:
+    """Runs the same command until it has been killed so often, and then to its end."""
+    draw, killed = random.Random(0), 0
+    for _ in range(4 * kills):
         process = subprocess.Popen(
-            command(folder / "killed", *flags),
+            command(workdir, *flags),
             cwd=ROOT,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
         try:
-            limit = moments.uniform(3, 14) if kills < 10 else 300
+            limit = draw.uniform(*moments) if killed < kills else 600
             assert process.wait(timeout=limit) == 0
-            if kills >= 10:
-                break
+            if killed == kills:
+                return
         except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
-    assert kills == 10
-    whole, killed = (
-        checkpoint.load_weights(folder / name / "classifier.safetensors")
-        for name in ("whole", "killed")
+            killed += 1
+            sent = draw.choice(signals)
+            process.send_signal(sent)
+            # SIGTERM before a run listens to it ends it as it ends any program.
+            assert process.wait(timeout=120) in (-sent, cli.INTERRUPTED)
+    raise AssertionError(f"only {killed} of {kills} kills before the end")
+
+
+def assert_alike(*workdirs) -> None:
+    """The same weights, bit for bit, and the same records."""
+    chex.assert_trees_all_equal(
+        *(checkpoint.load_weights(w / "classifier.safetensors") for w in workdirs)
     )
-    chex.assert_trees_all_equal(whole, killed)
-    assert comparable(folder / "killed") == comparable(folder / "whole")
+    one, other = (comparable(w) for w in workdirs)
+    assert one == other
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@
 
 Words after the colon, separated by commas:
   a row     as ada+augmix: this row and the others that are named; without any, all ten.
+  random    one more row, random perturbations in AdA's ball; only where it is named.
   small     rows at the small preset; three seeds for nominal, augmix, ada and ada+augmix.
   seeds=N   the seeds 0 to N-1 for every row; otherwise 0 alone.
 """
@@ -15,6 +16,7 @@ from typing import Any
 from experiments.cifar10 import ROWS
 
 CONFIG = "experiments/cifar10.py"
+KNOWN = (*ROWS, "random")
 REPEATED = ("nominal", "augmix", "ada", "ada+augmix")  # at the small preset
 
 
@@ -22,11 +24,11 @@ def get_hyper(hyper: Any, words: str = "") -> list[dict[str, Any]]:
     """Seed after seed, so that every row has a result early."""
     chosen = [word for word in words.split(",") if word]
     for word in chosen:
-        if word not in (*ROWS, "small") and not re.fullmatch(r"seeds=[1-9]\d*", word):
+        if word not in (*KNOWN, "small") and not re.fullmatch(r"seeds=[1-9]\d*", word):
             raise ValueError(
-                f"The word {word!r} is unknown: choose from small, seeds=N, {', '.join(ROWS)}."
+                f"The word {word!r} is unknown: choose from small, seeds=N, {', '.join(KNOWN)}."
             )
-    rows = [row for row in ROWS if row in chosen] or ROWS
+    rows = [row for row in KNOWN if row in chosen] or ROWS
     preset = ",small" if "small" in chosen else ""
     given = [int(word.removeprefix("seeds=")) for word in chosen if word.startswith("seeds=")]
     seeds = {row: 3 if preset and row in REPEATED else 1 for row in rows}
