@@ -5,7 +5,8 @@ r"""Tells, without a TPU, whether a config fits on one and how long a step takes
 
 The TPU's own compiler (`pip install -e '.[tpu]'`) compiles the update step of `ada_jax.train` for
 all cores of the topology; neither data nor weights are needed. Exit status 1 says that the step
-does not fit into a core's memory.
+does not fit into a core's memory. A FILE collects the figures of several configs, and ends as one
+table; what it has of the same config and topology is not compiled again.
 
 What the table's figures are, all of them for one core:
   useful flops     of the matrix products and convolutions that the step needs; a loop's body is
@@ -20,7 +21,9 @@ What the table's figures are, all of them for one core:
                    1 / 0.2 of it; with --hours_price also what they cost.
 """
 
+import hashlib
 import importlib.util
+import json
 import math
 import os
 import re
@@ -34,7 +37,7 @@ import jax.numpy as jnp
 import ml_collections
 from absl import flags
 
-from ada_jax import cli, corruption_nets, costs, evaluate, logbook, train
+from ada_jax import cli, corruption_nets, costs, evaluate, logbook, paths, tables, train
 from ada_jax.errors import UserError
 
 
@@ -218,11 +221,9 @@ def measure(
     cores = len(devices)
     step = step_of(config, config.batch_size // cores)
     figures = {
-        "config": config.name,
-        "topology": topology,
+        **_identity(config, topology, examples),
         "device": devices[0].device_kind,
         "cores": cores,
-        "steps": steps_of(config, examples),
         "batch_per_core": config.batch_size // cores,
         "useful_flops": useful_flops(step, cores),
         "hbm_available": chip.hbm,
@@ -236,6 +237,18 @@ def measure(
         return figures | {"fits": False, "refusal": _first_line(error)}
     figures["compile_seconds"] = time.monotonic() - started
     return figures | {"fits": True} | program_figures(compiled, chip)
+
+
+def _identity(
+    config: ml_collections.ConfigDict, topology: str, examples: int | None
+) -> dict[str, Any]:
+    knobs = json.dumps(config.to_dict(), sort_keys=True)
+    return {
+        "config": config.name,
+        "config_sha256": hashlib.sha256(knobs.encode()).hexdigest(),
+        "topology": topology,
+        "steps": steps_of(config, examples),
+    }
 
 
 def program_figures(compiled: jax.stages.Compiled, chip: Chip) -> dict[str, float]:
@@ -301,6 +314,37 @@ def table(figures: dict[str, Any], price: float = 0.0) -> str:
     return "\n".join(f"| {name:24} | {value:44} |" for name, value in rows)
 
 
+def comparison(results: Sequence[dict[str, Any]]) -> tables.Table:
+    """One line for each of several figures of `measure`, a core's."""
+    head = [
+        "config",
+        "topology",
+        "T flops",
+        "HBM, GiB",
+        "free",
+        "floor, s",
+        "hours at floor",
+        "40%",
+    ]
+    groups = []
+    for f in results:
+        line = [tables.Cell(f[name]) for name in ("config", "topology")]
+        line.append(tables.Cell(f["useful_flops"] / 1e12, 2))
+        if f["fits"]:
+            hours = f["steps"] * f["floor_seconds"] / 3600
+            line += [
+                tables.Cell(f["hbm_total"] / GIB, 2),
+                tables.Cell(f"{1 - f['hbm_share']:.0%}"),
+                tables.Cell(f["floor_seconds"], 3),
+                tables.Cell(hours, 1),
+                tables.Cell(hours / 0.4, 1),
+            ]
+        else:
+            line += [tables.Cell("does not fit"), *[tables.Cell()] * 4]
+        groups.append([line])
+    return tables.Table("Plans", head, groups)
+
+
 def _gib(size: float) -> str:
     return f"{size / GIB:.2f} GiB"
 
@@ -356,7 +400,8 @@ def main(
     Args:
       config: the run's config.
       topologies: names, or several with commas between them.
-      json_path: file for the figures, a list with a dictionary per topology.
+      json_path: file for the figures, a list with a dictionary per config and topology. What it
+        has already is kept and, if it is of this config, not compiled again.
       examples: training examples, for the length of a run; None takes the data set's.
       price: of an hour of a whole topology; 0 leaves the cost out.
 
@@ -376,15 +421,41 @@ def main(
     train.validate(config)
     for name in names:
         train.validate_devices(config, cores_of(name))
-    results = []
+    results = _read(json_path) if json_path else []
+    planned = []
     for name in names:
-        results.append(measure(config, name, examples))
-        print("\n" + table(results[-1], price), flush=True)
-        if not results[-1]["fits"]:
-            print(f"error: {refusal(results[-1])}", file=sys.stderr, flush=True)
+        wanted = _identity(config, name, examples)
+        figures = next((f for f in results if wanted.items() <= f.items()), None)
+        if figures is None:
+            figures = measure(config, name, examples)
+            results.append(figures)
+        planned.append(figures)
+        print("\n" + table(figures, price), flush=True)
+        if not figures["fits"]:
+            print(f"error: {refusal(figures)}", file=sys.stderr, flush=True)
         if json_path:
             logbook.write_json(json_path, results)
-    return None if all(r["fits"] for r in results) else 1
+    if len(results) > 1:
+        print("\n" + tables.markdown(comparison(results)))
+    return None if all(f["fits"] for f in planned) else 1
+
+
+def _read(path: str) -> list[dict[str, Any]]:
+    """What earlier plans left in a file.
+
+    Raises:
+      UserError: another kind of file, which would be lost.
+    """
+    if not paths.exists(path):
+        return []
+    try:
+        results = json.loads(paths.read(path))
+        known = all({"config", "topology", "fits"} <= set(f) for f in results)
+    except (ValueError, TypeError):
+        known = False
+    if not known:
+        raise UserError(f"--json={path} is no file of plans: name another one or remove it.")
+    return results
 
 
 def _run(config: ml_collections.ConfigDict, workdir: str) -> int | None:
@@ -396,7 +467,7 @@ def _run(config: ml_collections.ConfigDict, workdir: str) -> int | None:
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")  # a TPU that is there is left alone
     flags.DEFINE_multi_string("topology", [], "Such as v5e:2x2; repeat it, or separate by commas.")
-    flags.DEFINE_string("json", None, "File for the figures.")
+    flags.DEFINE_string("json", None, "File that the figures are added to.")
     flags.DEFINE_integer("examples", None, "Training examples, for the length of a run.")
     flags.DEFINE_float("hours_price", 0.0, "Price of an hour of the whole topology.")
     cli.run(_run)

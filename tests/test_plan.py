@@ -81,6 +81,47 @@ def test_a_step_that_does_not_fit_is_told_with_both_sizes_and_exit_status_1(monk
     assert "divisor of 2" in error
 
 
+FIGURES = {
+    "cores": 8, "device": "TPU v3", "batch_per_core": 2, "useful_flops": 2e12, "fits": True,
+    "compiled_flops": 2e12, "hbm_traffic": 1e9, "xla_flops": 1e12, "xla_bytes": 1e9,
+    "hbm_arguments": 2**29, "hbm_temporary": 2**30, "hbm_code": 2**29, "hbm_total": 2**31,
+    "hbm_available": 2**33, "hbm_share": 0.25, "flops_seconds": 0.03, "traffic_seconds": 0.36,
+    "floor_seconds": 0.36, "compile_seconds": 1.0,
+}  # fmt: skip
+
+
+def test_a_file_collects_plans_and_none_is_made_twice(monkeypatch, capsys, tmp_path):
+    measured = []
+
+    def measure(config, topology, examples):
+        measured.append((config.name, topology))
+        return plan._identity(config, topology, examples) | FIGURES
+
+    monkeypatch.setattr(plan, "measure", measure)
+    path = str(tmp_path / "plans.json")
+    one, other = tiny(), tiny(batch_size=32)
+    assert plan.main(one, ["v3:2x2"], path) is None
+    assert "Plans" not in capsys.readouterr().out
+    plan.main(one, ["v3:2x2,v5e:2x4"], path)
+    plan.main(other, ["v5e:2x4"], path)
+    assert measured == [(one.name, "v3:2x2"), (one.name, "v5e:2x4"), (other.name, "v5e:2x4")]
+    assert len(json.loads(pathlib.Path(path).read_text())) == 3
+    *_, last = capsys.readouterr().out.strip().splitlines()
+    hours = plan.steps_of(other) * 0.36 / 3600
+    cells = [cell.strip() for cell in last.strip("|").split("|")]
+    expected = [other.name, "v5e:2x4", "2.00", "2.00", "75%", "0.360"]
+    assert cells == [*expected, f"{hours:.1f}", f"{hours / 0.4:.1f}"]
+
+
+@pytest.mark.parametrize("content", ["[", "{}x", '[{"step": 1}]', '{"clean": 1}', "[1]"])
+def test_a_file_of_another_kind_is_not_overwritten(content, tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match="is no file of plans"):
+        plan.main(tiny(), ["v3:2x2"], str(path))
+    assert path.read_text() == content
+
+
 # ------------------------------------------------------------------------------- the arithmetic
 
 
