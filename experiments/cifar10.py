@@ -122,7 +122,7 @@ def get_config(words: str = "") -> ml_collections.ConfigDict:
     # Bookkeeping.
     config.log_steps = 50
     config.eval_epochs = 5.0
-    config.eval_batch_size = 1000
+    config.eval_batch_size = 1024
     config.eval_sets = ("clean", "c")  # at the end; also 'extra' and 'cifar10_1'
     config.eval_c_dir = ""  # folder of a '-C' set, or 'tfds'; '' corrupts on the fly
     config.corruption_eval_epochs = 0.0  # how often on corrupted images while training; 0 is never
