@@ -284,4 +284,4 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_list("rows", list(ROWS), "Which rows: " + ", ".join(ROWS) + ".")
     flags.DEFINE_integer("cpu_devices", 2, "Devices that a CPU is split into.")
-    cli.start(main)
+    cli.start(main, computes=True)

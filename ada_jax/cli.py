@@ -50,16 +50,23 @@ def run(
             hosts.connect(_complain)
         return main(config, workdir.value or os.path.join("runs", config.name))
 
-    start(with_flags)
+    start(with_flags, computes=True)
 
 
-def start(main: Callable[[list[str]], int | None]) -> None:
-    """Parses the flags and runs main(argv); mistakes of the user end with status 2."""
+def start(main: Callable[[list[str]], int | None], *, computes: bool = False) -> None:
+    """Parses the flags and runs main(argv); mistakes of the user end with status 2.
+
+    Args:
+      main: called with the arguments that are no flags; returns an exit status or None.
+      computes: whether the binary computes for long, and so is worth huge pages.
+    """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().addFilter(_is_ours_or_warning)
 
     def guarded(argv: list[str]) -> None:
+        if computes:
+            _take_huge_pages()
         try:
             status = main(argv)
         except UserError as error:
@@ -184,3 +191,21 @@ def _keep_freed_memory() -> None:
     m_trim_threshold, m_mmap_threshold = -1, -3
     mallopt(m_mmap_threshold, 1 << 30)
     mallopt(m_trim_threshold, (1 << 31) - 1)
+
+
+def _take_huge_pages() -> None:
+    """Starts the binary anew with glibc's memory in huge pages, where Linux gives them if asked.
+
+    XLA on a CPU touches hundreds of megabytes of fresh memory in every call, and each page of them
+    is a fault: pages of 2 MB instead of 4 KB take a fifth off the small preset's training steps.
+    glibc reads the setting at its own start only.
+    """
+    setting, given = "glibc.malloc.hugetlb", os.environ.get("GLIBC_TUNABLES", "")
+    pages = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    ours = module is not None and module.name.startswith("ada_jax.")  # not a user's own program
+    if setting in given or not ours or not pages.exists() or "[madvise]" not in pages.read_text():
+        return
+    os.environ["GLIBC_TUNABLES"] = f"{given}:{setting}=1".lstrip(":")
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -415,4 +415,4 @@ if __name__ == "__main__":
             config.copies = copies_flag.value
         main(config, out_flag.value or os.path.join("runs", config.name))
 
-    cli.start(with_flags)
+    cli.start(with_flags, computes=True)

@@ -928,4 +928,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("split", None, "Clean images, such as test[:500].")
     flags.DEFINE_string("data_dir", None, "Where the data is.")
     flags.DEFINE_string("out", None, "Results file; by default results.json in the workdir.")
-    cli.start(main)
+    cli.start(main, computes=True)

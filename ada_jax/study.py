@@ -408,4 +408,4 @@ if __name__ == "__main__":
     flags.DEFINE_list("corruptions", list(corruptions.NAMES), "reconstruct: which corruptions.")
     flags.DEFINE_integer("steps", 50, "reconstruct: steps of Adam.")
     flags.DEFINE_float("learning_rate", 1e-3, "reconstruct: of Adam.")
-    cli.start(main)
+    cli.start(main, computes=True)

@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import io
+import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+# The binaries that tests start would otherwise start a second time, for huge pages.
+os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
 _MAPS = pathlib.Path("/proc/self/maps")
 _MOST_MAPS = 20_000
 
