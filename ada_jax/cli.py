@@ -196,8 +196,9 @@ def _keep_freed_memory() -> None:
 def _take_huge_pages() -> None:
     """Starts the binary anew with glibc's memory in huge pages, where Linux gives them if asked.
 
-    XLA on a CPU touches hundreds of megabytes of fresh memory in every call, and each page of them
-    is a fault: pages of 2 MB instead of 4 KB take a fifth off the small preset's training steps.
+    XLA on a CPU maps its larger temporary buffers anew in every call, and each page of them is a
+    fault when it is touched: pages of 2 MB instead of 4 KB take a fifth off the small preset's AdA
+    step.
     glibc reads the setting at its own start only.
     """
     setting, given = "glibc.malloc.hugetlb", os.environ.get("GLIBC_TUNABLES", "")
