@@ -225,12 +225,15 @@ class _Runner:
 
     def _call(self, mapped: Callable, batch: Arrays, *constants: Any) -> Arrays:
         """Calls a mapped function on a batch filled up to the batch size, and cuts its results."""
-        count = len(batch["x"])
-        full = lambda a: np.concatenate([a, np.repeat(a[:1], self.batch_size - count, 0)])  # noqa: E731
-        padded = {name: full(a) for name, a in batch.items()}
-        padded["mask"] = np.arange(self.batch_size) < count
-        out = mapped(shard(padded), *constants)
-        return {name: np.asarray(a).reshape(-1, *a.shape[2:])[:count] for name, a in out.items()}
+        # Examples are dealt out to the devices in turn, so that a few keep all of them busy.
+        devices = jax.local_device_count()
+        number = np.arange(len(batch["x"]))
+        place = number % devices * (self.batch_size // devices) + number // devices
+        source, mask = np.zeros(self.batch_size, int), np.zeros(self.batch_size, bool)
+        source[place], mask[place] = number, True
+        filled = {name: a[source] for name, a in batch.items()} | {"mask": mask}
+        out = mapped(shard(filled), *constants)
+        return {name: np.asarray(a).reshape(-1, *a.shape[2:])[place] for name, a in out.items()}
 
 
 @functools.lru_cache(maxsize=16)

@@ -24,7 +24,14 @@ Step = Callable[[jax.Array, Examples, State], State]
 NORMS = ("linf", "l2")
 
 
-def iterate(step: Step, examples: Examples, state: State, steps: int, microbatch: int) -> State:
+def iterate(
+    step: Step,
+    examples: Examples,
+    state: State,
+    steps: int,
+    microbatch: int,
+    between: Callable[[State], State] = lambda state: state,
+) -> State:
     """Repeats state = step(i, examples, state), i = 0, 1, ..., as long as any example is active.
 
     Args:
@@ -33,6 +40,7 @@ def iterate(step: Step, examples: Examples, state: State, steps: int, microbatch
       state: its start, arrays [B, ...].
       steps: the largest number of steps.
       microbatch: b, at most B.
+      between: applied to the whole state after every step; it may end examples' activity.
 
     Returns:
       The state, in which an example's is what it was when the example ceased to be active.
@@ -40,7 +48,7 @@ def iterate(step: Step, examples: Examples, state: State, steps: int, microbatch
 
     def body(carry):
         i, state = carry
-        return i + 1, on_active(lambda e, s: step(i, e, s), examples, state, microbatch)
+        return i + 1, between(on_active(lambda e, s: step(i, e, s), examples, state, microbatch))
 
     def unfinished(carry):
         return (carry[0] < steps) & jnp.any(carry[1].active)

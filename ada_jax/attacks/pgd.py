@@ -19,10 +19,19 @@ Rule = Callable[[jax.Array, jax.Array, Memory], tuple[jax.Array, Memory]]
 LossFn = Callable[[jax.Array, Examples], jax.Array]
 
 
-class _State(NamedTuple):
-    active: jax.Array  # Everything is [B, ...].
+class _Run(NamedTuple):
+    """A run of an example; all restarts of all examples run side by side, [B * restarts, ...]."""
+
+    active: jax.Array
     x: jax.Array  # The iterate.
     memory: Memory
+    ended: jax.Array  # Whether it stopped at a misclassified iterate.
+    forward: jax.Array
+    backward: jax.Array
+
+
+class _State(NamedTuple):
+    active: jax.Array  # Everything is [B, ...].
     worst: jax.Array  # The end of the worst run so far,
     margin: jax.Array  # by how much its best wrong logit exceeds the true one,
     broken: jax.Array  # and whether it is misclassified.
@@ -184,67 +193,74 @@ def _attack(
     mask: jax.Array | None,
     microbatch: int | None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Ascends loss_fn by rule in targets x restarts runs and keeps the worst of their ends."""
+    """Ascends loss_fn by rule in targets x restarts runs and keeps the worst of their ends.
+
+    Restarts run side by side: the few examples that are left still fill a microbatch.
+    """
     logits_fn, mask, microbatch = loops.prepare(logits_fn, x, epsilon, norm, mask, microbatch)
     example_keys = keys.per_example(key, len(x))
+    side_by_side = lambda a: jnp.repeat(a, restarts, 0)  # noqa: E731
+    together = lambda a: a.reshape(len(x), restarts, *a.shape[1:])  # noqa: E731
 
     def total(x, examples):
         logits = logits_fn(x).astype(jnp.float32)
         # The sum, not the mean: an example's gradient must not depend on the size of the batch.
         return loss_fn(logits, examples).sum(), loops.misclassified(logits, examples["y"])
 
-    def step(i, examples, state):
-        gradient, wrong = jax.grad(total, has_aux=True)(state.x, examples)
-        movement, memory = rule(i, gradient, state.memory)
-        moved = geometry.project(state.x + movement, examples["x"], epsilon, norm)
+    def step(i, examples, run):
+        gradient, wrong = jax.grad(total, has_aux=True)(run.x, examples)
+        movement, memory = rule(i, gradient, run.memory)
+        moved = geometry.project(run.x + movement, examples["x"], epsilon, norm)
         ended = wrong & stop_when_broken
-        return state._replace(
+        return run._replace(
             active=~ended,
-            x=jnp.where(geometry.along(ended, moved), state.x, moved),
+            ended=ended,
+            x=jnp.where(geometry.along(ended, moved), run.x, moved),
             memory=memory,
-            forward=state.forward + 1,
-            backward=state.backward + 1,
+            forward=run.forward + 1,
+            backward=run.backward + 1,
         )
 
-    def one_run(run, state):
-        attacked = mask & ~(state.broken & stop_when_broken)
-        run_keys = jax.vmap(lambda k: jax.random.fold_in(k, run))(example_keys)
-        start = geometry.in_ball(run_keys, x, epsilon, norm)
-        # With ten classes 1 + run // restarts is 1, ..., 9: every class but y in turn.
-        target = (y + 1 + run // restarts) % (targets + 1)
-        state = state._replace(active=attacked, x=start, memory=memory)
-        examples = {"x": x, "y": y, "target": target}
-        state = loops.iterate(step, examples, state, steps, microbatch)
-        return _keep_worst(logits_fn, y, state, attacked, stop_when_broken, microbatch)
+    def stop_siblings(run):
+        return run._replace(active=run.active & ~side_by_side(together(run.ended).any(1)))
 
-    none = jnp.zeros(len(x), jnp.int32)
-    no, lowest = jnp.zeros(len(x), bool), jnp.full(len(x), -jnp.inf)
-    state = _State(mask, x, memory, x, lowest, no, none, none)
-    state = loops.repeat(one_run, targets * restarts, state)
+    def one_target(i, state):
+        numbers = i * restarts + jnp.arange(restarts)
+        run_keys = jax.vmap(lambda k: jax.vmap(lambda n: jax.random.fold_in(k, n))(numbers))
+        # With ten classes 1 + i is 1, ..., 9: every class but y in turn.
+        examples = {"x": x, "y": y, "target": (y + 1 + i) % (targets + 1)}
+        examples = jax.tree.map(side_by_side, examples)
+        start = geometry.in_ball(run_keys(example_keys).reshape(-1), examples["x"], epsilon, norm)
+        attacked, none = side_by_side(state.active), side_by_side(no_passes)
+        run = _Run(attacked, start, jax.tree.map(side_by_side, memory), none > 0, none, none)
+        run = loops.iterate(step, examples, run, steps, microbatch, stop_siblings)
+        logits = loops.logits_of(logits_fn, run.x, attacked, microbatch)
+        run = run._replace(forward=run.forward + attacked)
+        state = _keep_worst(state, jax.tree.map(together, run), together(logits), y)
+        return state._replace(active=state.active & ~(state.broken & stop_when_broken))
+
+    no_passes = jnp.zeros(len(x), jnp.int32)
+    lowest = jnp.full(len(x), -jnp.inf)
+    state = _State(mask, x, lowest, no_passes > 0, no_passes, no_passes)
+    state = loops.repeat(one_target, targets, state)
     info = {"broken": state.broken, "margin": state.margin}
     info |= {"forward": state.forward, "backward": state.backward}
     return lax.stop_gradient((state.worst, info))
 
 
-def _keep_worst(
-    logits_fn: LogitsFn,
-    y: jax.Array,
-    state: _State,
-    attacked: jax.Array,
-    stop_when_broken: bool,
-    microbatch: int,
-) -> _State:
-    """Keeps the iterate if its margin is the largest of all runs' ends."""
-    logits = loops.logits_of(logits_fn, state.x, attacked, microbatch)
-    margin = losses.margin(logits, y)
-    worse = attacked & (margin > state.margin)
-    broken = jnp.where(worse, loops.misclassified(logits, y), state.broken)
+def _keep_worst(state: _State, run: _Run, logits: jax.Array, y: jax.Array) -> _State:
+    """Keeps the end [B, restarts, ...] of the run whose margin is the largest so far."""
+    margins = jax.vmap(losses.margin, (1, None), 1)(logits, y)
+    best = jnp.argmax(margins, 1)
+    taken = lambda a: a[jnp.arange(len(best)), best]  # noqa: E731
+    worse = state.active & (taken(margins) > state.margin)
+    wrong = loops.misclassified(taken(logits), y)
     return state._replace(
-        active=attacked & ~(broken & stop_when_broken),
-        worst=jnp.where(geometry.along(worse, state.x), state.x, state.worst),
-        margin=jnp.where(worse, margin, state.margin),
-        broken=broken,
-        forward=state.forward + attacked,
+        worst=jnp.where(geometry.along(worse, state.worst), taken(run.x), state.worst),
+        margin=jnp.where(worse, taken(margins), state.margin),
+        broken=jnp.where(worse, wrong, state.broken),
+        forward=state.forward + run.forward.sum(1),
+        backward=state.backward + run.backward.sum(1),
     )
 
 
