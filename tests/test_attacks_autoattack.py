@@ -18,7 +18,11 @@ from ada_jax.errors import UserError
 COUNT, SIZE, CLASSES = 30, 5, 5
 PIXELS = SIZE * SIZE * 3
 WEIGHTS = np.random.default_rng(0).normal(size=(PIXELS, CLASSES))
-QUICK = {"apgd-ce": {"steps": 10}, "square": {"queries": 20}}
+QUICK = {
+    "apgd-ce": {"steps": 10},
+    "square": {"queries": 20},
+    "multitargeted": {"steps": 40, "restarts": 3},
+}
 
 
 def linear(x: jax.Array) -> jax.Array:
@@ -119,6 +123,16 @@ def test_accounts(norm):
     assert fab.forward >= left * (1 + 4 * 200) and fab.backward >= left * 400
     assert (square.attacked, square.backward) == (left, 0)
     assert square.forward == left * 5002
+
+
+def test_multitargeted_finds_the_same_with_its_restarts_side_by_side():
+    epsilon = epsilon_of("linf")
+    report = quick(names=("multitargeted",), epsilon=epsilon)
+    np.testing.assert_array_equal(report.robust, exact_distances("linf") > epsilon)
+    (account,) = report.accounts
+    # Runs of all targets and restarts, of 40 steps and a look at the end.
+    full = (CLASSES - 1) * 3 * 41
+    assert report.robust.sum() * full <= account.forward < account.attacked * full
 
 
 def test_it_is_named_after_what_ran():

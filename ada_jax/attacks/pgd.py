@@ -225,12 +225,12 @@ def _attack(
         return run._replace(active=run.active & ~side_by_side(together(run.ended).any(1)))
 
     def one_target(i, state):
-        numbers = i * restarts + jnp.arange(restarts)
-        run_keys = jax.vmap(lambda k: jax.vmap(lambda n: jax.random.fold_in(k, n))(numbers))
+        numbers = jnp.tile(i * restarts + jnp.arange(restarts), len(x))
+        run_keys = jax.vmap(jax.random.fold_in)(side_by_side(example_keys), numbers)
         # With ten classes 1 + i is 1, ..., 9: every class but y in turn.
         examples = {"x": x, "y": y, "target": (y + 1 + i) % (targets + 1)}
         examples = jax.tree.map(side_by_side, examples)
-        start = geometry.in_ball(run_keys(example_keys).reshape(-1), examples["x"], epsilon, norm)
+        start = geometry.in_ball(run_keys, examples["x"], epsilon, norm)
         attacked, none = side_by_side(state.active), side_by_side(no_passes)
         run = _Run(attacked, start, jax.tree.map(side_by_side, memory), none > 0, none, none)
         run = loops.iterate(step, examples, run, steps, microbatch, stop_siblings)
