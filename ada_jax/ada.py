@@ -58,6 +58,8 @@ def adversarial_augment(
     Raises:
       UserError: a parameter or, where it is not traced, an image out of its range.
     """
+    guards.check_images(x)
+    guards.check_labels(y, x, logits_fn)
     _check(key, x, nu, steps, step_rule, step_scale, ssim_threshold, root_rule, microbatch)
     x, net = lax.stop_gradient(x), net._replace(theta=lax.stop_gradient(net.theta))
     # One key per example makes the draw independent of the batch around it and of `microbatch`.
@@ -164,7 +166,6 @@ def render(net: CorruptionNet, delta: PyTree, x: jax.Array, example_keys: jax.Ar
 
 
 def _check(key, x, nu, steps, step_rule, step_scale, ssim_threshold, root_rule, microbatch) -> None:
-    guards.check_images(x)
     one_key = 0 if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else 1
     if key.ndim > one_key and len(key) != len(x):
         raise UserError(f"There are {len(key)} keys for {len(x)} images: give one, or as many.")

@@ -25,9 +25,31 @@ def check_images(x: jax.Array) -> None:
         raise UserError(f"Images of shape {list(x.shape)} must be [B,H,W,C], with B at least 1.")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise UserError(f"Images of {x.dtype} must be floating point in [0, 1]: divide by 255.")
+    if x.dtype != jnp.float32:
+        raise UserError(f"Images of {x.dtype} must be float32 in [0, 1]: convert them.")
     pixels = known(x, 0.0)
     if not (pixels.min() >= 0 and pixels.max() <= 1):  # also true of NaN
         raise UserError(f"Pixels from {pixels.min()} to {pixels.max()} must be in [0, 1].")
+
+
+def check_labels(y: jax.Array, x: jax.Array, logits_fn: Callable) -> None:
+    """Refuses what are no labels of images x for a classifier; values only where not traced.
+
+    Raises:
+      UserError: not one integer for each image, or none of the classifier's classes.
+    """
+    if y.shape != x.shape[:1] or not jnp.issubdtype(y.dtype, jnp.integer):
+        raise UserError(
+            f"Labels of shape {list(y.shape)} and {y.dtype} must be one integer for each of the "
+            f"{len(x)} images."
+        )
+    if isinstance(y, jax.core.Tracer):
+        return
+    classes, y = jax.eval_shape(logits_fn, x[:1]).shape[-1], np.asarray(y)
+    if not (y.min() >= 0 and y.max() < classes):
+        raise UserError(
+            f"Labels from {y.min()} to {y.max()} do not fit the classifier's {classes} logits."
+        )
 
 
 def detached(f: Callable, *args: jax.Array) -> Callable:

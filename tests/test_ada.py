@@ -331,14 +331,22 @@ def test_a_knob_out_of_range_is_named(knobs, message):
         (jnp.zeros((0, 8, 8, 3)), "B at least 1"),
         (jnp.zeros((8, 8, 3)), r"shape \[8, 8, 3\]"),
         (jnp.zeros((4, 8, 8, 3), jnp.uint8), "uint8 must be floating point"),
+        (jnp.zeros((4, 8, 8, 3), jnp.bfloat16), "bfloat16 must be float32"),
         (jnp.full((4, 8, 8, 3), 255.0), "Pixels from 255.0 to 255.0"),
         (jnp.full((4, 8, 8, 3), jnp.nan), "Pixels from nan"),
     ],
-    ids=["empty", "rank", "uint8", "range", "nan"],
+    ids=["empty", "rank", "uint8", "bfloat16", "range", "nan"],
 )
 def test_images_that_are_none_are_refused(images, message):
     with pytest.raises(UserError, match=message):
         augment_affinely(LOGITS_FN, jax.random.key(0), images, batch()[1])
+
+
+@pytest.mark.parametrize("bad", [lambda y: y + 10, lambda y: y - 10, lambda y: y[:-1], jnp.float32])
+def test_labels_that_are_none_are_refused(bad):
+    x, y = batch()
+    with pytest.raises(UserError, match="Labels"):
+        augment_affinely(LOGITS_FN, jax.random.key(0), x, bad(y))
 
 
 def test_images_and_knobs_closed_over_inside_a_jit_are_looked_at_too():

@@ -250,7 +250,7 @@ def test_apgd_equals_a_literal_statement():
 def test_too_few_classes_for_a_loss_are_refused():
     few = lambda x: classify(x)[:, :3]  # noqa: E731
     with pytest.raises(UserError, match="at least 4 classes and the classifier has 3"):
-        attacks.apgd(jax.random.key(0), few, *batch(), 0.1, loss="dlr-targeted")
+        attacks.apgd(jax.random.key(0), few, batch()[0], batch()[1] % 3, 0.1, loss="dlr-targeted")
 
 
 # ------------------------------------------------------------------------------- FAB
@@ -322,6 +322,8 @@ def test_square_in_linf_moves_pixels_to_the_ends_of_their_range():
         ({"x": 255 * batch()[0]}, "Pixels from .* must be in"),
         ({"x": batch()[0][0]}, r"shape \[6, 6, 3\]"),
         ({"microbatch": 0}, "microbatch=0"),
+        ({"y": batch()[1] + 10}, "Labels from .* do not fit"),
+        ({"y": batch()[1][:-1]}, "must be one integer for each"),
     ],
     ids=str,
 )

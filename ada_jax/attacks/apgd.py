@@ -85,7 +85,7 @@ def apgd(
     Raises:
       UserError: an argument is out of range, or there are too few classes for the loss.
     """
-    logits_fn, mask, microbatch = loops.prepare(logits_fn, x, epsilon, norm, mask, microbatch)
+    logits_fn, mask, microbatch = loops.prepare(logits_fn, x, y, epsilon, norm, mask, microbatch)
     runs = restarts * number_of_targets(loss, targets, loops.num_classes(logits_fn, x))
     example_keys = keys.per_example(key, len(x))
     logits = loops.logits_of(logits_fn, x, mask, microbatch)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from ada_jax import keys, paths
+from ada_jax import guards, keys, paths
 from ada_jax.attacks import loops
 from ada_jax.attacks.apgd import apgd
 from ada_jax.attacks.fab import fab
@@ -143,7 +143,7 @@ def autoattack(
         four classes or gives no numbers, or the folder belongs to another call.
     """
     x, y, constants = np.asarray(x), np.asarray(y), constants or {}
-    _check(x, y, epsilon, norm, attacks, batch_size, constants)
+    _check(logits_fn, x, y, epsilon, norm, attacks, batch_size, constants)
     usual = 32 if jax.local_devices()[0].platform == "cpu" else 128
     runner = _Runner(logits_fn, norm, min(batch_size, len(x)), microbatch or usual)
     logits = runner.logits(x)
@@ -339,13 +339,9 @@ def _warn_about(
 # ------------------------------------------------------------------------ checks
 
 
-def _check(x, y, epsilon, norm, attacks, batch_size, constants) -> None:
+def _check(logits_fn, x, y, epsilon, norm, attacks, batch_size, constants) -> None:
     loops.check(x, epsilon, norm)
-    if y.shape != x.shape[:1] or not np.issubdtype(y.dtype, np.integer):
-        raise UserError(
-            f"Labels of shape {list(y.shape)} and {y.dtype} must be one integer for each of the "
-            f"{len(x)} images."
-        )
+    guards.check_labels(y, x, logits_fn)
     for name in (*attacks, *constants):
         if name not in ATTACKS:
             raise UserError(f"The attack {name!r} is unknown: choose among {', '.join(ATTACKS)}.")
@@ -362,10 +358,6 @@ def _check_classifier(
     classes = logits.shape[-1]
     if not np.all(np.isfinite(logits)):
         raise UserError("The classifier returns NaN or infinity for some images: mend it first.")
-    if not (y.min() >= 0 and y.max() < classes):
-        raise UserError(
-            f"Labels from {y.min()} to {y.max()} do not fit the classifier's {classes} logits."
-        )
     if "apgd-t" in attacks and classes < 4:
         raise UserError(
             f"AutoAttack's targeted DLR loss needs at least 4 classes and the classifier has "

@@ -72,7 +72,7 @@ def fab(
     Raises:
       UserError: an argument is out of range.
     """
-    logits_fn, mask, microbatch = loops.prepare(logits_fn, x, epsilon, norm, mask, microbatch)
+    logits_fn, mask, microbatch = loops.prepare(logits_fn, x, y, epsilon, norm, mask, microbatch)
     runs = restarts * min(targets, loops.num_classes(logits_fn, x) - 1)
     example_keys = keys.per_example(key, len(x))
     logits = loops.logits_of(logits_fn, x, mask, microbatch)

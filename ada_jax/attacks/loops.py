@@ -124,6 +124,7 @@ def num_classes(logits_fn: LogitsFn, x: jax.Array) -> int:
 def prepare(
     logits_fn: LogitsFn,
     x: jax.Array,
+    y: jax.Array,
     epsilon: jax.Array | float,
     norm: str,
     mask: jax.Array | None,
@@ -135,9 +136,11 @@ def prepare(
       logits_fn without gradients to what it closes over, the mask [B] and the microbatch.
 
     Raises:
-      UserError: an argument is out of range; images and epsilon only where they are not traced.
+      UserError: an argument is out of range; images, labels and epsilon only where they are not
+        traced.
     """
     check(x, epsilon, norm)
+    guards.check_labels(y, x, logits_fn)
     if microbatch is not None and microbatch < 1:
         raise UserError(f"microbatch={microbatch} must be at least 1, or None for the whole batch.")
     microbatch = min(microbatch or len(x), len(x))
@@ -152,8 +155,6 @@ def check(x: jax.Array, epsilon: jax.Array | float, norm: str) -> None:
     if not 0 < guards.known(epsilon, 1.0) < np.inf:
         raise UserError(f"epsilon={epsilon} must be positive and finite (8/255 is common in linf).")
     guards.check_images(x)
-    if x.dtype != jnp.float32:
-        raise UserError(f"Images of {x.dtype} must be float32 in [0, 1]: convert them.")
 
 
 def _select(condition: jax.Array, new: State, old: State) -> State:

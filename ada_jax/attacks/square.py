@@ -69,7 +69,7 @@ def square(
     Raises:
       UserError: an argument is out of range.
     """
-    logits_fn, mask, microbatch = loops.prepare(logits_fn, x, epsilon, norm, mask, microbatch)
+    logits_fn, mask, microbatch = loops.prepare(logits_fn, x, y, epsilon, norm, mask, microbatch)
     example_keys = keys.per_example(key, len(x))
     schedule = sides(queries, x.shape[1:3], norm=norm, p_init=p_init, rescale=rescale_schedule)
     tiles = _tile_table(np.unique(schedule)) if norm == "l2" else None
