@@ -96,6 +96,9 @@ def _parse_flags(argv: list[str]) -> list[str]:
         sys.exit(_complain(unknown_field(error)))
     except (flags.Error, UserError, ValueError, TypeError, OSError) as error:
         sys.exit(_complain(error))
+    except (SyntaxError, ImportError, NameError) as error:
+        said = f"{type(error).__name__}: {error}"
+        sys.exit(_complain(f"The file of --config cannot be run ({said}): mend it."))
 
 
 def unknown_field(error: Exception) -> str:
@@ -198,8 +201,7 @@ def _take_huge_pages() -> None:
 
     XLA on a CPU maps its larger temporary buffers anew in every call, and each page of them is a
     fault when it is touched: pages of 2 MB instead of 4 KB take a fifth off the small preset's AdA
-    step.
-    glibc reads the setting at its own start only.
+    step. glibc reads the setting at its own start only.
     """
     setting, given = "glibc.malloc.hugetlb", os.environ.get("GLIBC_TUNABLES", "")
     pages = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")

@@ -603,7 +603,7 @@ def train(
         # Still inside, for a second SIGTERM must not end the process before this is written.
         log.flush()
         checkpoints.save(step, state, extra | {"pending": finite(pending, step)}, wait=True)
-    return state, step < total_steps
+    return state, step < total_steps or stop.received
 
 
 def train_batches(parts: Parts, start_step: int) -> Iterator[dict[str, np.ndarray]]:

@@ -283,6 +283,18 @@ def test_the_binary_tells_a_mistake_in_one_sentence_and_status_2(tmp_path, flags
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("def get_config(:", "SyntaxError"), ("import nothing", "'nothing'"), ("x = y", "'y'")],
+)
+def test_a_config_file_that_does_not_run_is_told_in_one_sentence(tmp_path, text, said):
+    (tmp_path / "mine.py").write_text(text)
+    done = run(tmp_path / "run", f"--config={tmp_path}/mine.py")
+    (error,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert done.returncode == 2 and "--config" in error and said in error
+    assert "Traceback" not in done.stderr
+
+
 # ------------------------------------------------------------------------ the step
 
 
@@ -628,6 +640,27 @@ def test_sigterm_saves_and_the_same_command_goes_on(uninterrupted):
     process.kill()
     process.communicate()
     assert f"Going on from step {step} ".encode() in seen
+
+
+def test_sigterm_during_the_last_step_is_not_forgotten(tmp_path, monkeypatch):
+    config, make = tiny(method="nominal", epochs=0.0, train_steps=2), train.compile_update_step
+
+    def terminated_in_the_second(parts):
+        update_step, steps = make(parts), itertools.count(1)
+
+        def update(*args):
+            if next(steps) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return update_step(*args)
+
+        return update
+
+    monkeypatch.setattr(train, "compile_update_step", terminated_in_the_second)
+    assert train.main(config, str(tmp_path)) == cli.INTERRUPTED
+    assert not (tmp_path / "results.json").exists()
+    monkeypatch.undo()
+    assert train.main(config, str(tmp_path)) is None
+    assert json.loads((tmp_path / "results.json").read_text())["step"] == 2
 
 
 @pytest.mark.slow
