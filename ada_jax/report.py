@@ -666,6 +666,20 @@ def _pairs(results: list[Result]) -> list[gallery.Picture]:
 # ------------------------------------------------------------------------ the binary
 
 
+def _evaluated(named: list[str]) -> list[str]:
+    """What is named without folders that have no results, as runs/* has; if all are so, all."""
+    empty = [
+        path
+        for path in named
+        if paths.is_dir(path) and not paths.at(os.path.join(path, "results.json")).is_file()
+    ]
+    if len(empty) == len(named):
+        return named
+    for path in empty:
+        logging.warning("%s has no results.json and is left out.", path)
+    return [path for path in named if path not in empty]
+
+
 def main(argv: list[str]) -> None:
     """Prints the tables and draws the pictures."""
     f = flags.FLAGS
@@ -679,7 +693,7 @@ def main(argv: list[str]) -> None:
             "No results are named: give results files or folders of runs, or --paper for the "
             "paper's own numbers."
         )
-    files = [*argv[1:], *([str(PUBLISHED)] if f.paper else [])]
+    files = [*_evaluated(argv[1:]), *([str(PUBLISHED)] if f.paper else [])]
     everything = [result for file in files for result in read(file)]
     results = [result for result in everything if not result.published]
     ours, paper = rows(results), rows(result for result in everything if result.published)

@@ -440,6 +440,15 @@ def test_mistakes_are_told_in_a_sentence(words, said, tmp_path):
     assert (tmp_path / "half.json").read_text() == half
 
 
+def test_folders_without_results_are_left_out(tmp_path):
+    (tmp_path / "a run").mkdir()
+    (tmp_path / "images").mkdir()
+    write(tmp_path / "a run" / "results.json", result())
+    named = [str(tmp_path / "a run"), str(tmp_path / "images")]
+    assert report._evaluated(named) == named[:1]
+    assert report._evaluated(named[1:]) == named[1:]  # and is refused by name
+
+
 def test_an_undefended_network_has_the_published_profile():
     """Errors of a published ResNet-20 (8.3% clean error) on a set made by the original code."""
     published = (58, 46, 47, 21, 54, 28, 27, 24, 30, 17, 10, 31, 20, 33, 25)
