@@ -487,7 +487,8 @@ def with_earlier(results: Results, path: str | os.PathLike[str]) -> Results:
             f"The results file {path} cannot be read ({error!r}): remove it, or name another with "
             "--out."
         ) from error
-    return before | results | {"seconds": seconds} | _means(before)
+    # What the file says of the run itself stays, as what it was trained and first measured by.
+    return results | before | {"seconds": seconds} | _means(before)
 
 
 def _check_same(results: Results, before: Results, path: paths.AnyPath) -> None:

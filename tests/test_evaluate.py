@@ -384,6 +384,15 @@ def test_an_interrupted_evaluation_goes_on_with_what_is_missing(tmp_path):
     assert "mce_unnormalised" not in whole
 
 
+def test_what_is_measured_later_leaves_the_run_s_own_commit_and_config(tmp_path):
+    clean, path = images(), tmp_path / "results.json"
+    first = results_of(clean, sets_of(clean, "clean"))
+    evaluate.write(path, first | {"commit": "before"})
+    first["config"]["eval_sets"] = ["other"]
+    later = evaluate.with_earlier(first, path)
+    assert later["commit"] == "before" and later["config"] != first["config"]
+
+
 def earlier(**changes) -> dict:
     """A good results file with some changes."""
     results = results_of(images(), sets_of(images(), "extra"))
