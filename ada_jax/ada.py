@@ -60,10 +60,10 @@ def adversarial_augment(
     """
     guards.check_images(x)
     guards.check_labels(y, x, logits_fn)
-    _check(key, x, nu, steps, step_rule, step_scale, ssim_threshold, root_rule, microbatch)
-    x, net = lax.stop_gradient(x), net._replace(theta=lax.stop_gradient(net.theta))
+    _check(net, x, nu, steps, step_rule, step_scale, ssim_threshold, root_rule, microbatch)
     # One key per example makes the draw independent of the batch around it and of `microbatch`.
     example_keys = keys.per_example(key, len(x))
+    x, net = lax.stop_gradient(x), net._replace(theta=lax.stop_gradient(net.theta))
 
     def one_microbatch(batch):
         example_keys, x, y = batch
@@ -165,10 +165,12 @@ def render(net: CorruptionNet, delta: PyTree, x: jax.Array, example_keys: jax.Ar
     return jnp.clip(jax.vmap(one)(delta, x, example_keys), 0.0, 1.0)
 
 
-def _check(key, x, nu, steps, step_rule, step_scale, ssim_threshold, root_rule, microbatch) -> None:
-    one_key = 0 if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else 1
-    if key.ndim > one_key and len(key) != len(x):
-        raise UserError(f"There are {len(key)} keys for {len(x)} images: give one, or as many.")
+def _check(net, x, nu, steps, step_rule, step_scale, ssim_threshold, root_rule, microbatch) -> None:
+    if not isinstance(net, CorruptionNet):
+        raise UserError(
+            f"net={net!r} is no ada_jax.CorruptionNet: take ada_jax.make_corruption_net(name), or "
+            "make one of an apply function and its parameters."
+        )
     if not 0 <= guards.known(nu, 0.0) < np.inf:
         raise UserError(
             f"nu={nu} is negative or not finite: a radius is 0 or more (the paper's is 0.015)."

@@ -8,6 +8,7 @@ import pathlib
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -41,6 +42,9 @@ def run(
     flags.mark_flag_as_required("config")
     if distributed:
         hosts.define_flags()
+    for module in (__name__, hosts.__name__):  # For --help, which tells the main module's alone.
+        for flag in flags.FLAGS.flags_by_module_dict().get(module, ()):
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
     def with_flags(argv: list[str]) -> int | None:
         if len(argv) > 1:
@@ -71,6 +75,12 @@ def start(main: Callable[[list[str]], int | None], *, computes: bool = False) ->
             status = main(argv)
         except UserError as error:
             status = _complain(error)
+        except (AttributeError, KeyError) as error:
+            raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+            if "ml_collections" not in raised_in:
+                raise
+            fix = "Begin the file of --config with all fields of one in experiments/."
+            status = _complain(f"{unknown_field(error)} {fix}")
         sys.exit(status)
 
     app.run(guarded, flags_parser=_parse_flags)

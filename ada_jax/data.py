@@ -533,6 +533,8 @@ def _load_npz(split: str, data_dir: Any) -> Dataset:
             return _read_npz(archive, path, split)
     except UserError:
         raise
+    except FileNotFoundError as error:
+        raise UserError(f"config.data_dir = {str(path)!r} does not exist: {advice}") from error
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(
             f"config.data_dir = {str(path)!r} cannot be read as an .npz file without pickled "

@@ -326,9 +326,8 @@ def open_set(folder: str | os.PathLike[str], dataset: data.Dataset, copies: int)
     Raises:
       UserError: the set is missing, made from other images, or has fewer copies.
     """
-    folder = paths.local(f"config.deepaugment.dir={os.fspath(folder)!r}", folder)
+    manifest, folder = read_manifest(folder), pathlib.Path(folder)
     where = f"config.deepaugment.dir={str(folder)!r}"
-    manifest = _read_manifest(folder, where)
     if manifest["data_sha256"] != data.fingerprint(dataset):
         raise UserError(
             f"{where} was made from {manifest['images']} other images ({manifest['data']}) than "
@@ -356,7 +355,14 @@ def open_set(folder: str | os.PathLike[str], dataset: data.Dataset, copies: int)
     return RenderedSet(opened, hashlib.sha256(text.encode()).hexdigest())
 
 
-def _read_manifest(folder: pathlib.Path, where: str) -> dict[str, Any]:
+def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `write_set` says of a set.
+
+    Raises:
+      UserError: there is none, or one of another recipe.
+    """
+    where = f"config.deepaugment.dir={os.fspath(folder)!r}"
+    folder = paths.local(where, folder)
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         if manifest["kind"] == "deepaugment" and manifest["recipe"] == RECIPE:

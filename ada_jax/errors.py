@@ -7,3 +7,11 @@ class UserError(ValueError):
     The binaries print the sentence and leave with exit status 2; libraries let it through.
     The sentence names the field, its value and the fix.
     """
+
+
+def renamed(error: UserError, names: dict[str, str]) -> UserError:
+    """The same sentence with a binary's own flags for the fields of a training run."""
+    text = str(error)
+    for field, flag in names.items():
+        text = text.replace(field, flag)
+    return UserError(text)

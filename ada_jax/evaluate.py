@@ -43,7 +43,7 @@ from ada_jax import (
     worst_case,
 )
 from ada_jax.devices import AXIS, replicate, shard
-from ada_jax.errors import UserError
+from ada_jax.errors import UserError, renamed
 
 SCHEMA = 1
 _CORRUPTIONS = {"c": corruptions.NAMES, "extra": corruptions.EXTRA}
@@ -314,8 +314,8 @@ def _from_folder(
     folder = paths.local(what, config.eval_c_dir).absolute()
     _check_whole(folder)
     sha256, clean_labels = corruptions.digest(clean)
-    labels = _read_labels(folder, clean_labels)
     source = {"kind": "npy", "folder": str(folder)} | _read_manifest(folder, sha256)
+    labels = _read_labels(folder, clean_labels)
     datasets = {}
     for name in names:
         images = _read_images(folder, name, len(corruptions.SEVERITIES), clean)
@@ -677,6 +677,10 @@ _NEEDED = (
     *("cpu_devices", "compilation_cache"),
     *("eval_sets", "eval_c_dir", "corruption_seed", "corruption_table"),
 )
+DATA_FLAGS = {  # of binaries with --split and --data_dir, for the fields that `data` names
+    "config.train_split or config.eval_split": "--split",
+    "--config.data_dir": "--data_dir",
+}
 _FLAGS = {
     "sets": "eval_sets",
     "c_dir": "eval_c_dir",
@@ -802,8 +806,8 @@ def load_variables(
         if found:
             return found[0]["params"], found[0].get("net_state", {}), found[1]
     raise UserError(
-        f"--workdir={path} has neither classifier.safetensors nor an undamaged checkpoint: train "
-        "there first, or name a file with --weights."
+        f"{path} has neither classifier.safetensors nor an undamaged checkpoint: train there "
+        "first, or name a file of weights."
     )
 
 
@@ -822,9 +826,7 @@ def main(argv: list[str]) -> None:
         _check_flags(argv)
         _evaluate(flags.FLAGS)
     except UserError as error:
-        # Lower rooms name the fields of a training run.
-        text = str(error).replace("config.train_split or config.eval_split", "--split")
-        raise UserError(text.replace("--config.data_dir", "--data_dir")) from error
+        raise renamed(error, DATA_FLAGS) from error
 
 
 def _evaluate(values: flags.FlagValues) -> None:

@@ -77,7 +77,14 @@ def connect(complain: Callable[[str], Any]) -> None:
             heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=_HEARTBEAT_SECONDS,
         )
-    except (RuntimeError, ValueError) as error:
+    except ValueError as error:
+        if given:
+            raise UserError(f"{sentence} ({error})") from error
+        raise UserError(
+            "--distributed finds neither a TPU slice nor Slurm here: give --coordinator=HOST:PORT, "
+            "--processes and --process beside it, or leave it out where there is one process."
+        ) from error
+    except RuntimeError as error:
         raise UserError(f"{sentence} ({' '.join(str(error).split())[:200]})") from error
     finally:
         watch.cancel()

@@ -2,6 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from ada_jax.errors import UserError
 
 
 def per_example(key: jax.Array, count: int) -> jax.Array:
@@ -13,9 +16,29 @@ def per_example(key: jax.Array, count: int) -> jax.Array:
 
     Returns:
       Keys [B].
+
+    Raises:
+      UserError: no key, or another number of them.
     """
+    check(key)
     single = 0 if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else 1
-    return jax.random.split(key, count) if key.ndim == single else key
+    if key.ndim == single:
+        return jax.random.split(key, count)
+    if len(key) != count:
+        raise UserError(f"There are {len(key)} keys for {count} images: give one, or as many.")
+    return key
+
+
+def check(key: jax.Array) -> None:
+    """Refuses what is no random key, typed or raw, nor several of them.
+
+    Raises:
+      UserError: a number, for example.
+    """
+    dtype, shape = getattr(key, "dtype", np.dtype(object)), np.shape(key)
+    typed = jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not typed and not (dtype == np.uint32 and shape[-1:] == (2,)):
+        raise UserError(f"The key {key!r} is no random key: take jax.random.key(0), for example.")
 
 
 def of_positions(key: jax.Array, start: jax.Array | int, count: int) -> jax.Array:

@@ -116,7 +116,8 @@ def summarise(steps: list[dict[str, float]]) -> dict[str, float]:
 
 def table(rows: list[tuple[str, str]]) -> str:
     """Rows of (name, value) as Markdown's, aligned."""
-    return "\n".join(f"| {name:35} | {value:44} |" for name, value in rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(f"| {name:{widths[0]}} | {value:{widths[1]}} |" for name, value in rows)
 
 
 def commit() -> str:

@@ -33,7 +33,7 @@ from ada_jax import (
     pretrain,
     ssim,
 )
-from ada_jax.errors import UserError
+from ada_jax.errors import UserError, renamed
 
 RADII = ("0.0075", "0.009375", "0.015", "0.03", "0.06")
 PAPER = {"edsr": (0.91, 0.26), "cae": (0.84, 0.16)}  # mean and deviation over all corruptions
@@ -349,6 +349,15 @@ def read_results(path: str, settings: dict[str, Any]) -> dict[str, Any]:
 
 def main(argv: list[str]) -> None:
     """Runs a study."""
+    try:
+        _run(argv)
+    except UserError as error:
+        names = {"config.data_dir": "--data_dir", "config.dataset": "--dataset"}
+        names["corruption_net="] = "--nets="
+        raise renamed(error, evaluate.DATA_FLAGS | names) from error
+
+
+def _run(argv: list[str]) -> None:
     f = flags.FLAGS
     if len(argv) != 2 or argv[1] not in ("ssim", "reconstruct"):
         raise UserError("Name one study: python -m ada_jax.study ssim, or reconstruct.")

@@ -33,6 +33,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import ml_collections
 from absl import flags, logging
 from ml_collections import config_flags
 
@@ -300,12 +301,21 @@ def run(points: Sequence[Point], out: str, jobs: int) -> tuple[dict[str, str], b
 
 
 def _unfinished(points: Sequence[Point], out: str) -> list[Point]:
-    """The points to run; says which are not."""
+    """The points to run; says which are not.
+
+    Raises:
+      UserError: a file that one needs is missing.
+    """
     found = {point.name: finished(point, out) for point in points}
     for name, results in found.items():
         if results:
             logging.info("%s: finished before, %s", name, _errors(results))
     waiting = [point for point in points if not found[point.name]]
+    for point in waiting:
+        try:
+            train.check_files(ml_collections.ConfigDict(point.config))
+        except UserError as error:
+            raise UserError(f"The point {point.name}: {error}") from error
     logging.info("%d of %d points to run", len(waiting), len(points))
     return waiting
 

@@ -435,8 +435,25 @@ class Parts(NamedTuple):
     total_steps: int
 
 
+def check_files(config: ml_collections.ConfigDict) -> None:
+    """Finds files that are missing, before data is read and without touching a device.
+
+    Raises:
+      UserError: naming the field.
+    """
+    of_nets = config.ada.corruption_weights if config.method == "ada" else ()
+    named = {"ada.corruption_weights": of_nets, "init_weights": (config.init_weights,)}
+    for field, files in named.items():
+        if missing := [path for path in files if path and not paths.exists(path)]:
+            raise UserError(f"config.{field} names {missing[0]!r}, which is not there: check it.")
+    if config.deepaugment.copies:
+        deepaugment.read_manifest(config.deepaugment.dir)
+
+
 def build(config: ml_collections.ConfigDict) -> Parts:
     """Loads the data and the corruption network and makes the classifier and its optimiser."""
+    check_files(config)
+    nets = make_corruption_nets(config.ada) if config.method == "ada" else ()
     load = functools.partial(
         data.load, config.dataset, data_dir=config.data_dir or None, image_size=config.image_size
     )
@@ -465,7 +482,7 @@ def build(config: ml_collections.ConfigDict) -> Parts:
         eval_set,
         evaluate.open_sets(config, eval_set, config.eval_sets),
         evaluate.open_sets(config, eval_set, during, config.corruption_eval_examples),
-        make_corruption_nets(config.ada) if config.method == "ada" else (),
+        nets,
         classifier,
         evaluate.map_eval_step(classifier),
         make_optimizer(config, schedule),
@@ -493,12 +510,20 @@ def with_weights(state: TrainState, parts: Parts, path: str) -> TrainState:
 def make_corruption_nets(
     config: ml_collections.ConfigDict,
 ) -> tuple[corruption_nets.CorruptionNet, ...]:
-    """The corruption networks of the attack's part of a config."""
+    """The corruption networks of the attack's part of a config.
+
+    Raises:
+      UserError: weights that are missing, damaged or of another network.
+    """
     fields = (config.corruption_net, config.corruption_weights, config.corruption_enlarge)
-    return tuple(
-        corruption_nets.make(name, weights or None, enlarge=enlarge)
-        for name, weights, enlarge in zip(*fields, strict=True)
-    )
+    try:
+        return tuple(
+            corruption_nets.make(name, weights or None, enlarge=enlarge)
+            for name, weights, enlarge in zip(*fields, strict=True)
+        )
+    except UserError as error:
+        weights = tuple(config.corruption_weights)
+        raise UserError(f"config.ada.corruption_weights={weights}: {error}") from error
 
 
 def main(config: ml_collections.ConfigDict, workdir: str) -> int | None:
@@ -570,6 +595,8 @@ def train(
     config, total_steps, step = parts.config, parts.total_steps, int(state.step)
     finite = functools.partial(logbook.finite, advice="lower config.learning_rate or config.ada.nu")
     update_step = compile_update_step(parts)
+    if step < total_steps:
+        logging.info("The first step compiles: seconds for small networks, minutes for large ones.")
     state, thetas = replicate(state), replicate(thetas)
     batches = train_batches(parts, step)
     evaluate_at = every_epochs(config.eval_epochs, parts)

@@ -150,7 +150,7 @@ def _chosen(words: str) -> list[str]:
     twice = len({*attacks} & {*chosen}) > 1 or {"deepaugment", "deepaugment10x"} <= {*chosen}
     if unknown or twice or ("nominal" in chosen and len(chosen) > 1):
         raise ValueError(
-            f"--config=experiments/cifar10.py:{words} "
+            f"--config=...:{words} "
             + (f"has the unknown word {unknown[0]!r}" if unknown else "is no row")
             + f": the rows are {', '.join(ROWS)}; 'random', 'linf_at', "
             "'l2_at' and ',small' are known beside them."

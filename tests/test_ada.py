@@ -359,9 +359,10 @@ def test_images_and_knobs_closed_over_inside_a_jit_are_looked_at_too():
         jax.jit(lambda: augment(bright)[0])()
 
 
-def test_keys_are_one_or_as_many_as_images():
-    with pytest.raises(UserError, match="3 keys for 4 images"):
-        augment_affinely(LOGITS_FN, example_keys(0, 3), *batch())
+def test_a_name_is_no_corruption_network():
+    x, y = batch()
+    with pytest.raises(UserError, match=r"net='edsr_small' is no ada_jax\.CorruptionNet"):
+        ada.adversarial_augment(jax.random.key(0), x, y, logits_fn=LOGITS_FN, net="edsr_small")
 
 
 # ------------------------------------------------------------------------------- microbatches

@@ -223,6 +223,12 @@ def test_nothing_is_warned_about_otherwise():
 X, Y = examples()
 
 
+def test_a_constant_that_an_attack_does_not_take_is_refused():
+    constants = {"square": {"quries": 3}}
+    with pytest.raises(UserError, match="has 'quries': choose among p_init, queries"):
+        attacks.autoattack(jax.random.key(0), linear, X, Y, 0.1, constants=constants)
+
+
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from ada_jax import keys
+from ada_jax.errors import UserError
 
 
 def numbers(example_keys) -> np.ndarray:
@@ -25,3 +26,14 @@ def test_a_batch_draws_the_same_whole_or_in_parts():
     parts = [numbers(keys.of_positions(key, start, 2)) for start in (0, 2, 4, 6)]
     np.testing.assert_array_equal(whole, np.concatenate(parts))
     assert len(set(whole.tolist())) == 8
+
+
+@pytest.mark.parametrize("key", [0, np.zeros(2), np.zeros(3, np.uint32), "key"])
+def test_what_is_no_key_is_refused(key):
+    with pytest.raises(UserError, match="is no random key: take"):
+        keys.per_example(key, 2)
+
+
+def test_keys_are_one_or_as_many_as_examples():
+    with pytest.raises(UserError, match="3 keys for 4 images"):
+        keys.per_example(jax.random.split(jax.random.key(0), 3), 4)

@@ -398,6 +398,13 @@ def test_killed_in_the_middle_it_ends_with_the_same_results_files(tmp_path):
     assert comparable(files[1]) == comparable(tmp_path / "whole" / "nominal-seed1/results.json")
 
 
+def test_a_missing_set_of_renderings_is_told_before_the_first_point_starts(tmp_path):
+    points = sweep.read(f"{TABLE_1}:small,nominal,deepaugment,seeds=1")
+    with pytest.raises(UserError, match=r"point deepaugment,small-seed0: config\.deepaugment"):
+        sweep.run(points, str(tmp_path / "out"), jobs=1)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_the_binary_leaves_with_143_after_sigterm_and_1_after_a_failure(tmp_path):
     arguments = [f"--sweep={write(tmp_path, SEEDS.format(2))}", f"--out={tmp_path / 'out'}", *TINY]

@@ -283,6 +283,20 @@ def test_the_binary_tells_a_mistake_in_one_sentence_and_status_2(tmp_path, flags
     assert not (tmp_path / "run").exists()
 
 
+def test_a_config_without_a_field_is_told_in_one_sentence(tmp_path):
+    text = "import ml_collections\nget_config = lambda: ml_collections.ConfigDict({'name': 'x'})"
+    (tmp_path / "mine.py").write_text(text)
+    done = run(tmp_path / "run", f"--config={tmp_path}/mine.py")
+    (error,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert done.returncode == 2 and "'method'" in error and "experiments/" in error
+    assert "Traceback" not in done.stderr
+
+
+def test_help_lists_the_flags(tmp_path):
+    done = run(tmp_path / "run", "--help")
+    assert all(f"--{name}" in done.stdout for name in ("config", "workdir", "[no]distributed"))
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [("def get_config(:", "SyntaxError"), ("import nothing", "'nothing'"), ("x = y", "'y'")],

@@ -7,6 +7,7 @@ parameter-free attacks" (2020), section 5, its 'standard' version.
 import dataclasses
 import functools
 import hashlib
+import inspect
 import io
 import json
 import os
@@ -143,7 +144,7 @@ def autoattack(
         four classes or gives no numbers, or the folder belongs to another call.
     """
     x, y, constants = np.asarray(x), np.asarray(y), constants or {}
-    _check(logits_fn, x, y, epsilon, norm, attacks, batch_size, constants)
+    _check(key, logits_fn, x, y, epsilon, norm, attacks, batch_size, constants)
     usual = 32 if jax.local_devices()[0].platform == "cpu" else 128
     runner = _Runner(logits_fn, norm, min(batch_size, len(x)), microbatch or usual)
     logits = runner.logits(x)
@@ -339,7 +340,8 @@ def _warn_about(
 # ------------------------------------------------------------------------ checks
 
 
-def _check(logits_fn, x, y, epsilon, norm, attacks, batch_size, constants) -> None:
+def _check(key, logits_fn, x, y, epsilon, norm, attacks, batch_size, constants) -> None:
+    keys.check(key)
     loops.check(x, epsilon, norm)
     guards.check_labels(y, x, logits_fn)
     for name in (*attacks, *constants):
@@ -347,6 +349,13 @@ def _check(logits_fn, x, y, epsilon, norm, attacks, batch_size, constants) -> No
             raise UserError(f"The attack {name!r} is unknown: choose among {', '.join(ATTACKS)}.")
     if not attacks or len(set(attacks)) < len(attacks):
         raise UserError(f"attacks={attacks!r} must name at least one attack, and each only once.")
+    for name, given in constants.items():
+        taken = inspect.signature(_ATTACKS[name]).parameters.values()
+        known = {p.name for p in taken if p.kind == p.KEYWORD_ONLY} - {"norm", "mask", "microbatch"}
+        if unknown := sorted(set(given) - known):
+            raise UserError(
+                f"constants[{name!r}] has {unknown[0]!r}: choose among {', '.join(sorted(known))}."
+            )
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size} must be at least 1.")
 
