@@ -1,6 +1,8 @@
 """The inner maximisation: what it promises, against a literal statement, and what it costs."""
 
 import functools
+import pathlib
+import re
 from typing import NamedTuple
 
 import chex
@@ -411,3 +413,15 @@ def test_a_golden_step():
         np.testing.assert_allclose(metrics[name], values, rtol=1e-3, err_msg=name)
     means = [0.49417, 0.49714, 0.53425, 0.51220]
     np.testing.assert_allclose(images.mean((1, 2, 3)), means, rtol=1e-3)
+
+
+# ------------------------------------------------------------------------------- the README
+
+
+def test_the_readme_s_training_loop_runs():
+    text = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+    (loop,) = (b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "train_step" in b)
+    x, y = jax.random.uniform(jax.random.key(0), (4, 32, 32, 3)), jnp.arange(4)
+    ran = {"batches": iter([(x, y)] * 3)}
+    exec(loop, ran)
+    assert ran["step"] == 1 and jnp.isfinite(ran["loss"])
