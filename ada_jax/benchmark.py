@@ -1,11 +1,12 @@
 """Measures the package's hot paths on this machine, all in one process.
 
-python -m ada_jax.benchmark [--rows=conv,inner,step,augment,memory] [--cpu_devices=2]
+python -m ada_jax.benchmark [--rows=conv,inner,step,augment,memory,scaling] [--cpu_devices=2]
 
 Every row gives useful work per second, counted as the floating-point operations of ordinary direct
 convolutions, and its share of the speed of a large float32 matrix product measured in between.
 """
 
+import concurrent.futures
 import functools
 import time
 from collections.abc import Callable, Iterator
@@ -31,7 +32,7 @@ from ada_jax import (
 from ada_jax.errors import UserError
 from experiments import cifar10
 
-ROWS = ("conv", "inner", "step", "augment", "memory")
+ROWS = ("conv", "inner", "step", "augment", "memory", "scaling")
 _SECONDS = 3.0  # measured per row
 
 Timing = tuple[float, float]  # best seconds per call, seconds to compile
@@ -176,19 +177,9 @@ def step_rows() -> Iterator[tuple[str, float, float, str, float]]:
     """The whole training step of cifar10.py:small, nominal, with AugMix and with AdA."""
     for words in ("nominal,small", "augmix,small", "small"):
         config = cifar10.get_config(words)
-        model = evaluate.make_classifier(config, 10)
-        schedule = train.learning_rate_schedule(config, 100.0, 1000)
-        optimizer = train.make_optimizer(config, schedule)
-        nets = train.make_corruption_nets(config.ada) if config.method == "ada" else ()
         images = jax.random.uniform(jax.random.key(0), (config.batch_size, 32, 32, 3))
         labels = jnp.arange(config.batch_size) % 10
-        state = train.initial_state(model, optimizer, jax.random.key(0), images[:8])
-        step = train.make_update_step(config, model, [net.apply for net in nets], optimizer)
-        thetas = tuple(net.theta for net in nets)
-
-        def one_step(x, y, step=step, state=state, thetas=thetas):
-            return step(state, thetas, {"image": x, "label": y}, jax.random.key(0))
-
+        one_step, model, state, nets = first_step(config, images)
         seconds, compilation = measure(one_step, images, labels)
         logits_fn = functools.partial(
             model.apply, state.params, state.net_state, None, is_training=False
@@ -201,6 +192,21 @@ def step_rows() -> Iterator[tuple[str, float, float, str, float]]:
         rate = f"{config.batch_size / seconds:.0f} examples/s"
         title = f"training step, cifar10.py:{words}, batch {config.batch_size}"
         yield title, flops * config.batch_size, seconds, rate, compilation
+
+
+def first_step(config: Any, images: jax.Array) -> tuple[Any, ...]:
+    """A config's first update of one device's images and labels; its model, state and networks."""
+    model = evaluate.make_classifier(config, 10)
+    optimizer = train.make_optimizer(config, train.learning_rate_schedule(config, 100.0, 1000))
+    nets = train.make_corruption_nets(config.ada) if config.method == "ada" else ()
+    state = train.initial_state(model, optimizer, jax.random.key(0), images[:8])
+    step = train.make_update_step(config, model, [net.apply for net in nets], optimizer)
+    thetas = tuple(net.theta for net in nets)
+
+    def one_step(x, y):
+        return step(state, thetas, {"image": x, "label": y}, jax.random.key(0))
+
+    return one_step, model, state, nets
 
 
 def augment_rows() -> Iterator[tuple[str, float, float, str, float]]:
@@ -255,6 +261,52 @@ def memory_rows() -> Iterator[str]:
     )
 
 
+def scaling_rows(per_device: int = 64, rounds: int = 5) -> Iterator[str]:
+    """Steps of 1, 2, 4, ... devices as one program, against as many that know of no other."""
+    for words in ("nominal,small", "small"):
+        config = cifar10.get_config(words)
+        images = jax.random.uniform(jax.random.key(0), (per_device, 32, 32, 3))
+        labels = jnp.arange(per_device) % 10
+        one_step, *_ = first_step(config, images)
+        count = 1
+        while count <= jax.local_device_count():
+            groups = [jax.local_devices()[:count]], [[d] for d in jax.local_devices()[:count]]
+            joined, alone = (Together(one_step, g, images, labels) for g in groups)
+            # By turns, for the machine's speed drifts; the least, which other load disturbs least.
+            times = [(joined.seconds(), alone.seconds()) for _ in range(rounds)]
+            one, other = map(min, zip(*times, strict=True))
+            yield (
+                f"weak scaling, cifar10.py:{words}, {per_device} examples on each of {count} "
+                f"devices: {1e3 * one:.1f} ms a step, {1e3 * other:.1f} ms without each other, "
+                f"{100 * (one / other - 1):+.1f}%"
+            )
+            count *= 2
+
+
+class Together:
+    """A function as one program for each group of devices, which run at the same time."""
+
+    def __init__(self, f: Callable[..., Any], groups: list[list[Any]], *args: jax.Array) -> None:
+        """Compiles it; every device has the same arguments."""
+        self._programs = []
+        for devices in groups:
+            placed = [jnp.broadcast_to(a, (len(devices), *a.shape)) for a in args]
+            placed = jax.pmap(lambda *a: a, devices=devices)(*placed)
+            mapped = jax.pmap(f, axis_name=train.AXIS, devices=devices)
+            self._programs.append(functools.partial(mapped.lower(*placed).compile(), *placed))
+        self._threads = concurrent.futures.ThreadPoolExecutor(len(groups))
+        self.seconds()
+
+    def seconds(self, least: float = 1.0) -> float:
+        """Least seconds until all programs have run."""
+        times, end = [], time.perf_counter() + least
+        while time.perf_counter() < end or len(times) < 3:
+            start = time.perf_counter()
+            list(self._threads.map(lambda p: jax.block_until_ready(p()), self._programs))
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+
 def main(argv: list[str]) -> None:
     """Prints the table."""
     del argv
@@ -275,10 +327,11 @@ def main(argv: list[str]) -> None:
             rate = rate or f"{1e3 * seconds:.1f} ms"
             counted = f"{speed / 1e9:.0f} | {share:.1f}%" if flops else "|"
             print(f"| {title} | {rate} | {counted} | {compilation:.1f} |", flush=True)
-    if "memory" in chosen:
+    sentences = {"memory": memory_rows, "scaling": scaling_rows}
+    for name in (n for n in ROWS if n in chosen and n in sentences):
         print()
-        for line in memory_rows():
-            print(line)
+        for line in sentences[name]():
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ What the table's figures are, all of them for one core:
                    1 / 0.2 of it; with --hours_price also what they cost.
 """
 
+import concurrent.futures
 import hashlib
 import importlib.util
 import json
@@ -28,6 +29,7 @@ import math
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -192,7 +194,14 @@ def compile_step(step: Step, devices: Sequence[jax.Device]) -> jax.stages.Compil
     update = jax.pmap(
         step.update, train.AXIS, in_axes=(0, 0, 0, None), donate_argnums=0, devices=devices
     )
-    return update.lower(*mapped, key).compile()
+    lowered = update.lower(*mapped, key)
+    # The compiler recurses deeply, and died of it in a thread with the usual 8 MB.
+    usual = threading.stack_size(1 << 30)
+    try:
+        with concurrent.futures.ThreadPoolExecutor(1) as thread:
+            return thread.submit(lowered.compile).result()
+    finally:
+        threading.stack_size(usual)
 
 
 # ------------------------------------------------------------------------ the figures
