@@ -111,6 +111,7 @@ class Row(NamedTuple):
     measured_on: str = ""
     tables: tuple[str, ...] = ()  # of the paper, that have this row
     sampling: float = 0.0  # standard error of the clean error, of one seed; 0 is unknown
+    attacked: str = ""  # what the accuracies in balls are of, in words
 
 
 # ------------------------------------------------------------------------ results files
@@ -301,6 +302,7 @@ def rows(results: Iterable[Result]) -> list[Row]:
                 measured_on=measured_on(same[0]),
                 tables=tuple(same[0].fields.get("tables", ())),
                 sampling=max(map(_sampling_error, same)),
+                attacked=attacked_on(same[0]),
             )
         )
     return sorted(found, key=lambda row: _by_mce(row.values))
@@ -394,6 +396,17 @@ def measured_on(result: Result) -> str:
     return f"{words}corrupted in {source.get('folder', source.get('kind'))}"
 
 
+def attacked_on(result: Result) -> str:
+    """How many images were attacked in balls of pixels, and by what; '' where it is not one way."""
+    balls = [ball for radii in result.fields.get("lp", {}).values() for ball in radii.values()]
+    ways = {(ball.get("examples"), ball.get("attacks")) for ball in balls}
+    if len(ways) != 1:
+        return ""
+    ((count, attacks),) = ways
+    error = 50 / math.sqrt(count)
+    return f"{attacks} on {count} images, so that standard errors are at most {error:.1f}"
+
+
 # ------------------------------------------------------------------------ tables
 
 _SUMMARY = {  # values, headings and digits
@@ -474,7 +487,7 @@ def _table(
             group.append([Cell(f"minus {theirs.label}"), *cells, Cell()])
         groups.append(group)
     head = ["setup", *(heading for heading, _ in columns.values()), "seeds"]
-    return Table(title, head, groups, _notes(shown))
+    return Table(title, head, groups, _notes_on_balls(shown) if name == "2" else _notes(shown))
 
 
 def _notes(shown: list[Row]) -> list[str]:
@@ -486,11 +499,28 @@ def _notes(shown: list[Row]) -> list[str]:
             f"Standard error of a clean error for its number of images: at most {max(errors):.2f}; "
             "of a mean over corruptions of the same images about as much."
         )
+    return notes + _where(shown, {row.label: row.measured_on for row in shown})
+
+
+def _notes_on_balls(shown: list[Row]) -> list[str]:
+    notes = ["In percent; of the accuracies, an image counts that no attack broke."]
+    if any(row.seeds > 1 for row in shown):
+        notes.append("Over seeds: mean ± sample standard deviation.")
+    of = {row.label: row.attacked or row.measured_on for row in shown}
+    return notes + _where(shown, of)
+
+
+def _where(shown: list[Row], words_of: dict[str, str]) -> list[str]:
+    """A note for all rows of which the same words are true."""
     where: dict[str, list[str]] = {}
     for row in shown:
-        labels = where.setdefault(row.measured_on, [])
+        labels = where.setdefault(words_of[row.label], [])
         labels += [row.label] if row.seeds else ["(paper)"] * (not labels)
-    return notes + [f"{', '.join(labels)}: {words}." for words, labels in where.items()]
+    ours = [words for words, labels in where.items() if labels != ["(paper)"]]
+    names = {words: ", ".join(labels) for words, labels in where.items()}
+    if len(ours) == 1 and len(where[ours[0]]) > 1:
+        names[ours[0]] = "all rows but the paper's" if len(where) > 1 else "all rows"
+    return [f"{name}: {words}." for words, name in names.items()]
 
 
 def table_list(results: list[Result], paper: list[Row]) -> Table:
