@@ -93,7 +93,7 @@ def get_config(words: str = "") -> ml_collections.ConfigDict:
     config.ada.ssim_threshold = 0.3  # the line search keeps SSIM above it; -1 is off
     config.ada.root_rule = "in_range"  # or 'interpolated', 'paper': see ada_jax/ssim.py
     config.ada.microbatch = 0  # examples attacked at a time on a device; 0 is all
-    config.ada.remat = False  # compute the network's features anew for the gradient, to save memory
+    config.ada.remat = False  # compute the features anew for the gradient; microbatch saves more
 
     # Adversarial training in a ball of pixels, for comparison.
     config.pgd = ml_collections.ConfigDict()
