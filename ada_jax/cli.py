@@ -220,5 +220,10 @@ def _take_huge_pages() -> None:
     if setting in given or not ours or not pages.exists() or "[madvise]" not in pages.read_text():
         return
     os.environ["GLIBC_TUNABLES"] = f"{given}:{setting}=1".lstrip(":")
+    start_anew()
+
+
+def start_anew() -> None:
+    """Replaces this process by the same command, for what only counts from a process's start."""
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

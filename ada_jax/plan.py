@@ -21,15 +21,14 @@ What the table's figures are, all of them for one core:
                    1 / 0.2 of it; with --hours_price also what they cost.
 """
 
-import concurrent.futures
 import hashlib
 import importlib.util
 import json
 import math
 import os
 import re
+import resource
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -194,14 +193,7 @@ def compile_step(step: Step, devices: Sequence[jax.Device]) -> jax.stages.Compil
     update = jax.pmap(
         step.update, train.AXIS, in_axes=(0, 0, 0, None), donate_argnums=0, devices=devices
     )
-    lowered = update.lower(*mapped, key)
-    # The compiler recurses deeply, and died of it in a thread with the usual 8 MB.
-    usual = threading.stack_size(1 << 30)
-    try:
-        with concurrent.futures.ThreadPoolExecutor(1) as thread:
-            return thread.submit(lowered.compile).result()
-    finally:
-        threading.stack_size(usual)
+    return update.lower(*mapped, key).compile()
 
 
 # ------------------------------------------------------------------------ the figures
@@ -473,7 +465,16 @@ def _run(config: ml_collections.ConfigDict, workdir: str) -> int | None:
     return main(config, f.topology, f.json, examples=f.examples, price=f.hours_price)
 
 
+def _take_deep_stacks() -> None:
+    """Starts the binary anew with the deepest stacks allowed: for v6e the compiler overran 8 MB."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
+    if sys.platform.startswith("linux") and soft != hard:
+        resource.setrlimit(resource.RLIMIT_STACK, (hard, hard))
+        cli.start_anew()
+
+
 if __name__ == "__main__":
+    _take_deep_stacks()
     jax.config.update("jax_platforms", "cpu")  # a TPU that is there is left alone
     flags.DEFINE_multi_string("topology", [], "Such as v5e:2x2; repeat it, or separate by commas.")
     flags.DEFINE_string("json", None, "File that the figures are added to.")
