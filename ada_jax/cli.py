@@ -75,6 +75,9 @@ def start(main: Callable[[list[str]], int | None], *, computes: bool = False) ->
             status = main(argv)
         except UserError as error:
             status = _complain(error)
+        except BrokenPipeError:  # `| head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            status = 1
         except (AttributeError, KeyError) as error:
             raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
             if "ml_collections" not in raised_in:

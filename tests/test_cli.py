@@ -61,3 +61,12 @@ def test_a_user_s_own_program_is_not_started_twice():
         text=True,
     )
     assert done.stdout.split() == ["start", "once"]
+
+
+def test_a_pipe_that_closes_early_costs_no_traceback():
+    command = f"{sys.executable} -m ada_jax.report experiments/results/small/*.json | head -n 1"
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "**Table 1: robustness to common corruptions**\n"
+    assert done.stderr == ""
