@@ -249,7 +249,6 @@ def test_a_constant_that_an_attack_does_not_take_is_refused():
             "at least 4 classes and the classifier has 3",
         ),
     ],
-    ids=str,
 )
 def test_bad_input_is_one_sentence(knobs, message):
     with pytest.raises(UserError, match=message):
