@@ -58,6 +58,7 @@ def adversarial_augment(
     Raises:
       UserError: a parameter or, where it is not traced, an image out of its range.
     """
+    x, y = jnp.asarray(x), jnp.asarray(y)
     guards.check_images(x)
     guards.check_labels(y, x, logits_fn)
     _check(net, x, nu, steps, step_rule, step_scale, ssim_threshold, root_rule, microbatch)
@@ -171,23 +172,22 @@ def _check(net, x, nu, steps, step_rule, step_scale, ssim_threshold, root_rule, 
             f"net={net!r} is no ada_jax.CorruptionNet: take ada_jax.make_corruption_net(name), or "
             "make one of an apply function and its parameters."
         )
-    if not 0 <= guards.known(nu, 0.0) < np.inf:
+    if not 0 <= guards.number("nu", nu, 0.0) < np.inf:
         raise UserError(
             f"nu={nu} is negative or not finite: a radius is 0 or more (the paper's is 0.015)."
         )
-    if not 0 < guards.known(step_scale, 1.0) < np.inf:
+    if not 0 < guards.number("step_scale", step_scale, 1.0) < np.inf:
         raise UserError(f"step_scale={step_scale} must be positive (the paper's is 0.25).")
-    if not -1 <= guards.known(ssim_threshold, 0.0) < 1:
+    if not -1 <= guards.number("ssim_threshold", ssim_threshold, 0.0) < 1:
         raise UserError(f"ssim_threshold={ssim_threshold} must be in [-1, 1), where -1 is off.")
-    if steps < 0:
-        raise UserError(f"steps={steps} is negative: take 0 (a random start) or more (paper: 10).")
+    guards.check_integers(0, steps=steps, microbatch=microbatch or 0)
     if step_rule not in perturbation.STEP_RULES:
         known = ", ".join(perturbation.STEP_RULES)
         raise UserError(f"step_rule={step_rule!r} is unknown: choose one of {known}.")
     if root_rule not in ssim.ROOT_RULES:
         known = ", ".join(ssim.ROOT_RULES)
         raise UserError(f"root_rule={root_rule!r} is unknown: choose one of {known}.")
-    if microbatch and (microbatch < 0 or len(x) % microbatch):
+    if microbatch and len(x) % microbatch:
         raise UserError(
             f"microbatch={microbatch} does not divide the batch of {len(x)}: take a divisor."
         )

@@ -82,7 +82,7 @@ def start(main: Callable[[list[str]], int | None], *, computes: bool = False) ->
             raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
             if "ml_collections" not in raised_in:
                 raise
-            fix = "Begin the file of --config with all fields of one in experiments/."
+            fix = "The file of --config may be another binary's: --help names one of this."
             status = _complain(f"{unknown_field(error)} {fix}")
         sys.exit(status)
 
@@ -119,7 +119,9 @@ def unknown_field(error: Exception) -> str:
     while error.args and isinstance(error.args[0], Exception):
         error = error.args[0]
     if not isinstance(error, KeyError):
-        return str(error)
+        text = str(error)
+        lacks = "The file of --config has no get_config(), which returns a config: name another."
+        return lacks if "'get_config'" in text else text
     field, *hint = str(error.args[0]).splitlines()
     field = field.strip("'\"")
     return " ".join([f"The config has no field {field!r}.", *hint])

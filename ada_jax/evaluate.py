@@ -702,7 +702,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     if unknown or not config.eval_sets:
         raise UserError(
             f"config.eval_sets (--sets) = {tuple(config.eval_sets)} is empty or has an unknown "
-            f"name: choose from {', '.join(SETS)}."
+            f"name: choose from {', '.join(SETS)}; ada_jax.evaluate has {', '.join(WORST)} besides."
         )
     if not 0 <= config.corruption_seed < 2**32:
         raise UserError(
@@ -769,8 +769,9 @@ def _check_flags(argv: list[str]) -> None:
         raise UserError(
             f"--workdir={values.workdir} has a config.json of its own: leave --config out."
         )
-    if not values.workdir and not (values.config and values.out):
-        raise UserError(f"--{given[0]} needs --config=FILE and --out=FILE beside it: give both.")
+    for flag in ("config", "out"):
+        if not values.workdir and not values[flag].value:
+            raise UserError(f"--{given[0]} needs --{flag}=FILE beside it: give both.")
     for flag in ("workdir", "weights", "out"):
         paths.check_bucket(f"--{flag}={values[flag].value}", values[flag].value or "")
 
@@ -836,7 +837,7 @@ def _evaluate(values: flags.FlagValues) -> None:
         values.sets = [name for name in values.sets if name not in WORST] or ["clean"]
     config = _with_flags(config_of_run(workdir) if workdir else values.config)
     validate(config)
-    _check_worst(values)
+    _check_worst(values, worst)
     cli.set_up_devices(config.cpu_devices, config.compilation_cache)
     clean = data.load(
         config.dataset,
@@ -899,13 +900,24 @@ def _logits(
     return classifier.apply(params, state, None, x, is_training=False)[0]
 
 
-def _check_worst(values: flags.FlagValues) -> None:
+def check_radii(flag: str, radii: Sequence[str]) -> None:
+    """Refuses what are no relative radii.
+
+    Raises:
+      UserError: naming the flag and the first of them.
+    """
+    for radius in radii:
+        if not re.fullmatch(r"\d*\.?\d+", radius):
+            raise UserError(f"--{flag}={radius} is no radius: give numbers from 0, as 0.015.")
+
+
+def _check_worst(values: flags.FlagValues, worst: Sequence[str]) -> None:
     known = corruption_nets.names()
+    if "ada" in worst and not (values.ada_nets and values.ada_radii):
+        raise UserError("--ada_nets or --ada_radii is empty: name at least one each.")
     if unknown := [name for name in values.ada_nets if name not in known]:
         raise UserError(f"--ada_nets={unknown[0]} is unknown: choose from {', '.join(known)}.")
-    for radius in values.ada_radii:
-        if not re.fullmatch(r"\d*\.?\d+", radius):
-            raise UserError(f"--ada_radii={radius} is no radius: give numbers from 0, as 0.015.")
+    check_radii("ada_radii", values.ada_radii)
     for name, least in (("worst_examples", 0), ("ada_steps", 0), ("ada_restarts", 1)):
         if values[name].value < least:
             raise UserError(f"--{name}={values[name].value} must be {least} or more.")

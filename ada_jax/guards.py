@@ -15,6 +15,29 @@ def known(value: jax.Array | float, unknown: float) -> np.ndarray:
     return np.asarray(unknown if isinstance(value, jax.core.Tracer) else value)
 
 
+def number(name: str, value: jax.Array | float, unknown: float) -> float:
+    """A knob's value; of a traced one, `unknown`.
+
+    Raises:
+      UserError: it is not one number.
+    """
+    found = known(value, unknown)
+    if found.shape or not np.issubdtype(found.dtype, np.number):
+        raise UserError(f"{name}={value!r} must be one number.")
+    return float(found)
+
+
+def check_integers(least: int, **values: int) -> None:
+    """Refuses what are no integers, or less than `least`.
+
+    Raises:
+      UserError: naming the first of them.
+    """
+    for name, value in values.items():
+        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
+            raise UserError(f"{name}={value!r} must be an integer of at least {least}.")
+
+
 def check_images(x: jax.Array) -> None:
     """Refuses what are no images [B,H,W,C] in [0,1]; pixels only where they are not traced.
 

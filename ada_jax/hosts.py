@@ -1,6 +1,7 @@
 """Several processes, on one host or many, as one run: meeting, a shared folder, a common end."""
 
 import os
+import re
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -54,6 +55,8 @@ def connect(complain: Callable[[str], Any]) -> None:
             f"--process={f.process} and --processes={f.processes} do not fit: processes are "
             "numbered from 0 to one less than there are."
         )
+    if given and not re.fullmatch(r".+:[0-9]{1,5}", f.coordinator):
+        raise UserError(f"--coordinator={f.coordinator} has no port: write HOST:PORT.")
     sentence = (
         f"--distributed could not bring the processes together within {_MEETING_SECONDS} seconds "
         f"(--coordinator={f.coordinator}, --processes={f.processes}, --process={f.process}): start "

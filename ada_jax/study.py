@@ -26,6 +26,7 @@ from ada_jax import (
     data,
     evaluate,
     figures,
+    guards,
     logbook,
     losses,
     paths,
@@ -364,11 +365,19 @@ def _run(argv: list[str]) -> None:
     study, known = argv[1], (*corruptions.NAMES, *corruptions.EXTRA)
     if unknown := sorted(set(f.corruptions) - set(known)):
         raise UserError(f"--corruptions={unknown[0]} is unknown: choose from {', '.join(known)}.")
-    if f.batch_size % f.cpu_devices or f.batch_size < 1 or f.examples < 1:
+    guards.check_integers(
+        1,
+        **{f"--{n}": f[n].value for n in ("batch_size", "examples", "cpu_devices", "steps")},
+    )
+    guards.check_integers(0, **{"--attack_steps": f.attack_steps})
+    if f.batch_size % f.cpu_devices:
         raise UserError(
-            f"--batch_size={f.batch_size} and --examples={f.examples} must be positive, and the "
-            f"batch divisible by --cpu_devices={f.cpu_devices}."
+            f"--batch_size={f.batch_size} is not divisible by --cpu_devices={f.cpu_devices}."
         )
+    for flag in ("nets", "radii", "corruptions"):
+        if not f[flag].value:
+            raise UserError(f"--{flag} is empty: name at least one.")
+    evaluate.check_radii("radii", f.radii)
     for flag in ("out", "workdir"):
         paths.check_bucket(f"--{flag}={f[flag].value}", f[flag].value)
     cli.set_up_devices(f.cpu_devices, "~/.cache/ada_jax")

@@ -173,6 +173,8 @@ def test_processes_that_do_not_meet_say_so_within_a_minute(tmp_path, photographs
     [
         (["--process=1"], "--process has no meaning without --distributed"),
         (["--distributed", "--process=1"], "--coordinator is not set"),
+        (["--distributed", "--coordinator=h", "--process=0", "--processes=1"], "has no port"),
+        (["--distributed"], "finds neither a TPU slice nor Slurm"),
         (
             ["--distributed", "--coordinator=h:1", "--process=2", "--processes=2"],
             "--process=2 and --processes=2 do not fit",

@@ -125,6 +125,9 @@ def test_figures_are_drawn(tmp_path):
         (["ssim", "--nets=vdsr"], "'vdsr' is unknown"),
         (["reconstruct", "--corruptions=rain"], "--corruptions=rain is unknown"),
         (["ssim", "--batch_size=3"], "--batch_size=3"),
+        (["ssim", "--cpu_devices=0"], "--cpu_devices=0 must be"),
+        (["ssim", "--radii=-0.1"], "--radii=-0.1 is no radius"),
+        (["reconstruct", "--corruptions="], "--corruptions is empty"),
         (
             ["ssim", "--dataset=photos", "--nets=edsr_small", "--examples=100000"],
             "--examples=100000",

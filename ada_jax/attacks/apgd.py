@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ada_jax import keys, losses
+from ada_jax import guards, keys, losses
 from ada_jax.attacks import geometry, loops
 from ada_jax.attacks.loops import Examples, LogitsFn
 from ada_jax.errors import UserError
@@ -85,6 +85,7 @@ def apgd(
     Raises:
       UserError: an argument is out of range, or there are too few classes for the loss.
     """
+    guards.check_integers(1, steps=steps, restarts=restarts, targets=targets)
     logits_fn, mask, microbatch = loops.prepare(logits_fn, x, y, epsilon, norm, mask, microbatch)
     runs = restarts * number_of_targets(loss, targets, loops.num_classes(logits_fn, x))
     example_keys = keys.per_example(key, len(x))

@@ -144,7 +144,7 @@ def autoattack(
         four classes or gives no numbers, or the folder belongs to another call.
     """
     x, y, constants = np.asarray(x), np.asarray(y), constants or {}
-    _check(key, logits_fn, x, y, epsilon, norm, attacks, batch_size, constants)
+    _check(key, logits_fn, x, y, epsilon, norm, attacks, batch_size, microbatch, constants)
     usual = 32 if jax.local_devices()[0].platform == "cpu" else 128
     runner = _Runner(logits_fn, norm, min(batch_size, len(x)), microbatch or usual)
     logits = runner.logits(x)
@@ -340,8 +340,10 @@ def _warn_about(
 # ------------------------------------------------------------------------ checks
 
 
-def _check(key, logits_fn, x, y, epsilon, norm, attacks, batch_size, constants) -> None:
+def _check(key, logits_fn, x, y, epsilon, norm, attacks, batch_size, microbatch, constants) -> None:
     keys.check(key)
+    if np.size(_key_data(key)) != np.size(_key_data(jax.random.key(0))):
+        raise UserError("There are several keys: give one, from which every image gets its own.")
     loops.check(x, epsilon, norm)
     guards.check_labels(y, x, logits_fn)
     for name in (*attacks, *constants):
@@ -356,8 +358,7 @@ def _check(key, logits_fn, x, y, epsilon, norm, attacks, batch_size, constants) 
             raise UserError(
                 f"constants[{name!r}] has {unknown[0]!r}: choose among {', '.join(sorted(known))}."
             )
-    if batch_size < 1:
-        raise UserError(f"batch_size={batch_size} must be at least 1.")
+    guards.check_integers(1, batch_size=batch_size, microbatch=microbatch or 1)
 
 
 def _check_classifier(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ada_jax import keys, losses
+from ada_jax import guards, keys, losses
 from ada_jax.attacks import geometry, loops
 from ada_jax.attacks.apgd import pick
 from ada_jax.attacks.loops import Examples, LogitsFn
@@ -72,6 +72,7 @@ def fab(
     Raises:
       UserError: an argument is out of range.
     """
+    guards.check_integers(1, steps=steps, restarts=restarts, targets=targets)
     logits_fn, mask, microbatch = loops.prepare(logits_fn, x, y, epsilon, norm, mask, microbatch)
     runs = restarts * min(targets, loops.num_classes(logits_fn, x) - 1)
     example_keys = keys.per_example(key, len(x))

@@ -141,8 +141,8 @@ def prepare(
     """
     check(x, epsilon, norm)
     guards.check_labels(y, x, logits_fn)
-    if microbatch is not None and microbatch < 1:
-        raise UserError(f"microbatch={microbatch} must be at least 1, or None for the whole batch.")
+    if microbatch is not None:
+        guards.check_integers(1, microbatch=microbatch)
     microbatch = min(microbatch or len(x), len(x))
     mask = jnp.ones(len(x), bool) if mask is None else mask
     return guards.detached(logits_fn, x[:microbatch]), mask, microbatch
@@ -152,8 +152,11 @@ def check(x: jax.Array, epsilon: jax.Array | float, norm: str) -> None:
     """Raises UserError for images, a radius or a norm that no attack can work with."""
     if norm not in NORMS:
         raise UserError(f"norm={norm!r} is unknown: choose one of {', '.join(NORMS)}.")
-    if not 0 < guards.known(epsilon, 1.0) < np.inf:
+    radius = guards.number("epsilon", epsilon, 1.0)
+    if not 0 < radius < np.inf:
         raise UserError(f"epsilon={epsilon} must be positive and finite (8/255 is common in linf).")
+    if norm == "linf" and radius > 1:
+        raise UserError(f"epsilon={epsilon} is more than all of [0, 1]: divide it by 255.")
     guards.check_images(x)
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ada_jax import keys, losses
+from ada_jax import guards, keys, losses
 from ada_jax.attacks import geometry, loops
 from ada_jax.attacks.apgd import dlr, pick
 from ada_jax.attacks.loops import Examples, LogitsFn
@@ -85,7 +85,12 @@ def pgd(
     loss_fns = {"ce": losses.cross_entropy, "dlr": dlr, "margin": losses.margin}
     if loss not in loss_fns:
         raise UserError(f"loss={loss!r} is unknown: choose one of {', '.join(loss_fns)}.")
-    step_size = 2.5 * epsilon / steps if step_size is None else step_size
+    guards.check_integers(1, steps=steps, restarts=restarts)
+
+    def rule(i, gradient, memory):
+        size = 2.5 * epsilon / steps if step_size is None else step_size
+        return size * geometry.steepest(gradient, norm), memory
+
     return _attack(
         key,
         logits_fn,
@@ -94,7 +99,7 @@ def pgd(
         epsilon,
         norm=norm,
         loss_fn=lambda logits, examples: loss_fns[loss](logits, examples["y"]),
-        rule=lambda i, gradient, _: (step_size * geometry.steepest(gradient, norm), ()),
+        rule=rule,
         memory=(),
         steps=steps,
         targets=1,
@@ -149,6 +154,8 @@ def multitargeted(
     optimiser and step sizes as in the evaluation attack of deepmind-research's
     adversarial_robustness.
     """
+
+    guards.check_integers(1, steps=steps, restarts=restarts)
 
     def rule(i, gradient, memory):
         size = (

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ada_jax import keys, losses
+from ada_jax import guards, keys, losses
 from ada_jax.attacks import geometry, loops
 from ada_jax.attacks.loops import LogitsFn
 
@@ -69,6 +69,7 @@ def square(
     Raises:
       UserError: an argument is out of range.
     """
+    guards.check_integers(1, queries=queries, restarts=restarts)
     logits_fn, mask, microbatch = loops.prepare(logits_fn, x, y, epsilon, norm, mask, microbatch)
     example_keys = keys.per_example(key, len(x))
     schedule = sides(queries, x.shape[1:3], norm=norm, p_init=p_init, rescale=rescale_schedule)

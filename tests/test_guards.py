@@ -1,0 +1,51 @@
+"""The door of every attack: what it refuses, traced or not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ada_jax import guards
+from ada_jax.errors import UserError
+
+IMAGES = jnp.full((2, 4, 4, 3), 0.5)
+
+
+@pytest.mark.parametrize("value", ["0.02", None, [0.1, 0.2], jnp.ones(1)])
+def test_a_knob_is_one_number(value):
+    with pytest.raises(UserError, match=r"nu=.* must be one number"):
+        guards.number("nu", value, 0.0)
+
+
+def test_a_traced_knob_is_taken_as_it_is():
+    assert guards.number("nu", np.float32(0.5), 0.0) == 0.5
+    jax.jit(lambda nu: jnp.float32(guards.number("nu", nu, 7.0)))(0.5)
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.0, "3", True, None])
+def test_a_count_is_an_integer(value):
+    with pytest.raises(UserError, match=r"steps=.* must be an integer of at least 1"):
+        guards.check_integers(1, restarts=2, steps=value)
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (jnp.array([0, 3]), "Labels from 0 to 3 do not fit the classifier's 3 logits"),
+        (jnp.array([-1, 2]), "Labels from -1 to 2"),
+        (jnp.eye(2), "must be one integer for each"),
+        (jnp.array([1.0, 2.0]), "must be one integer for each"),
+    ],
+    ids=["large", "negative", "one-hot", "float"],
+)
+def test_labels_are_classes(labels, said):
+    with pytest.raises(UserError, match=said):
+        guards.check_labels(labels, IMAGES, lambda x: x.mean((1, 2)))
+
+
+def test_what_a_function_closes_over_has_no_gradient():
+    def loss(scale):
+        f = guards.detached(lambda x: (scale * x).sum(), IMAGES)
+        return f(IMAGES) + scale
+
+    assert jax.grad(loss)(3.0) == 1.0
