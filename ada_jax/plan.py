@@ -316,7 +316,7 @@ def table(figures: dict[str, Any], price: float = 0.0) -> str:
 
 
 def comparison(results: Sequence[dict[str, Any]]) -> tables.Table:
-    """One line for each of several figures of `measure`, a core's."""
+    """One line for each of several figures of `measure`, a core's; a config's lines together."""
     head = [
         "config",
         "topology",
@@ -328,7 +328,8 @@ def comparison(results: Sequence[dict[str, Any]]) -> tables.Table:
         "40%",
     ]
     groups = []
-    for f in results:
+    configs = [f["config"] for f in results]
+    for f in sorted(results, key=lambda f: configs.index(f["config"])):
         line = [tables.Cell(f[name]) for name in ("config", "topology")]
         line.append(tables.Cell(f["useful_flops"] / 1e12, 2))
         if f["fits"]:
