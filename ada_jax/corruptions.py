@@ -18,7 +18,6 @@ import math
 import multiprocessing
 import os
 import pathlib
-import re
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,7 +32,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
 from ada_jax import npy_files, paths
-from ada_jax.errors import UserError
+from ada_jax.errors import UserError, renamed
 
 if TYPE_CHECKING:  # Only the binary needs it, and its worker processes start quicker without.
     from ada_jax import data
@@ -1002,9 +1001,9 @@ def _load(name: str, split: str, data_dir: str | None, image_size: int) -> "data
             image_size=image_size,
         )
     except UserError as error:
-        text = str(error).replace("config.train_split or config.eval_split", "config.split")
-        text = re.sub(r"(--)?config\.", "--", text).replace("--dataset", "--data")
-        raise UserError(text.replace("--data_dir", "--data") if is_file else text) from error
+        names = {"config.train_split or config.eval_split": "--split", "--config.": "--"}
+        names |= {"config.": "--", "--dataset": "--data"}
+        raise renamed(error, names | ({"--data_dir": "--data"} if is_file else {})) from error
 
 
 if __name__ == "__main__":

@@ -400,7 +400,7 @@ def attacked_on(result: Result) -> str:
     """How many images were attacked in balls of pixels, and by what; '' where it is not one way."""
     balls = [ball for radii in result.fields.get("lp", {}).values() for ball in radii.values()]
     ways = {(ball.get("examples"), ball.get("attacks")) for ball in balls}
-    if len(ways) != 1:
+    if len(ways) != 1 or None in next(iter(ways)):
         return ""
     ((count, attacks),) = ways
     error = 50 / math.sqrt(count)

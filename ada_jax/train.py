@@ -441,11 +441,12 @@ def check_files(config: ml_collections.ConfigDict) -> None:
     Raises:
       UserError: naming the field.
     """
-    of_nets = config.ada.corruption_weights if config.method == "ada" else ()
-    named = {"ada.corruption_weights": of_nets, "init_weights": (config.init_weights,)}
-    for field, files in named.items():
-        if missing := [path for path in files if path and not paths.exists(path)]:
-            raise UserError(f"config.{field} names {missing[0]!r}, which is not there: check it.")
+    # Not init_weights, which an earlier point of the same sweep may be there to train.
+    weights = config.ada.corruption_weights if config.method == "ada" else ()
+    if missing := [path for path in weights if path and not paths.exists(path)]:
+        raise UserError(
+            f"config.ada.corruption_weights names {missing[0]!r}, which is not there: check it."
+        )
     if config.deepaugment.copies:
         deepaugment.read_manifest(config.deepaugment.dir)
 

@@ -666,7 +666,7 @@ def test_a_full_disk_is_said_before_work_begins(monkeypatch, tmp_path):
         (("some.npz", "test[", None, 32), "--split = 'test\\[' cannot be understood"),
         (("mnist5k", "test", None, 64), "--image_size = 64 does not fit --data = 'mnist5k'"),
         (("folder", "test", None, 32), "--data_dir is not set, and --data = 'folder' needs it"),
-        (("none.npz", "test", None, 32), "--data = '.*none.npz' cannot be read"),
+        (("none.npz", "test", None, 32), "--data = '.*none.npz' does not exist"),
         (("none.npz", "test", "here", 32), "--data_dir=here has no meaning beside"),
     ],
 )
