@@ -172,6 +172,8 @@ def _check(net, x, nu, steps, step_rule, step_scale, ssim_threshold, root_rule, 
             f"net={net!r} is no ada_jax.CorruptionNet: take ada_jax.make_corruption_net(name), or "
             "make one of an apply function and its parameters."
         )
+    if not jax.tree.leaves(net.theta):
+        raise UserError("net.theta has no parameters, so that there is nothing to perturb.")
     if not 0 <= guards.number("nu", nu, 0.0) < np.inf:
         raise UserError(
             f"nu={nu} is negative or not finite: a radius is 0 or more (the paper's is 0.015)."

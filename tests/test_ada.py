@@ -367,6 +367,13 @@ def test_a_name_is_no_corruption_network():
         ada.adversarial_augment(jax.random.key(0), x, y, logits_fn=LOGITS_FN, net="edsr_small")
 
 
+def test_a_network_without_parameters_cannot_be_perturbed():
+    x, y = batch()
+    net = CorruptionNet(lambda theta, x, key: x, {})
+    with pytest.raises(UserError, match="no parameters"):
+        ada.adversarial_augment(jax.random.key(0), x, y, logits_fn=LOGITS_FN, net=net)
+
+
 # ------------------------------------------------------------------------------- microbatches
 
 
