@@ -8,7 +8,7 @@
 Every point is a run of ada_jax.train in OUT/POINT, where its output is log.txt. The same command
 skips what is finished and goes on with what was interrupted, and ends with the report. SIGTERM and
 Ctrl-C let the running points save, and leave with status 143; a point that fails does not stop
-the others, and the status is 1.
+the others, and the status is 1. A run that a killed sweep left behind is waited for.
 
 A sweep file has get_hyper(hyper), or get_hyper(hyper, words) for FILE:WORDS. It returns a list of
 points such as {'config': 'experiments/cifar10.py:ada,small', 'config.seed': 1}, made by hand or
@@ -280,12 +280,17 @@ def run(points: Sequence[Point], out: str, jobs: int) -> tuple[dict[str, str], b
     """
     waiting, failed = _unfinished(points, out), {}
     running: dict[subprocess.Popen, tuple[Point, float]] = {}
+    busy: list[Point] = []  # with another process at work, as where a sweep was killed
     with _stop_signal() as stop:
-        while not stop.received and (waiting or running):
+        while not stop.received and (waiting or running or busy):
             while waiting and len(running) < jobs:
                 point = waiting.pop(0)
                 try:
                     running[start(point, out)] = point, time.monotonic()
+                except BlockingIOError:
+                    folder = _log(point, out).parent
+                    logging.info("another process is at work in %s: waiting for it", folder)
+                    busy.append(point)
                 except OSError as error:
                     failed[point.name] = _cannot_start(point, out, error)
             time.sleep(_POLL_SECONDS)
@@ -293,6 +298,9 @@ def run(points: Sequence[Point], out: str, jobs: int) -> tuple[dict[str, str], b
                 point, started = running.pop(process)
                 if reason := _settle(point, out, process.returncode, time.monotonic() - started):
                     failed[point.name] = reason
+            free = [point for point in busy if not _locked(point, out)]
+            busy = [point for point in busy if point not in free]
+            waiting += _unfinished(free, out) if free else []
         for process in running:
             process.terminate()
         for process, (point, _) in running.items():
@@ -361,10 +369,17 @@ def _log(point: Point, out: str) -> pathlib.Path:
     return pathlib.Path(folder) / point.name / "log.txt"
 
 
+def _locked(point: Point, out: str) -> bool:
+    with _log(point, out).open("a") as log:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def _cannot_start(point: Point, out: str, error: OSError) -> str:
     reason = f"{_log(point, out)} cannot be written ({error.strerror})"
-    if isinstance(error, BlockingIOError):
-        reason = f"another process is at work in {_log(point, out).parent}: wait for it, or end it"
     logging.error("%s: %s", point.name, reason)
     return reason
 

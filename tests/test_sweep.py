@@ -338,18 +338,25 @@ def test_signals_let_the_runs_save(stand_in, number):
     assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
 
 
-def test_two_sweeps_do_not_share_a_folder(stand_in):
-    """As where a sweep was killed and its run was not."""
+@pytest.mark.parametrize("ends", ["finished", "killed"])
+def test_a_sweep_waits_for_the_run_that_a_killed_one_left_behind(stand_in, ends):
     points, ready, out = stand_in
     (ready / points[0].name / "wait").touch()
-    left_alone = sweep.start(points[0], out)
-    failed, _ = sweep.run(points, out, 2)
-    assert set(failed) == {points[0].name}
-    assert "another process is at work" in failed[points[0].name]
-    left_alone.kill()
-    left_alone.wait()
-    (ready / points[0].name / "wait").unlink()
+    left_behind = sweep.start(points[0], out)
+
+    def end():
+        while not all((pathlib.Path(out) / p.name / "results.json").exists() for p in points[1:]):
+            time.sleep(0.05)
+        if ends == "killed":
+            left_behind.kill()
+        (ready / points[0].name / "wait").unlink()
+        left_behind.wait()
+
+    ending = threading.Thread(target=end)
+    ending.start()
     assert sweep.run(points, out, 2) == ({}, False)
+    ending.join()
+    assert log_of(points[0], out).count("$ python") == (2 if ends == "killed" else 1)
 
 
 # ------------------------------------------------------------------------ runs
