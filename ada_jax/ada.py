@@ -174,6 +174,15 @@ def _check(net, x, nu, steps, step_rule, step_scale, ssim_threshold, root_rule, 
         )
     if not jax.tree.leaves(net.theta):
         raise UserError("net.theta has no parameters, so that there is nothing to perturb.")
+    try:
+        rendered = jax.eval_shape(net.apply, net.theta, x[:1], jax.random.key(0)).shape
+    except TypeError as error:  # XLA's, of shapes that do not fit
+        rendered = str(error).splitlines()[0]
+    if rendered != x[:1].shape:
+        raise UserError(
+            f"The corruption network makes no image of {list(x.shape[1:])} from one ({rendered}): "
+            "take one for images of this shape."
+        )
     if not 0 <= guards.number("nu", nu, 0.0) < np.inf:
         raise UserError(
             f"nu={nu} is negative or not finite: a radius is 0 or more (the paper's is 0.015)."

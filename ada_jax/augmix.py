@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ada_jax import keys
+from ada_jax import guards, keys
 from ada_jax.errors import UserError
 
 OPS = (
@@ -55,10 +55,14 @@ def augment_and_mix(
       Images [B,H,W,3] in [0,1].
 
     Raises:
-      UserError: a parameter out of its range.
+      UserError: a parameter or, where it is not traced, an image out of its range.
 
     Source: Hendrycks et al. (2020), algorithm 1.
     """
+    x = jnp.asarray(x)
+    guards.check_images(x)
+    if x.shape[-1] != 3:
+        raise UserError(f"Images of shape {list(x.shape)} must have three channels for AugMix.")
     check(severity, width, depth, alpha, ops)
     most = depth if depth > 0 else 3
     ops = tuple(ops)

@@ -15,7 +15,6 @@ import hashlib
 import json
 import math
 import os
-import pathlib
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -326,8 +325,8 @@ def open_set(folder: str | os.PathLike[str], dataset: data.Dataset, copies: int)
     Raises:
       UserError: the set is missing, made from other images, or has fewer copies.
     """
-    manifest, folder = read_manifest(folder), pathlib.Path(folder)
-    where = f"config.deepaugment.dir={str(folder)!r}"
+    where = f"config.deepaugment.dir={os.fspath(folder)!r}"
+    manifest, folder = read_manifest(folder), paths.local(where, folder)
     if manifest["data_sha256"] != data.fingerprint(dataset):
         raise UserError(
             f"{where} was made from {manifest['images']} other images ({manifest['data']}) than "

@@ -463,12 +463,15 @@ def new_results(
     return json.loads(json.dumps(results))  # Tuples become lists, as they come back.
 
 
-def with_earlier(results: Results, path: str | os.PathLike[str]) -> Results:
+def with_earlier(
+    results: Results, path: str | os.PathLike[str], *, replace: bool = False
+) -> Results:
     """Adds what a results file of the same weights and data has measured already, if there is one.
 
     Args:
       results: from `new_results`.
       path: the file, which need not exist.
+      replace: take a file of other weights for none.
 
     Raises:
       UserError: it is damaged, of another schema, or of other weights, data or corruptions.
@@ -477,6 +480,8 @@ def with_earlier(results: Results, path: str | os.PathLike[str]) -> Results:
         return results
     try:
         before = dict(json.loads(paths.read(path)))
+        if replace and before["weights_digest"] != results["weights_digest"]:
+            return results
         _check_same(results, before, path)
         _check_rows(before)
         seconds = float(before["seconds"])
@@ -507,7 +512,8 @@ def _check_same(results: Results, before: Results, path: paths.AnyPath) -> None:
         if then[field] != value:
             raise UserError(
                 f"The results file {path} has {field} = {json.dumps(then[field])}, and this "
-                f"evaluation has {json.dumps(value)}: name another file with --out, or remove it."
+                f"evaluation has {json.dumps(value)}: move it away, or name another with "
+                "python -m ada_jax.evaluate --out."
             )
 
 

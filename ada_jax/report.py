@@ -23,11 +23,10 @@ from typing import Any, NamedTuple
 
 from absl import flags, logging
 
-from ada_jax import cli, corruptions, figures, gallery, logbook, paths, tables, worst_case
+from ada_jax import cli, corruptions, evaluate, figures, gallery, logbook, paths, tables, worst_case
 from ada_jax.errors import UserError
 from ada_jax.tables import Cell, Table
 
-SCHEMA = 1
 PUBLISHED = pathlib.Path(__file__).parents[1] / "experiments" / "results" / "published.json"
 METHODS = ("nominal", "ada", "deepaugment", "deepaugment10x", "augmix")
 NAMES, EXTRA = corruptions.NAMES, corruptions.EXTRA
@@ -80,7 +79,6 @@ _BOOKKEEPING = frozenset(
         "checkpoint_epochs",
         "keep_checkpoints",
         "figure_examples",
-        "ada.microbatch",
         "ada.remat",
         "deepaugment.dir",
     )
@@ -136,10 +134,10 @@ def read(path: str) -> list[Result]:
     except ValueError as error:  # bad JSON or bad UTF-8
         raise UserError(f"{file} is not whole JSON ({error}): evaluate again.") from error
     schema = content.get("schema") if isinstance(content, dict) else None
-    if schema != SCHEMA:
+    if schema != evaluate.SCHEMA:
         raise UserError(
-            f"{file} has schema={schema!r} and this report reads schema={SCHEMA}: evaluate again "
-            "with this version of ada_jax."
+            f"{file} has schema={schema!r} and this report reads schema={evaluate.SCHEMA}: "
+            "evaluate again with this version of ada_jax."
         )
     if content.get("published"):
         _check_fields(file, content, {"rows": list})
@@ -331,6 +329,10 @@ def settings(result: Result) -> dict[str, Any]:
         flat |= _flat(result.fields.get(key), "" if key == "config" else key)
     # Runs without random crops of photographs are as those from before there were any.
     unused = () if flat.get("crop_scale") else ("crop_scale", "crop_ratio")
+    if flat.get("init_weights"):
+        flat["init_weights"] = "trained"  # each seed's its own
+    if flat.get("ada.batch_norm") != "batch":
+        unused = (*unused, "ada.microbatch")
     return {k: v for k, v in flat.items() if k not in _BOOKKEEPING and k not in unused}
 
 

@@ -257,7 +257,7 @@ def finished(point: Point, out: str) -> dict[str, Any] | None:
         return None
     config = point.config
     attacked = config["method"] == "ada" and config["figure_examples"]
-    nets = config["ada"]["corruption_net"] if attacked else ()
+    nets = train.net_labels(config["ada"]) if attacked else ()
     whole = (
         results.get("config") == config
         and results.get("step") == weights.get("step")
@@ -300,7 +300,11 @@ def run(points: Sequence[Point], out: str, jobs: int) -> tuple[dict[str, str], b
                     failed[point.name] = reason
             free = [point for point in busy if not _locked(point, out)]
             busy = [point for point in busy if point not in free]
-            waiting += _unfinished(free, out) if free else []
+            for point in free:
+                try:
+                    waiting += _unfinished([point], out)
+                except UserError as error:
+                    failed[point.name] = str(error)
         for process in running:
             process.terminate()
         for process, (point, _) in running.items():
@@ -405,7 +409,7 @@ def _errors(results: dict[str, Any]) -> str:
 
 
 def show_report(files: Sequence[str]) -> None:
-    """Prints what `python -m ada_jax.report FILES` prints."""
+    """Prints tables 1 and 3 and the list of `python -m ada_jax.report FILES`."""
     results = [result for file in files for result in report.read(file)]
     ours = report.rows(results)
     made = report.table_1(ours, []), report.table_3(ours, []), report.table_list(results, [])

@@ -311,7 +311,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
     good = 0 <= config.ada.nu < math.inf
     require(good, "ada.nu", "is negative or not finite: a radius is 0 or more (paper: 0.015)")
     require(config.ada.steps >= 0, "ada.steps", "must be 0 (random) or more (paper: 10)")
-    require(config.ada.step_scale > 0, "ada.step_scale", "must be positive (paper: 0.25)")
+    good = 0 < config.ada.step_scale < math.inf
+    require(good, "ada.step_scale", "must be positive and finite (paper: 0.25)")
     require(-1 <= config.ada.ssim_threshold < 1, "ada.ssim_threshold", "must be in [-1, 1)")
     require(config.ada.microbatch >= 0, "ada.microbatch", "must be 0 (off) or more")
     require(0 < config.learning_rate < math.inf, "learning_rate", "must be positive and finite")
@@ -322,8 +323,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
     require(good, "std", "must be three positive numbers, one a channel")
     require(0 <= config.momentum < 1, "momentum", "must be in [0, 1)")
     require(0 <= config.bn_decay < 1, "bn_decay", "must be in [0, 1)")
-    require(config.weight_decay >= 0, "weight_decay", "must be 0 or more")
-    require(config.warmup_epochs >= 0, "warmup_epochs", "must be 0 or more")
+    for field in ("weight_decay", "warmup_epochs", "epochs", "train_steps"):
+        require(0 <= config[field] < math.inf, field, "must be finite and 0 or more")
     require(config.pad >= 0, "pad", "must be 0 or more pixels")
     at_least_1 = "batch_size", "log_steps", "keep_checkpoints", "image_size"
     for field in (*at_least_1, "corruption_eval_examples"):
@@ -331,11 +332,10 @@ def validate(config: ml_collections.ConfigDict) -> None:
     at_least_0 = "eval_epochs", "corruption_eval_epochs", "checkpoint_epochs"
     for field in (*at_least_0, "figure_examples", "cpu_devices"):
         require(config[field] >= 0, field, "must be 0 (off) or more")
-    require(
-        (config.epochs > 0) != (config.train_steps > 0),
-        "epochs",
-        f"and config.train_steps={config.train_steps} must not both be set: make one of them 0",
-    )
+    steps, both = f"and config.train_steps={config.train_steps}", config.epochs * config.train_steps
+    require(not both, "epochs", f"{steps} must not both be set: make one of them 0")
+    some = config.epochs + config.train_steps
+    require(some > 0, "epochs", f"{steps} are both 0: set one of them")
 
 
 def validate_crops(config: ml_collections.ConfigDict) -> None:
@@ -392,6 +392,16 @@ def validate_corruption_nets(config: ml_collections.ConfigDict) -> None:
             f"config.ada.corruption_enlarge={tuple(config.corruption_enlarge)} must be whole "
             "factors of 1 (off) or more."
         )
+
+
+def net_labels(config: ml_collections.ConfigDict) -> list[str]:
+    """Names of the corruption networks in results and files; those named twice get a number.
+
+    Args:
+      config: the attack's part of a run's.
+    """
+    nets = list(config["corruption_net"])
+    return [n if nets.count(n) == 1 else f"{n}_{i}" for i, n in enumerate(nets, 1)]
 
 
 def validate_devices(config: ml_collections.ConfigDict, devices: int) -> None:
@@ -499,6 +509,8 @@ def with_weights(state: TrainState, parts: Parts, path: str) -> TrainState:
     Raises:
       UserError: there are none at `path`, or they are of another architecture.
     """
+    if paths.is_dir(path):
+        path = os.path.join(path, "classifier.safetensors")  # Not a checkpoint half-way.
     try:
         params, net_state, _ = evaluate.load_variables(
             parts.classifier, parts.train_set.image_shape, path
@@ -546,7 +558,7 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> int | None:
     checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints)
     expect = identity(parts, thetas, state)
     restored = checkpoints.restore(state, expect)
-    extra = {"expect": expect, "pending": []}
+    extra = {"expect": expect, "pending": [], "seconds": 0.0}
     if restored:
         state, extra, step = restored
         logging.info("Going on from step %d of %s.", step, workdir)
@@ -556,14 +568,13 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> int | None:
         logbook.write_json(os.path.join(workdir, "config.json"), config.to_dict())
     log = logbook.Logbook(workdir, int(state.step), write=jax.process_index() == 0)
 
-    started = time.monotonic()
     with contextlib.closing(log):
-        state, interrupted = train(parts, state, thetas, key, checkpoints, extra, log)
+        state, seconds, interrupted = train(parts, state, thetas, key, checkpoints, extra, log)
     checkpoints.close()
     if interrupted:
         logging.warning("SIGTERM: saved step %d; the same command goes on.", state.step)
         return cli.INTERRUPTED
-    finish(parts, workdir, state, time.monotonic() - started)
+    finish(parts, workdir, state, seconds)
     return None
 
 
@@ -575,7 +586,7 @@ def train(
     checkpoints: checkpoint.Checkpoints,
     extra: dict[str, Any],
     log: logbook.Logbook,
-) -> tuple[TrainState, bool]:
+) -> tuple[TrainState, float, bool]:
     """Trains from `state` to the last step, or until SIGTERM.
 
     Args:
@@ -584,16 +595,18 @@ def train(
       thetas: the corruption networks' parameters.
       key: the run's key.
       checkpoints: where to save.
-      extra: what is saved beside the state; 'pending' are metrics of steps not yet logged.
+      extra: what is saved beside the state; 'pending' are metrics of steps not yet logged,
+        'seconds' what the run has taken so far.
       log: where metrics go.
 
     Returns:
-      The last state, saved, on the host; and whether SIGTERM came before the end.
+      The last state, saved, on the host; the run's seconds; whether SIGTERM came before the end.
 
     Raises:
       UserError: the loss is no longer finite; the checkpoints saved before are kept.
     """
     config, total_steps, step = parts.config, parts.total_steps, int(state.step)
+    started = time.monotonic() - extra.get("seconds", 0.0)
     finite = functools.partial(logbook.finite, advice="lower config.learning_rate or config.ada.nu")
     update_step = compile_update_step(parts)
     if step < total_steps:
@@ -625,13 +638,15 @@ def train(
             if save_at(step) and step < total_steps:
                 pending = finite(pending, step)
                 log.flush()
-                checkpoints.save(step, unreplicate(state), extra | {"pending": pending})
+                extra |= {"pending": pending, "seconds": time.monotonic() - started}
+                checkpoints.save(step, unreplicate(state), extra)
         timer.close()
         state = unreplicate(state)
         # Still inside, for a second SIGTERM must not end the process before this is written.
         log.flush()
-        checkpoints.save(step, state, extra | {"pending": finite(pending, step)}, wait=True)
-    return state, step < total_steps or stop.received
+        extra |= {"pending": finite(pending, step), "seconds": time.monotonic() - started}
+        checkpoints.save(step, state, extra, wait=True)
+    return state, extra["seconds"], step < total_steps or stop.received
 
 
 def train_batches(parts: Parts, start_step: int) -> Iterator[dict[str, np.ndarray]]:
@@ -738,7 +753,10 @@ def identity(parts: Parts, thetas: Any, state: TrainState) -> dict[str, Any]:
         fields["ada.weights_digest"] = checkpoint.digest(
             {str(i): theta for i, theta in enumerate(thetas)}
         )
-    fields = {f"config.{k}": v for k, v in fields.items() if k not in _BOOKKEEPING}
+    # Batch norm by the batch's own statistics takes them from each microbatch.
+    mixing = {"ada.microbatch"} if config.ada.batch_norm == "batch" else set()
+    unlisted = _BOOKKEEPING - mixing
+    fields = {f"config.{k}": v for k, v in fields.items() if k not in unlisted}
     fields["training data"] = data.fingerprint(parts.train_set)
     return json.loads(json.dumps(fields))  # tuples become lists, as they come back
 
@@ -759,20 +777,19 @@ def finish(parts: Parts, workdir: str, state: TrainState, seconds: float) -> Non
     if jax.process_index() == 0:
         metadata = {"classifier": config.classifier, "step": int(state.step)}
         checkpoint.save_weights(os.path.join(workdir, "classifier.safetensors"), weights, metadata)
-    with contextlib.suppress(UserError):  # Of other weights: the run's own replace them.
-        results = evaluate.with_earlier(results, path)
+    now = results["config"]
+    results = evaluate.with_earlier(results, path, replace=True) | {"config": now}
     variables = replicate((state.params, state.net_state))
     results = evaluate.complete(
         results, path, parts.eval_step, variables, parts.sets.datasets, config.eval_batch_size
     )
-    if jax.process_index() != 0:
-        return
     rows = evaluate.rows(results)
-    shown = zip(parts.nets, config.ada.corruption_net, strict=False)
+    shown = zip(parts.nets, net_labels(config.ada), strict=False)
     for net, name in shown if config.figure_examples else ():
         picture = os.path.join(workdir, f"adversarial_{name}.png")
+        # On every process: one that had left would not meet the others at the end.
         attacked = show_attack(parts, net, state, picture)
-        results.setdefault("ada", {})[name] = attacked
+        results["ada"] = results.get("ada", {}) | {name: attacked}
         rows += [
             (
                 f"error under AdA, {name}",
@@ -781,6 +798,8 @@ def finish(parts: Parts, workdir: str, state: TrainState, seconds: float) -> Non
             ("mean SSIM of its images", f"{attacked['ssim']:.3f}"),
             ("picture", picture),
         ]
+    if jax.process_index() != 0:
+        return
     evaluate.write(path, results)
     rows += [
         ("weights", os.path.join(workdir, "classifier.safetensors")),
@@ -808,6 +827,8 @@ def show_attack(
     batch = next(data.eval_batches(parts.eval_set, batch_size=config.figure_examples))
     real = batch["mask"] > 0
     x, y = data.to_float(batch["image"][real]), jnp.asarray(batch["label"][real])
+    cast = functools.partial(corruption_nets.cast, dtype=config.compute_dtype)
+    at_once = range(1, min(config.ada.microbatch or len(x), len(x)) + 1)
 
     def logits_fn(images):
         return parts.classifier.apply(
@@ -821,22 +842,24 @@ def show_attack(
             x,
             y,
             logits_fn=logits_fn,
-            net=net,
+            net=net._replace(apply=cast(net.apply)),
+            microbatch=max(n for n in at_once if len(x) % n == 0),
             **attack_settings(config),
         )
         return images, metrics["ssim_after"], logits_fn(x), logits_fn(images)
 
     images, similarity, clean_logits, logits = attack(jax.random.key(config.seed), x, y)
-    figures.adversarial_rows(
-        path,
-        clean=np.asarray(x),
-        augmented=np.asarray(images),
-        similarity=np.asarray(similarity),
-        label=np.asarray(y),
-        clean_verdict=np.argmax(clean_logits, -1),
-        augmented_verdict=np.argmax(logits, -1),
-        class_names=parts.eval_set.class_names,
-    )
+    if jax.process_index() == 0:
+        figures.adversarial_rows(
+            path,
+            clean=np.asarray(x),
+            augmented=np.asarray(images),
+            similarity=np.asarray(similarity),
+            label=np.asarray(y),
+            clean_verdict=np.argmax(clean_logits, -1),
+            augmented_verdict=np.argmax(logits, -1),
+            class_names=parts.eval_set.class_names,
+        )
     return {
         "examples": len(x),
         "error": float(100 * jnp.mean(jnp.argmax(logits, -1) != y)),

@@ -78,7 +78,9 @@ def pixel_balls(
                 norm=norm,
                 attacks=_SEQUENCE,
                 batch_size=batch_size,
-                state_dir=os.path.join(state_dir, f"{norm}_{name.replace('/', '_')}"),
+                state_dir=os.path.join(
+                    state_dir, f"{norm}_{name.replace('/', '_')}_{len(x)}_seed{seed}"
+                ),
             )
             results = _with_ball(results, norm, name, report)
             write(results)

@@ -367,6 +367,13 @@ def test_a_name_is_no_corruption_network():
         ada.adversarial_augment(jax.random.key(0), x, y, logits_fn=LOGITS_FN, net="edsr_small")
 
 
+def test_images_that_a_network_cannot_take_are_refused():
+    x, y = batch()
+    net, logits_fn = corruption_nets.make("edsr_small"), lambda x: x.reshape(len(x), -1)
+    with pytest.raises(UserError, match=r"no image of \[\d+, \d+, 1\]"):
+        ada.adversarial_augment(jax.random.key(0), x[..., :1], y, logits_fn=logits_fn, net=net)
+
+
 def test_a_network_without_parameters_cannot_be_perturbed():
     x, y = batch()
     net = CorruptionNet(lambda theta, x, key: x, {})

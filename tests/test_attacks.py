@@ -177,6 +177,16 @@ def test_a_training_step_through_an_attack_has_no_gradient_from_it():
 # ------------------------------------------------------------------------------- PGD
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_square_s_margin_is_of_the_best_of_its_runs(norm):
+    x, y = batch()
+    found = [
+        attacks.square(example_keys(), classify, x, y, 0.02, norm=norm, queries=30, restarts=n)[1]
+        for n in (1, 3)
+    ]
+    assert np.all(found[1]["margin"] >= found[0]["margin"])
+
+
 def test_pgd_raises_the_loss_and_restarts_choose_the_largest_margin():
     x, y = batch()
     images, info = run("pgd")

@@ -202,3 +202,16 @@ def test_without_any_operation_drawn_an_image_on_the_grid_comes_back():
 def test_mistakes_are_told(field, value, said):
     with pytest.raises(UserError, match=said.replace(".", r"\.")):
         augmix.augment_and_mix(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        (jnp.zeros((1, 8, 8, 3), jnp.uint8), "divide by 255"),
+        (jnp.full((1, 8, 8, 3), 200.0), "must be in"),
+        (jnp.zeros((1, 8, 8, 1)), "three channels"),
+    ],
+)
+def test_images_that_are_none_are_refused(images, said):
+    with pytest.raises(UserError, match=said):
+        augmix.augment_and_mix(jax.random.key(0), images)

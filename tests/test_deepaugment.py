@@ -92,6 +92,13 @@ def test_another_process_s_shard_is_left_to_it(tmp_path):
     assert deepaugment.write_set(DATASET, tmp_path, config()) and shard.exists()
 
 
+def test_a_set_in_the_home_folder_is_opened(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    deepaugment.write_set(DATASET, "~/set", config())
+    assert (tmp_path / "set" / "manifest.json").exists()
+    assert len(deepaugment.open_set("~/set", DATASET, 1).copies) == len(config().nets)
+
+
 def test_sets_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(UserError, match="no set"):
         deepaugment.open_set(tmp_path / "none", DATASET, 1)

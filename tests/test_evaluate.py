@@ -426,6 +426,10 @@ def test_a_results_file_that_does_not_fit_is_refused(tmp_path, text, said):
     kept = evaluate.with_earlier(results, path)
     assert kept["corruptions"]["spatter"][0]["wrong"] == 6
     assert kept["ada"] == {"cae": {"error": 5.0}}
+    path.write_text(json.dumps(earlier(weights_digest="other")))
+    with pytest.raises(UserError, match="weights_digest"):
+        evaluate.with_earlier(results, path)
+    assert evaluate.with_earlier(results, path, replace=True) == results
 
 
 def test_results_of_other_images_of_the_same_name_and_number_are_refused(tmp_path):

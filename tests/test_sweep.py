@@ -359,6 +359,31 @@ def test_a_sweep_waits_for_the_run_that_a_killed_one_left_behind(stand_in, ends)
     assert log_of(points[0], out).count("$ python") == (2 if ends == "killed" else 1)
 
 
+def test_a_file_that_goes_missing_fails_its_point_alone(stand_in, monkeypatch):
+    points, ready, out = stand_in
+    (ready / points[0].name / "wait").touch()
+    left_behind = sweep.start(points[0], out)
+    check = sweep.train.check_files
+
+    def missing(config):
+        check(config)
+        if left_behind.poll() is not None:
+            raise UserError("The weights are gone.")
+
+    def end():
+        while not all((pathlib.Path(out) / p.name / "results.json").exists() for p in points[1:]):
+            time.sleep(0.05)
+        left_behind.kill()
+        left_behind.wait()
+
+    monkeypatch.setattr(sweep.train, "check_files", missing)
+    ending = threading.Thread(target=end)
+    ending.start()
+    failed, stopped = sweep.run(points, out, 2)
+    ending.join()
+    assert not stopped and list(failed) == [points[0].name] and "gone" in failed[points[0].name]
+
+
 # ------------------------------------------------------------------------ runs
 
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import chex
 import jax
@@ -221,7 +222,10 @@ def test_learning_rate_schedule(batch_size):
         ("momentum", 1.0, "[0, 1)"),
         ("batch_size", 0, "1 or more"),
         ("train_steps", 5, "must not both"),
-        ("epochs", 0.0, "train_steps=0"),
+        ("epochs", 0.0, "train_steps=0 are both 0"),
+        ("epochs", float("inf"), "finite"),
+        ("ada.step_scale", float("inf"), "finite"),
+        ("weight_decay", float("nan"), "finite"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_compiled(field, value, said):
@@ -468,6 +472,57 @@ def test_training_starts_from_trained_weights(tmp_path):
     other = train.build(tiny(method="nominal", classifier="preact_resnet20"))
     with pytest.raises(UserError, match=r"config\.init_weights="):
         train.with_weights(state, other, str(tmp_path / "first"))
+    # Of a run that has not ended there are only checkpoints: not what was asked for.
+    (tmp_path / "first" / "classifier.safetensors").unlink()
+    with pytest.raises(UserError, match=r"config\.init_weights="):
+        train.with_weights(state, parts, str(tmp_path / "first"))
+
+
+def test_results_of_one_run_with_other_bookkeeping(tmp_path):
+    """A repeated command is of its own config, keeps what was measured, and adds up the time."""
+    config, file = tiny(method="nominal", epochs=0.5), tmp_path / "results.json"
+    assert train.main(config, str(tmp_path)) is None
+    before = json.loads(file.read_text()) | {"lp_accuracy": {}, "seconds": 1e6}
+    file.write_text(json.dumps(before))
+    config.eval_batch_size = 4
+    assert train.main(config, str(tmp_path)) is None
+    after = json.loads(file.read_text())
+    assert after["config"] == json.loads(json.dumps(config.to_dict())) != before["config"]
+    assert {k: v for k, v in after.items() if k != "config"} == {
+        k: v for k, v in before.items() if k != "config"
+    }
+    config.eval_split = "test[:16]"
+    with pytest.raises(UserError, match="move it away"):
+        train.main(config, str(tmp_path))
+    assert json.loads(file.read_text()) == after
+
+
+def test_the_seconds_of_a_resumed_run_are_those_of_all_its_parts():
+    config = tiny(method="nominal")
+    parts = train.build(config)
+    done = train.TrainState(np.int32(parts.total_steps), {}, {}, ())
+    saved = []
+    checkpoints = types.SimpleNamespace(save=lambda *args, **kwargs: saved.append(args))
+    log = types.SimpleNamespace(flush=lambda: None)
+    extra = {"pending": [], "seconds": 100.0}
+    _, seconds, interrupted = train.train(
+        parts, done, (), jax.random.key(0), checkpoints, extra, log
+    )
+    assert 100 < seconds < 200 and not interrupted
+    assert saved[0][2]["seconds"] == seconds
+
+
+def test_networks_named_twice_have_results_each():
+    config = tiny(**{"ada.corruption_net": ("cae", "edsr_small", "cae")})
+    assert train.net_labels(config.ada) == ["cae_1", "edsr_small", "cae_3"]
+
+
+def test_a_microbatch_is_part_of_a_run_where_it_has_its_own_statistics():
+    for batch_norm, part in (("batch", True), ("running", False)):
+        config = tiny(**{"ada.batch_norm": batch_norm})
+        parts = train.build(config)
+        known = train.identity(parts, (), train.TrainState(0, {}, {}, ()))
+        assert ("config.ada.microbatch" in known) == part
 
 
 def test_the_nominal_line_trains_without_a_corruption_network():

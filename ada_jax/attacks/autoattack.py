@@ -149,7 +149,10 @@ def autoattack(
     runner = _Runner(logits_fn, norm, min(batch_size, len(x)), microbatch or usual)
     logits = runner.logits(x)
     warnings = _check_classifier(logits_fn, x, y, logits, attacks)
-    state = _open_state(state_dir, key, x, y, logits, epsilon, norm, attacks, constants, batch_size)
+    size = runner.batch_size
+    state, logits = _open_state(
+        state_dir, key, x, y, logits, epsilon, norm, attacks, constants, size
+    )
 
     wrong = np.argmax(logits, -1) != y
     robust, images, broken_by = ~wrong, x.copy(), np.where(wrong, "clean", "").astype("<U16")
@@ -393,9 +396,9 @@ def _check_classifier(
 
 
 def _open_state(state_dir, key, x, y, logits, epsilon, norm, attacks, constants, batch_size) -> Any:
-    """The folder for finished batches, found empty or to be of the same call."""
+    """The folder for finished batches, found empty or to be of the same call; the first logits."""
     if state_dir is None:
-        return None
+        return None, logits
     folder = paths.at(state_dir)
     data = hashlib.sha256()
     for array in (_key_data(key), x, y):
@@ -419,12 +422,13 @@ def _open_state(state_dir, key, x, y, logits, epsilon, norm, attacks, constants,
         if str(known["settings"]) != settings or not same:
             raise UserError(
                 f"The folder {folder} holds another classifier's attacks, or attacks with other "
-                "settings, keys or images: delete it or name another."
+                "settings, keys, images or numbers of devices: delete it or name another."
             )
+        logits = known["logits"]  # The batches in the folder are of what these get right.
     else:
         paths.make_folder(folder)
         _write(start, {"settings": np.array(settings), "logits": logits})
-    return folder
+    return folder, logits
 
 
 def _remembered(path: Any, compute: Callable[[], Arrays]) -> Arrays:

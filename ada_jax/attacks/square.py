@@ -95,9 +95,11 @@ def square(
 
     def one_run(run, state):
         run_keys = jax.vmap(lambda k: jax.random.fold_in(k, run))(example_keys)
-        state = state._replace(margin=jnp.where(state.active, -jnp.inf, state.margin))
+        before = state.margin
+        state = state._replace(margin=jnp.where(state.active, -jnp.inf, before))
         examples = {"key": run_keys, "x": x, "y": y}
-        return loops.iterate(step, examples, state, queries + 1, microbatch)
+        state = loops.iterate(step, examples, state, queries + 1, microbatch)
+        return state._replace(margin=jnp.maximum(state.margin, before))
 
     wrong = mask & loops.misclassified(logits, y)
     start = _State(mask & ~wrong, wrong, x, losses.margin(logits, y), mask.astype(jnp.int32))
