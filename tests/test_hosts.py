@@ -76,7 +76,7 @@ def start_two(workdirs, flags, log=subprocess.PIPE):
 
 def run_one(workdir, flags):
     """One process of four devices."""
-    assert start(workdir, *flags, "--config.cpu_devices=4").wait(timeout=300) == 0
+    assert start(workdir, *flags, "--config.cpu_devices=4").wait(timeout=600) == 0
 
 
 def assert_same_end(one, other):
@@ -96,7 +96,7 @@ def counts(results):
 def test_two_processes_train_and_evaluate_as_one(tmp_path, photographs):
     flags = flags_of(photographs, eval_sets="('clean','c')")
     for process in start_two([tmp_path / "two"] * 2, flags, subprocess.DEVNULL):
-        assert process.wait(timeout=300) == 0
+        assert process.wait(timeout=600) == 0
     run_one(tmp_path / "one", flags)
     assert_same_end(tmp_path / "one", tmp_path / "two")
     again = tmp_path / "again.json"
@@ -118,7 +118,7 @@ def test_sigterm_to_one_saves_one_step_for_all_and_another_number_of_processes_g
     processes = start_two([two] * 2, flags, subprocess.DEVNULL)
     wait_for(two / "metrics.jsonl", '"step": 2,', processes)
     processes[1].send_signal(signal.SIGTERM)
-    assert [process.wait(timeout=120) for process in processes] == [143, 143]
+    assert [process.wait(timeout=300) for process in processes] == [143, 143]
     (saved,) = (int(p.name) for p in (two / "checkpoints").iterdir() if p.name.isdigit())
     assert 2 <= saved < 10
     run_one(two, flags)
