@@ -731,7 +731,7 @@ def main(argv: list[str]) -> None:
     ours, paper = rows(results), rows(result for result in everything if result.published)
     made = {
         "1": table_1(ours, paper),
-        "2": table_2(ours, paper),
+        "2": table_2(rows(r for r in results if "lp_accuracy" in r.fields), paper),
         "3": table_3(ours, paper),
         "list": table_list(results or everything, paper if results else []),
     }

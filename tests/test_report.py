@@ -459,3 +459,14 @@ def test_an_undefended_network_has_the_published_profile():
     assert order[0] == "brightness" and result.values["clean"] < 11
     assert {*order[-4:]} == {"gaussian_noise", "shot_noise", "impulse_noise", "glass_blur"}
     assert scipy.stats.spearmanr(published, ours).statistic >= 0.9 - 1e-9
+
+
+def test_table_2_is_of_the_seeds_that_were_attacked(tmp_path):
+    contents = result(lp_accuracy={"linf": {"1/255": 40.0}}), result(seed=1)
+    files = [tmp_path / f"{i}.json" for i in range(2)]
+    for file, content in zip(files, contents, strict=True):
+        file.write_text(json.dumps(content))
+    command = [sys.executable, "-m", "ada_jax.report", "--table=2", *files]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    (row,) = [line for line in printed.splitlines() if "40.00" in line]
+    assert row.split("|")[-2].strip() == "1"
