@@ -176,7 +176,9 @@ def _check(net, x, nu, steps, step_rule, step_scale, ssim_threshold, root_rule, 
         raise UserError("net.theta has no parameters, so that there is nothing to perturb.")
     try:
         rendered = jax.eval_shape(net.apply, net.theta, x[:1], jax.random.key(0)).shape
-    except TypeError as error:  # XLA's, of shapes that do not fit
+    except UserError:
+        raise
+    except (TypeError, ValueError, AttributeError) as error:  # Shapes or arguments that do not fit
         rendered = str(error).splitlines()[0]
     if rendered != x[:1].shape:
         raise UserError(

@@ -59,16 +59,20 @@ def check_labels(y: jax.Array, x: jax.Array, logits_fn: Callable) -> None:
     """Refuses what are no labels of images x for a classifier; values only where not traced.
 
     Raises:
-      UserError: not one integer for each image, or none of the classifier's classes.
+      UserError: not one integer for each image, or none of the classifier's classes; the classifier
+        does not return one array of logits.
     """
     if y.shape != x.shape[:1] or not jnp.issubdtype(y.dtype, jnp.integer):
         raise UserError(
             f"Labels of shape {list(y.shape)} and {y.dtype} must be one integer for each of the "
             f"{len(x)} images."
         )
+    logits = jax.eval_shape(logits_fn, x[:1])
+    if getattr(logits, "ndim", None) != 2:
+        raise UserError(f"logits_fn returns {logits}: it must return one array of logits [B,K].")
     if isinstance(y, jax.core.Tracer):
         return
-    classes, y = jax.eval_shape(logits_fn, x[:1]).shape[-1], np.asarray(y)
+    classes, y = logits.shape[-1], np.asarray(y)
     if not (y.min() >= 0 and y.max() < classes):
         raise UserError(
             f"Labels from {y.min()} to {y.max()} do not fit the classifier's {classes} logits."

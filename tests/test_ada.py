@@ -367,11 +367,42 @@ def test_a_name_is_no_corruption_network():
         ada.adversarial_augment(jax.random.key(0), x, y, logits_fn=LOGITS_FN, net="edsr_small")
 
 
-def test_images_that_a_network_cannot_take_are_refused():
+@pytest.mark.parametrize(
+    "apply",
+    [
+        lambda theta, x, key: x @ jnp.ones((5, 3)),
+        lambda theta, x, key: x.mean(-1, keepdims=True),
+        lambda theta, x, key: x[0],
+        lambda theta, x, key: (x, theta),
+        lambda theta, x: x,
+    ],
+)
+def test_a_network_that_makes_no_such_images_is_refused(apply):
+    x, y = batch()
+    net = CorruptionNet(apply, {"w": jnp.ones(3)})
+    with pytest.raises(UserError, match=r"no image of \[\d+, \d+, 3\]"):
+        ada.adversarial_augment(jax.random.key(0), x, y, logits_fn=LOGITS_FN, net=net)
+
+
+def test_a_network_for_other_channels_is_refused():
     x, y = batch()
     net, logits_fn = corruption_nets.make("edsr_small"), lambda x: x.reshape(len(x), -1)
-    with pytest.raises(UserError, match=r"no image of \[\d+, \d+, 1\]"):
-        ada.adversarial_augment(jax.random.key(0), x[..., :1], y, logits_fn=logits_fn, net=net)
+    for images in (x[..., :1], x.transpose(0, 3, 1, 2)):
+        with pytest.raises(UserError, match="makes no image of"):
+            ada.adversarial_augment(jax.random.key(0), images, y, logits_fn=logits_fn, net=net)
+
+
+@pytest.mark.parametrize(
+    "logits_fn", [lambda x: (LOGITS_FN(x), {}), lambda x: LOGITS_FN(x)[:, None], lambda x: x.sum()]
+)
+def test_a_function_that_returns_no_logits_is_refused(logits_fn):
+    x, y = batch()
+    augment = functools.partial(
+        ada.adversarial_augment, jax.random.key(0), x, logits_fn=logits_fn, net=NET
+    )
+    for call in (augment, jax.jit(augment)):
+        with pytest.raises(UserError, match="must return one array of logits"):
+            call(y)
 
 
 def test_a_network_without_parameters_cannot_be_perturbed():

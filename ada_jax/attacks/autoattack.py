@@ -12,7 +12,7 @@ import io
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -159,12 +159,9 @@ def autoattack(
     accounts, clean_accuracy = [], float(np.mean(robust))
     for attack in attacks:
         todo, totals, zero_gradients = np.flatnonzero(robust), np.zeros(3), 0
-        example_keys = _example_keys(key, attack, len(x))
-        for start in range(0, len(todo), runner.batch_size):
-            place = todo[start : start + runner.batch_size]
-            batch = {"key": example_keys[place], "x": x[place], "y": y[place].astype(np.int32)}
-            run = functools.partial(runner.attack, attack, batch, epsilon, constants.get(attack))
-            result = _remembered(state and state / f"{attack}_{start:07d}.npz", run)
+        examples = {"key": _example_keys(key, attack, len(x)), "x": x, "y": y.astype(np.int32)}
+        run = functools.partial(runner.attack, attack, epsilon, constants.get(attack))
+        for place, result in _in_batches(run, examples, todo, size, state and state / attack):
             hit = place[result["broken"]]
             images[hit], robust[hit], broken_by[hit] = result["images"], False, attack
             totals += result["totals"]
@@ -206,7 +203,7 @@ class _Runner:
         return np.concatenate([self._call(classify, {"x": part})["logits"] for part in parts])
 
     def attack(
-        self, name: str, batch: Arrays, epsilon: float, constants: dict[str, Any] | None
+        self, name: str, epsilon: float, constants: dict[str, Any] | None, batch: Arrays
     ) -> Arrays:
         """Attacks one batch, 'key', 'x' and 'y' of at most batch_size examples, and checks it.
 
@@ -429,6 +426,17 @@ def _open_state(state_dir, key, x, y, logits, epsilon, norm, attacks, constants,
         paths.make_folder(folder)
         _write(start, {"settings": np.array(settings), "logits": logits})
     return folder, logits
+
+
+def _in_batches(
+    run: Callable[[Arrays], Arrays], examples: Arrays, todo: np.ndarray, size: int, path: Any
+) -> Iterator[tuple[np.ndarray, Arrays]]:
+    """Runs the examples to do, `size` at a time; gives their places and results."""
+    for start in range(0, len(todo), size):
+        place = todo[start : start + size]
+        batch = {name: a[place] for name, a in examples.items()}
+        file = path and path.with_name(f"{path.name}_{start:07d}.npz")
+        yield place, _remembered(file, functools.partial(run, batch))
 
 
 def _remembered(path: Any, compute: Callable[[], Arrays]) -> Arrays:
