@@ -56,12 +56,14 @@ def adversarial_augment(
       'ssim_after' the line search, 'changed' by it (0 or 1), 'on_surface' (share of leaves).
 
     Raises:
-      UserError: a parameter or, where it is not traced, an image out of its range.
+      UserError: a parameter, an image or a label out of its range. Of what is traced, in `jax.jit`,
+        none can be raised: an image is NaN if it or its label was out of range.
     """
     x, y = jnp.asarray(x), jnp.asarray(y)
     guards.check_images(x)
     guards.check_labels(y, x, logits_fn)
     _check(net, x, nu, steps, step_rule, step_scale, ssim_threshold, root_rule, microbatch)
+    x = guards.poisoned(x, y, guards.num_classes(logits_fn, x[:1]))
     # One key per example makes the draw independent of the batch around it and of `microbatch`.
     example_keys = keys.per_example(key, len(x))
     x, net = lax.stop_gradient(x), net._replace(theta=lax.stop_gradient(net.theta))

@@ -55,7 +55,7 @@ def augment_and_mix(
       Images [B,H,W,3] in [0,1].
 
     Raises:
-      UserError: a parameter or, where it is not traced, an image out of its range.
+      UserError: a parameter or an image out of its range. A traced image out of range becomes NaN.
 
     Source: Hendrycks et al. (2020), algorithm 1.
     """
@@ -89,7 +89,7 @@ def augment_and_mix(
     chains = chains.reshape(len(x), width, *x.shape[1:]).astype(jnp.float32) / 255
     mixed = jnp.einsum("bw,bwijc->bijc", weights, chains, precision="highest")
     share = share[:, None, None, None]
-    return (1 - share) * x + share * mixed
+    return (1 - share) * guards.poisoned(x) + share * mixed
 
 
 def apply_ops(

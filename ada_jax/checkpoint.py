@@ -50,9 +50,7 @@ def digest(tree: Tree) -> str:
     return _digest(_host_arrays(tree))
 
 
-def save_weights(
-    path: str | os.PathLike, tree: Tree, metadata: Mapping[str, str | int | float]
-) -> str:
+def save_weights(path: str | os.PathLike, tree: Tree, metadata: Mapping[str, Any]) -> str:
     """Writes weights as one safetensors file, whole or not at all.
 
     The file's own metadata holds `format`, `digest`, `metadata_digest` and the given fields, each
@@ -61,7 +59,7 @@ def save_weights(
     Args:
       path: the file to write or replace, local or gs://...; missing folders are made.
       tree: pytree of finite arrays, returned by `load_weights` as nested dicts.
-      metadata: what a reader must know: classifier, number of classes, ...
+      metadata: what a reader must know: classifier, number of classes, ...; values as JSON has.
 
     Returns:
       The `digest` of the tree.
@@ -106,7 +104,7 @@ def save_weights(
 
 def load_weights(
     path: str | os.PathLike, like: Tree | None = None
-) -> tuple[dict[str, Any], dict[str, str | int | float]]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Reads weights written by `save_weights` and verifies all of them.
 
     Args:
@@ -130,7 +128,8 @@ def load_weights(
         raise UserError(
             f"The file {path} is not a weights file of this version of ada_jax (it says format = "
             f"{fields.get('format')}, not {_FORMAT}): save it again with "
-            "ada_jax.checkpoint.save_weights."
+            "ada_jax.checkpoint.save_weights, or take a network of another program into a training "
+            "loop of your own, with ada_jax.adversarial_augment."
         )
     given = {name: value for name, value in fields.items() if name not in _OWN_METADATA}
     sealed = {name: value for name, value in fields.items() if name != "metadata_digest"}

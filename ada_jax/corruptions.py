@@ -221,18 +221,24 @@ def _cut_off(values: np.ndarray) -> np.ndarray:
 
 
 def _check(name: str, severity: int, seed: int, table: str) -> None:
+    for what, value in {"name": name, "table": table}.items():
+        if not isinstance(value, str):
+            raise UserError(f"{what} is {type(value).__name__} and must be a name in quotes.")
     if name not in NAMES + EXTRA:
         known = ", ".join(NAMES + EXTRA)
         raise UserError(f"The corruption {name!r} is unknown: choose from {known}.")
-    if severity not in SEVERITIES:
+    whole = lambda a: isinstance(a, int | np.integer) and not isinstance(a, bool)  # noqa: E731
+    if not whole(severity) or severity not in SEVERITIES:
         raise UserError(f"The severity {severity!r} does not exist: choose it in 1..5.")
     if table not in TABLES:
         raise UserError(f"The table {table!r} is unknown: choose from {', '.join(TABLES)}.")
-    if not 0 <= seed < 2**32:
+    if not whole(seed) or not 0 <= seed < 2**32:
         raise UserError(f"The seed {seed} is out of range: choose it in 0..{2**32 - 1}.")
 
 
 def _check_images(images: np.ndarray) -> None:
+    if not isinstance(images, np.ndarray):
+        raise UserError(f"The images to corrupt are {type(images).__name__}: give a NumPy array.")
     shape = images.shape
     if images.dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or min(shape[1:3]) < _SMALLEST:
         raise UserError(

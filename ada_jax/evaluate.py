@@ -35,6 +35,7 @@ from ada_jax import (
     corruption_nets,
     corruptions,
     data,
+    guards,
     hosts,
     logbook,
     losses,
@@ -72,12 +73,17 @@ def make_classifier(config: ml_collections.ConfigDict, num_classes: int) -> hk.T
     )
 
 
-def make_eval_step(classifier: hk.TransformedWithState) -> Callable[..., dict[str, jax.Array]]:
-    """Makes `eval_step(params, net_state, batch)`: sums over all devices, padding masked out."""
+def make_eval_step(logits_fn: Callable[..., jax.Array]) -> Callable[..., dict[str, jax.Array]]:
+    """Makes `eval_step(*variables, batch)`: sums over all devices, padding masked out.
 
-    def eval_step(params, net_state, batch):
+    Args:
+      logits_fn: (*variables, images [B,H,W,C] in [0,1]) -> logits [B,K].
+    """
+
+    def eval_step(*arguments):
+        *variables, batch = arguments
         x, y, real = data.to_float(batch["image"]), batch["label"], batch["mask"] > 0
-        logits, _ = classifier.apply(params, net_state, None, x, is_training=False)
+        logits = logits_fn(*variables, x)
         sums = {
             "examples": real.astype(jnp.int32),
             "wrong": (real & (jnp.argmax(logits, -1) != y)).astype(jnp.int32),
@@ -90,7 +96,38 @@ def make_eval_step(classifier: hk.TransformedWithState) -> Callable[..., dict[st
 
 def map_eval_step(classifier: hk.TransformedWithState) -> Callable[..., dict[str, jax.Array]]:
     """The evaluation step, mapped over all devices."""
-    return jax.pmap(make_eval_step(classifier), AXIS)
+    return jax.pmap(make_eval_step(functools.partial(_logits, classifier)), AXIS)
+
+
+def _logits(
+    classifier: hk.TransformedWithState, params: hk.Params, state: hk.State, x: jax.Array
+) -> jax.Array:
+    return classifier.apply(params, state, None, x, is_training=False)[0]
+
+
+def load_classifier(
+    workdir: str | os.PathLike[str], num_classes: int | None = None
+) -> Callable[[jax.Array], jax.Array]:
+    """A trained run's classifier as one function, as `ada_jax.attacks` and one's own code take it.
+
+    Args:
+      workdir: folder of the run.
+      num_classes: K; None reads it from classifier.safetensors, which a finished run has.
+
+    Returns:
+      logits_fn: images [B,H,W,3] float32 in [0,1] -> logits [B,K].
+
+    Raises:
+      UserError: there is no run, or it is damaged or not finished.
+    """
+    config = config_of_run(workdir)
+    if num_classes is None:
+        _, metadata = checkpoint.load_weights(paths.at(workdir) / "classifier.safetensors")
+        num_classes = int(metadata["classes"])
+    classifier = make_classifier(config, num_classes)
+    # Every classifier averages over its last features: the weights fit images of any size.
+    params, state, _ = load_variables(config, classifier, (32, 32, 3), workdir)
+    return functools.partial(_logits, classifier, params, state)
 
 
 # ------------------------------------------------------------------------ counting
@@ -144,6 +181,50 @@ def measure_one(
     """As `measure`, of one data set."""
     ((_, counts),) = measure(eval_step, variables, {("", 0): dataset}, batch_size)
     return counts
+
+
+def corruption_errors(
+    logits_fn: Callable[[jax.Array], jax.Array],
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    names: Sequence[str] = corruptions.NAMES,
+    seed: int = 0,
+    table: str = "cifar",
+    batch_size: int = 256,
+) -> Results:
+    """The errors of any classifier, clean and under corruptions made on the fly.
+
+    Args:
+      logits_fn: images [B,H,W,3] float32 in [0,1] -> logits [B,K]; it normalises them itself.
+      images: [N,H,W,3] uint8.
+      labels: [N] integers in 0..K-1.
+      names: of `corruptions.NAMES` and `corruptions.EXTRA`.
+      seed: of the corruptions, in 0..2**32-1.
+      table: whose parameters: 'cifar' for small images, 'imagenet' for large ones.
+      batch_size: over all devices.
+
+    Returns:
+      'clean', {'error': percent, ...}; 'corruptions', {name: [{'severity': 1, 'error': percent,
+      ...}, ...]}; and, of all the 15 NAMES, 'mce_unnormalised', percent.
+
+    Raises:
+      UserError: an argument is not as above.
+    """
+    x = jax.ShapeDtypeStruct((1, *np.shape(images)[1:]), jnp.float32)
+    class_names = [str(i) for i in range(guards.num_classes(logits_fn, x))]
+    clean = data.from_arrays(images, labels, class_names=class_names)
+    guards.check_integers(1, batch_size=batch_size)
+    if not names or not len(clean):
+        raise UserError("There are no images or names is empty: there is nothing to measure.")
+    config = {"dataset": "", "corruption_seed": seed, "corruption_table": table}
+    corrupted, source = _on_the_fly(ml_collections.ConfigDict(config), clean, names, len(clean))
+    results = {"data": {"name": clean.name}, "corruption_source": source}
+    eval_step = jax.pmap(make_eval_step(logits_fn), AXIS)
+    datasets = {("clean", 0): clean, **corrupted}
+    for cell, counts in measure(eval_step, (), datasets, batch_size):
+        results = _with(results, cell, counts)
+    return results
 
 
 def _counts(sums: Iterable[dict[str, jax.Array]]) -> Counts:
@@ -509,12 +590,16 @@ def _check_same(results: Results, before: Results, path: paths.AnyPath) -> None:
         now["corruption_source"] = results["corruption_source"]
         then["corruption_source"] = before["corruption_source"]
     for field, value in now.items():
-        if then[field] != value:
-            raise UserError(
-                f"The results file {path} has {field} = {json.dumps(then[field])}, and this "
-                f"evaluation has {json.dumps(value)}: move it away, or name another with "
-                "python -m ada_jax.evaluate --out."
-            )
+        if (old := then[field]) == value:
+            continue
+        if isinstance(value, dict) and isinstance(old, dict):  # What differs of them is enough.
+            part = next(k for k in (*value, *old) if value.get(k) != old.get(k))
+            field, value, old = f"{field}.{part}", value.get(part), old.get(part)
+        raise UserError(
+            f"The results file {path} has {field} = {json.dumps(old)}, and this evaluation has "
+            f"{json.dumps(value)}: move it away, or name another with "
+            "python -m ada_jax.evaluate --out."
+        )
 
 
 def _check_rows(results: Results) -> None:
@@ -783,11 +868,16 @@ def _check_flags(argv: list[str]) -> None:
 
 
 def load_variables(
-    classifier: hk.TransformedWithState, image_shape: Sequence[int], path: str | os.PathLike[str]
+    config: ml_collections.ConfigDict,
+    classifier: hk.TransformedWithState,
+    image_shape: Sequence[int],
+    path: str | os.PathLike[str],
 ) -> tuple[hk.Params, hk.State, int]:
     """The classifier's variables from a weights file, or from a run's folder.
 
     Args:
+      config: the classifier's; its 'mean' and 'std' must be those that the weights were trained
+        with, where their file says so.
       classifier: what they are for.
       image_shape: [H, W, 3].
       path: a safetensors file, or a folder with classifier.safetensors or else checkpoints.
@@ -796,7 +886,8 @@ def load_variables(
       Parameters, batch-norm averages, and the step they are of.
 
     Raises:
-      UserError: there are none, or they are damaged or of another architecture.
+      UserError: there are none, or they are damaged, of another architecture or of images that were
+        normalised otherwise.
     """
     path, images = paths.at(path), jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     init = functools.partial(classifier.init, is_training=True)
@@ -805,6 +896,13 @@ def load_variables(
     file = path / "classifier.safetensors" if folder else path
     if paths.exists(file) or not folder:
         tree, metadata = checkpoint.load_weights(file, {"params": params, "state": state})
+        for field in ("mean", "std"):
+            value = tuple(metadata.get(field, config[field]))
+            if value != tuple(config[field]):
+                raise UserError(
+                    f"The weights file {file} was trained with config.{field}={value}, and this "
+                    f'config has {tuple(config[field])}: set --config.{field}="{value}".'
+                )
         return tree["params"], tree.get("state", {}), int(metadata.get("step", 0))
     if paths.is_dir(path / "checkpoints"):
         checkpoints = checkpoint.Checkpoints(path, keep=1)
@@ -837,7 +935,7 @@ def main(argv: list[str]) -> None:
 
 
 def _evaluate(values: flags.FlagValues) -> None:
-    workdir, weights = values.workdir, values.weights
+    started, workdir, weights = time.monotonic(), values.workdir, values.weights
     worst = [name for name in WORST if name in (values.sets or ())]
     if worst:
         values.sets = [name for name in values.sets if name not in WORST] or ["clean"]
@@ -858,7 +956,9 @@ def _evaluate(values: flags.FlagValues) -> None:
         params, state = random_variables(classifier, clean, config.seed)
     else:
         name = config.name if workdir else pathlib.Path(weights).stem
-        params, state, step = load_variables(classifier, clean.image_shape, workdir or weights)
+        params, state, step = load_variables(
+            config, classifier, clean.image_shape, workdir or weights
+        )
     out = values.out or os.path.join(workdir, "results.json")
     results = new_results(
         config,
@@ -895,15 +995,9 @@ def _evaluate(values: flags.FlagValues) -> None:
         *rows(results),
         *worst_case.rows(results),
         ("results", out),
-        ("time", logbook.clock(results["seconds"])),
+        ("time of this evaluation", logbook.clock(time.monotonic() - started)),
     ]
     print("\n" + logbook.table(table), flush=True)
-
-
-def _logits(
-    classifier: hk.TransformedWithState, params: hk.Params, state: hk.State, x: jax.Array
-) -> jax.Array:
-    return classifier.apply(params, state, None, x, is_training=False)[0]
 
 
 def check_radii(flag: str, radii: Sequence[str]) -> None:

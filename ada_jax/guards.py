@@ -67,16 +67,38 @@ def check_labels(y: jax.Array, x: jax.Array, logits_fn: Callable) -> None:
             f"Labels of shape {list(y.shape)} and {y.dtype} must be one integer for each of the "
             f"{len(x)} images."
         )
-    logits = jax.eval_shape(logits_fn, x[:1])
-    if getattr(logits, "ndim", None) != 2:
-        raise UserError(f"logits_fn returns {logits}: it must return one array of logits [B,K].")
+    count = num_classes(logits_fn, x[:1])
     if isinstance(y, jax.core.Tracer):
         return
-    classes, y = logits.shape[-1], np.asarray(y)
-    if not (y.min() >= 0 and y.max() < classes):
+    y = np.asarray(y)
+    if not (y.min() >= 0 and y.max() < count):
         raise UserError(
-            f"Labels from {y.min()} to {y.max()} do not fit the classifier's {classes} logits."
+            f"Labels from {y.min()} to {y.max()} do not fit the classifier's {count} logits."
         )
+
+
+def num_classes(logits_fn: Callable, x: jax.Array) -> int:
+    """The number of classes K of a classifier of images x, without running it.
+
+    Raises:
+      UserError: it does not return one array of logits [B,K].
+    """
+    logits = jax.eval_shape(logits_fn, x)
+    if getattr(logits, "ndim", None) != 2:
+        raise UserError(f"logits_fn returns {logits}: it must return one array of logits [B,K].")
+    return logits.shape[-1]
+
+
+def poisoned(x: jax.Array, y: jax.Array | None = None, classes: int = 0) -> jax.Array:
+    """Images, of NaN where a pixel is outside [0,1] or the label, if given, none of the classes.
+
+    For `jax.jit`, where nothing can be raised: else training would go on with wrong images.
+    """
+    rounding = 1e-6
+    right = jnp.all((x >= -rounding) & (x <= 1 + rounding), axis=(1, 2, 3))
+    if y is not None:
+        right &= (y >= 0) & (y < classes)
+    return jnp.where(right[:, None, None, None], x, jnp.nan)
 
 
 def detached(f: Callable, *args: jax.Array) -> Callable:

@@ -322,18 +322,6 @@ def load_images(
     return images, np.array([label for _, label in examples], np.int32), source.num_classes
 
 
-def load_classifier(workdir: str, image_shape: tuple[int, ...], num_classes: int) -> ada.LogitsFn:
-    """The logits of a finished run's classifier, as it predicts.
-
-    Raises:
-      UserError: no run, or a damaged one.
-    """
-    config = evaluate.config_of_run(workdir)
-    classifier = evaluate.make_classifier(config, num_classes)
-    params, state, _ = evaluate.load_variables(classifier, image_shape, workdir)
-    return lambda x: classifier.apply(params, state, None, x, is_training=False)[0]
-
-
 def read_results(path: str, settings: dict[str, Any]) -> dict[str, Any]:
     """What an earlier, unfinished run of the same settings has found; {} where there is none.
 
@@ -392,7 +380,7 @@ def _run(argv: list[str]) -> None:
         settings = common | {"radii": f.radii, "workdir": f.workdir, "attack_steps": f.attack_steps}
         attack = None
         if f.workdir:
-            attack = load_classifier(f.workdir, images.shape[1:], classes), labels
+            attack = evaluate.load_classifier(f.workdir, classes), labels
         results = study_ssim(nets, _to_float(images), settings, f.batch_size, attack)
         logbook.write_json(json_path, {"settings": settings, "results": results})
         figures.ssim_densities(png_path, results)

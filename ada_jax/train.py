@@ -513,7 +513,7 @@ def with_weights(state: TrainState, parts: Parts, path: str) -> TrainState:
         path = os.path.join(path, "classifier.safetensors")  # Not a checkpoint half-way.
     try:
         params, net_state, _ = evaluate.load_variables(
-            parts.classifier, parts.train_set.image_shape, path
+            parts.config, parts.classifier, parts.train_set.image_shape, path
         )
     except UserError as error:
         raise UserError(f"config.init_weights={path!r} cannot be used: {error}") from error
@@ -775,7 +775,13 @@ def finish(parts: Parts, workdir: str, state: TrainState, seconds: float) -> Non
     )
     results["seconds"] = seconds
     if jax.process_index() == 0:
-        metadata = {"classifier": config.classifier, "step": int(state.step)}
+        metadata = {
+            "classifier": config.classifier,
+            "classes": parts.train_set.num_classes,
+            "mean": list(config.mean),
+            "std": list(config.std),
+            "step": int(state.step),
+        }
         checkpoint.save_weights(os.path.join(workdir, "classifier.safetensors"), weights, metadata)
     now = results["config"]
     results = evaluate.with_earlier(results, path, replace=True) | {"config": now}

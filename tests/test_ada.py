@@ -405,6 +405,14 @@ def test_a_function_that_returns_no_logits_is_refused(logits_fn):
             call(y)
 
 
+def test_inside_jit_wrong_images_and_labels_become_nan():
+    x, y = batch()
+    x, y = x.at[1].multiply(255), y.at[2].set(CLASSES)
+    augment = functools.partial(ada.adversarial_augment, jax.random.key(0), net=NET, nu=NU)
+    images, _ = jax.jit(lambda x, y: augment(x, y, logits_fn=LOGITS_FN, steps=1))(x, y)
+    assert np.isnan(images).any((1, 2, 3)).tolist() == [False, True, True, False]
+
+
 def test_a_network_without_parameters_cannot_be_perturbed():
     x, y = batch()
     net = CorruptionNet(lambda theta, x, key: x, {})

@@ -190,6 +190,14 @@ def test_it_goes_on_where_it_was_killed_and_ends_with_the_same_numbers(tmp_path,
     assert calls == ["apgd-ce", "square"]
 
 
+def test_a_name_is_not_several_and_a_file_is_no_folder(tmp_path):
+    with pytest.raises(UserError, match=r"attacks='square' is one name: .*\('square',\)"):
+        quick(names="square")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be made a folder"):
+        quick(state_dir=tmp_path / "file")
+
+
 def test_a_folder_of_another_call_is_refused(tmp_path):
     quick(state_dir=tmp_path)
     with pytest.raises(UserError, match="holds another classifier's attacks, or"):

@@ -215,3 +215,9 @@ def test_mistakes_are_told(field, value, said):
 def test_images_that_are_none_are_refused(images, said):
     with pytest.raises(UserError, match=said):
         augmix.augment_and_mix(jax.random.key(0), images)
+
+
+def test_inside_jit_a_wrong_image_becomes_nan():
+    x = jnp.stack([jnp.full((8, 8, 3), 0.5), jnp.full((8, 8, 3), 2.0)])
+    mixed = jax.jit(augmix.augment_and_mix)(jax.random.key(0), x)
+    assert np.isnan(mixed).all((1, 2, 3)).tolist() == [False, True]

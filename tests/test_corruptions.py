@@ -169,11 +169,21 @@ def test_the_tables_name_every_corruption_at_five_severities():
         (("fog", 1), {"seed": -1}, "seed -1 is out of range"),
         (("fog", 1), {"indices": [1]}, "one index an image"),
         (("fog", 1), {"indices": [0, -1]}, "at least 0"),
+        ((1, "fog"), {}, "name is int and must be a name in quotes"),
+        (("fog", 3.0), {}, r"severity 3\.0 does not exist"),
+        (("fog", True), {}, "severity True does not"),
+        (("fog", 1), {"seed": None}, "seed None is out of range: choose it in 0"),
+        (("fog", 1), {"table": ["cifar"]}, "table is list"),
     ],
 )
 def test_mistakes_in_arguments(arguments, keywords, message):
     with pytest.raises(UserError, match=message):
         corrupt(*arguments, photographs(2), **keywords)
+
+
+def test_images_that_are_no_array_are_refused():
+    with pytest.raises(UserError, match="are list: give a NumPy array"):
+        corrupt("fog", 1, [[0]])
 
 
 @pytest.mark.parametrize(

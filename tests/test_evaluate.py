@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -20,6 +21,7 @@ from ada_jax.errors import UserError
 from experiments import quickstart
 
 ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 
 
 def images(count: int = 24, *, side: int = 16, seed: int = 0) -> data.Dataset:
@@ -39,6 +41,10 @@ def classifier() -> hk.TransformedWithState:
         return hk.Linear(4)(hk.Flatten()(x))
 
     return hk.transform_with_state(net)
+
+
+def logits_of(params, state, x):
+    return classifier().apply(params, state, None, x, is_training=False)[0]
 
 
 def variables(seed: int = 0, side: int = 16) -> tuple:
@@ -76,7 +82,7 @@ def test_counts_agree_with_a_loop_over_the_corrupted_images():
 
     def wrong(pixels):
         x = data.to_float(pixels)
-        logits, _ = classifier().apply(params, state, None, x, is_training=False)
+        logits = logits_of(params, state, x)
         return 24, int(np.sum(np.argmax(logits, -1) != clean.source.labels))
 
     found = counts(sets_of(clean, "clean", "c", "extra"))
@@ -112,8 +118,51 @@ def test_one_device_and_four_and_any_batch_size_count_the_same():
     assert found == found[:1] * 4
 
 
+def test_any_function_is_measured_under_the_corruptions():
+    clean, of = images(), variables()
+    found = evaluate.corruption_errors(
+        lambda x: logits_of(*of, x), clean.source.images, clean.source.labels, batch_size=10
+    )
+    grid = counts(sets_of(clean, "clean", "c"))
+    assert found["clean"]["wrong"] == grid.pop("clean 0")[1]
+    cells = [(n, row) for n, rows in found["corruptions"].items() for row in rows]
+    assert {f"{n} {row['severity']}": (24, row["wrong"]) for n, row in cells} == grid
+    mean = np.mean([100 * wrong / 24 for _, wrong in grid.values()])
+    np.testing.assert_allclose(found["mce_unnormalised"], mean)
+
+
+def test_the_readme_s_measurement_runs(monkeypatch, capsys):
+    (block,) = re.findall(r"```python\n(from ada_jax import cor.*?)```", README, re.DOTALL)
+    clean, runs = images(), []
+    monkeypatch.setattr(evaluate, "load_classifier", runs.append)
+    given = {"logits_fn": lambda x: x.mean((1, 2)) @ jnp.eye(3, 4)}
+    exec(block, given | {"images": clean.source.images, "labels": clean.source.labels})
+    assert runs == ["runs/quickstart"]
+    assert all(0 < float(value) <= 100 for value in capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"labels": np.full(24, 4)}, "label 4 and only 4 classes"),
+        ({"images": np.zeros((24, 16, 16, 1), np.uint8)}, "24, 16, 16, 1"),
+        ({"names": ["mist"]}, "'mist' is unknown"),
+        ({"names": []}, "names is empty"),
+        ({"table": "cifar100"}, "'cifar100' is unknown"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"logits_fn": lambda x: (x, {})}, "one array of logits"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(changes, said):
+    clean = images()
+    given = {"images": clean.source.images, "labels": clean.source.labels}
+    given |= {"logits_fn": lambda x: jnp.zeros((len(x), 4))}
+    with pytest.raises(UserError, match=said):
+        evaluate.corruption_errors(**given | changes)
+
+
 def test_padding_that_is_not_finite_does_not_count():
-    step = jax.pmap(evaluate.make_eval_step(classifier()), evaluate.AXIS)
+    step = jax.pmap(evaluate.make_eval_step(logits_of), evaluate.AXIS)
     batch = {
         "image": np.float32([[np.zeros((16, 16, 3)), np.full((16, 16, 3), np.nan)]]),
         "label": np.int32([[0, 0]]),
@@ -405,9 +454,9 @@ def earlier(**changes) -> dict:
     [
         (json.dumps(earlier(schema=2)), "schema = 2"),
         (json.dumps(earlier(weights_digest="e")), 'weights_digest = "e", .* has "d"'),
-        (json.dumps(earlier(data={"name": "x"})), 'data = {"name": "x"}'),
+        (json.dumps(earlier(data={"name": "x"})), 'data.name = "x", .* has "blocks"'),
         (json.dumps(earlier(config={"classifier": "x"})), 'classifier = "x"'),
-        (json.dumps(earlier(corruption_source={"seed": 1})), 'corruption_source = {"seed": 1}'),
+        (json.dumps(earlier(corruption_source={"seed": 1})), "corruption_source.kind = null"),
         (json.dumps(earlier(corruptions={"spatter": [{"severity": 6}]})), r"severities \[6\]"),
         (json.dumps(earlier(corruptions={"splatter": []})), "splatter"),
         (json.dumps(earlier(corruptions=[])), "cannot be read"),
@@ -482,26 +531,38 @@ def test_variables_come_from_the_weights_file_else_from_the_newest_good_checkpoi
         train_state = train.TrainState(jnp.int32(step), scaled, state, {"momentum": params})
         checkpoints.save(step, train_state, {"expect": {"config.name": "other"}}, wait=True)
     checkpoints.close()
-    found = evaluate.load_variables(classifier(), shape, tmp_path)
+    found = evaluate.load_variables(config_with(), classifier(), shape, tmp_path)
     chex.assert_trees_all_equal(found, (scaled, state, 8))
     for path in (tmp_path / "checkpoints" / "8").rglob("*"):
         path.write_bytes(b"") if path.is_file() else None
-    found = evaluate.load_variables(classifier(), shape, tmp_path)
+    found = evaluate.load_variables(config_with(), classifier(), shape, tmp_path)
     chex.assert_trees_all_equal(found[1:], (state, 4))
     assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"4", "8"}
     file = tmp_path / "classifier.safetensors"
     checkpoint.save_weights(file, {"params": params, "state": state}, {"step": 9})
     for path in (tmp_path, file):
         chex.assert_trees_all_equal(
-            evaluate.load_variables(classifier(), shape, path), (params, state, 9)
+            evaluate.load_variables(config_with(), classifier(), shape, path),
+            (params, state, 9),
         )
     with pytest.raises(UserError, match="does not fit this network"):
-        evaluate.load_variables(classifier(), (8, 8, 3), file)
+        evaluate.load_variables(config_with(), classifier(), (8, 8, 3), file)
+
+
+def test_weights_of_images_normalised_otherwise_are_refused(tmp_path):
+    (params, state), file = variables(), tmp_path / "weights.safetensors"
+    metadata = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+    checkpoint.save_weights(file, {"params": params, "state": state}, metadata)
+    same = config_with(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    evaluate.load_variables(same, classifier(), (16, 16, 3), file)
+    other = config_with(mean=(0.5, 0.5, 0.5), std=(1.0, 1.0, 1.0))
+    with pytest.raises(UserError, match=r"config\.std=\(0\.25, 0\.25, 0\.25\), and .*\(1\.0"):
+        evaluate.load_variables(other, classifier(), (16, 16, 3), file)
 
 
 def test_a_folder_without_weights_is_refused(tmp_path):
     with pytest.raises(UserError, match="nor an undamaged checkpoint"):
-        evaluate.load_variables(classifier(), (16, 16, 3), tmp_path)
+        evaluate.load_variables(config_with(), classifier(), (16, 16, 3), tmp_path)
     assert not list(tmp_path.iterdir())
 
 

@@ -43,6 +43,16 @@ def test_labels_are_classes(labels, said):
         guards.check_labels(labels, IMAGES, lambda x: x.mean((1, 2)))
 
 
+def test_what_cannot_be_refused_while_tracing_becomes_nan():
+    x = jnp.stack([IMAGES[0], IMAGES[0].at[1, 2, 0].set(1.1), IMAGES[0], IMAGES[0] - 0.6])
+    for images in (guards.poisoned(x), jax.jit(guards.poisoned)(x)):
+        assert np.isnan(images).all((1, 2, 3)).tolist() == [False, True, False, True]
+        np.testing.assert_array_equal(images[0], x[0])
+    y = jnp.array([-1, 0, 3, 2])
+    assert np.isnan(guards.poisoned(x, y, 3)).all((1, 2, 3)).tolist() == [True, True, True, True]
+    assert np.isnan(guards.poisoned(x, y + 1, 3)).any((1, 2, 3)).tolist() == [0, 1, 1, 1]
+
+
 def test_what_a_function_closes_over_has_no_gradient():
     def loss(scale):
         f = guards.detached(lambda x: (scale * x).sum(), IMAGES)

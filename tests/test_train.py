@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from ada_jax import checkpoint, cli, corruption_nets, logbook, paths, report, train
+from ada_jax import checkpoint, cli, corruption_nets, evaluate, logbook, paths, report, train
 from ada_jax.errors import UserError
 from experiments import cifar10, finetune, imagenet, quickstart
 from experiments import deepaugment as deepaugment_config
@@ -467,6 +467,12 @@ def test_training_starts_from_trained_weights(tmp_path):
     trained, _ = checkpoint.load_weights(tmp_path / "first" / "classifier.safetensors")
     chex.assert_trees_all_equal(loaded.params, trained["params"])
     chex.assert_trees_all_equal(loaded.net_state, trained["state"])
+    logits, _ = parts.classifier.apply(
+        trained["params"], trained["state"], None, images, is_training=False
+    )
+    for classes in (None, 10):
+        logits_fn = evaluate.load_classifier(tmp_path / "first", classes)
+        chex.assert_trees_all_equal(logits_fn(images), logits)
     with pytest.raises(UserError, match=r"config\.init_weights="):
         train.with_weights(state, parts, str(tmp_path / "none"))
     other = train.build(tiny(method="nominal", classifier="preact_resnet20"))

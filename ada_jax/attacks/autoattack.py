@@ -346,6 +346,8 @@ def _check(key, logits_fn, x, y, epsilon, norm, attacks, batch_size, microbatch,
         raise UserError("There are several keys: give one, from which every image gets its own.")
     loops.check(x, epsilon, norm)
     guards.check_labels(y, x, logits_fn)
+    if isinstance(attacks, str):
+        raise UserError(f"attacks={attacks!r} is one name: give several, as ({attacks!r},).")
     for name in (*attacks, *constants):
         if name not in ATTACKS:
             raise UserError(f"The attack {name!r} is unknown: choose among {', '.join(ATTACKS)}.")
@@ -423,7 +425,13 @@ def _open_state(state_dir, key, x, y, logits, epsilon, norm, attacks, constants,
             )
         logits = known["logits"]  # The batches in the folder are of what these get right.
     else:
-        paths.make_folder(folder)
+        try:
+            paths.make_folder(folder)
+        except OSError as error:
+            raise UserError(
+                f"state_dir={str(folder)!r} cannot be made a folder ({error.strerror}): name "
+                "another."
+            ) from error
         _write(start, {"settings": np.array(settings), "logits": logits})
     return folder, logits
 

@@ -107,18 +107,13 @@ def logits_of(logits_fn: LogitsFn, x: jax.Array, active: jax.Array, microbatch: 
       microbatch: b.
     """
     classify = lambda e, s: s._replace(logits=logits_fn(e["x"]).astype(jnp.float32))  # noqa: E731
-    start = _Logits(active, jnp.zeros((len(x), num_classes(logits_fn, x))))
+    start = _Logits(active, jnp.zeros((len(x), guards.num_classes(logits_fn, x[:1]))))
     return on_active(classify, {"x": x}, start, microbatch).logits
 
 
 def misclassified(logits: jax.Array, y: jax.Array) -> jax.Array:
     """Whether the largest logit is another class's, bool [B]."""
     return jnp.argmax(logits, -1) != y
-
-
-def num_classes(logits_fn: LogitsFn, x: jax.Array) -> int:
-    """K, without running the classifier."""
-    return jax.eval_shape(logits_fn, x[:1]).shape[-1]
 
 
 def prepare(
