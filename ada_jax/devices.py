@@ -18,7 +18,8 @@ def replicate(tree: Any) -> Any:
     """Puts a copy of every leaf on every local device, with a leading device axis."""
     devices = jax.local_device_count()
     tree = jax.tree.map(lambda a: np.broadcast_to(a, (devices, *np.shape(a))), tree)
-    return jax.pmap(lambda a: a)(tree) if jax.tree.leaves(tree) else tree
+    # With the axis of the step that takes it: for another one's arrays it would be compiled anew.
+    return jax.pmap(lambda a: a, AXIS)(tree) if jax.tree.leaves(tree) else tree
 
 
 def unreplicate(tree: Any) -> Any:

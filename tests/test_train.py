@@ -340,6 +340,25 @@ def steps_of(parts: train.Parts, steps: int) -> tuple[train.TrainState, list[dic
     return train.unreplicate(state), found
 
 
+def test_the_update_step_compiles_once():
+    compiled = []
+
+    def note(event, seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        parts, counts = train.build(tiny(method="nominal")), []
+        for steps in (1, 1, 3):  # The first also compiles what the others find compiled.
+            compiled.clear()
+            steps_of(parts, steps)
+            counts.append(len(compiled))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    assert 0 < counts[1] == counts[2]
+
+
 def test_golden_step():
     """Renew the numbers only where a change is meant to change the training itself."""
     state, metrics = first_steps(tiny(), steps=2)
