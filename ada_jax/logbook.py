@@ -19,6 +19,15 @@ from ada_jax import paths
 from ada_jax.errors import UserError
 
 Record = dict[str, Any]
+# Fields of a config that change what is written, kept or measured, not what is trained.
+BOOKKEEPING = frozenset(
+    {
+        *("data_dir", "deepaugment.dir", "compilation_cache", "cpu_devices", "ada.remat"),
+        *("log_steps", "checkpoint_epochs", "keep_checkpoints", "figure_examples"),
+        *("eval_epochs", "eval_batch_size", "eval_split", "eval_sets", "eval_c_dir"),
+        *("corruption_eval_epochs", "corruption_eval_examples"),
+    }
+)
 
 
 class Logbook:

@@ -61,28 +61,9 @@ _SETS: dict[str, Any] = {  # absent where they were not evaluated
     "ada": dict,
     "lp_accuracy": dict,
 }
-# Two runs are one method, whatever these are.
-_BOOKKEEPING = frozenset(
-    (
-        "seed",
-        "data_dir",
-        "compilation_cache",
-        "cpu_devices",
-        "log_steps",
-        "eval_epochs",
-        "eval_split",  # This and the next two are in 'data' and 'corruption_source'.
-        "eval_sets",
-        "eval_c_dir",
-        "corruption_eval_epochs",
-        "corruption_eval_examples",
-        "eval_batch_size",
-        "checkpoint_epochs",
-        "keep_checkpoints",
-        "figure_examples",
-        "ada.remat",
-        "deepaugment.dir",
-    )
-)
+# Two runs are one method, whatever these are. What was evaluated is in 'data' and
+# 'corruption_source'.
+_BOOKKEEPING = logbook.BOOKKEEPING | {"seed"}
 
 
 class Result(NamedTuple):

@@ -698,32 +698,10 @@ def every_epochs(epochs: float, parts: Parts) -> Callable[[int], bool]:
     return at
 
 
-_BOOKKEEPING = frozenset(
-    (
-        "name",
-        "data_dir",
-        "compilation_cache",
-        "cpu_devices",
-        "log_steps",
-        "eval_epochs",
-        "eval_batch_size",
-        "eval_split",
-        "eval_sets",
-        "eval_c_dir",
-        "corruption_eval_epochs",
-        "corruption_eval_examples",
-        "corruption_seed",
-        "corruption_table",
-        "checkpoint_epochs",
-        "keep_checkpoints",
-        "figure_examples",
-        "ada.microbatch",
-        "ada.remat",
-        "ada.corruption_weights",
-        "deepaugment.dir",
-        "init_weights",
-    )
-)
+_BOOKKEEPING = logbook.BOOKKEEPING | {
+    *("name", "init_weights", "corruption_seed", "corruption_table"),
+    *("ada.microbatch", "ada.corruption_weights"),
+}
 
 
 def identity(parts: Parts, thetas: Any, state: TrainState) -> dict[str, Any]:
