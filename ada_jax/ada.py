@@ -61,9 +61,9 @@ def adversarial_augment(
     """
     x, y = jnp.asarray(x), jnp.asarray(y)
     guards.check_images(x)
-    guards.check_labels(y, x, logits_fn)
+    classes = guards.check_labels(y, x, logits_fn)
     _check(net, x, nu, steps, step_rule, step_scale, ssim_threshold, root_rule, microbatch)
-    x = guards.poisoned(x, y, guards.num_classes(logits_fn, x[:1]))
+    x = guards.poisoned(x, y, classes)
     # One key per example makes the draw independent of the batch around it and of `microbatch`.
     example_keys = keys.per_example(key, len(x))
     x, net = lax.stop_gradient(x), net._replace(theta=lax.stop_gradient(net.theta))

@@ -118,12 +118,14 @@ def load_classifier(
       logits_fn: images [B,H,W,3] float32 in [0,1] -> logits [B,K].
 
     Raises:
-      UserError: there is no run, or it is damaged or not finished.
+      UserError: there is no run, it is damaged or not finished, or its file does not say K.
     """
     config = config_of_run(workdir)
     if num_classes is None:
-        _, metadata = checkpoint.load_weights(paths.at(workdir) / "classifier.safetensors")
-        num_classes = int(metadata["classes"])
+        file = paths.at(workdir) / "classifier.safetensors"
+        num_classes = checkpoint.load_weights(file)[1].get("classes")
+        if num_classes is None:
+            raise UserError(f"{file} does not say how many classes there are: give num_classes.")
     classifier = make_classifier(config, num_classes)
     # Every classifier averages over its last features: the weights fit images of any size.
     params, state, _ = load_variables(config, classifier, (32, 32, 3), workdir)

@@ -55,8 +55,11 @@ def check_images(x: jax.Array) -> None:
         raise UserError(f"Pixels from {pixels.min()} to {pixels.max()} must be in [0, 1].")
 
 
-def check_labels(y: jax.Array, x: jax.Array, logits_fn: Callable) -> None:
+def check_labels(y: jax.Array, x: jax.Array, logits_fn: Callable) -> int:
     """Refuses what are no labels of images x for a classifier; values only where not traced.
+
+    Returns:
+      The classifier's number of classes.
 
     Raises:
       UserError: not one integer for each image, or none of the classifier's classes; the classifier
@@ -69,12 +72,13 @@ def check_labels(y: jax.Array, x: jax.Array, logits_fn: Callable) -> None:
         )
     count = num_classes(logits_fn, x[:1])
     if isinstance(y, jax.core.Tracer):
-        return
+        return count
     y = np.asarray(y)
     if not (y.min() >= 0 and y.max() < count):
         raise UserError(
             f"Labels from {y.min()} to {y.max()} do not fit the classifier's {count} logits."
         )
+    return count
 
 
 def num_classes(logits_fn: Callable, x: jax.Array) -> int:

@@ -497,6 +497,9 @@ def test_training_starts_from_trained_weights(tmp_path):
     other = train.build(tiny(method="nominal", classifier="preact_resnet20"))
     with pytest.raises(UserError, match=r"config\.init_weights="):
         train.with_weights(state, other, str(tmp_path / "first"))
+    checkpoint.save_weights(tmp_path / "first" / "classifier.safetensors", trained, {"step": 1})
+    with pytest.raises(UserError, match="give num_classes"):
+        evaluate.load_classifier(tmp_path / "first")
     # Of a run that has not ended there are only checkpoints: not what was asked for.
     (tmp_path / "first" / "classifier.safetensors").unlink()
     with pytest.raises(UserError, match=r"config\.init_weights="):
