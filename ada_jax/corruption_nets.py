@@ -303,8 +303,8 @@ def cae_decode(theta: dict, bits: jax.Array) -> jax.Array:
     for i in (1, 2, 3):
         h = _cae_block(theta, f"d_block_{i}", h)
     h = act(_conv(theta["d_up_conv_2/conv"], h, padding=0))
-    h = _conv_transpose(theta["d_up_conv_2/up"], _pad(h, 1, 1))
-    h = act(_conv(theta["d_up_conv_3/conv0"], h, padding=0))
+    h = _pad(h, 1, 1)
+    h = act(_conv_after_up(theta["d_up_conv_2/up"], theta["d_up_conv_3/conv0"], h))
     return jnp.tanh(_conv(theta["d_up_conv_3/conv1"], _pad(h, 2, 2, "reflect"), padding=0))
 
 
@@ -327,6 +327,33 @@ def _conv(params: dict, x: jax.Array, stride: int = 1, padding: int | None = Non
 
 def _conv_transpose(params: dict, x: jax.Array) -> jax.Array:
     return per_example.conv_transpose2d(x.astype(params["w"].dtype), params["w"], params["b"])
+
+
+# [i, r, d, a]: tap r of a kernel of 3 that ends up at part a of a pixel enlarged twice meets part i
+# of its neighbour d.
+_MEETS = np.array(
+    [[[[(a + r) == 2 * d + i for a in (0, 1)] for d in (0, 1)] for r in (0, 1, 2)] for i in (0, 1)],
+    np.float32,
+)
+
+
+def _conv_after_up(up: dict, conv: dict, x: jax.Array) -> jax.Array:
+    """A transposed convolution (2x2) and a convolution (3x3, no padding) as one.
+
+    Nothing stands between them, so four kernels of 2x2, one for each part of an enlarged pixel, do
+    the same without the wide features between: the CAE's need 20 times fewer operations.
+
+    Returns:
+      [B,2H-2,2W-2,O] for x [B,H,W,C].
+    """
+    meets = jnp.asarray(_MEETS, x.dtype)
+    w = jnp.einsum("irda,jseb,ijcm,rsmo->decabo", meets, meets, up["w"], conv["w"])
+    b = conv["b"] + up["b"] @ conv["w"].sum((0, 1))
+    out = w.shape[-1]
+    y = per_example.conv2d(x.astype(w.dtype), w.reshape(2, 2, -1, 4 * out), padding=0)
+    batch, height, width, _ = y.shape
+    y = y.reshape(batch, height, width, 2, 2, out).transpose(0, 1, 3, 2, 4, 5)
+    return y.reshape(batch, 2 * height, 2 * width, out) + b
 
 
 def _conv_init(key: jax.Array, inputs: int, outputs: int, size: int = 3) -> dict:

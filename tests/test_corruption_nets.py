@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from ada_jax import checkpoint, corruption_nets, ssim
+from ada_jax import checkpoint, corruption_nets, per_example, ssim
 from ada_jax.errors import UserError
 
 SCALES = [1, 2, 4]
@@ -253,6 +253,23 @@ def test_the_cae_keeps_sizes_and_has_two_bits_a_pixel(cae_theta, size):
     assert y.shape == x.shape
     whole = corruption_nets.cae().apply(cae_theta, x, jax.random.key(1))
     np.testing.assert_allclose(whole, y, atol=1e-6)
+
+
+def test_the_joined_layers_of_the_cae_equal_one_after_the_other(cae_theta):
+    """The wide features between them, and the gradients of both layers."""
+    up, conv = cae_theta["d_up_conv_2/up"], cae_theta["d_up_conv_3/conv0"]
+    up, conv = ({"w": layer["w"], "b": layer["b"] + 0.1} for layer in (up, conv))
+    x = jax.random.normal(jax.random.key(1), (2, 6, 8, 32))
+
+    def separate(up, conv, x):
+        wide = per_example.conv_transpose2d(x, up["w"], up["b"])
+        return per_example.conv2d(wide, conv["w"], conv["b"], padding=0)
+
+    y, transpose = jax.vjp(separate, up, conv, x)
+    joined, joined_transpose = jax.vjp(corruption_nets._conv_after_up, up, conv, x)
+    chex.assert_trees_all_close(
+        (joined, joined_transpose(y)), (y, transpose(y)), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_sizes_that_the_cae_cannot_halve_twice_are_refused(cae_theta):
