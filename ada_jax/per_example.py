@@ -12,6 +12,8 @@ so code that is written for one example takes the fast path under `jax.vmap` by 
   when the program is lowered, as batched matrix products.
 * a shared kernel: XLA's convolution and gradients, but on a CPU the kernel's gradient by the same
   patches, group by group.
+
+On a CPU both take 3x3 kernels of many channels by `winograd` instead, which is about twice as fast.
 """
 
 import functools
@@ -21,6 +23,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
+
+from ada_jax import winograd
 
 _ROWS = 4096  # rows of one patch matrix: enough for a good matrix product, few enough for the cache
 
@@ -137,7 +141,7 @@ def _gradients_op(stride: int, padding: int) -> Callable:
 @functools.cache
 def _many_op(stride: int, padding: int, gradients: bool) -> Callable:
     """N kernels on N groups of images; further `jax.vmap` axes are merged into N."""
-    lowerings = (patch_gradients, patch_gradients) if gradients else (cpu_forward, plain_forward)
+    lowerings = (cpu_gradients, patch_gradients) if gradients else (cpu_forward, plain_forward)
 
     @custom_vmap
     def many(*args):
@@ -187,6 +191,8 @@ def cpu_forward(x: jax.Array, w: jax.Array, stride: int, padding: int) -> jax.Ar
     It takes a path two to five times slower for kernels without padding, and for 1x1 kernels with
     few outputs.
     """
+    if winograd.pays(x, w, stride, padding):
+        return winograd.convolve(x, w, padding)
     if w.shape[:2] == (1, 1) and padding == 0:
         x = x[:, ::stride, ::stride]
         return (x.reshape(-1, x.shape[-1]) @ w[0, 0]).reshape(*x.shape[:3], -1)
@@ -215,6 +221,17 @@ def patch_gradients(
     p, transpose = jax.vjp(lambda x: patches(x, (kh, kw), stride, padding), x)
     dy = dy.reshape(-1, out)
     return transpose(dy @ w.reshape(-1, out).T)[0], (p.T @ dy).reshape(w.shape)
+
+
+def cpu_gradients(
+    x: jax.Array, w: jax.Array, dy: jax.Array, stride: int, padding: int
+) -> tuple[jax.Array, jax.Array]:
+    """Its gradients (dx, dw) by what is fastest on a CPU for a kernel of one example."""
+    if winograd.pays(x, w, stride, padding):
+        return mirrored_input_gradient(x, w, dy, stride, padding), winograd.kernel_gradient(
+            x, dy, padding
+        )
+    return patch_gradients(x, w, dy, stride, padding)
 
 
 def mirrored_input_gradient(
@@ -247,6 +264,8 @@ def grouped_kernel_gradient(
     x: jax.Array, w: jax.Array, dy: jax.Array, stride: int, padding: int
 ) -> jax.Array:
     """The gradient dw of a shared kernel, summed over groups of images that fit in the cache."""
+    if winograd.pays(x, w, stride, padding):
+        return winograd.kernel_gradient(x, dy, padding)
     rows = dy.shape[1] * dy.shape[2]
     divisors = (g for g in range(1, x.shape[0] + 1) if x.shape[0] % g == 0)
     group = max((g for g in divisors if g * rows <= _ROWS), default=1)
