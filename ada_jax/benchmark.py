@@ -23,6 +23,7 @@ from ada_jax import (
     classifiers,
     cli,
     corruption_nets,
+    costs,
     deepaugment,
     evaluate,
     losses,
@@ -67,8 +68,8 @@ def measure(f: Callable[..., Any], *args: Any, seconds: float = _SECONDS) -> Tim
 
 
 def forward_flops(f: Callable[..., Any], *shapes: Any) -> float:
-    """Floating-point operations of f as XLA counts them, for shapes or arrays."""
-    return jax.jit(f).lower(*shapes).cost_analysis()["flops"]
+    """Floating-point operations of f's direct convolutions and products, for shapes or arrays."""
+    return costs.useful_flops(jax.make_jaxpr(f)(*shapes))
 
 
 def peak() -> float:

@@ -96,12 +96,13 @@ def make_eval_step(logits_fn: Callable[..., jax.Array]) -> Callable[..., dict[st
 
 def map_eval_step(classifier: hk.TransformedWithState) -> Callable[..., dict[str, jax.Array]]:
     """The evaluation step, mapped over all devices."""
-    return jax.pmap(make_eval_step(functools.partial(_logits, classifier)), AXIS)
+    return jax.pmap(make_eval_step(functools.partial(apply_classifier, classifier)), AXIS)
 
 
-def _logits(
+def apply_classifier(
     classifier: hk.TransformedWithState, params: hk.Params, state: hk.State, x: jax.Array
 ) -> jax.Array:
+    """Logits [B,K] of images [B,H,W,3] in [0,1], by batch norm's running statistics."""
     return classifier.apply(params, state, None, x, is_training=False)[0]
 
 
@@ -129,7 +130,7 @@ def load_classifier(
     classifier = make_classifier(config, num_classes)
     # Every classifier averages over its last features: the weights fit images of any size.
     params, state, _ = load_variables(config, classifier, (32, 32, 3), workdir)
-    return functools.partial(_logits, classifier, params, state)
+    return functools.partial(apply_classifier, classifier, params, state)
 
 
 # ------------------------------------------------------------------------ counting
@@ -973,7 +974,7 @@ def _evaluate(values: flags.FlagValues) -> None:
     results = with_earlier(results, out)
     variables, eval_step = replicate((params, state)), map_eval_step(classifier)
     results = complete(results, out, eval_step, variables, sets.datasets, config.eval_batch_size)
-    logits_fn = functools.partial(_logits, classifier, params, state)
+    logits_fn = functools.partial(apply_classifier, classifier, params, state)
     settings = {"examples": values.worst_examples, "seed": config.seed}
     settings |= {"batch_size": min(config.eval_batch_size, 256)}
     save = functools.partial(write, out)

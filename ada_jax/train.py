@@ -814,10 +814,9 @@ def show_attack(
     cast = functools.partial(corruption_nets.cast, dtype=config.compute_dtype)
     at_once = range(1, min(config.ada.microbatch or len(x), len(x)) + 1)
 
-    def logits_fn(images):
-        return parts.classifier.apply(
-            state.params, state.net_state, None, images, is_training=False
-        )[0]
+    logits_fn = functools.partial(
+        evaluate.apply_classifier, parts.classifier, state.params, state.net_state
+    )
 
     @jax.jit
     def attack(key, x, y):

@@ -90,14 +90,18 @@ def pixel_balls(
 
 def _with_ball(results: Results, norm: str, name: str, report: attacks.Report) -> Results:
     count = len(report.robust)
-    after = {account.attack: 100 * account.robust_accuracy for account in report.accounts}
+
+    def percent(share: float) -> float:
+        return round(100 * share, 10)  # 100 * 0.07 is more than 7
+
+    after = {account.attack: percent(account.robust_accuracy) for account in report.accounts}
     cell = {
         "attacks": report.name,
         "examples": count,
         "robust": int(report.robust.sum()),
-        "accuracy": 100 * report.robust_accuracy,
+        "accuracy": percent(report.robust_accuracy),
         "autoattack": after[attacks.STANDARD[-1]],
-        "clean": 100 * report.clean_accuracy,
+        "clean": percent(report.clean_accuracy),
         "accounts": [dataclasses.asdict(account) for account in report.accounts],
         "warnings": report.warnings,
     }

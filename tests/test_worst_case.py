@@ -16,7 +16,7 @@ DATASET = images(12, side=32)
 
 
 def logits_fn():
-    return functools.partial(evaluate._logits, classifier(), *variables(side=32))
+    return functools.partial(evaluate.apply_classifier, classifier(), *variables(side=32))
 
 
 def report_of(calls, key, logits_fn, x, y, epsilon, *, norm, attacks, batch_size, state_dir):
