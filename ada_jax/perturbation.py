@@ -59,8 +59,9 @@ def init(keys: jax.Array, theta: PyTree, radii: PyTree) -> PyTree:
         ]
         return jax.tree.unflatten(tree, draws)
 
-    # A loop: under vmap the draws' intermediates would take four times delta's memory.
-    return lax.map(one_example, keys)
+    # A loop: under vmap the draws' intermediates would take four times delta's memory. Two at a
+    # time: a lone example's random bits take XLA's CPU code four times as long.
+    return lax.map(one_example, keys, batch_size=2)
 
 
 def norms(delta: PyTree) -> PyTree:
