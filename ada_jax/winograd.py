@@ -68,7 +68,7 @@ def convolve(x: jax.Array, w: jax.Array, padding: int) -> jax.Array:
       [G,H',W',O] with H' = H + 2 padding - 2.
     """
     size = [n + 2 * padding - 2 for n in x.shape[1:3]]
-    kernel = _transform(_KERNEL, w).reshape(36, *w.shape[2:])
+    kernel = _both(_KERNEL, w.reshape(9, *w.shape[2:]))
     group = _group(x)
     y = lax.map(lambda x: _result(_tiles(x, size, padding) @ kernel, size), _grouped(x, group))
     return y.reshape(-1, *y.shape[2:])[: len(x)]
@@ -95,7 +95,7 @@ def kernel_gradient(x: jax.Array, dy: jax.Array, padding: int) -> jax.Array:
     zero = jnp.zeros((36, x.shape[-1], dy.shape[-1]))
     group = _group(x)
     total = lax.scan(add, zero, (_grouped(x, group), _grouped(dy, group)))[0]
-    return _transform(_KERNEL.T, total.reshape(6, 6, *total.shape[1:]))[::-1, ::-1]
+    return _both(_KERNEL.T, total).reshape(3, 3, *total.shape[1:])[::-1, ::-1]
 
 
 def _group(x: jax.Array) -> int:
@@ -123,29 +123,30 @@ def _tiles(x: jax.Array, size: Sequence[int], padding: int) -> jax.Array:
 def _result(products: jax.Array, size: Sequence[int]) -> jax.Array:
     """[36,T,O] to images [G,h,w,O] of a size (h, w)."""
     h, w = (-(-n // 4) for n in size)
-    products = products.reshape(6, 6, -1, h, w, products.shape[-1])
-    rows = _combine(_RESULT, lambda k: products[k], axis=3)
-    y = _combine(_RESULT, lambda k: rows[k], axis=4)
-    return y.reshape(-1, 4 * h, 4 * w, y.shape[-1])[:, : size[0], : size[1]]
+    y = _both(_RESULT, products).reshape(4, 4, -1, h, w, products.shape[-1])
+    y = y.transpose(2, 3, 0, 4, 1, 5).reshape(-1, 4 * h, 4 * w, products.shape[-1])
+    return y[:, : size[0], : size[1]]
 
 
 def _spread(x: jax.Array) -> jax.Array:
     """The transpose of `_result`: images [G,h,w,C] to [36,T,C]."""
     h, w = (-(-n // 4) for n in x.shape[1:3])
     x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % 4), (0, -x.shape[2] % 4), (0, 0)])
-    x = x.reshape(-1, h, 4, w, 4, x.shape[-1])
-    rows = _combine(_RESULT.T, lambda k: x[:, :, k])
-    return _combine(_RESULT.T, lambda k: rows[..., k, :], axis=1).reshape(36, -1, x.shape[-1])
+    x = x.reshape(-1, h, 4, w, 4, x.shape[-1]).transpose(2, 4, 0, 1, 3, 5)
+    return _both(_RESULT.T, x.reshape(16, -1, x.shape[-1]))
 
 
-def _transform(matrix: np.ndarray, x: jax.Array) -> jax.Array:
-    """[p,p,...] to [q,q,...] by a matrix [q,p] along both axes."""
-    rows = _combine(matrix, lambda k: x[k])
-    return _combine(matrix, lambda k: rows[:, k], axis=1)
+def _both(matrix: np.ndarray, x: jax.Array) -> jax.Array:
+    """[p^2,...] to [q^2,...] by a matrix [q,p] along both axes of a tile, as one product.
+
+    It is quick to compile, and as fast as the sums of `_combine` but where there are many tiles.
+    """
+    both = np.kron(matrix, matrix).astype(np.float32)
+    return (both @ x.reshape(both.shape[1], -1)).reshape(-1, *x.shape[1:])
 
 
 def _combine(matrix: np.ndarray, part: Callable[[int], jax.Array], axis: int = 0) -> jax.Array:
     """Stacks the sums of parts that the rows of a matrix weigh; zeros cost nothing."""
     parts = [part(k) for k in range(matrix.shape[1])]
-    sums = (sum(float(m) * p for m, p in zip(row, parts, strict=True) if m) for row in matrix)
-    return jnp.stack(list(sums), axis)
+    sums = [sum(float(m) * p for m, p in zip(row, parts, strict=True) if m) for row in matrix]
+    return jnp.stack(sums, axis)

@@ -566,8 +566,9 @@ jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
 sys.path.insert(0, "tests")
 import test_train
 from ada_jax import checkpoint
-# Rounding grows with every step, at 0.2 past 1e-3 without AVX-512 and to 4e-7 here; with batch
-# statistics of each device's own the parameters differ by 6e-4.
+# Rounding grows with every step, at 0.2 past 1e-3 without AVX-512 and to 3e-5 here, where four
+# devices have too few images each for winograd; with batch statistics of each device's own the
+# parameters differ by 6e-4.
 config = test_train.tiny(cross_replica_bn=True, learning_rate=0.001)
 state, _ = test_train.first_steps(config, steps=3)
 checkpoint.save_weights(sys.argv[2], {"params": state.params, "net": state.net_state}, {})
@@ -583,7 +584,7 @@ def test_one_device_and_four_train_alike(tmp_path):
             [sys.executable, "-c", _DEVICES, str(devices), str(files[-1])], cwd=ROOT, check=True
         )
     one, four = (checkpoint.load_weights(path)[0] for path in files)
-    chex.assert_trees_all_close(one, four, atol=1e-5)
+    chex.assert_trees_all_close(one, four, atol=1e-4)
 
 
 def test_evaluation_counts_every_example_once():
