@@ -88,6 +88,10 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     paths.write(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
+class NotFiniteError(UserError):
+    """Training diverged; every process of a run finds it at the same step."""
+
+
 def finite(pending: list[dict[str, Any]], step: int, *, advice: str) -> list[dict[str, float]]:
     """Brings the last steps' metrics to the host, and stops the run where one is not finite.
 
@@ -98,7 +102,7 @@ def finite(pending: list[dict[str, Any]], step: int, *, advice: str) -> list[dic
       advice: what to do against it, for the message.
 
     Raises:
-      UserError: naming the first step whose loss or gradient is not finite.
+      NotFiniteError: naming the first step whose loss or gradient is not finite.
     """
     fetched = [
         {name: float(np.ravel(value)[0]) for name, value in metrics.items()}
@@ -107,7 +111,7 @@ def finite(pending: list[dict[str, Any]], step: int, *, advice: str) -> list[dic
     for i, metrics in enumerate(fetched):
         loss, norm = metrics["loss"], metrics.get("gradient_norm", 0.0)
         if not (np.isfinite(loss) and np.isfinite(norm)):
-            raise UserError(
+            raise NotFiniteError(
                 f"The loss is {loss} and the gradient's norm {norm} at step "
                 f"{step - len(fetched) + i + 1}, so the run stops; checkpoints of earlier steps "
                 f"are kept: {advice} and start again in another --workdir."

@@ -431,7 +431,11 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> int | None:
 
     started = time.monotonic()
     with contextlib.closing(log):
-        state, interrupted = train(parts, state, key, checkpoints, extra, log)
+        try:
+            state, interrupted = train(parts, state, key, checkpoints, extra, log)
+        except logbook.NotFiniteError:
+            checkpoints.close()  # A save may be under way, and is to be kept.
+            raise
     checkpoints.close()
     if interrupted:
         logging.warning("SIGTERM: saved step %d; the same command goes on.", state.step)

@@ -569,7 +569,11 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> int | None:
     log = logbook.Logbook(workdir, int(state.step), write=jax.process_index() == 0)
 
     with contextlib.closing(log):
-        state, seconds, interrupted = train(parts, state, thetas, key, checkpoints, extra, log)
+        try:
+            state, seconds, interrupted = train(parts, state, thetas, key, checkpoints, extra, log)
+        except logbook.NotFiniteError:
+            checkpoints.close()  # A save may be under way, and is to be kept.
+            raise
     checkpoints.close()
     if interrupted:
         logging.warning("SIGTERM: saved step %d; the same command goes on.", state.step)
