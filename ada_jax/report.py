@@ -6,7 +6,8 @@ python -m ada_jax.report --paper --table=3 --format=csv  the paper's table alone
 python -m ada_jax.report RESULTS... --figures=DIR        pictures, and a page with everything
 
 Table 1 has a line for each method, table 2 its accuracy in balls of pixels, table 3 its errors on
-each corruption; 'list' has every results file, where it comes from and what it was measured on.
+each corruption; 'list' has every results file, where it comes from and what it was measured on;
+'beside' is table 1 with the paper's clean error and mCE in columns of their own.
 Results that share their name and settings and differ in seed become one line, with mean and
 standard deviation. All errors are in percent, and mCE is the plain mean over corruptions and
 severities (un-normalised).
@@ -431,6 +432,22 @@ def table_1(ours: list[Row], paper: list[Row]) -> Table:
     return _table("Table 1: robustness to common corruptions", _SUMMARY, ours, paper, "1")
 
 
+def table_beside(ours: list[Row], paper: list[Row]) -> Table:
+    """Our lines of `table_1`, each with the paper's clean error and mCE of its method beside."""
+    theirs = {row.method: row.values for row in paper}
+    head, lines = ["setup"], [[Cell(row.label)] for row in ours]
+    for key in ("clean", "mce", *GROUPS):
+        heading, digits = _SUMMARY[key]
+        compared = key not in GROUPS
+        head += [heading, f"{heading.split(',')[0]}, paper"] if compared else [heading]
+        for line, row in zip(lines, ours, strict=True):
+            line.append(Cell(row.values.get(key), digits, row.spread.get(key)))
+            if compared:
+                line.append(Cell(theirs.get(row.method, {}).get(key), digits))
+    groups = [[[*line, Cell(row.seeds)]] for line, row in zip(lines, ours, strict=True)]
+    return Table("Our results beside the paper's", [*head, "seeds"], groups, _notes(ours))
+
+
 def table_2(ours: list[Row], paper: list[Row]) -> Table:
     """As `table_1`, with robust accuracies: the worst case of AutoAttack and MultiTargeted."""
     shown = [row for row in ours if any(key in row.values for key in _BALLS if " " in key)]
@@ -695,7 +712,7 @@ def _evaluated(named: list[str]) -> list[str]:
 def main(argv: list[str]) -> None:
     """Prints the tables and draws the pictures."""
     f = flags.FLAGS
-    known = ("1", "2", "3", "list")
+    known = ("1", "2", "3", "list", "beside")
     if f.format not in tables.FORMATS:
         raise UserError(f"--format={f.format} is unknown: choose from {', '.join(tables.FORMATS)}.")
     if unknown := [name for name in f.table if name not in known]:
@@ -717,6 +734,8 @@ def main(argv: list[str]) -> None:
         "3": table_3(ours, paper),
         "list": table_list(results or everything, paper if results else []),
     }
+    if "beside" in f.table:
+        made["beside"] = table_beside(ours, rows(read(str(PUBLISHED))))
     if f.figures:
         pictures = draw(f.figures, ours, paper, results)
         page = os.path.join(f.figures, "index.html")
@@ -730,7 +749,7 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("format", "markdown", "markdown, latex or csv.")
-    flags.DEFINE_list("table", ["1", "2", "3", "list"], "Which tables: 1, 2, 3, list.")
+    flags.DEFINE_list("table", ["1", "2", "3", "list"], "Which: 1, 2, 3, list, beside.")
     flags.DEFINE_bool("paper", False, "Put the paper's own numbers beside.")
     flags.DEFINE_string("figures", "", "Folder for pictures and a page, index.html.")
     cli.start(main)

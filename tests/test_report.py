@@ -175,6 +175,12 @@ def test_differences_are_ours_minus_the_papers(tmp_path, paper):
     digits = result(data={"name": "digits", "split": "test", "examples": 1000})
     other = report.rows(read(tmp_path, digits))
     assert not any("minus" in li[0].value for li in report.table_3(other, paper).lines)
+    beside = report.table_beside(ours, paper)
+    assert beside.head[:5] == [
+        *("setup", "clean error", "clean error, paper", "mCE, un-normalised", "mCE, paper")
+    ]
+    assert [cell.value for cell in beside.lines[0][2:5]] == [3.82, pytest.approx(23), 12.49]
+    assert report.table_beside(other, paper).lines[0][4].value is None
     listed = report.table_list(read(tmp_path, result()), paper).lines[0]
     assert [tables.text(c) for c in listed[2:5]] == ["23.00", "12.49", "+10.51"]
 
@@ -420,7 +426,7 @@ def test_a_file_that_is_not_as_it_should_be_is_refused_by_name(tmp_path, change,
     [
         ([], "No results are named"),
         (["--paper", "--format=xml"], "--format=xml is unknown"),
-        (["--paper", "--table=1,4"], "--table=4 is unknown"),
+        (["--paper", "--table=1,beside,4"], "--table=4 is unknown"),
         (["{}/nowhere"], "nowhere is not there"),
         (["{}/half.json"], "half.json is not whole JSON"),
         (["--paper", "--figures={}/half.json"], "half.json cannot be made a folder"),
