@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The part that runs on every worker of a TPU; setup_tpu.sh and run_tpu.sh call it over ssh.
 #
-#   worker.sh install                          the package, into ~/ada_jax_env
+#   worker.sh install                          the package, into ~/ada_jax_env, and CIFAR-10
 #   worker.sh run ATTEMPT WORKDIR COMMAND...   starts the command, or follows it if it runs already
 #   worker.sh stop                             SIGTERM to what runs: it saves its state and ends
 #
@@ -20,6 +20,8 @@ install() {
   python3 -m uv venv --quiet --seed --clear --python 3.11 "$environment"
   cd "$tree"
   "$environment/bin/pip" install --quiet -r requirements.txt -e '.[tpu]'
+  "$environment/bin/python" -c "import tensorflow_datasets as tfds; tfds.data_source('cifar10')" ||
+    echo "CIFAR-10 could not be prepared here; other data sets do not need it." >&2
   touch "$environment/complete"
 }
 

@@ -580,18 +580,23 @@ def test_setup_installs_this_tree(cloud):
         echo "python3 $*" >>"$HOME/installed"
         if [ "$3" = venv ]; then
           mkdir -p "${@: -1}/bin"
-          printf '#!/bin/sh\\necho "pip $*" in "$PWD" >>"$HOME/installed"\\n' >"${@: -1}/bin/pip"
-          chmod +x "${@: -1}/bin/pip"
+          for program in pip python; do
+            printf '#!/bin/sh\\necho "%s $*" in "$PWD" >>"$HOME/installed"; test %s = pip\\n' \\
+              $program $program >"${@: -1}/bin/$program"
+            chmod +x "${@: -1}/bin/$program"
+          done
         fi
         """,
     )
     home = cloud.path / "home"
     cloud.write("home/ada_jax/old")  # what an earlier setup left
     cloud("setup_tpu.sh", *VM)
+    prepare = "import tensorflow_datasets as tfds; tfds.data_source('cifar10')"  # without success
     assert (home / "installed").read_text().splitlines() == [
         "python3 -m pip install --quiet --user uv",
         f"python3 -m uv venv --quiet --seed --clear --python 3.11 {home}/ada_jax_env",
         f"pip install --quiet -r requirements.txt -e .[tpu] in {home}/ada_jax",
+        f"python -c {prepare} in {home}/ada_jax",
     ]
     tree = home / "ada_jax"
     assert (tree / "ada_jax" / "train.py").read_bytes() == (
