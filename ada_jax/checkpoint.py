@@ -21,7 +21,7 @@ import numpy as np
 from absl import logging
 
 from ada_jax import paths
-from ada_jax.errors import UserError
+from ada_jax.errors import NotFiniteError, UserError
 
 Tree = Any  # A pytree of arrays.
 
@@ -327,6 +327,19 @@ class Checkpoints:
         """
         with self._failing_as_user_error():
             self._manager.close()
+
+    @contextlib.contextmanager
+    def closing(self) -> Iterator[None]:
+        """Closes after the block, also where training diverged in it, to keep the save under way.
+
+        Any other error may be one process's alone, and closing would wait for the rest.
+        """
+        try:
+            yield
+        except NotFiniteError:
+            self.close()
+            raise
+        self.close()
 
     @contextlib.contextmanager
     def _failing_as_user_error(self) -> Iterator[None]:

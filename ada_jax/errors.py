@@ -1,4 +1,4 @@
-"""The one exception that means: the user can mend this."""
+"""The exceptions that mean: the user can mend this."""
 
 
 class UserError(ValueError):
@@ -7,6 +7,10 @@ class UserError(ValueError):
     The binaries print the sentence and leave with exit status 2; libraries let it through.
     The sentence names the field, its value and the fix.
     """
+
+
+class NotFiniteError(UserError):
+    """Training diverged; every process of a run finds it at the same step."""
 
 
 def renamed(error: UserError, names: dict[str, str]) -> UserError:

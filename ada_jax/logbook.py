@@ -16,7 +16,7 @@ import tqdm
 from absl import logging
 
 from ada_jax import paths
-from ada_jax.errors import UserError
+from ada_jax.errors import NotFiniteError
 
 Record = dict[str, Any]
 # Fields of a config that change what is written, kept or measured, not what is trained.
@@ -86,10 +86,6 @@ def read(workdir: str) -> list[Record]:
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Writes a JSON file whole or not at all."""
     paths.write(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
-
-
-class NotFiniteError(UserError):
-    """Training diverged; every process of a run finds it at the same step."""
 
 
 def finite(pending: list[dict[str, Any]], step: int, *, advice: str) -> list[dict[str, float]]:

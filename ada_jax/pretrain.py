@@ -430,13 +430,8 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> int | None:
     log = logbook.Logbook(workdir, int(state.step))
 
     started = time.monotonic()
-    with contextlib.closing(log):
-        try:
-            state, interrupted = train(parts, state, key, checkpoints, extra, log)
-        except logbook.NotFiniteError:
-            checkpoints.close()  # A save may be under way, and is to be kept.
-            raise
-    checkpoints.close()
+    with contextlib.closing(log), checkpoints.closing():
+        state, interrupted = train(parts, state, key, checkpoints, extra, log)
     if interrupted:
         logging.warning("SIGTERM: saved step %d; the same command goes on.", state.step)
         return cli.INTERRUPTED

@@ -736,6 +736,12 @@ def main(argv: list[str]) -> None:
     }
     if "beside" in f.table:
         made["beside"] = table_beside(ours, rows(read(str(PUBLISHED))))
+    names = [name for name in f.table if made[name].groups]
+    if not names:
+        raise UserError(
+            f"--table={','.join(f.table)} has nothing to show: name results files or folders of "
+            "runs that were measured so, or choose another table."
+        )
     if f.figures:
         pictures = draw(f.figures, ours, paper, results)
         page = os.path.join(f.figures, "index.html")
@@ -743,7 +749,6 @@ def main(argv: list[str]) -> None:
         paths.write(page, gallery.page(title, [t for t in made.values() if t.groups], pictures))
         for path in (*(p.path for p in pictures if p.section == "figures"), page):
             logging.info("wrote %s", path)
-    names = [name for name in f.table if made[name].groups]
     print("\n\n".join(tables.FORMATS[f.format](made[name]) for name in names))
 
 

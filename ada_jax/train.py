@@ -568,13 +568,8 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> int | None:
         logbook.write_json(os.path.join(workdir, "config.json"), config.to_dict())
     log = logbook.Logbook(workdir, int(state.step), write=jax.process_index() == 0)
 
-    with contextlib.closing(log):
-        try:
-            state, seconds, interrupted = train(parts, state, thetas, key, checkpoints, extra, log)
-        except logbook.NotFiniteError:
-            checkpoints.close()  # A save may be under way, and is to be kept.
-            raise
-    checkpoints.close()
+    with contextlib.closing(log), checkpoints.closing():
+        state, seconds, interrupted = train(parts, state, thetas, key, checkpoints, extra, log)
     if interrupted:
         logging.warning("SIGTERM: saved step %d; the same command goes on.", state.step)
         return cli.INTERRUPTED

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from ada_jax import checkpoint
 from ada_jax.checkpoint import Checkpoints, digest, load_weights, save_weights
-from ada_jax.errors import UserError
+from ada_jax.errors import NotFiniteError, UserError
 
 DTYPES = ("float32", "bfloat16", "float16", "float64", "int8", "int32", "int64", "uint32", "bool")
 WEIGHTS = {"net/~/conv": {"w": np.arange(12, dtype=np.float32).reshape(3, 4)}, "b": np.ones(2)}
@@ -326,6 +326,14 @@ def test_arrays_may_change_while_a_save_is_under_way(tmp_path):
         checkpoints.save(1, state, {})
         state["w"][:] = 2
         assert checkpoints.restore(state, {})[0]["w"].max() == 1
+
+
+def test_training_that_diverges_keeps_the_save_under_way(tmp_path):
+    checkpoints = Checkpoints(tmp_path, 3)
+    with pytest.raises(NotFiniteError), checkpoints.closing():
+        checkpoints.save(1, {"w": np.ones(3_000_000, np.float32)}, {})
+        raise NotFiniteError("at step 2")
+    assert (tmp_path / "checkpoints" / "1").exists()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
