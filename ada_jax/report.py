@@ -311,6 +311,8 @@ def settings(result: Result) -> dict[str, Any]:
         flat |= _flat(result.fields.get(key), "" if key == "config" else key)
     # Runs without random crops of photographs are as those from before there were any.
     unused = () if flat.get("crop_scale") else ("crop_scale", "crop_ratio")
+    if flat.get("ada.every") == 1:
+        unused = (*unused, "ada.every")
     if flat.get("init_weights"):
         flat["init_weights"] = "trained"  # each seed's its own
     if flat.get("ada.batch_norm") != "batch":

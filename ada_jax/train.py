@@ -142,7 +142,8 @@ def make_attack(
 
     Returns:
       `attack(key, state, thetas, example_keys, x, y) -> (images, metrics)`, where `key` is the
-      step's, the same on every device, and metrics are per example; None without an attack.
+      step's, the same on every device, and metrics are per attacked example; None without an
+      attack.
     """
 
     def logits_fn(state, batch_norm, x):
@@ -166,12 +167,15 @@ def make_attack(
             **attack_settings(config),
         )
 
-    def ada_attack(key, *args):
+    def ada_attack(key, state, thetas, example_keys, x, y):
         # The same network on every device; the key is of no example's position.
         key = jax.random.fold_in(key, config.batch_size)
         drawn = jax.random.randint(key, (), 0, len(net_applies))
         branches = [functools.partial(through, i) for i in range(len(net_applies))]
-        return jax.lax.switch(drawn, branches, *args)
+        attacked = slice(None, None, config.ada.every)
+        examples = example_keys[attacked], x[attacked], y[attacked]
+        images, metrics = jax.lax.switch(drawn, branches, state, thetas, *examples)
+        return (images if config.ada.every == 1 else x.at[attacked].set(images)), metrics
 
     def pgd_attack(key, state, thetas, example_keys, x, y):
         del key, thetas
@@ -315,6 +319,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     require(good, "ada.step_scale", "must be positive and finite (paper: 0.25)")
     require(-1 <= config.ada.ssim_threshold < 1, "ada.ssim_threshold", "must be in [-1, 1)")
     require(config.ada.microbatch >= 0, "ada.microbatch", "must be 0 (off) or more")
+    require(config.ada.every >= 1, "ada.every", "must be 1 (all examples) or more")
     require(0 < config.learning_rate < math.inf, "learning_rate", "must be positive and finite")
     require(0 <= config.seed < 2**32, "seed", "must be in 0..2**32-1")
     good = len(config.mean) == 3 and all(map(math.isfinite, config.mean))
@@ -417,10 +422,16 @@ def validate_devices(config: ml_collections.ConfigDict, devices: int) -> None:
                 f"take a multiple of {devices}."
             )
     local = config.batch_size // devices
-    if config.method == "ada" and config.ada.microbatch and local % config.ada.microbatch:
+    if config.method == "ada" and local % config.ada.every:
         raise UserError(
-            f"config.ada.microbatch={config.ada.microbatch} does not divide the {local} examples "
-            "of a device: take a divisor."
+            f"config.ada.every={config.ada.every} does not divide the {local} examples of a "
+            "device: take a divisor."
+        )
+    attacked = local // config.ada.every
+    if config.method == "ada" and config.ada.microbatch and attacked % config.ada.microbatch:
+        raise UserError(
+            f"config.ada.microbatch={config.ada.microbatch} does not divide the {attacked} "
+            "examples of a device that are attacked: take a divisor."
         )
 
 
@@ -726,7 +737,7 @@ def identity(parts: Parts, thetas: Any, state: TrainState) -> dict[str, Any]:
         fields |= {f"deepaugment.{k}": v for k, v in config.deepaugment.items()}
         fields["deepaugment.set"] = parts.renderings.digest
     if config.method == "ada":
-        fields |= {f"ada.{k}": v for k, v in config.ada.items()}
+        fields |= {f"ada.{k}": v for k, v in config.ada.items() if (k, v) != ("every", 1)}
         fields["ada.weights_digest"] = checkpoint.digest(
             {str(i): theta for i, theta in enumerate(thetas)}
         )

@@ -225,6 +225,13 @@ def test_runs_from_before_there_were_crops_are_joined_with_those_after(tmp_path)
     assert len(report.rows(read(tmp_path, result(), after))) == 2
 
 
+def test_runs_from_before_all_or_some_were_attacked_are_those_of_all(tmp_path):
+    after = result(seed=1)
+    for every, rows in ((1, 1), (2, 2)):
+        after["config"]["ada"] = {"nu": 0.02, "every": every}
+        assert len(report.rows(read(tmp_path, result(), after))) == rows
+
+
 def test_imagenet_has_a_column_relative_to_alexnet_and_others_have_not(tmp_path):
     of_imagenet = result(mce_alexnet=1.0)  # is computed anew
     table = report.table_1(report.rows(read(tmp_path, of_imagenet)), [])

@@ -126,6 +126,13 @@ def test_radius_keeps_off_the_images_that_the_table_is_measured_on():
     assert preset.config["eval_split"] == "train[40000:45000]"
 
 
+def test_what_ada_adds_to_deepaugment_is_measured_off_those_images_too():
+    points = sweep.read("experiments/sweeps/deepaugment.py")
+    assert [point.config["method"] for point in points] == ["nominal", "ada", "ada"]
+    assert {point.config["eval_split"] for point in points} == {"train[40000:45000]"}
+    assert {point.config["epochs"] for point in points} == {12.0}
+
+
 def test_names_have_what_differs_and_are_safe_for_file_systems():
     points = [
         {"config": "a/cifar10.py:small", "config.ada.corruption_net": ("cae",), "config.pad": 4},

@@ -208,6 +208,7 @@ def test_learning_rate_schedule(batch_size):
         ("ada.batch_norm", "x", "running"),
         ("ada.nu", -0.1, "negative"),
         ("ada.steps", -1, "0 (random) or more"),
+        ("ada.every", 0, "1 (all examples) or more"),
         ("deepaugment.copies", -1, "0 (off) or more"),
         ("ada.ssim_threshold", 1.0, "[-1, 1)"),
         ("augmix.severity", 0.0, "severity=0.0"),
@@ -253,7 +254,9 @@ def test_data_that_does_not_fit_is_found_before_anything_is_compiled(changes, sa
     [
         ({"batch_size": 17}, "config.batch_size=17 is not divisible by the 2 devices"),
         ({"eval_batch_size": 15}, "config.eval_batch_size=15 is not divisible"),
+        ({"ada.every": 3}, "config.ada.every=3 does not divide the 8 examples"),
         ({"ada.microbatch": 3}, "config.ada.microbatch=3 does not divide the 8 examples"),
+        ({"ada.every": 4, "ada.microbatch": 4}, "microbatch=4 does not divide the 2 examples"),
     ],
 )
 def test_batches_that_the_devices_do_not_divide(changes, said):
@@ -551,6 +554,34 @@ def test_a_microbatch_is_part_of_a_run_where_it_has_its_own_statistics():
         parts = train.build(config)
         known = train.identity(parts, (), train.TrainState(0, {}, {}, ()))
         assert ("config.ada.microbatch" in known) == part
+
+
+def test_each_second_example_is_attacked_and_the_others_stay_as_they_are():
+    config = tiny(**{"ada.batch_norm": "running", "ada.steps": 1})
+    parts = train.build(config)
+    batch = next(train.train_batches(parts, 0))
+    x, y = train.data.to_float(batch["image"]), jnp.asarray(batch["label"])
+    state = train.initial_state(parts.classifier, parts.optimizer, jax.random.key(1), x)
+    thetas = [net.theta for net in parts.nets]
+    example_keys = jax.random.split(jax.random.key(2), len(y))
+
+    def attacked(every):
+        config.ada.every = every
+        attack = train.make_attack(config, parts.classifier, [net.apply for net in parts.nets])
+        return jax.jit(attack)(jax.random.key(0), state, thetas, example_keys, x, y)
+
+    (all_images, all_metrics), (images, metrics) = attacked(1), attacked(2)
+    np.testing.assert_allclose(images[::2], all_images[::2], atol=1e-5)
+    np.testing.assert_array_equal(images[1::2], x[1::2])
+    assert np.abs(images[::2] - x[::2]).max(axis=(1, 2, 3)).min() > 1e-3
+    chex.assert_trees_all_close(metrics, jax.tree.map(lambda a: a[::2], all_metrics), atol=1e-4)
+
+
+def test_the_share_of_attacked_examples_is_part_of_a_run_where_it_is_not_all():
+    for every, part in ((1, False), (2, True)):
+        parts = train.build(tiny(**{"ada.every": every}))
+        known = train.identity(parts, (), train.TrainState(0, {}, {}, ()))
+        assert ("config.ada.every" in known) == part  # A run from before it must still go on.
 
 
 def test_the_nominal_line_trains_without_a_corruption_network():
