@@ -4,14 +4,16 @@
 gradient no back end takes well: XLA's CPU code runs it at about one percent of the machine's peak,
 and the TPU compiler turns it into a dense convolution over all pairs of examples (measured by
 `ada_jax.plan`). `conv2d` is an ordinary convolution with a batching rule and a gradient of its own,
-so code that is written for one example takes the fast path under `jax.vmap` by itself:
+so code that is written for one example takes the fast path under `jax.vmap` by itself. It has first
+derivatives in reverse mode, `jax.grad` and `jax.vjp`, and no others.
 
 * one kernel per example: XLA's convolution forward; the backward pass builds the patches of the
   output's gradient once and takes both gradients from them by one matrix product each. On a CPU
   this runs as a loop over the examples, each small enough to stay in cache; elsewhere, chosen
   when the program is lowered, as batched matrix products.
 * a shared kernel: XLA's convolution and gradients, but on a CPU the kernel's gradient by the same
-  patches, group by group.
+  patches, group by group. Give it all images as one batch: under `jax.vmap` over images the
+  backward pass makes one kernel gradient for each.
 
 On a CPU both take 3x3 kernels of many channels by `winograd` instead, which is about twice as fast.
 """
@@ -273,8 +275,9 @@ def grouped_kernel_gradient(
     def add(dw, group):
         return dw + patch_gradients(group[0], w, group[1], stride, padding)[1], None
 
-    x, dy = (a.reshape(-1, group, *a.shape[1:]) for a in (x, dy))
-    return lax.scan(add, jnp.zeros_like(w), (x, dy))[0]
+    x, dy = (a.reshape(len(a) // group, group, *a.shape[1:]) for a in (x, dy))
+    total = jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32))
+    return lax.scan(add, total, (x, dy))[0].astype(w.dtype)
 
 
 def patches(x: jax.Array, kernel: tuple[int, int], stride: int, padding: int) -> jax.Array:

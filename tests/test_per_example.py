@@ -54,6 +54,25 @@ def test_one_kernel_per_example_equals_a_loop_of_convolutions(kernel, stride, ex
     )
 
 
+def test_a_shared_kernel_s_gradient_in_bfloat16_is_as_exact_for_large_batches():
+    x, w, dy = random(256, 32, 32, 4), random(3, 3, 4, 4, seed=1), random(256, 32, 32, 4, seed=2)
+    x, w, dy = (a.astype(jnp.bfloat16) for a in (x, w, dy))
+    gradient = jax.jit(lambda *args: per_example.grouped_kernel_gradient(*args, 1, 1))
+    exact = gradient(*(a.astype(jnp.float32) for a in (x, w, dy)))
+    found = gradient(x, w, dy)
+    assert found.dtype == jnp.bfloat16
+    # bfloat16 has eight bits: its own rounding alone is .0017 of a value, in the mean of squares.
+    assert jnp.linalg.norm(found - exact) < 0.004 * jnp.linalg.norm(exact)
+
+
+def test_no_pixels_have_no_gradient():
+    x, w = random(1, 2, 2, 3), random(3, 3, 3, 4)
+    y, dx, dw = value_and_gradients(
+        lambda x, w: per_example.conv2d(x, w, padding=0), x, w, jnp.zeros((1, 0, 0, 4))
+    )
+    assert y.size == 0 and not dx.any() and not dw.any()
+
+
 @pytest.mark.parametrize(("stride", "padding", "batch"), [(1, 1, 6), (2, 1, 5), (1, 0, 1)])
 def test_a_shared_kernel_equals_xla(stride, padding, batch):
     x, w = random(batch, 9, 8, 3), random(3, 3, 3, 5, seed=1)
