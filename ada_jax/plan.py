@@ -379,10 +379,9 @@ def steps_of(config: ml_collections.ConfigDict, examples: int | None = None) -> 
 def refusal(figures: dict[str, Any]) -> str:
     """One sentence about a step that does not fit: what the compiler said, and the way out."""
     local = figures["batch_per_core"]
-    smaller = f"set config.ada.microbatch to a divisor of {local}, or take more cores"
     return (
         f"{figures['config']} does not fit on {figures['topology']} with {local} examples a core "
-        f"({figures['refusal']}): {smaller}."
+        f"({figures['refusal']}): set config.ada.microbatch, as to 1, or take more cores."
     )
 
 

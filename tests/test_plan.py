@@ -78,7 +78,7 @@ def test_a_step_that_does_not_fit_is_told_with_both_sizes_and_exit_status_1(monk
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "does not fit on v3:2x2 with 2 examples a core" in error and words in error
-    assert "divisor of 2" in error
+    assert "set config.ada.microbatch" in error
 
 
 FIGURES = {
