@@ -30,6 +30,32 @@ BOOKKEEPING = frozenset(
 )
 
 
+def comparable(config: Record) -> Record:
+    """A config, flattened, without the fields that older ones lack where they are switched off.
+
+    Args:
+      config: of nested dicts, with tuples or, from JSON, lists.
+
+    Returns:
+      As {'seed': 0, 'ada.nu': 0.02}.
+    """
+    fields = flat(config)
+    off = set() if fields.get("crop_scale") else {"crop_scale", "crop_ratio"}
+    off |= {"ada.every"} if fields.get("ada.every") == 1 else set()
+    return {name: value for name, value in fields.items() if name not in off}
+
+
+def flat(value: Any, prefix: str = "") -> Record:
+    """Nested dicts as one, {'ada': {'nu': 0.02}} as {'ada.nu': 0.02}, all below a prefix."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {
+        k: v
+        for name, inner in value.items()
+        for k, v in flat(inner, f"{prefix}.{name}".lstrip(".")).items()
+    }
+
+
 class Logbook:
     """Writes records to metrics.jsonl, where a resumed run leaves none twice, and TensorBoard."""
 

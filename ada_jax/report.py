@@ -307,27 +307,13 @@ def _check_seeds(same: list[Result]) -> None:
 def settings(result: Result) -> dict[str, Any]:
     """What must agree for results to differ in seed alone: config, steps, data, corruptions."""
     flat = {"published": result.published, "corrupted": _corrupted(result)}
-    for key in ("config", "data", "corruption_source", "step"):
-        flat |= _flat(result.fields.get(key), "" if key == "config" else key)
-    # Runs without random crops of photographs are as those from before there were any.
-    unused = () if flat.get("crop_scale") else ("crop_scale", "crop_ratio")
-    if flat.get("ada.every") == 1:
-        unused = (*unused, "ada.every")
+    flat |= logbook.comparable(result.fields.get("config") or {})
+    for key in ("data", "corruption_source", "step"):
+        flat |= logbook.flat(result.fields.get(key), key)
     if flat.get("init_weights"):
         flat["init_weights"] = "trained"  # each seed's its own
-    if flat.get("ada.batch_norm") != "batch":
-        unused = (*unused, "ada.microbatch")
-    return {k: v for k, v in flat.items() if k not in _BOOKKEEPING and k not in unused}
-
-
-def _flat(value: Any, prefix: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    return {
-        k: v
-        for name, inner in value.items()
-        for k, v in _flat(inner, f"{prefix}.{name}".lstrip(".")).items()
-    }
+    unused = {"ada.microbatch"} if flat.get("ada.batch_norm") != "batch" else set()
+    return {k: v for k, v in flat.items() if k not in _BOOKKEEPING | unused}
 
 
 def _difference(result: Result, others: list[Result]) -> str:

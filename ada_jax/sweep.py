@@ -31,13 +31,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import ml_collections
 from absl import flags, logging
 from ml_collections import config_flags
 
-from ada_jax import checkpoint, cli, paths, report, tables, train
+from ada_jax import checkpoint, cli, logbook, paths, report, tables, train
 from ada_jax.errors import UserError
 
 _TRAIN = ("-m", "ada_jax.train")
@@ -249,22 +249,31 @@ def finished(point: Point, out: str) -> dict[str, Any] | None:
     Its results file is of the point's config, has every set, the attack's errors and pictures if
     they are wanted, and is of the step that the weights are of, which a run writes at its end.
     """
+    results, lacking = _look(point, out)
+    return None if lacking else results
+
+
+def _look(point: Point, out: str) -> tuple[dict[str, Any], str]:
+    """A point's results, and what they lack: nothing where the point is finished."""
     workdir = os.path.join(out, point.name)
     try:
         results = dict(json.loads(paths.read(os.path.join(workdir, "results.json"))))
         _, weights = checkpoint.load_weights(os.path.join(workdir, "classifier.safetensors"))
-    except (OSError, ValueError, TypeError):  # Missing or damaged; a UserError is a ValueError.
-        return None
+    except (OSError, ValueError, TypeError):  # A UserError is a ValueError.
+        return {}, "results or weights are missing or damaged"
     config = point.config
+    now, then = logbook.comparable(config), logbook.comparable(results.get("config") or {})
+    others = sorted(k for k in now | then if (k, now.get(k)) not in then.items())
+    if others:
+        return results, f"the results are of another config, with another {', '.join(others)}"
+    if results.get("step") != weights.get("step"):
+        return results, "the results are of another step than the weights"
     attacked = config["method"] == "ada" and config["figure_examples"]
     nets = train.net_labels(config["ada"]) if attacked else ()
-    whole = (
-        results.get("config") == config
-        and results.get("step") == weights.get("step")
-        and all(_MEANS.get(name, name) in results for name in config["eval_sets"])
-        and all(net in results.get("ada", {}) for net in nets)
-    )
-    return results if whole else None
+    wanted = [_MEANS.get(name, name) for name in config["eval_sets"]]
+    missing = [name for name in wanted if name not in results]
+    missing += [f"ada.{net}" for net in nets if net not in results.get("ada", {})]
+    return results, f"the results lack {', '.join(missing)}" if missing else ""
 
 
 def run(points: Sequence[Point], out: str, jobs: int) -> tuple[dict[str, str], bool]:
@@ -281,16 +290,19 @@ def run(points: Sequence[Point], out: str, jobs: int) -> tuple[dict[str, str], b
     waiting, failed = _unfinished(points, out), {}
     running: dict[subprocess.Popen, tuple[Point, float]] = {}
     busy: list[Point] = []  # with another process at work, as where a sweep was killed
-    with _stop_signal() as stop:
+    with _stop_signal() as stop, _no_process_left(running):
         while not stop.received and (waiting or running or busy):
             while waiting and len(running) < jobs:
                 point = waiting.pop(0)
+                if finished(point, out):  # since, by another sweep
+                    continue
                 try:
-                    running[start(point, out)] = point, time.monotonic()
-                except BlockingIOError:
-                    folder = _log(point, out).parent
-                    logging.info("another process is at work in %s: waiting for it", folder)
-                    busy.append(point)
+                    if process := start(point, out):
+                        running[process] = point, time.monotonic()
+                    else:
+                        folder = _log(point, out).parent
+                        logging.info("another process is at work in %s: waiting for it", folder)
+                        busy.append(point)
                 except OSError as error:
                     failed[point.name] = _cannot_start(point, out, error)
             time.sleep(_POLL_SECONDS)
@@ -305,10 +317,6 @@ def run(points: Sequence[Point], out: str, jobs: int) -> tuple[dict[str, str], b
                     waiting += _unfinished([point], out)
                 except UserError as error:
                     failed[point.name] = str(error)
-        for process in running:
-            process.terminate()
-        for process, (point, _) in running.items():
-            logging.info("%s: stopped with status %d", point.name, process.wait())
     return failed, stop.received
 
 
@@ -333,6 +341,18 @@ def _unfinished(points: Sequence[Point], out: str) -> list[Point]:
 
 
 @contextlib.contextmanager
+def _no_process_left(running: dict[subprocess.Popen, tuple[Point, float]]) -> Iterator[None]:
+    """Lets what is still running save and leave, whatever ended the block."""
+    try:
+        yield
+    finally:
+        for process in running:
+            process.terminate()
+        for process, (point, _) in running.items():
+            logging.info("%s: stopped with status %d", point.name, process.wait())
+
+
+@contextlib.contextmanager
 def _stop_signal() -> Iterator[cli.StopSignal]:
     """A `cli.StopSignal` that notes Ctrl-C, too."""
     with cli.StopSignal() as stop:
@@ -343,18 +363,22 @@ def _stop_signal() -> Iterator[cli.StopSignal]:
             signal.signal(signal.SIGINT, before)
 
 
-def start(point: Point, out: str) -> subprocess.Popen:
+def start(point: Point, out: str) -> subprocess.Popen | None:
     """Starts a point's run, which adds its output to OUT/POINT/log.txt.
 
+    Returns:
+      The run; None where another process is at work on the point.
+
     Raises:
-      OSError: the log cannot be written; a BlockingIOError where another process writes it.
+      OSError: the log cannot be written, or no process started.
     """
     arguments = command(point, out)
     path = _log(point, out)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as log:
         # The run inherits the lock and keeps it, should this process be killed: no two in a folder.
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not _lock(log):
+            return None
         log.write(f"$ {shlex.join(['python', *arguments])}\n")
         log.flush()
         logging.info("%s: started, output in %s", point.name, path)
@@ -373,17 +397,25 @@ def _log(point: Point, out: str) -> pathlib.Path:
     return pathlib.Path(folder) / point.name / "log.txt"
 
 
+def _lock(log: IO[str]) -> bool:
+    """Locks a file for this process and its children; False where another has it."""
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def _locked(point: Point, out: str) -> bool:
-    with _log(point, out).open("a") as log:
-        try:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+    path = _log(point, out)
+    if not path.exists():  # Somebody removed it: the point can start.
+        return False
+    with path.open("a") as log:
+        return not _lock(log)
 
 
 def _cannot_start(point: Point, out: str, error: OSError) -> str:
-    reason = f"{_log(point, out)} cannot be written ({error.strerror})"
+    reason = f"cannot be started with its output in {_log(point, out)} ({error.strerror})"
     logging.error("%s: %s", point.name, reason)
     return reason
 
@@ -391,13 +423,20 @@ def _cannot_start(point: Point, out: str, error: OSError) -> str:
 def _settle(point: Point, out: str, status: int, seconds: float) -> str | None:
     """Says how a run ended; returns the reason where it failed."""
     minutes = f"{seconds / 60:.1f} min"
-    if results := finished(point, out):
+    results, lacking = _look(point, out)
+    if not lacking:
         logging.info("%s: finished in %s, %s", point.name, minutes, _errors(results))
         return None
-    last = _log(point, out).read_text(errors="replace").rstrip().splitlines()[-1].strip()
-    reason = f"status {status}, {last}"
+    reason = f"status {status}, {_last_line(point, out) if status else lacking}"
     logging.error("%s: failed after %s, %s", point.name, minutes, reason)
     return reason
+
+
+def _last_line(point: Point, out: str) -> str:
+    try:
+        return _log(point, out).read_text(errors="replace").rstrip().splitlines()[-1].strip()
+    except OSError as error:
+        return f"and its log cannot be read ({error.strerror})"
 
 
 def _errors(results: dict[str, Any]) -> str:

@@ -721,23 +721,18 @@ def identity(parts: Parts, thetas: Any, state: TrainState) -> dict[str, Any]:
     before the first step.
     """
     config = parts.config
-    parts_of_methods = ("ada", "pgd", "augmix", "deepaugment")
-    fields = {k: v for k, v in config.items() if k not in parts_of_methods}
-    if not config.crop_scale:
-        fields = {k: v for k, v in fields.items() if k not in ("crop_scale", "crop_ratio")}
-    if config.method == "pgd":
-        fields |= {f"pgd.{k}": v for k, v in config.pgd.items()}
+    unused = {"ada", "pgd"} - {config.method}
+    unused |= set() if config.augmix.use else {"augmix"}
+    unused |= set() if parts.renderings else {"deepaugment"}
+    fields = logbook.comparable(config.to_dict())
+    fields = {k: v for k, v in fields.items() if k.partition(".")[0] not in unused}
     if config.init_weights:
         fields["init_weights_digest"] = checkpoint.digest(
             {"params": state.params, "state": state.net_state}
         )
-    if config.augmix.use:
-        fields |= {f"augmix.{k}": v for k, v in config.augmix.items()}
     if parts.renderings:
-        fields |= {f"deepaugment.{k}": v for k, v in config.deepaugment.items()}
         fields["deepaugment.set"] = parts.renderings.digest
     if config.method == "ada":
-        fields |= {f"ada.{k}": v for k, v in config.ada.items() if (k, v) != ("every", 1)}
         fields["ada.weights_digest"] = checkpoint.digest(
             {str(i): theta for i, theta in enumerate(thetas)}
         )

@@ -90,7 +90,9 @@ def get_config(words: str = "") -> ml_collections.ConfigDict:
     config.ada.step_rule = "sign"  # 'sign' (paper) or 'l2' (per leaf)
     config.ada.step_scale = 0.25  # of the median radius ('sign') or of the leaf's own ('l2')
     config.ada.batch_norm = "batch"  # statistics in the attack: 'batch' or 'running'
-    config.ada.every = 1  # attack each so many-th example; the others are trained on as they are
+    # Attack each so many-th example; the others are trained on as they are. With batch_norm 'batch'
+    # the statistics in the attack are of the attacked ones.
+    config.ada.every = 1
     config.ada.ssim_threshold = 0.3  # the line search keeps SSIM above it; -1 is off
     config.ada.root_rule = "in_range"  # or 'interpolated', 'paper': see ada_jax/ssim.py
     config.ada.microbatch = 0  # examples attacked at a time on a device; 0 is all

@@ -319,10 +319,77 @@ def test_a_point_that_fails_does_not_stop_the_others(stand_in):
     failed, stopped = sweep.run(points, out, 1)
     assert failed == {
         points[0].name: "status 3, error: out of luck",
-        points[1].name: "status 0, up",
+        points[1].name: "status 0, results or weights are missing or damaged",
     }
     assert not stopped
     assert sweep.finished(points[2], out)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda results: results["config"].update(pad=1, method="ada"), "another method, pad"),
+        (lambda results: results.update(step=6), "another step"),
+        (lambda results: results.pop("mce_unnormalised"), "lack mce_unnormalised"),
+    ],
+)
+def test_a_run_that_ends_well_with_other_results_says_what_is_wrong(stand_in, change, said):
+    points, ready, out = stand_in
+    path = ready / points[0].name / "results.json"
+    results = json.loads(path.read_text())
+    change(results)
+    path.write_text(json.dumps(results))
+    failed, _ = sweep.run(points[:1], out, 1)
+    assert said in failed[points[0].name]
+
+
+def test_results_from_before_a_field_was_there_are_finished(stand_in):
+    points, ready, _ = stand_in
+    path = ready / points[0].name / "results.json"
+    results = json.loads(path.read_text())
+    for field in ("crop_scale", "crop_ratio"):
+        del results["config"][field]
+    assert results["config"]["ada"].pop("every") == 1
+    path.write_text(json.dumps(results))
+    assert sweep.finished(points[0], str(ready))
+    assert not sweep.finished(
+        points[0]._replace(config=points[0].config | {"crop_scale": [0.5, 1]}), str(ready)
+    )
+
+
+def test_a_folder_that_is_removed_fails_its_point_and_leaves_no_process(stand_in):
+    points, ready, out = stand_in
+    for name in ("wait", "fail"):
+        (ready / points[0].name / name).touch()
+
+    def remove():
+        while not (log := pathlib.Path(out) / points[0].name / "log.txt").exists():
+            time.sleep(0.05)
+        while "up" not in log.read_text():
+            time.sleep(0.05)
+        shutil.rmtree(log.parent)
+        (ready / points[0].name / "wait").unlink()
+
+    removing = threading.Thread(target=remove)
+    removing.start()
+    failed, stopped = sweep.run(points, out, 2)
+    removing.join()
+    assert list(failed) == [points[0].name] and "log cannot be read" in failed[points[0].name]
+    assert not stopped and all(sweep.finished(point, out) for point in points[1:])
+
+
+def test_a_point_that_another_sweep_has_finished_meanwhile_is_not_run_again(stand_in, monkeypatch):
+    points, ready, out = stand_in
+    start, other = sweep.start, points[1].name
+
+    def start_while_another_finishes(point, out):
+        shutil.copytree(ready / other, pathlib.Path(out) / other, dirs_exist_ok=True)
+        return start(point, out)
+
+    monkeypatch.setattr(sweep, "start", start_while_another_finishes)
+    assert sweep.run(points, out, 1) == ({}, False)
+    logs = [(pathlib.Path(out) / point.name / "log.txt").exists() for point in points]
+    assert logs == [True, False, True]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -350,6 +417,7 @@ def test_a_sweep_waits_for_the_run_that_a_killed_one_left_behind(stand_in, ends)
     points, ready, out = stand_in
     (ready / points[0].name / "wait").touch()
     left_behind = sweep.start(points[0], out)
+    assert os.getpgid(left_behind.pid) == left_behind.pid  # Ctrl-C reaches the sweep alone.
 
     def end():
         while not all((pathlib.Path(out) / p.name / "results.json").exists() for p in points[1:]):
