@@ -105,6 +105,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
                     f"--config={path} is not a file: name one, as experiments/cifar10.py."
                 )
         return flags.FLAGS(argv)
+    except SystemExit:  # --help, after which absl leaves with 1
+        sys.exit(0)
     except (KeyError, AttributeError) as error:
         sys.exit(_complain(unknown_field(error)))
     except (flags.Error, UserError, ValueError, TypeError, OSError) as error:

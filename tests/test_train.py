@@ -301,6 +301,7 @@ def test_a_config_without_a_field_is_told_in_one_sentence(tmp_path):
 
 def test_help_lists_the_flags(tmp_path):
     done = run(tmp_path / "run", "--help")
+    assert done.returncode == 0 and not done.stderr
     assert all(f"--{name}" in done.stdout for name in ("config", "workdir", "[no]distributed"))
 
 
