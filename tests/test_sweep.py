@@ -126,11 +126,16 @@ def test_radius_keeps_off_the_images_that_the_table_is_measured_on():
     assert preset.config["eval_split"] == "train[40000:45000]"
 
 
-def test_what_ada_adds_to_deepaugment_is_measured_off_those_images_too():
-    points = sweep.read("experiments/sweeps/deepaugment.py")
-    assert [point.config["method"] for point in points] == ["nominal", "ada", "ada"]
-    assert {point.config["eval_split"] for point in points} == {"train[40000:45000]"}
-    assert {point.config["epochs"] for point in points} == {12.0}
+@pytest.mark.parametrize(("images", "every"), [("40000", 2), ("5000", 1)])
+def test_variety_compares_with_a_control_off_those_images_too(images, every):
+    control, attacked = (p.config for p in sweep.read(f"experiments/sweeps/variety.py:{images}"))
+    assert (control["method"], attacked["method"]) == ("nominal", "ada")
+    assert attacked["ada"]["every"] == every and attacked["train_split"] == f"train[:{images}]"
+    assert attacked["eval_split"] == "train[40000:45000]"
+    others = {"name", "method", "ada"}
+    assert {k: v for k, v in control.items() if k not in others} == {
+        k: v for k, v in attacked.items() if k not in others
+    }
 
 
 def test_names_have_what_differs_and_are_safe_for_file_systems():

@@ -1,0 +1,35 @@
+"""Why AdA adds nothing to DeepAugment with AugMix at the small preset: too strong, or no room?
+
+    for n in 40000 5000; do
+      python -m ada_jax.deepaugment --config=experiments/deepaugment.py:small \\
+          --out=runs/deepaugment$n --config.train_split="train[:$n]"
+      python -m ada_jax.sweep --sweep=experiments/sweeps/variety.py:$n --out=runs/variety$n
+    done
+
+The word is the number of images to train on: 40000 with half of the examples attacked, or 5000,
+which the network can learn nearly by heart, with all of them attacked. Each beside the same
+schedule without AdA, and measured on images that the small table is not measured on.
+"""
+
+from typing import Any
+
+CONFIG = "experiments/cifar10.py:ada+deepaugment+augmix,small"
+
+
+def get_hyper(hyper: Any, words: str = "") -> list[dict[str, Any]]:
+    """The control first."""
+    if words not in ("40000", "5000"):
+        raise ValueError(f"The words {words!r} are unknown: choose 40000 or 5000, the images.")
+    fixed = {
+        "config.train_split": f"train[:{words}]",
+        "config.eval_split": "train[40000:45000]",
+        "config.deepaugment.dir": f"runs/deepaugment{words}",
+    }
+    if words == "40000":
+        attacked = {"config.ada.every": 2}
+    else:  # About as many examples in all.
+        attacked = {}
+        fixed |= {"config.epochs": 80.0, "config.warmup_epochs": 7.0}
+        fixed |= {"config.eval_epochs": 10.0, "config.checkpoint_epochs": 10.0}
+    control = hyper.fixed("config", CONFIG.replace("ada+", ""))
+    return hyper.product([[fixed], control + [attacked]])
