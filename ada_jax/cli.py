@@ -105,8 +105,9 @@ def _parse_flags(argv: list[str]) -> list[str]:
                     f"--config={path} is not a file: name one, as experiments/cifar10.py."
                 )
         return flags.FLAGS(argv)
-    except SystemExit:  # --help, after which absl leaves with 1
-        sys.exit(0)
+    except SystemExit as leaving:  # absl leaves with 1 after --help, too
+        helped = any(re.fullmatch(r"--?(h|help\w*)", a) for a in argv)
+        sys.exit(0 if helped else leaving.code)
     except (KeyError, AttributeError) as error:
         sys.exit(_complain(unknown_field(error)))
     except (flags.Error, UserError, ValueError, TypeError, OSError) as error:

@@ -362,7 +362,7 @@ def test_results_from_before_a_field_was_there_are_finished(stand_in):
     )
 
 
-def test_a_folder_that_is_removed_fails_its_point_and_leaves_no_process(stand_in):
+def test_a_folder_that_is_removed_fails_its_point_alone(stand_in):
     points, ready, out = stand_in
     for name in ("wait", "fail"):
         (ready / points[0].name / name).touch()
@@ -381,6 +381,27 @@ def test_a_folder_that_is_removed_fails_its_point_and_leaves_no_process(stand_in
     removing.join()
     assert list(failed) == [points[0].name] and "log cannot be read" in failed[points[0].name]
     assert not stopped and all(sweep.finished(point, out) for point in points[1:])
+
+
+def test_an_unforeseen_error_leaves_no_process(stand_in, monkeypatch):
+    points, ready, out = stand_in
+    (ready / points[0].name / "wait").touch()
+    started, start = [], sweep.start
+
+    def start_and_keep(point, out):
+        started.append(start(point, out))
+        while "up" not in log_of(point, out):
+            time.sleep(0.05)
+        return started[-1]
+
+    def unforeseen(*_):
+        raise RuntimeError("unforeseen")
+
+    monkeypatch.setattr(sweep, "start", start_and_keep)
+    monkeypatch.setattr(sweep, "_settle", unforeseen)
+    with pytest.raises(RuntimeError, match="unforeseen"):
+        sweep.run(points, out, 2)
+    assert [process.poll() for process in started] == [143, 0]
 
 
 def test_a_point_that_another_sweep_has_finished_meanwhile_is_not_run_again(stand_in, monkeypatch):

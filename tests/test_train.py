@@ -305,6 +305,11 @@ def test_help_lists_the_flags(tmp_path):
     assert all(f"--{name}" in done.stdout for name in ("config", "workdir", "[no]distributed"))
 
 
+def test_a_config_file_that_leaves_is_no_success(tmp_path):
+    (tmp_path / "mine.py").write_text("raise SystemExit(3)")
+    assert run(tmp_path / "run", f"--config={tmp_path}/mine.py").returncode == 3
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [("def get_config(:", "SyntaxError"), ("import nothing", "'nothing'"), ("x = y", "'y'")],

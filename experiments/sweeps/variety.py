@@ -7,7 +7,7 @@
     done
 
 The word is the number of images to train on: 40000 with half of the examples attacked, or 5000,
-which the network can learn nearly by heart, with all of them attacked. Each beside the same
+which the network learns better than new ones, with all of them attacked. Each beside the same
 schedule without AdA, and measured on images that the small table is not measured on.
 """
 
