@@ -6,9 +6,10 @@
       python -m ada_jax.sweep --sweep=experiments/sweeps/variety.py:$n --out=runs/variety$n
     done
 
-The word is the number of images to train on: 40000 with half of the examples attacked, or 5000,
-which the network learns better than new ones, with all of them attacked. Each beside the same
-schedule without AdA, and measured on images that the small table is not measured on.
+The word is the number of images to train on: 40000 with half of the examples attacked or with a
+smaller radius, or 5000, which the network learns better than new ones, attacked as in the table.
+Each beside the same schedule without AdA, and measured on images that the small table is not
+measured on.
 """
 
 from typing import Any
@@ -26,10 +27,11 @@ def get_hyper(hyper: Any, words: str = "") -> list[dict[str, Any]]:
         "config.deepaugment.dir": f"runs/deepaugment{words}",
     }
     if words == "40000":
-        attacked = {"config.ada.every": 2}
+        attacked = hyper.sweep("config.ada.nu", [0.02, 0.01, 0.005])
+        attacked[0]["config.ada.every"] = 2
     else:  # About as many examples in all.
-        attacked = {}
+        attacked = hyper.sweep("config.ada.nu", [0.02])
         fixed |= {"config.epochs": 80.0, "config.warmup_epochs": 7.0}
         fixed |= {"config.eval_epochs": 10.0, "config.checkpoint_epochs": 10.0}
     control = hyper.fixed("config", CONFIG.replace("ada+", ""))
-    return hyper.product([[fixed], control + [attacked]])
+    return hyper.product([[fixed], control + attacked])
