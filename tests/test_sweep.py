@@ -126,16 +126,22 @@ def test_radius_keeps_off_the_images_that_the_table_is_measured_on():
     assert preset.config["eval_split"] == "train[40000:45000]"
 
 
-@pytest.mark.parametrize(("images", "every"), [("40000", 2), ("5000", 1)])
-def test_variety_compares_with_a_control_off_those_images_too(images, every):
-    control, attacked = (p.config for p in sweep.read(f"experiments/sweeps/variety.py:{images}"))
-    assert (control["method"], attacked["method"]) == ("nominal", "ada")
-    assert attacked["ada"]["every"] == every and attacked["train_split"] == f"train[:{images}]"
-    assert attacked["eval_split"] == "train[40000:45000]"
+@pytest.mark.parametrize(
+    ("images", "attacks"),
+    [("40000", [(0.02, 2), (0.01, 1), (0.005, 1)]), ("5000", [(0.02, 1)])],
+)
+def test_variety_compares_with_a_control_off_those_images_too(images, attacks):
+    points = sweep.read(f"experiments/sweeps/variety.py:{images}")
+    control, *attacked = (point.config for point in points)
+    assert control["method"] == "nominal" and control["train_split"] == f"train[:{images}]"
+    assert control["eval_split"] == "train[40000:45000]"
+    assert [(p["ada"]["nu"], p["ada"]["every"]) for p in attacked] == attacks
     others = {"name", "method", "ada"}
-    assert {k: v for k, v in control.items() if k not in others} == {
-        k: v for k, v in attacked.items() if k not in others
-    }
+    for point in attacked:
+        assert point["method"] == "ada"
+        assert {k: v for k, v in control.items() if k not in others} == {
+            k: v for k, v in point.items() if k not in others
+        }
 
 
 def test_names_have_what_differs_and_are_safe_for_file_systems():

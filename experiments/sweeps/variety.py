@@ -7,7 +7,7 @@
     done
 
 The word is the number of images to train on: 40000 with half of the examples attacked or with a
-smaller radius, or 5000, which the network learns better than new ones, attacked as in the table.
+smaller radius, or 5000, which the network learns better than new ones, attacked within 0.02.
 Each beside the same schedule without AdA, and measured on images that the small table is not
 measured on.
 """
