@@ -221,9 +221,9 @@ def augment_rows() -> Iterator[tuple[str, float, float, str, float]]:
     seconds, compilation = measure(mix, x, np.arange(jax.local_device_count()))
     yield f"AugMix, batch {batch}", 0.0, seconds, f"{1e3 * seconds:.1f} ms", compilation
     images = np.random.default_rng(0).integers(0, 256, (4000, 32, 32, 3), np.uint8)
-    for name in ("edsr_small", "cae"):
+    for name, enlarge in (("edsr_small", 1), ("cae", 1), ("cae", 2)):
         theta = jax.tree.map(np.asarray, corruption_nets.make(name).theta)
-        blocks = deepaugment.generate(name, theta, images, seed=0, copy=0)
+        blocks = deepaugment.generate(name, theta, images, seed=0, copy=0, enlarge=enlarge)
         start = time.perf_counter()
         next(blocks)
         compilation = time.perf_counter() - start
@@ -231,7 +231,8 @@ def augment_rows() -> Iterator[tuple[str, float, float, str, float]]:
         while (seconds := time.perf_counter() - start) < _SECONDS and count < len(images) - 100:
             count += len(next(blocks))
         rate = f"{count / seconds:.0f} images/s"
-        yield f"DeepAugment, {name}", 0.0, seconds, rate, compilation
+        enlarged = ", enlarged twice" if enlarge == 2 else ""
+        yield f"DeepAugment, {name}{enlarged}", 0.0, seconds, rate, compilation
 
 
 def memory_rows() -> Iterator[str]:
