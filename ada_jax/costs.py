@@ -119,7 +119,11 @@ def _branches(eqn, platform: str) -> Sequence[core.ClosedJaxpr]:
 
 
 def _count_scan(eqn, wanted: list[bool], platform: str) -> tuple[float, list[bool]]:
-    body, consts, carried = (eqn.params[k] for k in ("jaxpr", "num_consts", "num_carry"))
+    # The parameters that say which inputs are carried have changed with JAX's versions; shapes have
+    # not: what is scanned over or stacked up has a leading axis that the body does not see.
+    body = eqn.params["jaxpr"]
+    carried = sum(_same_rank(eqn.outvars, body.jaxpr.outvars))
+    consts = sum(_same_rank(eqn.invars, body.jaxpr.invars)) - carried
     wanted = list(wanted)
     while True:  # A value carried along is wanted where the next turn needs it.
         flops, needed = _count(body.jaxpr, wanted, platform)
@@ -127,6 +131,10 @@ def _count_scan(eqn, wanted: list[bool], platform: str) -> tuple[float, list[boo
         if all(w or not n for w, n in zip(wanted[:carried], carry, strict=True)):
             return eqn.params["length"] * flops, needed
         wanted[:carried] = [w or n for w, n in zip(wanted[:carried], carry, strict=True)]
+
+
+def _same_rank(outer: Sequence, inner: Sequence) -> list[bool]:
+    return [len(o.aval.shape) == len(i.aval.shape) for o, i in zip(outer, inner, strict=True)]
 
 
 def _dot_flops(eqn) -> float:

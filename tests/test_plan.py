@@ -158,6 +158,21 @@ def test_loops_count_as_often_as_they_turn_and_what_nobody_needs_not_at_all():
     assert costs.useful_flops(jaxpr, "cpu") == (5 + 2 + 1) * product
 
 
+def test_a_scan_counts_what_its_wanted_carry_and_outputs_need():
+    product = 2 * 8**3
+
+    def f(a, b, xs):
+        def body(carry, x):
+            used, unused = carry
+            return (used @ a, unused @ b), (x @ a, x @ b)
+
+        (used, _), (_, stacked) = lax.scan(body, (b, b), xs)
+        return used, stacked
+
+    jaxpr = jax.make_jaxpr(f)(jnp.ones((8, 8)), jnp.ones((8, 8)), jnp.ones((5, 8, 8)))
+    assert costs.useful_flops(jaxpr) == 5 * 2 * product
+
+
 def conv(size: int, inputs: int, outputs: int, stride: int = 1) -> int:
     """Flops of a 3x3 convolution with padding 1, from a 'size' wide image."""
     out = size // stride
