@@ -49,6 +49,7 @@ _CIFAR10_CLASSES = (
 # Corruptions that TFDS calls otherwise than the published files.
 TFDS_SPELLINGS = {"glass_blur": "frosted_glass_blur", "elastic_transform": "elastic"}
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+_FEW = 4  # Images that may all be black.
 _MEMORY_LIMIT = 10**9  # Bytes of decoded images up to which a set is held in memory.
 _DECODE_BLOCK = 100  # Examples a thread decodes at a time.
 _AHEAD_LIMIT = 2 * 10**9  # Bytes of batches made ahead of need.
@@ -182,8 +183,9 @@ def from_arrays(
     """Makes a data set of arrays in memory.
 
     Args:
-      images: [N, H, W, 3], or [N, H, W] for grey; uint8, or floating point in [0, 1].
-      labels: [N] integers in 0..K-1.
+      images: [N, H, W, 3], or [N, H, W] or [N, H, W, 1] for grey; uint8, or floating point in
+        [0, 1].
+      labels: [N] or [N, 1] integers in 0..K-1, of any type that holds whole numbers.
       class_names: K names; None means '0', '1', ... up to the largest label, and then every
         class must have an example.
       name: what to call the arrays in messages and results.
@@ -610,7 +612,7 @@ def _position(bound: str, size: int) -> int:
 def _hold_out(size: int) -> dict[str, np.ndarray]:
     # RandomState, whose stream NumPy has promised never to change.
     order = np.random.RandomState(0).permutation(size)
-    cut = round(0.9 * size)
+    cut = min(round(0.9 * size), max(size - 1, 1))  # Two examples or more give one to each.
     return {"train": order[:cut], "test": order[cut:]}
 
 
@@ -641,35 +643,73 @@ def _decode_all(source: Any, shape: tuple[int, int, int], name: str) -> ArraySou
 
 
 def _checked_images(images: np.ndarray, where: str) -> np.ndarray:
+    if images.ndim == 4 and images.shape[-1] == 1:
+        images = images[..., 0]
     if images.ndim == 3:
         images = np.repeat(images[..., None], 3, axis=-1)
     if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
+        advice = ""
+        if images.ndim == 4 and images.shape[1] in (1, 3):
+            advice = " (images.transpose(0, 2, 3, 1) puts the channels last)"
+        elif images.ndim == 4 and images.shape[-1] == 4:
+            advice = " (images[..., :3] leaves the fourth channel out)"
         raise UserError(
             f"{where} has images of shape {list(images.shape)}: make them [N, H, W, 3], or "
-            "[N, H, W] for grey, and not empty."
+            f"[N, H, W] for grey, and not empty{advice}."
         )
-    if images.dtype == np.uint8:
-        return images
-    if not np.issubdtype(images.dtype, np.floating):
+    if images.dtype == bool:
+        raise UserError(
+            f"{where} has images of type bool: make them uint8, 255 * images.astype('uint8')."
+        )
+    if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
         raise UserError(
             f"{where} has images of type {images.dtype}: make them uint8 in 0..255 or floating "
-            "point in [0, 1]."
+            "point in [0, 1]; images.astype('uint8') does it if they are in 0..255."
         )
-    low, high = images.min(), images.max()
-    if not (low >= 0 and high <= 1):  # Also true of NaN.
+    if images.dtype != np.uint8:
+        low, high = images.min(), images.max()
+        if not (low >= 0 and high <= 1):  # Also true of NaN.
+            raise UserError(
+                f"{where} has floating-point pixels from {low} to {high}: scale them to [0, 1], "
+                "without NaN."
+            )
+        images = images.astype(np.float32)
+    _check_brightness(images, where)
+    return images
+
+
+def _check_brightness(images: np.ndarray, where: str) -> None:
+    """Checks that images are not black for having been scaled to [0, 1] once too often."""
+    if len(images) <= _FEW:
+        return
+    if images.dtype == np.uint8 and images.max() <= 1:
         raise UserError(
-            f"{where} has floating-point pixels from {low} to {high}: scale them to [0, 1] and "
-            "remove any NaN."
+            f"{where} has uint8 images without a pixel above 1, which are black: multiply those "
+            "of 0 and 1 by 255, and do not cast images in [0, 1] to uint8 before that."
         )
-    return images.astype(np.float32)
+    if images.dtype != np.uint8 and images.max() <= 1 / 255 + 1e-6:
+        raise UserError(
+            f"{where} has floating-point images without a pixel above 1/255, which are black: "
+            "divide pixels by 255 once only."
+        )
 
 
 def _checked_labels(labels: np.ndarray, where: str) -> np.ndarray:
     labels = np.asarray(labels)
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    floating = labels.ndim == 1 and np.issubdtype(labels.dtype, np.floating)
+    if floating and np.array_equal(labels, np.rint(labels)):
+        labels = np.clip(labels, -(2**31), 2**31).astype(np.int64)  # Whole numbers, or infinite.
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        advice = ""
+        if labels.ndim == 2:
+            advice = " (labels.argmax(1) does it if they are one-hot)"
+        elif labels.dtype.kind in "US":
+            advice = " (numpy.unique(labels, return_inverse=True)[1] numbers names)"
         raise UserError(
             f"{where} has labels of shape {list(labels.shape)} and type {labels.dtype}: make them "
-            "[N] integers."
+            f"[N] integers{advice}."
         )
     if len(labels) and not 0 <= labels.min() <= labels.max() < 2**31:
         raise UserError(
@@ -681,10 +721,12 @@ def _checked_labels(labels: np.ndarray, where: str) -> np.ndarray:
 def _class_numbers(labels: np.ndarray, where: str) -> tuple[str, ...]:
     present = np.unique(labels)
     if len(present) < 2 or present[-1] != len(present) - 1:
+        first = int(present[0]) if len(present) else 0
+        shifted = first and present[-1] - first == len(present) - 1
         raise UserError(
             f"{where} has labels of {len(present)} class(es), {_listed(present[:10])}"
             f"{' ...' if len(present) > 10 else ''}: there must be at least two, numbered 0, 1, 2, "
-            "... without a gap."
+            f"... without a gap{f', so subtract {first}' if shifted else ''}."
         )
     return tuple(str(label) for label in present)
 

@@ -648,8 +648,21 @@ def test_npz_divides_itself(tmp_path):
         ({"images": PIXELS.astype(float), "labels": LABELS}, "pixels from 0.0 to 255.0"),
         ({"images": PIXELS / -255, "labels": LABELS}, "pixels from -1.0 to"),
         ({"images": np.full((20, 4, 4), np.nan), "labels": LABELS}, "NaN"),
-        ({"images": PIXELS, "labels": LABELS / 1}, "type float64"),
-        ({"images": PIXELS, "labels": LABELS[:, None]}, r"labels of shape \[20, 1\]"),
+        ({"images": PIXELS.transpose(0, 3, 1, 2), "labels": LABELS}, r"transpose\(0, 2, 3, 1\)"),
+        ({"images": PIXELS[..., [0, 1, 2, 2]], "labels": LABELS}, r"images\[\.\.\., :3\]"),
+        ({"images": PIXELS > 127, "labels": LABELS}, r"type bool: .* 255 \* images"),
+        ({"images": PIXELS // 128, "labels": LABELS}, "multiply .* by 255"),
+        ({"images": (PIXELS / 256).astype(np.uint8), "labels": LABELS}, "cast images in"),
+        ({"images": PIXELS / 255**2, "labels": LABELS}, "divide pixels by 255 once"),
+        ({"images": PIXELS, "labels": LABELS / 2}, "type float64: make them .N. integers"),
+        ({"images": PIXELS, "labels": LABELS * np.nan}, "type float64: make them .N. integers"),
+        ({"images": PIXELS, "labels": LABELS * np.float32(1e30)}, "number the classes from 0"),
+        (
+            {"images": PIXELS, "labels": np.eye(4)[LABELS]},
+            r"\[20, 4\] and type float64.*labels.argmax\(1\)",
+        ),
+        ({"images": PIXELS, "labels": LABELS.astype(str)}, "return_inverse=True"),
+        ({"images": PIXELS, "labels": LABELS + 3}, "without a gap, so subtract 3"),
         ({"images": PIXELS, "labels": LABELS - 1}, "labels from -1 to 2"),
         ({"images": PIXELS, "labels": LABELS + 1}, "without a gap"),
         ({"images": PIXELS, "labels": LABELS * 0}, r"labels of 1 class\(es\), '0'"),
@@ -661,6 +674,30 @@ def test_npz_mistakes(tmp_path, arrays, message):
     path = save(tmp_path / "set.npz", **arrays)
     with pytest.raises(UserError, match=f"config.data_dir = .*set.npz.*{message}"):
         data.load("npz", "train", data_dir=path)
+
+
+def test_npz_in_other_shapes_and_types(tmp_path):
+    path = save(tmp_path / "plain.npz", images=PIXELS[..., 0], labels=LABELS)
+    want = data.load("npz", "all", data_dir=path)
+    for i, labels in enumerate((LABELS[:, None], LABELS.astype(float), LABELS[:, None] * 1.0)):
+        path = save(tmp_path / f"{i}.npz", images=PIXELS[..., :1], labels=labels)
+        got = data.load("npz", "all", data_dir=path)
+        assert data.fingerprint(got) == data.fingerprint(want)
+
+
+@pytest.mark.parametrize(("size", "held_out"), [(2, 1), (3, 1), (4, 1), (5, 1), (15, 1), (16, 2)])
+def test_a_small_npz_has_an_example_in_each_split(tmp_path, size, held_out):
+    path = save(tmp_path / "set.npz", images=PIXELS[:size], labels=np.arange(size) % 2)
+    train, test = (data.load("npz", split, data_dir=path) for split in ("train", "test"))
+    assert (len(train), len(test)) == (size - held_out, held_out)
+    # From five images on the division is the one of earlier releases.
+    if size >= 5:
+        order = np.random.RandomState(0).permutation(size)
+        np.testing.assert_array_equal(train.source.images, PIXELS[order[: round(0.9 * size)]])
+
+
+def test_a_few_images_may_be_black():
+    assert len(data.from_arrays(PIXELS[:4] // 128, LABELS[:4])) == 4
 
 
 def test_npz_files_that_are_none(tmp_path):
