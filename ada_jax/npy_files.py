@@ -71,13 +71,13 @@ def agree(out: pathlib.Path, manifest: dict[str, Any]) -> None:
         before = dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(
-            f"{path} cannot be read ({error}): name another folder with --out, or remove this one."
+            f"{path} cannot be read ({error}): name another folder with --out, or rename this one."
         ) from error
     for field in manifest:
         if field != "data" and before.get(field) != manifest[field]:
             raise UserError(
                 f"--out={out} has a set whose {field} is {before.get(field)}, and this one would "
-                f"have {manifest[field]}: name another folder, or remove that one."
+                f"have {manifest[field]}: name another folder."
             )
 
 
@@ -93,8 +93,8 @@ def is_whole(path: pathlib.Path, shape: tuple[int, ...]) -> bool:
     except (OSError, ValueError, EOFError) as error:
         found = f"not a whole array ({error})"
     raise UserError(
-        f"{path} is {found} and should be [{', '.join(map(str, shape))}] uint8: remove it to have "
-        "it made anew."
+        f"{path} is {found} and should be [{', '.join(map(str, shape))}] uint8: move it "
+        "to another folder to have it made anew."
     )
 
 

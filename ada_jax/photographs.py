@@ -8,7 +8,24 @@ from concurrent import futures
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
+
+# Pillow's formats of pictures that it decodes itself. It would run Ghostscript for EPS, and only
+# recognises others, such as MPEG and HDF5.
+_FORMATS = (
+    *("AVIF", "BLP", "BMP", "CUR", "DCX", "DDS", "DIB", "FITS", "FLI", "FTEX", "GBR", "GIF"),
+    *("ICNS", "ICO", "IM", "JPEG", "JPEG2000", "MPO", "MSP", "PCD", "PCX", "PIXAR", "PNG", "PPM"),
+    *("PSD", "QOI", "SGI", "SUN", "TGA", "TIFF", "WEBP", "XBM", "XPM"),
+)
+_TURNS = {  # What undoes each EXIF orientation.
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,6 +74,36 @@ class Source:
         side = round(self.share * min(image.size))
         left, top = (image.width - side) // 2, (image.height - side) // 2
         return resize(image, (left, top, left + side, top + side), self.size), label
+
+
+@functools.cache
+def suffixes() -> frozenset[str]:
+    """The suffixes of the image files that `open_file` reads, such as '.png'."""
+    extensions = Image.registered_extensions()
+    return frozenset(suffix for suffix, name in extensions.items() if name in _FORMATS)
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in Image.ID if name in _FORMATS)
+
+
+def open_file(path: str | os.PathLike[str]) -> Image.Image:
+    """Opens an image file of one of Pillow's formats that no other program has to decode."""
+    return Image.open(path, formats=_formats())
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The first frame of an opened image in RGB, turned as its EXIF orientation says."""
+    rgb = image.convert("RGB")
+    try:
+        # Read after the pixels: Pillow turns TIFF files itself while it decodes them.
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # Damaged EXIF data, for which Pillow raises errors of many types.
+        return rgb
+    turn = _TURNS.get(orientation)
+    return rgb if turn is None else rgb.transpose(turn)
 
 
 def many(records: Sequence[Any], indices: Sequence[int]) -> Iterable[Any]:

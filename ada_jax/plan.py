@@ -455,7 +455,7 @@ def _read(path: str) -> list[dict[str, Any]]:
     except (ValueError, TypeError):
         known = False
     if not known:
-        raise UserError(f"--json={path} is no file of plans: name another one or remove it.")
+        raise UserError(f"--json={path} is no file of plans: name another one.")
     return results
 
 

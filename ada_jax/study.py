@@ -332,7 +332,7 @@ def read_results(path: str, settings: dict[str, Any]) -> dict[str, Any]:
         return {}
     written = json.loads(paths.read(path))
     if written["settings"] != json.loads(json.dumps(settings)):
-        raise UserError(f"{path} is of other settings: name another --out or remove the file.")
+        raise UserError(f"{path} is of other settings: name another --out, or rename that file.")
     return written["results"]
 
 

@@ -633,7 +633,9 @@ def test_a_file_that_is_not_whole_is_refused(tmp_path, harm):
             np.save(path, np.zeros((50, 16, 12, 3), np.float32))
         case _:
             np.save(path, np.zeros((49, 16, 12, 3), np.uint8))
-    with pytest.raises(UserError, match=f"{path.name} is .* and should be .*remove it"):
+    with pytest.raises(
+        UserError, match=f"{path.name} is .* and should be .*move it to another folder"
+    ):
         write(tmp_path)
 
 

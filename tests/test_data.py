@@ -1,5 +1,6 @@
 """Batches, splits, crop and flip, and the sentence that answers each bad input."""
 
+import hashlib
 import io
 import itertools
 import os
@@ -10,9 +11,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
-from ada_jax import data, photographs
+from ada_jax import corruptions, data, photographs
 from ada_jax.errors import UserError
 from tests.conftest import photograph
 
@@ -405,6 +406,20 @@ def test_folder_divides_itself(tmp_path):
     assert colours(data.load("folder", "test", data_dir=tmp_path)) - colours(test) <= {(255, 0, 0)}
 
 
+def test_the_division_and_order_of_a_folder_are_those_of_earlier_releases(tmp_path):
+    write_folder(tmp_path, {"cat": 40, "dog": 40})
+    names = [f"{c}/{i:04}.png" for c in ("cat", "dog") for i in range(40)]
+    ordered = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+    held_out = [n for n in names if int(hashlib.sha256(n.encode()).hexdigest()[-16:], 16) % 10 == 0]
+    for split, want in (
+        ("all", ordered),
+        ("test", [name for name in ordered if name in held_out]),
+        ("train", [name for name in ordered if name not in held_out]),
+    ):
+        source = data.load("folder", split, data_dir=tmp_path, encoded=True).source
+        assert [str(path.relative_to(tmp_path)) for path, _ in source.records] == want
+
+
 def test_folder_with_splits_of_its_own(tmp_path):
     write_folder(tmp_path / "train", {"a": 3, "b": 4})
     write_folder(tmp_path / "val", {"a": 2, "b": 1})
@@ -455,7 +470,7 @@ def test_folder_mistakes(tmp_path):
     with pytest.raises(UserError, match=r"the class '.*c' has no image"):
         load(tmp_path)
     write_folder(tmp_path, {"c": 2})
-    with pytest.raises(UserError, match=r"too few images to hold out a tenth"):
+    with pytest.raises(UserError, match=r"too few images to hold out a tenth, only 4: divide"):
         load(tmp_path, "test")
     whole = (tmp_path / "c" / "0001.png").read_bytes()
     for broken in (b"", b"not a picture", whole[: len(whole) // 2]):
@@ -465,6 +480,184 @@ def test_folder_mistakes(tmp_path):
     Image.fromarray(np.full((8, 8), 3000, np.uint16)).save(tmp_path / "c" / "0001.png")
     with pytest.raises(UserError, match=r"0001.png' has more than 8 bits"):
         load(tmp_path)
+
+
+# What a folder's files may be.
+
+
+def test_every_format_that_pillow_writes_is_read(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), np.uint8)
+    suffixes = [".tif", ".TIFF", ".gif", ".ppm", ".pgm", ".jp2", ".jfif", ".tga"]
+    written = Image.registered_extensions()  # Pillow 10 writes neither of these.
+    suffixes += [suffix for suffix in (".avif", ".qoi") if written.get(suffix) in Image.SAVE]
+    for i, suffix in enumerate(suffixes):
+        name = tmp_path / "ab"[i % 2] / f"x{suffix}"
+        name.parent.mkdir(exist_ok=True)
+        image = Image.fromarray(pixels[i % 6])
+        (image.convert("L") if suffix == ".pgm" else image).save(name)
+    dataset = data.load("folder", "all", data_dir=tmp_path, image_size=32)
+    assert len(dataset) == len(suffixes)
+    want = [Image.open(tmp_path / "ab"[i % 2] / f"x{s}") for i, s in enumerate(suffixes)]
+    assert {np.asarray(image.convert("RGB")).tobytes() for image in want} == {
+        image.tobytes() for image in dataset.source.images
+    }
+
+
+def test_files_that_need_other_programs_are_not_opened(tmp_path):
+    write_folder(tmp_path, {"a": 2, "b": 2})
+    Image.new("RGB", (8, 8)).save(tmp_path / "a" / "x.eps")
+    assert len(data.load("folder", "all", data_dir=tmp_path)) == 4
+    (tmp_path / "a" / "x.eps").rename(tmp_path / "a" / "x.png")
+    with pytest.raises(UserError, match=r"x.png' cannot be read \(cannot identify"):
+        data.load("folder", "all", data_dir=tmp_path)
+
+
+def test_photographs_are_turned_as_their_exif_says(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    for orientation in range(10):  # 1 to 8 have a meaning.
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = orientation
+        for suffix in (".png", ".jpg", ".tif", ".webp"):
+            path = tmp_path / "ab"[orientation % 2] / f"{orientation}{suffix}"
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(path, exif=exif, lossless=True)
+    held, kept = (
+        data.load("folder", "all", data_dir=tmp_path, image_size=16, encoded=encoded)
+        for encoded in (False, True)
+    )
+    assert len({image.tobytes() for image in held.source.images}) == 8 * 2  # And those of JPEG.
+    crops = kept.source.random_crops(
+        range(40), [np.random.RandomState(0)] * 40, scale=(1, 1), ratio=(1, 1)
+    )
+    flags = corruptions._load("folder", "all", str(tmp_path), 16)
+    for i, (path, _) in enumerate(kept.source.records):
+        with Image.open(path) as file:
+            want = ImageOps.exif_transpose(file).convert("RGB")
+        for got in (held.source.images[i], kept.source[i][0], flags.source.images[i]):
+            np.testing.assert_array_equal(got, want)
+        np.testing.assert_array_equal(next(crops)[0], want)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_an_image_with_damaged_exif_is_read_as_it_lies(tmp_path):
+    write_folder(tmp_path, {"a": 1, "b": 1})
+    for damaged in (b"Exif\0\0nothing of the kind", b"Exif\0\0II*\0\xff\xff\xff\xff", b"\xff"):
+        Image.new("RGB", (8, 8), (9, 9, 9)).save(tmp_path / "a" / "x.jpg", exif=damaged)
+        assert (9, 9, 9) in colours(data.load("folder", "all", data_dir=tmp_path))
+
+
+def test_the_first_of_several_frames_counts(tmp_path):
+    frames = [Image.new("RGB", (8, 8), (60 * i, 0, 0)) for i in range(1, 4)]
+    for name in ("a/x.gif", "b/x.tif"):
+        (tmp_path / name).parent.mkdir()
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+    assert colours(data.load("folder", "all", data_dir=tmp_path)) == {(60, 0, 0)}
+
+
+def test_a_transparent_colour_of_a_palette_stays_the_colour(tmp_path):
+    image = Image.new("P", (8, 8), 1)
+    image.putpalette([0, 0, 0, 10, 20, 30])
+    for name in ("a/x.gif", "b/x.png"):
+        (tmp_path / name).parent.mkdir()
+        image.save(tmp_path / name, transparency=1)
+    assert colours(data.load("folder", "all", data_dir=tmp_path)) == {(10, 20, 30)}
+
+
+@pytest.mark.parametrize(
+    ("suffix", "pixels"),
+    [
+        (".png", np.full((8, 8), 3000, np.uint16)),
+        (".tif", np.full((8, 8), 3000, np.uint16)),
+        (".tif", np.full((8, 8), 3000, np.int32)),
+        (".tif", np.full((8, 8), 0.5, np.float32)),
+    ],
+)
+def test_more_than_8_bits_are_refused_in_every_format(tmp_path, suffix, pixels):
+    write_folder(tmp_path, {"a": 1, "b": 1})
+    Image.fromarray(pixels).save(tmp_path / "a" / f"deep{suffix}")
+    with pytest.raises(UserError, match=rf"deep{suffix}' has more than 8 bits a channel \(mode"):
+        data.load("folder", "all", data_dir=tmp_path)
+
+
+def test_a_pgm_of_16_bits_is_refused(tmp_path):
+    write_folder(tmp_path, {"a": 1, "b": 1})
+    (tmp_path / "a" / "deep.pgm").write_bytes(b"P5 8 8 65535\n" + 64 * b"\x0b\xb8")
+    with pytest.raises(UserError, match=r"deep.pgm' has more than 8 bits a channel \(mode"):
+        data.load("folder", "all", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize("value", [0, 1])
+def test_images_of_0_and_1_in_a_folder_are_refused(tmp_path, value):
+    for i in range(6):
+        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (0, value, 0)).save(tmp_path / "ab"[i % 2] / f"{i}.png")
+    with pytest.raises(UserError, match=r"config.data_dir = .* without a pixel above 1"):
+        data.load("folder", "all", data_dir=tmp_path)
+
+
+def test_one_line_says_what_was_left_out(tmp_path, caplog):
+    write_folder(tmp_path, {"a": 30, "b": 30})
+    for name in ("a/x.txt", "b/y.TXT", "b/film.mp4", "b/LICENSE", "labels.csv", ".DS_Store"):
+        (tmp_path / name).write_text("no image")
+    for name in ("a/Thumbs.db", "a/._0001.png"):
+        (tmp_path / name).write_text("no image")
+    for name in ("a/deeper", "__MACOSX", ".ipynb_checkpoints", "@eaDir"):
+        (tmp_path / name).mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "loose.png")
+    for split in ("train", "test", "all"):
+        dataset = data.load("folder", split, data_dir=tmp_path)
+    assert (dataset.class_names, len(dataset)) == (("a", "b"), 60)
+    (message,) = [r.getMessage() for r in caplog.records if str(tmp_path) in r.getMessage()]
+    head, _, kinds = message.rstrip(".").partition(" left out what is not an image in a class's ")
+    assert head == f"{str(tmp_path)!r}:" and set(kinds.removeprefix("folder: ").split(", ")) == {
+        *("'.txt' (2)", "'.mp4' (1)", "without a suffix (1)", "'.csv' (1)", "folders (1)"),
+        "images in no class's folder (1)",
+    }
+
+
+@pytest.mark.parametrize("train", ["train", "Train", "training", "TRAINING"])
+@pytest.mark.parametrize("held_out", ["test", "Val", "valid", "VALIDATION", "eval", "testing"])
+def test_usual_names_of_splits(tmp_path, train, held_out):
+    write_folder(tmp_path / train, {"a": 3, "b": 4})
+    write_folder(tmp_path / held_out, {"a": 2, "b": 1})
+    for split in ("train", train, train.lower()):
+        assert len(data.load("folder", split, data_dir=tmp_path)) == 7
+    for split in ("test", held_out, held_out.lower()):
+        assert len(data.load("folder", split, data_dir=tmp_path)) == 3
+
+
+def test_each_of_several_held_out_folders_goes_by_its_name(tmp_path, caplog):
+    for i, name in enumerate(("train", "Test", "val", "extra")):
+        write_folder(tmp_path / name, {"a": 1 + i, "b": 1})
+    for split, size in (("train", 2), ("test", 3), ("Test", 3), ("val", 4)):
+        assert len(data.load("folder", split, data_dir=tmp_path)) == size
+    assert [r.getMessage() for r in caplog.records if str(tmp_path) in r.getMessage()] == [
+        f"{str(tmp_path)!r}: left out the folders 'extra', which are not splits."
+    ]
+
+
+def test_layouts_that_need_another_name(tmp_path):
+    def refused(root, message):
+        with pytest.raises(UserError, match=message) as error:
+            data.load("folder", "train", data_dir=root)
+        assert "remove" not in str(error.value) and "delete" not in str(error.value)
+
+    write_folder(tmp_path / "x", {"train/a": 2, "train/b": 2})
+    refused(tmp_path / "x", r"train' has folders and no images.* held-out images: name .*'valid'")
+    write_folder(tmp_path / "x", {"holdout/a": 2, "holdout/b": 2})
+    refused(tmp_path / "x", r"train' has folders and no images.* held-out images: name .*'valid'")
+    write_folder(tmp_path / "y", {"val/a": 2, "val/b": 2})
+    refused(tmp_path / "y", r"val' has folders and no images.* training images: name the one 'tra")
+    write_folder(tmp_path, {"z": 3})
+    refused(tmp_path / "z", r"has 0 folder\(s\) of images and 3 image\(s\) in none.*data_dir/CLASS")
+    write_folder(tmp_path / "u", {"a": 1, "b": 1})
+    (tmp_path / "u" / "b" / "0000.png").rename(tmp_path / "u" / "b" / "0000.heic")
+    refused(
+        tmp_path / "u", r"b' has no image that Pillow reads but '.heic' \(1\): add images, or mo"
+    )
+    # Folders of images named so are classes.
+    write_folder(tmp_path / "v", {"bus": 20, "train": 20})
+    assert data.load("folder", "train", data_dir=tmp_path / "v").class_names == ("bus", "train")
 
 
 def test_an_unreadable_image_of_a_large_folder_is_named_by_the_iterator(monkeypatch, tmp_path):
@@ -648,8 +841,21 @@ def test_npz_divides_itself(tmp_path):
         ({"images": PIXELS.astype(float), "labels": LABELS}, "pixels from 0.0 to 255.0"),
         ({"images": PIXELS / -255, "labels": LABELS}, "pixels from -1.0 to"),
         ({"images": np.full((20, 4, 4), np.nan), "labels": LABELS}, "NaN"),
-        ({"images": PIXELS, "labels": LABELS / 1}, "type float64"),
-        ({"images": PIXELS, "labels": LABELS[:, None]}, r"labels of shape \[20, 1\]"),
+        ({"images": PIXELS.transpose(0, 3, 1, 2), "labels": LABELS}, r"transpose\(0, 2, 3, 1\)"),
+        ({"images": PIXELS[..., [0, 1, 2, 2]], "labels": LABELS}, r"images\[\.\.\., :3\]"),
+        ({"images": PIXELS > 127, "labels": LABELS}, r"type bool: .* 255 \* images"),
+        ({"images": PIXELS // 128, "labels": LABELS}, "multiply .* by 255"),
+        ({"images": (PIXELS / 256).astype(np.uint8), "labels": LABELS}, "cast images in"),
+        ({"images": PIXELS / 255**2, "labels": LABELS}, "divide pixels by 255 once"),
+        ({"images": PIXELS, "labels": LABELS / 2}, "type float64: make them .N. integers"),
+        ({"images": PIXELS, "labels": LABELS * np.nan}, "type float64: make them .N. integers"),
+        ({"images": PIXELS, "labels": LABELS * np.float32(1e30)}, "number the classes from 0"),
+        (
+            {"images": PIXELS, "labels": np.eye(4)[LABELS]},
+            r"\[20, 4\] and type float64.*labels.argmax\(1\)",
+        ),
+        ({"images": PIXELS, "labels": LABELS.astype(str)}, "return_inverse=True"),
+        ({"images": PIXELS, "labels": LABELS + 3}, "without a gap, so subtract 3"),
         ({"images": PIXELS, "labels": LABELS - 1}, "labels from -1 to 2"),
         ({"images": PIXELS, "labels": LABELS + 1}, "without a gap"),
         ({"images": PIXELS, "labels": LABELS * 0}, r"labels of 1 class\(es\), '0'"),
@@ -661,6 +867,30 @@ def test_npz_mistakes(tmp_path, arrays, message):
     path = save(tmp_path / "set.npz", **arrays)
     with pytest.raises(UserError, match=f"config.data_dir = .*set.npz.*{message}"):
         data.load("npz", "train", data_dir=path)
+
+
+def test_npz_in_other_shapes_and_types(tmp_path):
+    path = save(tmp_path / "plain.npz", images=PIXELS[..., 0], labels=LABELS)
+    want = data.load("npz", "all", data_dir=path)
+    for i, labels in enumerate((LABELS[:, None], LABELS.astype(float), LABELS[:, None] * 1.0)):
+        path = save(tmp_path / f"{i}.npz", images=PIXELS[..., :1], labels=labels)
+        got = data.load("npz", "all", data_dir=path)
+        assert data.fingerprint(got) == data.fingerprint(want)
+
+
+@pytest.mark.parametrize(("size", "held_out"), [(2, 1), (3, 1), (4, 1), (5, 1), (15, 1), (16, 2)])
+def test_a_small_npz_has_an_example_in_each_split(tmp_path, size, held_out):
+    path = save(tmp_path / "set.npz", images=PIXELS[:size], labels=np.arange(size) % 2)
+    train, test = (data.load("npz", split, data_dir=path) for split in ("train", "test"))
+    assert (len(train), len(test)) == (size - held_out, held_out)
+    # From five images on the division is the one of earlier releases.
+    if size >= 5:
+        order = np.random.RandomState(0).permutation(size)
+        np.testing.assert_array_equal(train.source.images, PIXELS[order[: round(0.9 * size)]])
+
+
+def test_a_few_images_may_be_black():
+    assert len(data.from_arrays(PIXELS[:4] // 128, LABELS[:4])) == 4
 
 
 def test_npz_files_that_are_none(tmp_path):

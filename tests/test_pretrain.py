@@ -229,7 +229,7 @@ def test_bad_configs_are_refused_in_a_sentence(fields, message, tmp_path):
 
 
 def test_patches_larger_than_the_images_are_refused(tmp_path):
-    np.savez(tmp_path / "x.npz", images=np.zeros((20, 14, 14, 3), np.uint8), labels=[0, 1] * 10)
+    np.savez(tmp_path / "x.npz", images=np.full((20, 14, 14, 3), 9, np.uint8), labels=[0, 1] * 10)
     fields = {"dataset": "npz", "data_dir": str(tmp_path / "x.npz"), "patch": 15}
     with pytest.raises(UserError, match=r"config\.patch=15 .*larger than the images of x, which "):
         pretrain.build(get_config(**fields))

@@ -421,7 +421,7 @@ def _open_state(state_dir, key, x, y, logits, epsilon, norm, attacks, constants,
         if str(known["settings"]) != settings or not same:
             raise UserError(
                 f"The folder {folder} holds another classifier's attacks, or attacks with other "
-                "settings, keys, images or numbers of devices: delete it or name another."
+                "settings, keys, images or numbers of devices: name another."
             )
         logits = known["logits"]  # The batches in the folder are of what these get right.
     else:
