@@ -363,7 +363,8 @@ def _on_the_fly(
     for name in names:  # One image each, for whatever is wrong to show now.
         _ = sources[name, 1][0]
     datasets = {cell: dataclasses.replace(clean, source=s) for cell, s in sources.items()}
-    return datasets, {"kind": "on_the_fly", "recipe": corruptions.RECIPE, **settings, **told}
+    recipe = corruptions.RECIPES[config.corruption_table]
+    return datasets, {"kind": "on_the_fly", "recipe": recipe, **settings, **told}
 
 
 def _from_tfds(

@@ -209,6 +209,10 @@ def test_a_written_folder_counts_as_the_images_corrupted_on_the_fly(written):
     assert counts(sets_of(images(), "extra", corruption_seed=8)) != counts(on_the_fly)
     assert from_folder.source["kind"] == "npy" and from_folder.source["seed"] == 7
     assert on_the_fly.source["kind"] == "on_the_fly"
+    # Numbers of CIFAR's corruptions stand beside those of before the change to ImageNet's.
+    assert on_the_fly.source["recipe"] == from_folder.source["recipe"] == 1
+    stronger = sets_of(images(), "extra", corruption_table="imagenet")
+    assert stronger.source["recipe"] == 2
 
 
 def test_a_published_folder_in_its_own_order_and_either_spelling(folder):
