@@ -140,6 +140,7 @@ def write_set(
       UserError: if a field does not fit, or the folder has anything else in it.
     """
     validate(config)
+    corruption_nets.check_sizes("config.nets", config.nets, config.enlarge, dataset.image_shape)
     out = paths.local(f"--out={out}", out)
     fields = zip(config.nets, config.weights, config.enlarge, strict=True)
     nets = {

@@ -953,6 +953,9 @@ def _evaluate(values: flags.FlagValues) -> None:
         data_dir=config.data_dir or None,
         image_size=config.image_size,
     )
+    if "ada" in worst:
+        unscaled = [1] * len(values.ada_nets)
+        corruption_nets.check_sizes("--ada_nets", values.ada_nets, unscaled, clean.image_shape)
     sets = open_sets(config, clean, config.eval_sets)
     classifier = make_classifier(config, clean.num_classes)
     if values.random:

@@ -120,6 +120,14 @@ def test_sets_that_do_not_fit_are_refused(tmp_path):
         deepaugment.open_set(tmp_path, DATASET, 1)
 
 
+def test_sizes_are_checked_for_all_networks_before_any_is_rendered(tmp_path):
+    dataset = data.from_arrays(np.zeros((4, 33, 47, 3), np.uint8), np.arange(4))
+    both = config(nets=("edsr_small", "cae"), weights=("", ""), enlarge=(1, 2))
+    with pytest.raises(UserError, match=r"config\.nets=.* 'cae'\) does not fit images of 33x47"):
+        deepaugment.write_set(dataset, tmp_path / "set", both)
+    assert not (tmp_path / "set").exists()
+
+
 def unrendered(net, theta, images, *, start, stop, **fields):
     yield images[np.arange(start, stop)]
 
