@@ -88,7 +88,6 @@ def make(name: str, weights: str | None = None, *, enlarge: int = 1) -> Corrupti
             "in config.ada.corruption_weights."
         )
     theta, _ = checkpoint.load_weights(path, like=jax.eval_shape(net.init, jax.random.key(0)))
-    # Large networks are stored as float16.
     theta = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), theta)
     return CorruptionNet(enlarged(net.apply, enlarge), theta)
 
