@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
@@ -107,10 +108,13 @@ def load_weights(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Reads weights written by `save_weights` and verifies all of them.
 
+    A safetensors file of another program is read where `like` is given and fits; only its names,
+    shapes and finite values can then be verified.
+
     Args:
       path: the safetensors file, local or gs://...
-      like: pytree of arrays or `jax.ShapeDtypeStruct` whose names and shapes the file must have;
-        dtypes may differ.
+      like: pytree of arrays or `jax.ShapeDtypeStruct` whose names and shapes the file must have.
+        Floating-point arrays are converted to its dtypes.
 
     Returns:
       The weights as nested dicts of numpy arrays (a tree without arrays is `{}`), and the metadata
@@ -123,7 +127,34 @@ def load_weights(
     paths.check_bucket(f"The weights file {path}", path)
     if not paths.exists(path):
         raise UserError(f"There is no weights file {path}: check the path.")
-    flat, fields = _read_safetensors(path)
+    flat, fields = read_safetensors(path)
+    # Other programs have no format, or a word, as PyTorch's 'pt'.
+    unsealed = not fields.keys() & {"digest", "metadata_digest"}
+    foreign = unsealed and not isinstance(fields.get("format"), int)
+    if foreign and like is not None:
+        fields = {}
+    else:
+        _check_sealed(path, flat, fields)
+    given = {name: value for name, value in fields.items() if name not in _OWN_METADATA}
+    if like is not None:
+        wanted = {name: _shape(leaf) for name, leaf in _named(like).items()}
+        found = {name: _shape(array) for name, array in flat.items()}
+        if difference := _difference(found, wanted):
+            other = ", or import PyTorch's with python -m ada_jax.import_weights" if foreign else ""
+            raise UserError(
+                f"The weights file {path} does not fit this network ({difference}): give the file "
+                f"of the same architecture, or configure the one it was saved from{other}."
+            )
+        flat = {name: _as_floating(flat[name], leaf) for name, leaf in _named(like).items()}
+    if bad := _first_not_finite(flat):
+        raise UserError(
+            f"The weights file {path} holds NaN or infinity in '{bad}': use another file."
+        )
+    return _nested(flat), given
+
+
+def _check_sealed(path: str, flat: Mapping[str, np.ndarray], fields: Mapping[str, Any]) -> None:
+    """Checks that `save_weights` wrote a file and that nothing in it has changed since."""
     if fields.get("format") != _FORMAT:
         raise UserError(
             f"The file {path} is not a weights file of this version of ada_jax (it says format = "
@@ -131,7 +162,6 @@ def load_weights(
             "ada_jax.checkpoint.save_weights, or take a network of another program into a training "
             "loop of your own, with ada_jax.adversarial_augment."
         )
-    given = {name: value for name, value in fields.items() if name not in _OWN_METADATA}
     sealed = {name: value for name, value in fields.items() if name != "metadata_digest"}
     if fields.get("metadata_digest") != _json_digest(sealed) or fields.get("digest") != _digest(
         flat
@@ -140,19 +170,6 @@ def load_weights(
             f"The weights file {path} is damaged (its content does not match its sha256): "
             "copy or save it again."
         )
-    if bad := _first_not_finite(flat):
-        raise UserError(
-            f"The weights file {path} holds NaN or infinity in '{bad}': use another file."
-        )
-    if like is not None:
-        wanted = {name: _shape(leaf) for name, leaf in _named(like).items()}
-        found = {name: _shape(array) for name, array in flat.items()}
-        if difference := _difference(found, wanted):
-            raise UserError(
-                f"The weights file {path} does not fit this network ({difference}): "
-                "give the file of the same architecture, or configure the one it was saved from."
-            )
-    return _nested(flat), given
 
 
 class Checkpoints:
@@ -471,8 +488,20 @@ def _shape(leaf: Any) -> str:
 
 def _spec(leaf: Any) -> str:
     """Shape and dtype of an array, a ShapeDtypeStruct or a number, as in 'float32[3,3]'."""
-    dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
-    return f"{np.dtype(dtype).name}{_shape(leaf)}"
+    return f"{_dtype(leaf).name}{_shape(leaf)}"
+
+
+def _dtype(leaf: Any) -> np.dtype:
+    return np.dtype(leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype)
+
+
+def _as_floating(array: np.ndarray, like: Any) -> np.ndarray:
+    """The array in the floating-point type of `like`; as it is where one of the two is no float."""
+    types = array.dtype, _dtype(like)
+    if not all(jnp.issubdtype(t, jnp.floating) for t in types):
+        return array
+    with np.errstate(over="ignore"):  # Infinities are found afterwards.
+        return array.astype(types[1])
 
 
 def _struct(spec: str) -> jax.ShapeDtypeStruct:
@@ -516,7 +545,14 @@ def _one_line(error: Exception) -> str:
     return text if len(text) <= 200 else f"{text[:60]} ... {text[-135:]}"  # The cause is last.
 
 
-def _read_safetensors(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def read_safetensors(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """All arrays of a safetensors file by name, and its metadata, of any program.
+
+    Metadata that are not JSON are strings, as in PyTorch's {'format': 'pt'}.
+
+    Raises:
+      UserError: it cannot be read as such a file.
+    """
     import safetensors
 
     try:
@@ -524,10 +560,17 @@ def _read_safetensors(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]
             paths.local_copy(path) as copy,
             safetensors.safe_open(copy, framework="np") as file,
         ):
-            fields = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
+            fields = {name: _from_json(text) for name, text in (file.metadata() or {}).items()}
             return {name: file.get_tensor(name) for name in file.keys()}, fields  # noqa: SIM118
     except Exception as error:  # Its parts raise whatever the damaged bytes lead them to.
         raise UserError(
-            f"The file {path} is not a whole safetensors file of ada_jax ({_one_line(error)}): "
+            f"The file {path} is not a whole safetensors file ({_one_line(error)}): "
             "copy it again, or save it with ada_jax.checkpoint.save_weights (pickles are not read)."
         ) from error
+
+
+def _from_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

@@ -5,7 +5,7 @@ function `apply(theta, x, key)`, so its parameters can be perturbed as any pytre
 """
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import jmp
 import numpy as np
 
-from ada_jax import checkpoint, per_example
+from ada_jax import checkpoint, guards, per_example
 from ada_jax.errors import UserError
 
 WEIGHTS = pathlib.Path(__file__).parent / "weights"
@@ -76,6 +76,7 @@ def make(name: str, weights: str | None = None, *, enlarge: int = 1) -> Corrupti
     Raises:
       UserError: unknown name, no weights, or weights of another network.
     """
+    guards.check_integers(1, enlarge=enlarge)
     net = architecture(name)
     path = weights or WEIGHTS / f"{name}.safetensors"
     if not weights and not path.exists():
@@ -87,7 +88,6 @@ def make(name: str, weights: str | None = None, *, enlarge: int = 1) -> Corrupti
             "in config.ada.corruption_weights."
         )
     theta, _ = checkpoint.load_weights(path, like=jax.eval_shape(net.init, jax.random.key(0)))
-    # Large networks are stored as float16.
     theta = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), theta)
     return CorruptionNet(enlarged(net.apply, enlarge), theta)
 
@@ -102,6 +102,31 @@ def architecture(name: str) -> Architecture:
         raise UserError(f"corruption_net={name!r} is unknown: choose one of {', '.join(names())}.")
     fields = PRESETS[name]
     return cae() if fields is None else edsr(**fields)
+
+
+def check_sizes(
+    field: str, nets: Sequence[str], enlarge: Sequence[int], image_shape: Sequence[int]
+) -> None:
+    """Checks that all networks take images of a size, before anything is compiled.
+
+    Args:
+      field: names the networks in the message, as 'config.nets'.
+      nets: names of presets.
+      enlarge: the factor of each, see `make`.
+      image_shape: [H,W,...] of the images.
+
+    Raises:
+      UserError: the CAE is among them and the sides do not fit it.
+    """
+    height, width = image_shape[:2]
+    for name, factor in zip(nets, enlarge, strict=True):
+        if PRESETS[name] is None and not fits_cae(factor * height, factor * width):
+            times = f", {factor} times enlarged," if factor > 1 else ""
+            raise UserError(
+                f"{field}={tuple(nets)} does not fit images of {height}x{width}, whose "
+                f"sides{times} must be multiples of 4 and at least {_CAE_SMALLEST} for 'cae': crop "
+                "or resize the images, or leave 'cae' out."
+            )
 
 
 def enlarged(apply: Callable[..., jax.Array], factor: int) -> Callable[..., jax.Array]:
@@ -220,6 +245,7 @@ def pixel_shuffle(x: jax.Array) -> jax.Array:
 
 # -------------------------------------------------------------------------------- CAE
 
+_CAE_SMALLEST = 12  # Its decoder's first convolution is 3x3, unpadded, at a quarter of the size.
 CAE_LAYERS = {  # name: (kernel size, inputs, outputs), the published network's names
     "e_conv_1": (5, 3, 64),
     "e_conv_2": (5, 64, 128),
@@ -239,7 +265,7 @@ def cae() -> Architecture:
     """The compressive autoencoder of DeepAugment (Dinu's cae_32x32x32_zero_pad_bin).
 
     Two bits a pixel: [B,H,W,3] becomes [B,H/4,W/4,32] bits and is rendered from these. Heights and
-    widths must be multiples of 4.
+    widths must be multiples of 4 and at least 12.
 
     Returns:
       The architecture; 42 leaves and 2,241,859 numbers. `apply` needs a key: the bits are drawn.
@@ -274,12 +300,12 @@ def cae_encode(theta: dict, x: jax.Array) -> jax.Array:
     """[B,H,W,3] in [0,1] to the latent [B,H/4,W/4,32] in [-1,1].
 
     Raises:
-      UserError: a side that is not a multiple of 4.
+      UserError: a side that is not a multiple of 4, or below 12.
     """
-    if x.shape[1] % 4 or x.shape[2] % 4:
+    if not fits_cae(*x.shape[1:3]):
         raise UserError(
-            f"The CAE needs heights and widths that are multiples of 4, not {x.shape[1:3]}: "
-            "crop or resize the images."
+            "The CAE needs heights and widths that are multiples of 4 and at least "
+            f"{_CAE_SMALLEST}, not {x.shape[1:3]}: crop or resize the images."
         )
     act = jax.nn.leaky_relu
     h = act(_conv(theta["e_conv_1"], _pad(x, 1, 2), stride=2, padding=0))
@@ -287,6 +313,11 @@ def cae_encode(theta: dict, x: jax.Array) -> jax.Array:
     for i in (1, 2, 3):
         h = _cae_block(theta, f"e_block_{i}", h)
     return jnp.tanh(_conv(theta["e_conv_3"], h))
+
+
+def fits_cae(*sides: int) -> bool:
+    """Whether the CAE takes images of these sides."""
+    return all(side % 4 == 0 and side >= _CAE_SMALLEST for side in sides)
 
 
 def binarise(key: jax.Array, latent: jax.Array) -> jax.Array:

@@ -315,16 +315,20 @@ def _defocus_blur(x: np.ndarray, c: tuple[float, float], draws: _Draws) -> np.nd
 
 @functools.cache
 def _disk(radius: float, sigma: float) -> np.ndarray:
-    """A disk [2R+1, 2R+1] blurred by a Gaussian of 3x3 pixels, or of 5x5 beyond a radius of 8."""
+    """A disk [2R+1, 2R+1] blurred by a Gaussian of 3x3 pixels, or of 5x5 beyond a radius of 8.
+
+    It is normalised before the blur only, as the authors have it: where the disk touches the rim of
+    its array, the reflection there adds up to 1.3%, and images become brighter.
+    """
     half, reach = (8, 1) if radius <= 8 else (math.ceil(radius), 2)
     offsets = np.arange(-half, half + 1)
     disk = (np.hypot(offsets[:, None], offsets) <= radius).astype(np.float64)
+    disk /= disk.sum()
     taps = np.exp(-(np.arange(-reach, reach + 1) ** 2) / (2 * sigma**2))
     for axis in (0, 1):
         disk = scipy.ndimage.correlate1d(disk, taps / taps.sum(), axis, mode="mirror")
     kept = np.flatnonzero(disk.max(0) > 1e-6 * disk.max())
-    disk = disk[kept[0] : kept[-1] + 1, kept[0] : kept[-1] + 1]
-    return disk / disk.sum()
+    return disk[kept[0] : kept[-1] + 1, kept[0] : kept[-1] + 1]
 
 
 def _gaussian_blur(x: np.ndarray, sigma: float, draws: _Draws) -> np.ndarray:
@@ -802,7 +806,8 @@ _FUNCTIONS: dict[str, Callable[[np.ndarray, Any, _Draws], np.ndarray]] = {
 
 # ------------------------------------------------------------------------------- writing a "-C" set
 
-RECIPE = 1  # Raised whenever the same seed gives other images than before.
+# By table; raised whenever the same seed gives other images than before.
+RECIPES = {"cifar": 1, "imagenet": 2}
 _BLOCK_PIXELS = 2**20  # What a worker process is given at a time.
 
 
@@ -913,7 +918,7 @@ def _manifest(
         "severities": list(severities),
         "seed": seed,
         "table": table,
-        "recipe": RECIPE,
+        "recipe": RECIPES[table],
         "versions": {p: importlib.metadata.version(p) for p in ("numpy", "scipy", "pillow")},
     }
 

@@ -40,7 +40,8 @@ from ada_jax import (
 )
 from ada_jax.errors import UserError
 
-RECIPE = 1  # Raised whenever the same seed gives other images than before.
+# By network; raised whenever the same seed gives other images than before.
+RECIPES = dict.fromkeys(corruption_nets.names(), 1) | {"cae": 2}
 _SHEET_IMAGES, _SHEET_COPIES = 8, 3
 
 
@@ -139,6 +140,7 @@ def write_set(
       UserError: if a field does not fit, or the folder has anything else in it.
     """
     validate(config)
+    corruption_nets.check_sizes("config.nets", config.nets, config.enlarge, dataset.image_shape)
     out = paths.local(f"--out={out}", out)
     fields = zip(config.nets, config.weights, config.enlarge, strict=True)
     nets = {
@@ -272,7 +274,7 @@ def _manifest(
         "group": config.group,
         "quirks": config.quirks,
         "shard_images": config.shard_images,
-        "recipe": RECIPE,
+        "recipe": max(RECIPES[name] for name in nets),
     }
 
 
@@ -358,13 +360,14 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """What `write_set` says of a set.
 
     Raises:
-      UserError: there is none, or one of another recipe.
+      UserError: there is none, or one of a newer recipe.
     """
     where = f"config.deepaugment.dir={os.fspath(folder)!r}"
     folder = paths.local(where, folder)
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        if manifest["kind"] == "deepaugment" and manifest["recipe"] == RECIPE:
+        # Sets of a former recipe are no longer added to, but whole ones can still be trained on.
+        if manifest["kind"] == "deepaugment" and manifest["recipe"] <= max(RECIPES.values()):
             return manifest
         found = f"a set of kind {manifest['kind']!r}, recipe {manifest['recipe']}"
     except FileNotFoundError:

@@ -497,13 +497,16 @@ def latent_convolve(key: jax.Array, e: jax.Array) -> jax.Array:
 
 
 def latent_mix(key: jax.Array, e: jax.Array) -> jax.Array:
-    """Adds to half of the channels another one, shifted by a pixel or not."""
+    """Adds to half of the channels another one, shifted by a pixel or not.
+
+    A channel may draw itself, unshifted: its tap is 1 already and stays 1, as published.
+    """
     channels = e.shape[-1]
     on, source, row, column = _taps(key, channels)
     taps = jnp.zeros((3, 3, channels, channels)).at[1, 1].add(jnp.eye(channels))
     on = jax.random.bernoulli(on, shape=(channels,))
     source = jax.random.randint(source, (channels,), 0, channels)
-    return _convolve(e, taps.at[row, column, source, jnp.arange(channels)].add(on))
+    return _convolve(e, taps.at[row, column, source, jnp.arange(channels)].max(on))
 
 
 def latent_shift(key: jax.Array, e: jax.Array) -> jax.Array:

@@ -363,7 +363,8 @@ def _on_the_fly(
     for name in names:  # One image each, for whatever is wrong to show now.
         _ = sources[name, 1][0]
     datasets = {cell: dataclasses.replace(clean, source=s) for cell, s in sources.items()}
-    return datasets, {"kind": "on_the_fly", "recipe": corruptions.RECIPE, **settings, **told}
+    recipe = corruptions.RECIPES[config.corruption_table]
+    return datasets, {"kind": "on_the_fly", "recipe": recipe, **settings, **told}
 
 
 def _from_tfds(
@@ -952,6 +953,9 @@ def _evaluate(values: flags.FlagValues) -> None:
         data_dir=config.data_dir or None,
         image_size=config.image_size,
     )
+    if "ada" in worst:
+        unscaled = [1] * len(values.ada_nets)
+        corruption_nets.check_sizes("--ada_nets", values.ada_nets, unscaled, clean.image_shape)
     sets = open_sets(config, clean, config.eval_sets)
     classifier = make_classifier(config, clean.num_classes)
     if values.random:

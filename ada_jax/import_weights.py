@@ -1,13 +1,16 @@
 """Takes corruption networks over from PyTorch, and gives them back.
 
 python -m ada_jax.import_weights edsr edsr_baseline_x4.pt OUT.safetensors
+python -m ada_jax.import_weights edsr model.safetensors OUT.safetensors
 python -m ada_jax.import_weights cae model_final.state OUT.safetensors
 python -m ada_jax.import_weights --export cae IN.safetensors OUT.pt
 
-'edsr' is whichever preset of EDSR the file fits. Needs PyTorch: pip install -e '.[torch]'.
+'edsr' is whichever preset of EDSR the file fits. All but safetensors files need PyTorch:
+pip install -e '.[torch]'.
 """
 
 import hashlib
+import io
 import os
 import pathlib
 import pickle
@@ -86,7 +89,7 @@ def from_torch(preset: str, state: StateDict) -> dict[str, dict[str, np.ndarray]
 
     Args:
       preset: a name of `corruption_nets.names()`.
-      state: arrays by name; 'module.' or 'model.' before every name is ignored.
+      state: floating-point arrays by name; 'module.' or 'model.' before every name is ignored.
 
     Returns:
       theta, float32.
@@ -95,7 +98,7 @@ def from_torch(preset: str, state: StateDict) -> dict[str, dict[str, np.ndarray]
       UserError: other names, shapes or mean shifts than the network's, or values that are not
         finite.
     """
-    state = _without_prefix(state)
+    state = {name: _float32(a) for name, a in _without_prefix(state).items()}
     if mismatch := _mismatch(preset, state):
         raise UserError(f"The file is not {preset}: {mismatch}.")
     for name, array in state.items():
@@ -106,7 +109,14 @@ def from_torch(preset: str, state: StateDict) -> dict[str, dict[str, np.ndarray]
 
 
 def _without_prefix(state: StateDict) -> StateDict:
-    return {re.sub(r"^(module\.|model\.)+", "", name): a for name, a in state.items()}
+    prefixes = {re.match(r"((module|model)\.)*", name)[0] for name in state}
+    prefix = prefixes.pop() if len(prefixes) == 1 else ""
+    return {name.removeprefix(prefix): a for name, a in state.items()}
+
+
+def _float32(array: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):  # Infinities are found afterwards.
+        return np.asarray(array, np.float32)
 
 
 def _zeros(preset: str) -> dict[str, dict[str, np.ndarray]]:
@@ -116,7 +126,7 @@ def _zeros(preset: str) -> dict[str, dict[str, np.ndarray]]:
 
 def _mismatch(preset: str, state: StateDict) -> str | None:
     """What keeps a state dict's names and shapes from being a preset's; None where they are."""
-    expected = {name: a.shape for name, a in to_torch(preset, _zeros(preset)).items()}
+    expected = _shapes(preset)
     required = {name for name in expected if not _is_mean_shift(name)}
     if missing := sorted(required - set(state)):
         return f"it lacks {len(missing)} arrays, {missing[0]} first"
@@ -128,15 +138,20 @@ def _mismatch(preset: str, state: StateDict) -> str | None:
     return None
 
 
+def _shapes(preset: str) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of the published network's arrays."""
+    return {name: a.shape for name, a in to_torch(preset, _zeros(preset)).items()}
+
+
 def _is_mean_shift(name: str) -> bool:
     return name.partition(".")[0] in _SHIFT
 
 
 def _layer(preset: str, name: str, state: StateDict) -> dict[str, np.ndarray]:
     prefix = torch_name(preset, name)
-    w = np.float32(state[f"{prefix}.weight"])
+    w = state[f"{prefix}.weight"]
     w = w.transpose(2, 3, 0, 1) if _is_up(name) else w.transpose(2, 3, 1, 0)
-    return {"w": np.ascontiguousarray(w), "b": np.float32(state[f"{prefix}.bias"])}
+    return {"w": np.ascontiguousarray(w), "b": state[f"{prefix}.bias"]}
 
 
 def _is_up(name: str) -> bool:
@@ -150,7 +165,7 @@ def _check_mean_shift(shifts: StateDict) -> None:
         expected = _SHIFT[layer] * corruption_nets.DIV2K_MEAN
         if kind == "weight":
             expected = np.eye(3)[:, :, None, None]
-        if not np.allclose(array, expected, atol=0.02):  # published as float32 of 0..255
+        if not np.allclose(array, expected, rtol=2**-9):  # what bfloat16 rounds
             raise UserError(
                 f"The file's {name} is {array.ravel().tolist()}, not DIV2K's fixed mean shift: the "
                 "network was trained with another normalisation, which is not supported."
@@ -165,24 +180,28 @@ def preset_of(network: str, state: StateDict) -> str:
     """
     if network != "edsr":
         return network
-    for preset, fields in corruption_nets.PRESETS.items():
-        if fields and not _mismatch(preset, _without_prefix(state)):
+    state = _without_prefix(state)
+    presets = [preset for preset, fields in corruption_nets.PRESETS.items() if fields]
+    for preset in presets:
+        if not _mismatch(preset, state):
             return preset
-    raise UserError(
-        "The file is no EDSR that is known here "
-        f"({', '.join(n for n, fields in corruption_nets.PRESETS.items() if fields)}): its first "
-        f"arrays are {', '.join(list(state)[:3]) or 'none'}."
-    )
+    shared = {preset: len(_shapes(preset).keys() & state.keys()) for preset in presets}
+    nearest = max(presets, key=shared.get)
+    why = f"for {nearest}, {_mismatch(nearest, state)}"
+    if not shared[nearest]:
+        why = f"its first arrays are {', '.join(list(state)[:3]) or 'none'}"
+    raise UserError(f"The file is no EDSR that is known here ({', '.join(presets)}): {why}.")
 
 
 # ------------------------------------------------------------------------ files
 
 
 def read_torch(path: str | os.PathLike[str]) -> StateDict:
-    """Reads a PyTorch file of tensors, old or new format, without running code from it.
+    """Reads a PyTorch file of tensors, old, new or safetensors, without running code from it.
 
     Args:
-      path: the file; a state dict, or one inside a dict under 'state_dict' or 'model'.
+      path: the file; a state dict, or one inside a dict under 'state_dict' or 'model'. PyTorch
+        is not needed for safetensors.
 
     Returns:
       Arrays by name.
@@ -190,11 +209,23 @@ def read_torch(path: str | os.PathLike[str]) -> StateDict:
     Raises:
       UserError: no such file, not a whole PyTorch file, or one that holds more than tensors.
     """
+    try:
+        with open(path, "rb") as file:
+            start = file.read(9)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist: name the PyTorch file.") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): name the file.") from error
+    if start[8:] == b"{" or os.fspath(path).endswith(".safetensors"):
+        return checkpoint.read_safetensors(os.fspath(path))[0]
+    if not start.startswith((b"PK", b"\x80")):
+        raise UserError(
+            f"{path} is neither a PyTorch nor a safetensors file (it starts with {start!r}): fetch "
+            "it again, and see that it is not a page that says why it could not be had."
+        )
     torch = _torch()
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist: name the PyTorch file.") from error
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{path} was refused: it is damaged or holds more than tensors, which could run code "
@@ -207,25 +238,39 @@ def read_torch(path: str | os.PathLike[str]) -> StateDict:
     for key in ("state_dict", "model"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]
-    if not isinstance(loaded, Mapping) or not all(torch.is_tensor(a) for a in loaded.values()):
+    if not isinstance(loaded, Mapping) or not all(
+        isinstance(name, str) and torch.is_tensor(a) and a.layout == torch.strided
+        for name, a in loaded.items()
+    ):
         raise UserError(f"{path} holds no state dict of tensors: save the network's state_dict().")
-    return {name: tensor.to(torch.float32).numpy() for name, tensor in loaded.items()}
+    # NumPy has neither bfloat16 nor quantised numbers.
+    wide = {name: a.dequantize() if a.is_quantized else a.double() for name, a in loaded.items()}
+    return {name: a.detach().numpy() for name, a in wide.items()}
 
 
 def write_torch(path: str | os.PathLike[str], state: StateDict) -> None:
     """Writes a state dict for `torch.load`, whole or not at all."""
-    torch, path = _torch(), pathlib.Path(path)
-    unfinished = path.with_name(path.name + ".unfinished")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({name: torch.from_numpy(a.copy()) for name, a in state.items()}, unfinished)
-    unfinished.replace(path)
+    torch = _torch()
+    with io.BytesIO() as file:
+        torch.save({name: torch.from_numpy(a.copy()) for name, a in state.items()}, file)
+        content = file.getvalue()
+    try:
+        paths.make_folder(os.path.dirname(path) or ".")
+        paths.write(path, content)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error}): free some space, or name another file."
+        ) from error
 
 
 def _torch() -> Any:
     try:
         import torch
     except ModuleNotFoundError as error:
-        raise UserError("PyTorch is not installed: pip install -e '.[torch]'.") from error
+        raise UserError(
+            "PyTorch is not installed, and all but safetensors files need it: pip install -e "
+            "'.[torch]'."
+        ) from error
     return torch
 
 

@@ -373,6 +373,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
         "patch",
         f"is too small to measure SSIM: take {ssim.WINDOW} pixels or more",
     )
+    require(
+        config.corruption_net != "cae" or corruption_nets.fits_cae(config.patch),
+        "patch",
+        "does not fit the CAE: take a multiple of 4 of at least 12 pixels",
+    )
     scale = corruption_nets.architecture(config.corruption_net).scale
     require(
         config.sr_patch >= scale and config.sr_patch % scale == 0,

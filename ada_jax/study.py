@@ -371,6 +371,7 @@ def _run(argv: list[str]) -> None:
     cli.set_up_devices(f.cpu_devices, "~/.cache/ada_jax")
     nets = {name: corruption_nets.make(name) for name in f.nets}
     images, labels, classes = load_images(f.dataset, f.split, f.data_dir, f.examples, f.seed)
+    corruption_nets.check_sizes("--nets", f.nets, [1] * len(f.nets), images.shape[1:])
     common = {"dataset": f.dataset, "split": f.split, "examples": f.examples, "seed": f.seed}
     common["nets"] = {name: checkpoint.digest(net.theta) for name, net in nets.items()}
     json_path, png_path = (os.path.join(f.out, f"{study}.{kind}") for kind in ("json", "png"))

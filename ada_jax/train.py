@@ -480,6 +480,10 @@ def build(config: ml_collections.ConfigDict) -> Parts:
         data.load, config.dataset, data_dir=config.data_dir or None, image_size=config.image_size
     )
     train_set = load(config.train_split, encoded=bool(config.crop_scale))
+    if nets:
+        names, enlarge = config.ada.corruption_net, config.ada.corruption_enlarge
+        shape = train_set.image_shape
+        corruption_nets.check_sizes("config.ada.corruption_net", names, enlarge, shape)
     eval_set = load(config.eval_split)
     during = ("c",) if config.corruption_eval_epochs else ()
     classifier = evaluate.make_classifier(config, train_set.num_classes)

@@ -226,6 +226,44 @@ def test_foreign_weights_are_refused(tmp_path, content):
     assert_one_sentence(error)
 
 
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"format": "np", "by": "1.2.3 a"}])
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16, np.float32, np.float64])
+def test_weights_of_another_program_are_read_where_they_fit(tmp_path, metadata, dtype):
+    path, like = tmp_path / "w.safetensors", {"a": {"w": np.ones((2, 3), np.float32)}, "n": 7}
+    flat = {"a//w": np.full((2, 3), 1.5, dtype), "n": np.array(3, np.int32)}
+    path.write_bytes(safetensors.numpy.save(flat, metadata))
+    tree, got_metadata = load_weights(path, like)
+    assert tree["a"]["w"].dtype == np.float32 and tree["n"].dtype == np.int32
+    assert np.all(tree["a"]["w"] == 1.5) and tree["n"] == 3 and got_metadata == {}
+    with pytest.raises(UserError, match=r"1 of 2 .* python -m ada_jax\.import_weights"):
+        load_weights(path, {"a": {"w": np.ones((3, 2))}, "n": 7})
+
+
+def test_foreign_weights_that_are_not_finite_are_refused(tmp_path):
+    path, like = tmp_path / "w.safetensors", {"a": np.ones(2, np.float32)}
+    for value in (np.nan, 1e300):  # too large for float32
+        path.write_bytes(safetensors.numpy.save({"a": np.array([1, value])}, {"format": "pt"}))
+        with pytest.raises(UserError, match="NaN or infinity in 'a'"):
+            load_weights(path, like)
+
+
+@pytest.mark.parametrize("fields", [{"digest": '"x"'}, {"metadata_digest": '"x"'}, {"format": "2"}])
+def test_weights_of_ours_whose_seal_is_damaged_do_not_pass_for_foreign_ones(tmp_path, fields):
+    path, like = tmp_path / "w.safetensors", {"a": np.ones(2)}
+    path.write_bytes(safetensors.numpy.save(like, {"format": "pt"} | fields))
+    with pytest.raises(UserError, match=r"w\.safetensors.* again"):
+        load_weights(path, like)
+
+
+def test_own_weights_are_converted_to_the_wanted_type_after_they_are_verified(tmp_path):
+    path = tmp_path / "w.safetensors"
+    save_weights(path, {"w": np.float16([0.5, 2]), "n": np.int64([1])}, {"classes": 2})
+    like = {"w": np.zeros(2, np.float32), "n": np.zeros(1, np.float32)}
+    tree, metadata = load_weights(path, like)
+    assert (tree["w"].dtype, tree["n"].dtype, metadata) == (np.float32, np.int64, {"classes": 2})
+    assert load_weights(path)[0]["w"].dtype == np.float16
+
+
 def test_missing_weights(tmp_path):
     with pytest.raises(UserError, match="no weights file"):
         load_weights(tmp_path / "none")

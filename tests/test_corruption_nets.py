@@ -273,8 +273,39 @@ def test_the_joined_layers_of_the_cae_equal_one_after_the_other(cae_theta):
 
 
 def test_sizes_that_the_cae_cannot_halve_twice_are_refused(cae_theta):
-    with pytest.raises(UserError, match="multiples of 4"):
-        corruption_nets.cae_encode(cae_theta, images(1, 30, 32, 3))
+    for height, width in ((30, 32), (32, 33), (8, 32), (4, 4)):  # 8x8 came out as one grey
+        with pytest.raises(UserError, match=r"multiples of 4 and at least 12, not \("):
+            corruption_nets.cae_encode(cae_theta, images(1, height, width, 3))
+
+
+@pytest.mark.parametrize(
+    ("nets", "enlarge", "size", "said"),
+    [
+        (("edsr_small", "cae"), (1, 1), (33, 47), r"nets=\('edsr_small', 'cae'\) .* of 33x47, "),
+        (("cae",), (2,), (33, 47), "sides, 2 times enlarged, must be multiples of 4"),
+        (("cae",), (1,), (8, 8), "of 8x8, whose sides must be .* at least 12 for 'cae'"),
+        (("cae",), (2,), (30, 6), None),
+        (("cae", "cae"), (1, 4), (12, 32), None),
+        (("edsr_baseline_x4",), (1,), (5, 7), None),
+    ],
+)
+def test_sizes_are_checked_for_all_networks_and_agree_with_them(nets, enlarge, size, said):
+    check = functools.partial(corruption_nets.check_sizes, "config.nets", nets, enlarge)
+    if said:
+        with pytest.raises(UserError, match=said):
+            check((*size, 3))
+        return
+    check((*size, 3))
+    for name, factor in zip(nets, enlarge, strict=True):
+        net = corruption_nets.make(name, enlarge=factor)
+        y = jax.eval_shape(net.apply, net.theta, jnp.zeros((1, *size, 3)), jax.random.key(0))
+        assert y.shape == (1, *size, 3)
+
+
+@pytest.mark.parametrize("enlarge", [0, -1, 1.5, "2", True, None])
+def test_factors_that_enlarge_nothing_are_refused(enlarge):
+    with pytest.raises(UserError, match=r"enlarge=.* must be an integer of at least 1"):
+        corruption_nets.make("cae", enlarge=enlarge)
 
 
 def test_bits_have_the_latent_as_their_mean_and_pass_gradients_straight_through():

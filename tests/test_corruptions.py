@@ -251,6 +251,31 @@ def test_defocus_kernels():
     assert corruptions._disk(10, 0.5).shape == (21, 21)
 
 
+@pytest.mark.parametrize("table", corruptions.TABLES)
+@pytest.mark.parametrize("severity", range(1, 6))
+def test_defocus_kernels_are_normalised_before_their_blur_only(table, severity):
+    radius, sigma = corruptions.TABLES[table]["defocus_blur"][severity - 1]
+    half, reach = (8, 1) if radius <= 8 else (radius, 2)
+    x, y = np.meshgrid(*2 * [np.arange(-half, half + 1)])
+    disk = np.float32(x**2 + y**2 <= radius**2)
+    disk /= disk.sum()
+    ours = corruptions._disk(radius, sigma)
+    ours = np.pad(ours, (len(disk) - len(ours)) // 2)
+    expected = scipy.ndimage.gaussian_filter(disk, sigma, mode="mirror", radius=reach)
+    np.testing.assert_allclose(ours, expected, atol=1e-7)
+    cv2 = pytest.importorskip("cv2", exc_type=ImportError)
+    expected = cv2.GaussianBlur(disk, ksize=(2 * reach + 1,) * 2, sigmaX=sigma)
+    np.testing.assert_allclose(ours, expected, atol=1e-7)
+
+
+def test_imagenets_strongest_defocus_blurs_brighten_as_published():
+    grey = np.full((1, 48, 48, 3), 200, np.uint8)
+    values = [np.unique(corrupt("defocus_blur", s, grey, table="imagenet")) for s in range(1, 6)]
+    assert values == [200, 200, 200, 202, 202]
+    sums = [corruptions._disk(radius, 0.5).sum() for radius in (6, 8, 10)]
+    np.testing.assert_allclose(sums, [1, 1.0130, 1.0108], atol=1e-4)
+
+
 @pytest.mark.parametrize("factor", [1.0, 1.01, 1.13, 1.75, 2.25, 4.5])
 @pytest.mark.parametrize("size", [32, 45])
 def test_zoom_is_scipys_of_the_middle(factor, size):
@@ -607,6 +632,16 @@ def test_other_versions_are_not_mixed(tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="versions is"):
         write(tmp_path, ["pixelate"])
+
+
+def test_only_imagenets_former_recipe_is_not_gone_on_with(tmp_path):
+    for table in corruptions.TABLES:
+        write(tmp_path / table, ["contrast"], table=table)
+        path = tmp_path / table / "manifest.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"recipe": 1}))
+    write(tmp_path / "cifar", ["pixelate"])
+    with pytest.raises(UserError, match="recipe is 1, and this one would have 2"):
+        write(tmp_path / "imagenet", ["pixelate"], table="imagenet")
 
 
 def test_folders_that_are_not_ours(tmp_path):

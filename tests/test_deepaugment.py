@@ -120,6 +120,35 @@ def test_sets_that_do_not_fit_are_refused(tmp_path):
         deepaugment.open_set(tmp_path, DATASET, 1)
 
 
+def test_sizes_are_checked_for_all_networks_before_any_is_rendered(tmp_path):
+    dataset = data.from_arrays(np.zeros((4, 33, 47, 3), np.uint8), np.arange(4))
+    both = config(nets=("edsr_small", "cae"), weights=("", ""), enlarge=(1, 2))
+    with pytest.raises(UserError, match=r"config\.nets=.* 'cae'\) does not fit images of 33x47"):
+        deepaugment.write_set(dataset, tmp_path / "set", both)
+    assert not (tmp_path / "set").exists()
+
+
+def unrendered(net, theta, images, *, start, stop, **fields):
+    yield images[np.arange(start, stop)]
+
+
+def test_a_set_of_the_cae_s_former_recipe_is_trained_on_but_not_added_to(tmp_path, monkeypatch):
+    monkeypatch.setattr(deepaugment, "generate", unrendered)
+    both = config(nets=("edsr_small", "cae"), weights=("", ""), enlarge=(1, 1))
+    for name, fields in (("edsr", config()), ("both", both)):
+        deepaugment.write_set(DATASET, tmp_path / name, fields)
+        path = tmp_path / name / "manifest.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"recipe": 1}))
+        assert len(deepaugment.open_set(tmp_path / name, DATASET, 1).copies) == len(fields.nets)
+    both.copies = 2
+    assert deepaugment.write_set(DATASET, tmp_path / "edsr", config(copies=2))
+    with pytest.raises(UserError, match="recipe is 1, and this one would have 2"):
+        deepaugment.write_set(DATASET, tmp_path / "both", both)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"recipe": 3}))
+    with pytest.raises(UserError, match="recipe 3"):
+        deepaugment.open_set(tmp_path / "both", DATASET, 1)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

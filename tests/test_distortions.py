@@ -341,6 +341,12 @@ def test_latent_convolutions():
     assert 0.7 < np.mean(np.diff(taps, axis=1) == 0) < 0.95
 
 
+def test_a_channel_is_never_mixed_with_itself_in_place():
+    # One in 576 draws itself, unshifted; adding to its tap of 1, not setting it, would double it.
+    distance = np.abs(latents(distortions.latent_mix, 150) - 2 * np.asarray(LATENT)).max((1, 2))
+    assert distance.min() > 0.1
+
+
 def test_head_features_are_exchanged_dropped_negated_or_left():
     h = jnp.asarray(np.random.default_rng(0).normal(size=(1, 8, 8, 64)), jnp.float32)
     draws = jax.random.split(jax.random.key(0), 80)

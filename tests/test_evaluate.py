@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from ml_collections import ConfigDict
 
 from ada_jax import checkpoint, corruptions, data, evaluate, photographs, train
@@ -209,6 +210,10 @@ def test_a_written_folder_counts_as_the_images_corrupted_on_the_fly(written):
     assert counts(sets_of(images(), "extra", corruption_seed=8)) != counts(on_the_fly)
     assert from_folder.source["kind"] == "npy" and from_folder.source["seed"] == 7
     assert on_the_fly.source["kind"] == "on_the_fly"
+    # Numbers of CIFAR's corruptions stand beside those of before the change to ImageNet's.
+    assert on_the_fly.source["recipe"] == from_folder.source["recipe"] == 1
+    stronger = sets_of(images(), "extra", corruption_table="imagenet")
+    assert stronger.source["recipe"] == 2
 
 
 def test_a_published_folder_in_its_own_order_and_either_spelling(folder):
@@ -547,6 +552,19 @@ def test_variables_come_from_the_weights_file_else_from_the_newest_good_checkpoi
         )
     with pytest.raises(UserError, match="does not fit this network"):
         evaluate.load_variables(config_with(), classifier(), (8, 8, 3), file)
+
+
+def test_a_classifier_that_another_program_saved_in_half_precision_is_evaluated(tmp_path):
+    (params, state), file = variables(), tmp_path / "weights.safetensors"
+    checkpoint.save_weights(file, {"params": params, "state": state}, {})
+    halves = {
+        name: a.astype(np.float16) if a.dtype == np.float32 else a
+        for name, a in safetensors.numpy.load_file(file).items()
+    }
+    file.write_bytes(safetensors.numpy.save(halves, {"format": "pt"}))
+    found = evaluate.load_variables(config_with(), classifier(), (16, 16, 3), file)
+    chex.assert_trees_all_equal_dtypes(found[:2], (params, state))
+    chex.assert_trees_all_close(found[:2], (params, state), rtol=1e-3, atol=1e-6)
 
 
 def test_weights_of_images_normalised_otherwise_are_refused(tmp_path):

@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ from ada_jax import corruption_nets, import_weights
 from ada_jax.errors import UserError
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[torch]'")
+import safetensors.torch  # noqa: E402
+
 nn = torch.nn
 SIZES = [(32, 32), (48, 40)]
 
@@ -170,6 +173,20 @@ def test_export_and_import_round_trip_bitwise(tmp_path, torch_cae):
         module.load_state_dict(back)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_files_of_any_precision_and_kind_give_the_same_float32(tmp_path, dtype, suffix):
+    module = torch_edsr("edsr_small").to(dtype)
+    source, out = str(tmp_path / f"in.{suffix}"), str(tmp_path / "out.safetensors")
+    save = torch.save if suffix == "pt" else safetensors.torch.save_file
+    save(dict(module.named_parameters()), source)
+    import_weights.import_file("edsr", source, out)  # the mean shift is rounded too
+    theta = corruption_nets.make("edsr_small", weights=out).theta
+    assert {leaf.dtype for leaf in jax.tree.leaves(theta)} == {jnp.dtype("float32")}
+    first = np.asarray(theta["head"]["w"]).transpose(3, 2, 0, 1)
+    np.testing.assert_array_equal(first, module.head[0].weight.detach().float().numpy())
+
+
 def test_old_files_wrapped_dicts_and_prefixes_are_read(tmp_path):
     module = torch_edsr("edsr_small")
     theta = import_weights.from_torch(
@@ -200,6 +217,15 @@ def damaged(path, kind):
         torch.save(torch_edsr("edsr_small"), path)
     elif kind == "text":
         path.write_text("not a network")
+    elif kind == "page":
+        path.write_text("<!DOCTYPE html><p>Sign in</p>")
+    elif kind == "empty":
+        path.touch()
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "zip":
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("data.txt", "not a network")
     elif kind == "list":
         torch.save([state["tail.1.bias"]], path)
     else:
@@ -209,6 +235,14 @@ def damaged(path, kind):
             state["sub_mean.bias"] += 1
         if kind == "missing":
             del state["body.4.weight"]
+        if kind == "more":
+            state["body.4.scale"] = torch.zeros(())
+        if kind == "number":
+            state = {3: torch.zeros(())}
+        if kind == "sparse":
+            state = {"head.0.weight": torch.eye(3).to_sparse()}
+        if kind == "large":
+            state["tail.1.bias"] = state["tail.1.bias"].double() + 1e300
         if kind == "shape":
             state["tail.1.bias"] = torch.zeros(4)
         torch.save(state, path)
@@ -221,7 +255,15 @@ def damaged(path, kind):
     [
         ("code", "more than tensors"),
         ("module", "more than tensors"),
-        ("text", "was refused|not a whole PyTorch file"),
+        ("text", r"is neither a PyTorch nor a safetensors file \(it starts with b'not a net'\)"),
+        ("page", "starts with b'<!DOCTYPE'.* that it is not a page"),
+        ("empty", "starts with b''"),
+        ("folder", "cannot be read .Is a directory"),
+        ("zip", "not a whole PyTorch file"),
+        ("number", "no state dict of tensors"),
+        ("sparse", "no state dict of tensors"),
+        ("more", r"has 1 arrays more, body\.4\.scale first"),
+        ("large", r"tail\.1\.bias holds NaN or infinity"),
         ("half", "not a whole PyTorch file"),
         ("list", "no state dict"),
         ("nan", r"tail\.1\.bias holds NaN"),
@@ -235,11 +277,25 @@ def test_bad_files_are_refused_in_a_sentence_and_nothing_is_written(tmp_path, ki
     out = tmp_path / "out.safetensors"
     with pytest.raises(UserError, match=said) as error:
         import_weights.import_file("edsr_small", str(tmp_path / "in.pt"), str(out))
-    if kind in ("nan", "mean"):  # the right sentence also where the preset is looked for
+    if kind in (
+        "nan",
+        "mean",
+        "missing",
+        "more",
+        "shape",
+    ):  # the right sentence also where the preset is looked for
         with pytest.raises(UserError, match=said):
             import_weights.import_file("edsr", str(tmp_path / "in.pt"), str(out))
     assert "\n" not in str(error.value)
     assert not out.exists() and not os.path.exists("/tmp/ada_jax_ran_code")
+
+
+def test_what_cannot_be_written_is_told_in_a_sentence(tmp_path):
+    ours = imported(tmp_path, "edsr", torch_edsr("edsr_small"))
+    for out in (f"{ours}/out.pt", str(tmp_path)):
+        with pytest.raises(UserError, match=r"cannot be written \("):
+            import_weights.export_file("edsr_small", ours, out)
+    assert sorted(os.listdir(tmp_path)) == ["in.pt", "out.safetensors"]
 
 
 def test_a_file_of_another_network_is_refused(tmp_path, torch_cae):

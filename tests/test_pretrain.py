@@ -228,6 +228,13 @@ def test_bad_configs_are_refused_in_a_sentence(fields, message, tmp_path):
     assert str(error.value).endswith(".") and "\n" not in str(error.value)
 
 
+def test_patches_that_the_cae_does_not_take_are_refused():
+    for patch in (30, 45):
+        with pytest.raises(UserError, match=rf"config\.patch={patch} does not fit the CAE: take "):
+            pretrain.validate(get_config("cae", patch=patch))
+    pretrain.validate(get_config("cae", patch=12))
+
+
 def test_patches_larger_than_the_images_are_refused(tmp_path):
     np.savez(tmp_path / "x.npz", images=np.full((20, 14, 14, 3), 9, np.uint8), labels=[0, 1] * 10)
     fields = {"dataset": "npz", "data_dir": str(tmp_path / "x.npz"), "patch": 15}

@@ -129,12 +129,19 @@ def test_figures_are_drawn(tmp_path):
         (["ssim", "--radii=-0.1"], "--radii=-0.1 is no radius"),
         (["reconstruct", "--corruptions="], "--corruptions is empty"),
         (
+            ["ssim", "--dataset=npz", "--data_dir=33x47.npz", "--split=all"],
+            "--nets=('edsr_baseline_x4', 'cae') does not fit images of 33x47",
+        ),
+        (
             ["ssim", "--dataset=photos", "--nets=edsr_small", "--examples=100000"],
             "--examples=100000",
         ),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(words, said, tmp_path):
+    zeros = np.zeros((640, 33, 47, 3), np.uint8)
+    np.savez_compressed(tmp_path / "33x47.npz", images=zeros, labels=np.arange(640) % 2)
+    words = [word.replace("33x47", f"{tmp_path}/33x47") for word in words]
     command = [sys.executable, "-m", "ada_jax.study", *words, f"--out={tmp_path}/out"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and said in done.stderr

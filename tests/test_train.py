@@ -249,6 +249,16 @@ def test_data_that_does_not_fit_is_found_before_anything_is_compiled(changes, sa
         train.build(tiny(**changes))
 
 
+def test_images_that_a_corruption_network_does_not_take_are_found_before_compiling(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (64, 30, 30, 3), np.uint8)
+    np.savez(tmp_path / "x.npz", images=images, labels=np.arange(64) % 4)
+    fields = {"dataset": "npz", "data_dir": str(tmp_path / "x.npz"), "method": "ada"}
+    fields |= {"train_split": "all", "eval_split": "all", "ada.corruption_net": ("cae",)}
+    with pytest.raises(UserError, match=r"config\.ada\.corruption_net=.* fit images of 30x30"):
+        train.build(tiny(**fields))
+    train.build(tiny(**fields | {"ada.corruption_enlarge": (2,)}))
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -118,6 +118,16 @@ def test_mistakes_are_said_before_anything_is_loaded(tmp_path, flag, said):
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
 
 
+def test_networks_that_do_not_take_the_images_are_said_before_anything_is_measured(tmp_path):
+    np.savez(tmp_path / "x.npz", images=np.zeros((9, 30, 30, 3), np.uint8), labels=np.arange(9))
+    command = [sys.executable, "-m", "ada_jax.evaluate", "--config=experiments/quickstart.py"]
+    command += ["--config.dataset=npz", f"--data_dir={tmp_path / 'x.npz'}", "--split=all"]
+    command += ["--random", f"--out={tmp_path / 'r.json'}", "--sets=ada", "--ada_nets=cae"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "--ada_nets=('cae',) does not fit" in done.stderr, done.stderr
+    assert not (tmp_path / "r.json").exists()
+
+
 @pytest.mark.slow
 def test_the_binary_measures_under_ada(tmp_path):
     command = [sys.executable, "-m", "ada_jax.evaluate", "--config=experiments/quickstart.py"]
