@@ -19,6 +19,11 @@ from ada_jax.errors import UserError
 
 AnyPath = str | os.PathLike[str]
 
+# The repository's folder of configs: inside an installed package, in a clone beside it.
+EXPERIMENTS = pathlib.Path(__file__).parent / "experiments"
+if not EXPERIMENTS.is_dir():
+    EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
+
 _ANSWER_SECONDS = 50  # for a bucket; without a network Google's libraries take their time
 _JOURNAL_SECONDS = 60.0  # between two uploads of a journal: each is paid for, and sends all of it
 
@@ -53,6 +58,20 @@ def local(what: str, path: AnyPath) -> pathlib.Path:
             "folder of this machine, after gcloud storage cp --recursive if it has to be copied."
         )
     return pathlib.Path(path).expanduser()
+
+
+def experiment(name: str) -> str:
+    """The same file, or the package's own where experiments/... is named outside of a clone.
+
+    Args:
+      name: FILE or FILE:WORDS.
+    """
+    path, colon, words = name.partition(":")
+    parts = pathlib.PurePath(path).parts
+    if os.path.exists(path) or parts[:1] != ("experiments",):
+        return name
+    own = EXPERIMENTS.joinpath(*parts[1:])
+    return f"{own}{colon}{words}" if own.is_file() else name
 
 
 def check_bucket(what: str, path: AnyPath) -> None:
