@@ -68,8 +68,11 @@ class Logbook:
           write: False on the processes that leave writing to another.
         """
         self._journal = self._tensorboard = None
+        # On every process: those that did not import it would give up waiting at the first step.
+        summary_writer = _summary_writer()
         if write:
-            self._tensorboard = _tensorboard(os.path.join(workdir, "tensorboard"))
+            if summary_writer:
+                self._tensorboard = summary_writer(os.path.join(workdir, "tensorboard"))
             kept = [json.dumps(r) + "\n" for r in read(workdir) if r["step"] <= step]
             self._journal = paths.Journal(os.path.join(workdir, "metrics.jsonl"), "".join(kept))
 
@@ -97,10 +100,12 @@ class Logbook:
             self._journal.close()
 
 
-def _tensorboard(folder: str) -> Any:
+def _summary_writer() -> type | None:
     """clu's writer of TensorBoard's files; None where what it needs is not installed."""
     try:
         from clu.metric_writers import SummaryWriter  # imports TensorFlow: takes seconds
+
+        return SummaryWriter
     except ImportError as error:
         logging.info(
             "Metrics go to metrics.jsonl and this log, and not to TensorBoard (%s); to have it: "
@@ -108,7 +113,6 @@ def _tensorboard(folder: str) -> Any:
             error,
         )
         return None
-    return SummaryWriter(folder)
 
 
 def read(workdir: str) -> list[Record]:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from ada_jax.errors import UserError
+from ada_jax.errors import UserError, require_extra
 
 AnyPath = str | os.PathLike[str]
 
@@ -84,10 +84,12 @@ def check_bucket(what: str, path: AnyPath) -> None:
       path: any path.
 
     Raises:
-      UserError: the bucket is not there, does not let us in, or cannot be reached.
+      UserError: the bucket is not there, does not let us in, or cannot be reached, or a package
+        for it is not installed.
     """
     if not in_bucket(path):
         return
+    require_extra(what, "etils", "google.cloud.storage", "tensorflow")
     bucket = os.fspath(path).removeprefix("gs://").partition("/")[0]
     if problem := _problem(bucket):
         raise UserError(

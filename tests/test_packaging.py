@@ -133,6 +133,7 @@ def test_a_light_installation_has_all_but_training(tmp_path):
     for command, sentence in (
         (("train", "--config=experiments/quickstart.py"), "Training needs the package grain"),
         (("report", "--paper", "--figures=f"), "--figures=f needs the package matplotlib"),
+        (("evaluate", "--workdir=gs://b/f"), "--workdir=gs://b/f needs the package etils"),
         (
             ("evaluate", "--config=experiments/cifar10.py", "--random", "--out=f"),
             "The data set cifar10 needs the package tensorflow_datasets",
