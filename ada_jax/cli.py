@@ -17,7 +17,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from ada_jax import hosts, paths
+from ada_jax import errors, hosts, paths
 from ada_jax.errors import UserError
 
 INTERRUPTED = 143  # exit status after SIGTERM: state saved, start the same command to go on
@@ -34,7 +34,10 @@ def run(
       distributed: whether it can be one of several processes, and takes `hosts`' flags.
     """
     config_flag = config_flags.DEFINE_config_file(
-        "config", None, "File with get_config(), as experiments/cifar10.py or FILE:WORDS."
+        "config",
+        None,
+        "File with get_config(), as experiments/cifar10.py or FILE:WORDS. Where there is no folder "
+        "experiments, its files are those that the package brings.",
     )
     workdir = flags.DEFINE_string(
         "workdir", None, "Folder of the run, may be gs://...; runs/NAME of the config by default."
@@ -75,6 +78,10 @@ def start(main: Callable[[list[str]], int | None], *, computes: bool = False) ->
             status = main(argv)
         except UserError as error:
             status = _complain(error)
+        except ModuleNotFoundError as error:
+            if str(error.name).partition(".")[0] not in errors.EXTRA:
+                raise
+            status = _complain(errors.missing("This command", error.name))
         except BrokenPipeError:  # `| head` has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             status = 1
@@ -99,6 +106,7 @@ def _is_ours_or_warning(record: python_logging.LogRecord) -> bool:
 
 def _parse_flags(argv: list[str]) -> list[str]:
     try:
+        argv = found_configs(argv)
         for path in _config_files(argv):
             if not path.is_file():
                 raise UserError(
@@ -128,6 +136,19 @@ def unknown_field(error: Exception) -> str:
     field, *hint = str(error.args[0]).splitlines()
     field = field.strip("'\"")
     return " ".join([f"The config has no field {field!r}.", *hint])
+
+
+def found_configs(argv: list[str]) -> list[str]:
+    """The same arguments, with each --config where `paths.experiment` finds it."""
+    found = []
+    for before, argument in itertools.pairwise(["", *argv]):
+        flag, equals, value = argument.partition("=")
+        if re.fullmatch("--?config", flag) and equals:
+            argument = f"{flag}={paths.experiment(value)}"
+        elif before in ("--config", "-config"):
+            argument = paths.experiment(argument)
+        found.append(argument)
+    return found
 
 
 def _config_files(argv: list[str]) -> list[pathlib.Path]:

@@ -20,7 +20,6 @@ from concurrent import futures
 from typing import Any
 
 import chex
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +29,7 @@ from jax import lax
 from PIL import Image
 
 from ada_jax import keys, paths, photographs
-from ada_jax.errors import UserError
+from ada_jax.errors import UserError, require_extra
 
 NAMES = ("mnist5k", "cifar10", "imagenet2012", "folder", "npz")
 PHOTOGRAPHS = ("imagenet2012", "folder")  # Of any size, so that they can be cropped at random.
@@ -370,6 +369,7 @@ def _tfds_records(
     name: str, split: str, data_dir: Any, image_key: str, download: bool = False
 ) -> Sequence[Any]:
     """The records of a split or a slice of it, images still encoded."""
+    require_extra(f"The data set {name}", "tensorflow_datasets")
     import tensorflow_datasets as tfds
 
     builder = _tfds_builder(name, data_dir or os.environ.get("TFDS_DATA_DIR") or None, download)
@@ -997,7 +997,7 @@ def chained_eval_batches(
         return i, gather(datasets[i], np.minimum(positions, size - 1)) | {"mask": mask}
 
     size = max((_bytes(dataset, len(share)) for dataset in datasets), default=1)
-    return _prefetched(batch, range(len(places)), num_threads, size)
+    return _in_threads(batch, range(len(places)), num_threads, _ahead(num_threads, size))
 
 
 def _share(batch_size: int, process_index: int, process_count: int) -> np.ndarray:
@@ -1043,11 +1043,34 @@ def _bytes(dataset: Dataset, examples: int) -> int:
     return examples * int(np.prod(dataset.image_shape))
 
 
+def _ahead(num_threads: int, batch_bytes: int) -> int:
+    """How many batches to make ahead of need."""
+    return min(2 * num_threads, max(2, _AHEAD_LIMIT // batch_bytes))
+
+
+def _in_threads(
+    batch: Callable[[int], Any], steps: range, num_threads: int, ahead: int
+) -> Iterator[Any]:
+    """As `_prefetched`, for few steps and without grain, which evaluation does not need."""
+    pool, made = futures.ThreadPoolExecutor(num_threads), collections.deque()
+    try:
+        for step in steps:
+            made.append(pool.submit(batch, step))
+            if len(made) == ahead:
+                yield made.popleft().result()
+        while made:
+            yield made.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def _prefetched(
     batch: Callable[[int], Any], steps: range, num_threads: int, batch_bytes: int
 ) -> Iterator[Any]:
+    import grain  # takes seconds, and who only evaluates may not have it
+
     # Grain maps whole steps, not examples: batching is then one fancy index, not a copy a piece.
-    ahead = min(2 * num_threads, max(2, _AHEAD_LIMIT // batch_bytes))
+    ahead = _ahead(num_threads, batch_bytes)
     options = grain.ReadOptions(min(num_threads, ahead), prefetch_buffer_size=ahead)
     batches = grain.MapDataset.range(steps.start, steps.stop).map(batch)
     return iter(batches.to_iter_dataset(options))

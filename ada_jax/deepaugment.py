@@ -38,7 +38,7 @@ from ada_jax import (
     npy_files,
     paths,
 )
-from ada_jax.errors import UserError
+from ada_jax.errors import UserError, require_extra
 
 # By network; raised whenever the same seed gives other images than before.
 RECIPES = dict.fromkeys(corruption_nets.names(), 1) | {"cae": 2}
@@ -386,6 +386,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
 def main(config: ml_collections.ConfigDict, out: str) -> None:
     """Writes the set and a contact sheet of it."""
     validate(config)
+    require_extra("The contact sheet", "matplotlib")
     cli.set_up_devices(config.cpu_devices, config.compilation_cache)
     dataset = data.load(
         config.dataset,

@@ -22,6 +22,11 @@ def replicate(tree: Any) -> Any:
     return jax.pmap(lambda a: a, AXIS)(tree) if jax.tree.leaves(tree) else tree
 
 
+def first(value: Any) -> Any:
+    """The first local device's part of an array, on that device; others are left as they are."""
+    return value.addressable_shards[0].data if isinstance(value, jax.Array) else value
+
+
 def unreplicate(tree: Any) -> Any:
     """The first device's copy, on the host."""
-    return jax.tree.map(lambda a: np.asarray(a[0]), tree)
+    return jax.tree.map(lambda a: np.asarray(first(a)).reshape(a.shape[1:]), tree)

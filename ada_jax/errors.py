@@ -1,5 +1,13 @@
 """The exceptions that mean: the user can mend this."""
 
+import importlib.util
+
+# The modules of setup.py's extra [train], which a light installation lacks.
+EXTRA = (
+    *("clu", "etils", "google", "grain", "matplotlib", "mlxtend", "orbax", "skimage"),
+    *("tensorflow", "tensorflow_datasets"),
+)
+
 
 class UserError(ValueError):
     """A mistake in a config, a file or an argument, told in one full sentence.
@@ -11,6 +19,30 @@ class UserError(ValueError):
 
 class NotFiniteError(UserError):
     """Training diverged; every process of a run finds it at the same step."""
+
+
+def missing(what: str, module: str) -> UserError:
+    """What to say where something needs a module of `EXTRA` that is not installed."""
+    return UserError(f"{what} needs the package {module}: pip install 'ada-jax[train]'.")
+
+
+def require_extra(what: str, *modules: str) -> None:
+    """Checks that modules of `EXTRA` are installed, without importing them.
+
+    Args:
+      what: needs them, in the message.
+      *modules: as 'grain' or 'orbax.checkpoint'.
+
+    Raises:
+      UserError: one is missing.
+    """
+    for module in modules:
+        try:
+            found = importlib.util.find_spec(module)
+        except ModuleNotFoundError:  # The package that it is in.
+            found = None
+        if found is None:
+            raise missing(what, module)
 
 
 def renamed(error: UserError, names: dict[str, str]) -> UserError:

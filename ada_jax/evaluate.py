@@ -43,7 +43,7 @@ from ada_jax import (
     photographs,
     worst_case,
 )
-from ada_jax.devices import AXIS, replicate, shard
+from ada_jax.devices import AXIS, replicate, shard, unreplicate
 from ada_jax.errors import UserError, renamed
 
 SCHEMA = 1
@@ -232,7 +232,7 @@ def corruption_errors(
 
 def _counts(sums: Iterable[dict[str, jax.Array]]) -> Counts:
     # Added up on the host, where neither integers nor the loss run out of digits.
-    fetched = [{name: value[0].item() for name, value in s.items()} for s in sums]
+    fetched = [{name: value.item() for name, value in unreplicate(s).items()} for s in sums]
     examples, wrong, loss = (sum(f[k] for f in fetched) for k in ("examples", "wrong", "loss"))
     return {
         "examples": examples,

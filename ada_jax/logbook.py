@@ -15,7 +15,7 @@ import numpy as np
 import tqdm
 from absl import logging
 
-from ada_jax import paths
+from ada_jax import devices, paths
 from ada_jax.errors import NotFiniteError
 
 Record = dict[str, Any]
@@ -67,20 +67,22 @@ class Logbook:
           step: step that the run goes on from.
           write: False on the processes that leave writing to another.
         """
-        from clu import metric_writers  # imports TensorFlow: takes seconds
-
-        self._journal = None
-        self._writer = metric_writers.create_default_writer(
-            os.path.join(workdir, "tensorboard"), just_logging=not write, asynchronous=False
-        )
+        self._journal = self._tensorboard = None
+        # On every process: those that did not import it would give up waiting at the first step.
+        summary_writer = _summary_writer()
         if write:
+            if summary_writer:
+                self._tensorboard = summary_writer(os.path.join(workdir, "tensorboard"))
             kept = [json.dumps(r) + "\n" for r in read(workdir) if r["step"] <= step]
             self._journal = paths.Journal(os.path.join(workdir, "metrics.jsonl"), "".join(kept))
 
     def write(self, step: int, kind: str, metrics: dict[str, float]) -> None:
         """Writes one record of scalars: kind is 'train', 'eval' and so on."""
         metrics = {k: float(v) for k, v in metrics.items()}
-        self._writer.write_scalars(step, {f"{kind}/{k}": v for k, v in metrics.items()})
+        scalars = {f"{kind}/{k}": v for k, v in sorted(metrics.items())}
+        logging.info("[%d] %s", step, ", ".join(f"{k}={v:f}" for k, v in scalars.items()))
+        if self._tensorboard:
+            self._tensorboard.write_scalars(step, scalars)
         if self._journal:
             self._journal.write(json.dumps({"step": step, "kind": kind, **metrics}) + "\n")
 
@@ -91,10 +93,26 @@ class Logbook:
 
     def close(self) -> None:
         """Writes out what is buffered."""
-        self._writer.flush()
-        self._writer.close()
+        if self._tensorboard:
+            self._tensorboard.flush()
+            self._tensorboard.close()
         if self._journal:
             self._journal.close()
+
+
+def _summary_writer() -> type | None:
+    """clu's writer of TensorBoard's files; None where what it needs is not installed."""
+    try:
+        from clu.metric_writers import SummaryWriter  # imports TensorFlow: takes seconds
+
+        return SummaryWriter
+    except ImportError as error:
+        logging.info(
+            "Metrics go to metrics.jsonl and this log, and not to TensorBoard (%s); to have it: "
+            "pip install clu tensorboard tensorflow",
+            error,
+        )
+        return None
 
 
 def read(workdir: str) -> list[Record]:
@@ -128,7 +146,7 @@ def finite(pending: list[dict[str, Any]], step: int, *, advice: str) -> list[dic
     """
     fetched = [
         {name: float(np.ravel(value)[0]) for name, value in metrics.items()}
-        for metrics in jax.device_get(pending)
+        for metrics in jax.device_get(jax.tree.map(devices.first, pending))
     ]
     for i, metrics in enumerate(fetched):
         loss, norm = metrics["loss"], metrics.get("gradient_norm", 0.0)
@@ -155,13 +173,22 @@ def table(rows: list[tuple[str, str]]) -> str:
     return "\n".join(f"| {name:{widths[0]}} | {value:{widths[1]}} |" for name, value in rows)
 
 
-def commit() -> str:
-    """The git commit of the code that ran, '' outside a checkout."""
-    folder = pathlib.Path(__file__).parent
-    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+def commit(package: pathlib.Path = pathlib.Path(__file__).parent) -> str:
+    """The git commit of the code that ran: an installed package's own, or its clone's, else ''."""
+    built = package / "commit.txt"  # setup.py writes it into wheels
+    if built.is_file():
+        return built.read_text().strip()
+
+    def git(*command: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(package), *command], capture_output=True, text=True
+        ).stdout.strip()
+
     try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    except OSError:
+        # Another repository may hold the package, as one with a virtual environment in it does.
+        tracked = git("ls-files", "--full-name", "__init__.py")
+        return git("rev-parse", "HEAD") if tracked == "ada_jax/__init__.py" else ""
+    except OSError:  # There is no git.
         return ""
 
 

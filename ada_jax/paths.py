@@ -15,9 +15,14 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from ada_jax.errors import UserError
+from ada_jax.errors import UserError, require_extra
 
 AnyPath = str | os.PathLike[str]
+
+# The repository's folder of configs: inside an installed package, in a clone beside it.
+EXPERIMENTS = pathlib.Path(__file__).parent / "experiments"
+if not EXPERIMENTS.is_dir():
+    EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
 
 _ANSWER_SECONDS = 50  # for a bucket; without a network Google's libraries take their time
 _JOURNAL_SECONDS = 60.0  # between two uploads of a journal: each is paid for, and sends all of it
@@ -55,6 +60,20 @@ def local(what: str, path: AnyPath) -> pathlib.Path:
     return pathlib.Path(path).expanduser()
 
 
+def experiment(name: str) -> str:
+    """The same file, or the package's own where experiments/... is named outside of a clone.
+
+    Args:
+      name: FILE or FILE:WORDS.
+    """
+    path, colon, words = name.partition(":")
+    parts = pathlib.PurePath(path).parts
+    if os.path.exists(path) or parts[:1] != ("experiments",):
+        return name
+    own = EXPERIMENTS.joinpath(*parts[1:])
+    return f"{own}{colon}{words}" if own.is_file() else name
+
+
 def check_bucket(what: str, path: AnyPath) -> None:
     """Finds out within a minute whether the bucket of a path can be used; others pass.
 
@@ -65,10 +84,12 @@ def check_bucket(what: str, path: AnyPath) -> None:
       path: any path.
 
     Raises:
-      UserError: the bucket is not there, does not let us in, or cannot be reached.
+      UserError: the bucket is not there, does not let us in, or cannot be reached, or a package
+        for it is not installed.
     """
     if not in_bucket(path):
         return
+    require_extra(what, "etils", "google.cloud.storage", "tensorflow")
     bucket = os.fspath(path).removeprefix("gs://").partition("/")[0]
     if problem := _problem(bucket):
         raise UserError(

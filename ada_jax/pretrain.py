@@ -20,7 +20,7 @@ import optax
 from absl import logging
 
 from ada_jax import checkpoint, cli, corruption_nets, data, keys, logbook, paths, ssim
-from ada_jax.errors import UserError
+from ada_jax.errors import UserError, require_extra
 
 PHOTOS = {  # scikit-image's colour photographs that come inside its package
     "train": ("astronaut", "coffee", "rocket", "stereo_motorcycle"),
@@ -418,6 +418,8 @@ def build(config: ml_collections.ConfigDict) -> Parts:
 def main(config: ml_collections.ConfigDict, workdir: str) -> int | None:
     """Trains, or goes on training, in `workdir`; returns an exit status."""
     validate(config)
+    photos = ["skimage"] if config.dataset == "photos" else []
+    require_extra("Training", "grain", "orbax.checkpoint", *photos)
     paths.check_bucket(f"--workdir={workdir}", workdir)
     cli.set_up_devices(0, config.compilation_cache)
     parts = build(config)

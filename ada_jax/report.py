@@ -16,7 +16,6 @@ severities (un-normalised).
 import json
 import math
 import os
-import pathlib
 import re
 import statistics
 from collections.abc import Iterable
@@ -25,10 +24,10 @@ from typing import Any, NamedTuple
 from absl import flags, logging
 
 from ada_jax import cli, corruptions, evaluate, figures, gallery, logbook, paths, tables, worst_case
-from ada_jax.errors import UserError
+from ada_jax.errors import UserError, require_extra
 from ada_jax.tables import Cell, Table
 
-PUBLISHED = pathlib.Path(__file__).parents[1] / "experiments" / "results" / "published.json"
+PUBLISHED = paths.EXPERIMENTS / "results" / "published.json"
 METHODS = ("nominal", "ada", "deepaugment", "deepaugment10x", "augmix")
 NAMES, EXTRA = corruptions.NAMES, corruptions.EXTRA
 GROUPS = {  # the paper's headings
@@ -710,6 +709,8 @@ def main(argv: list[str]) -> None:
             "No results are named: give results files or folders of runs, or --paper for the "
             "paper's own numbers."
         )
+    if f.figures:
+        require_extra(f"--figures={f.figures}", "matplotlib")
     files = [*_evaluated(argv[1:]), *([str(PUBLISHED)] if f.paper else [])]
     everything = [result for file in files for result in read(file)]
     results = [result for result in everything if not result.published]

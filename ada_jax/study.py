@@ -34,7 +34,7 @@ from ada_jax import (
     pretrain,
     ssim,
 )
-from ada_jax.errors import UserError, renamed
+from ada_jax.errors import UserError, renamed, require_extra
 
 RADII = ("0.0075", "0.009375", "0.015", "0.03", "0.06")
 PAPER = {"edsr": (0.91, 0.26), "cae": (0.84, 0.16)}  # mean and deviation over all corruptions
@@ -368,6 +368,7 @@ def _run(argv: list[str]) -> None:
     evaluate.check_radii("radii", f.radii)
     for flag in ("out", "workdir"):
         paths.check_bucket(f"--{flag}={f[flag].value}", f[flag].value)
+    require_extra("The study's figure", "matplotlib")
     cli.set_up_devices(f.cpu_devices, "~/.cache/ada_jax")
     nets = {name: corruption_nets.make(name) for name in f.nets}
     images, labels, classes = load_images(f.dataset, f.split, f.data_dir, f.examples, f.seed)

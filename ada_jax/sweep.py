@@ -140,7 +140,7 @@ def read(sweep: str, overrides: Sequence[str] = ()) -> list[Point]:
 
 def _load(sweep: str) -> tuple[str, list[Fields]]:
     """The file's CONFIG, '' for none, and its points."""
-    path, _, words = sweep.partition(":")
+    path, _, words = paths.experiment(sweep).partition(":")
     if not (os.path.isfile(path) and path.endswith(".py")):
         raise UserError(
             f"--sweep={path} is not a Python file: name one, as experiments/sweeps/table1.py."
@@ -221,6 +221,7 @@ def load_config(arguments: list[str]) -> dict[str, Any]:
       UserError: what ada_jax.train would say of them.
     """
     values = flags.FlagValues()
+    arguments = cli.found_configs(arguments)
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
     file = arguments[0].partition("=")[2].partition(":")[0]
     if not os.path.isfile(file):

@@ -41,7 +41,7 @@ from ada_jax import (
     ssim,
 )
 from ada_jax.devices import AXIS, replicate, shard, unreplicate
-from ada_jax.errors import UserError
+from ada_jax.errors import UserError, require_extra
 
 METHODS = ("ada", "nominal", "pgd")
 
@@ -557,6 +557,8 @@ def make_corruption_nets(
 def main(config: ml_collections.ConfigDict, workdir: str) -> int | None:
     """Trains, or goes on training, in `workdir`; returns an exit status."""
     validate(config)
+    pictures = ["matplotlib"] if config.method == "ada" and config.figure_examples else []
+    require_extra("Training", "grain", "orbax.checkpoint", *pictures)
     paths.check_bucket(f"--workdir={workdir}", workdir)
     paths.check_bucket(f"config.init_weights={config.init_weights!r}", config.init_weights)
     cli.set_up_devices(config.cpu_devices, config.compilation_cache)
@@ -861,8 +863,11 @@ def show_attack(
 
 def show_parameters(params: hk.Params) -> None:
     """Logs a table of the classifier's parameters."""
-    from clu import parameter_overview  # imports TensorFlow: takes seconds
-
+    try:
+        from clu import parameter_overview  # imports Flax: takes seconds
+    except ImportError:
+        logging.info("The classifier has %d parameters.", hk.data_structures.tree_size(params))
+        return
     parameter_overview.log_parameter_overview(params, include_stats=False)
 
 

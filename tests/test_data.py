@@ -6,6 +6,7 @@ import itertools
 import os
 import time
 
+import grain
 import jax
 import numpy as np
 import pytest
@@ -783,8 +784,8 @@ def test_batches_ahead_are_bounded_in_bytes(monkeypatch):
         asked.append((num_threads, prefetch_buffer_size))
         return original(num_threads, prefetch_buffer_size)
 
-    original = data.grain.ReadOptions
-    monkeypatch.setattr(data.grain, "ReadOptions", options)
+    original = grain.ReadOptions
+    monkeypatch.setattr(grain, "ReadOptions", options)
     data.train_batches(numbered(20), batch_size=8, seed=0, num_threads=16)
     assert asked == [(3, 3)]
 

@@ -10,12 +10,13 @@ Words after the colon, separated by commas:
   seeds=N   the seeds 0 to N-1 for every row; otherwise 0 alone.
 """
 
+import pathlib
 import re
+import runpy
 from typing import Any
 
-from experiments.cifar10 import ROWS
-
 CONFIG = "experiments/cifar10.py"
+ROWS = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "cifar10.py"))["ROWS"]
 KNOWN = (*ROWS, "random")
 REPEATED = ("nominal", "augmix", "ada", "ada+augmix")  # at the small preset
 
