@@ -18,6 +18,7 @@ import math
 import multiprocessing
 import os
 import pathlib
+import signal
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,7 +32,7 @@ from absl import flags
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
-from ada_jax import npy_files, paths
+from ada_jax import locks, npy_files, paths
 from ada_jax.errors import UserError, renamed
 
 if TYPE_CHECKING:  # Only the binary needs it, and its worker processes start quicker without.
@@ -838,7 +839,7 @@ def write_set(
     _check_request(names, severities, seed, table, processes)
     _check_images(np.empty((0, *dataset.image_shape), np.uint8))
     out = paths.local(f"--out={out}", out)
-    with npy_files.alone_in(out):
+    with locks.hold(f"--out={out}", locks.of_folder(out)):
         npy_files.check_folder(out)
         sha256, labels = digest(dataset)
         npy_files.agree(out, _manifest(dataset, sha256, severities, seed, table))
@@ -963,6 +964,7 @@ def _in_order(processes: int) -> Iterator[Callable[[Iterable[Any]], Iterator[np.
 
 def _leave_with_parent() -> None:
     """Ends this worker process when the one that started it is gone, even if it was killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both: the other one tells.
 
     def watch() -> None:
         multiprocessing.parent_process().join()

@@ -28,7 +28,7 @@ import skimage.filters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ada_jax import corruptions, data, npy_files, ssim
+from ada_jax import corruptions, data, locks, npy_files, ssim
 from ada_jax.corruptions import EXTRA, NAMES, corrupt
 from ada_jax.errors import UserError
 
@@ -614,7 +614,7 @@ def test_folders_that_are_not_ours(tmp_path):
     (tmp_path / "other/fog.npy").write_bytes(b"precious")
     with pytest.raises(UserError, match=r"no manifest.json, .*name a new folder"):
         write(tmp_path / "other")
-    with pytest.raises(UserError, match="cannot be a folder"):
+    with pytest.raises(UserError, match="cannot be written to"):
         write(tmp_path / "other/fog.npy")
     (tmp_path / "other/manifest.json").write_text("{")
     with pytest.raises(UserError, match=r"manifest.json cannot be read"):
@@ -655,7 +655,10 @@ def test_mistakes_cost_nothing(tmp_path, keywords, message):
 
 
 def test_two_at_once_are_refused(tmp_path):
-    with npy_files.alone_in(tmp_path), pytest.raises(UserError, match="another process"):
+    with (
+        locks.hold("--out", locks.of_folder(tmp_path)),
+        pytest.raises(UserError, match=f"^--out={tmp_path} is in use by process {os.getpid()} on "),
+    ):
         write(tmp_path)
 
 
@@ -699,6 +702,7 @@ def test_a_killed_command_goes_on_and_a_mistake_has_status_2(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert sorted(p.name for p in (tmp_path / "set").iterdir()) == [
+        ".lock",
         "elastic_transform.npy.partial",
         "manifest.json",
     ]
