@@ -69,7 +69,8 @@ class Logbook:
         """
         from clu import metric_writers  # imports TensorFlow: takes seconds
 
-        self._journal = None
+        workdir = os.fspath(paths.at(workdir))
+        self._journal, self._workdir = None, workdir
         self._writer = metric_writers.create_default_writer(
             os.path.join(workdir, "tensorboard"), just_logging=not write, asynchronous=False
         )
@@ -80,7 +81,8 @@ class Logbook:
     def write(self, step: int, kind: str, metrics: dict[str, float]) -> None:
         """Writes one record of scalars: kind is 'train', 'eval' and so on."""
         metrics = {k: float(v) for k, v in metrics.items()}
-        self._writer.write_scalars(step, {f"{kind}/{k}": v for k, v in metrics.items()})
+        with paths.os_errors(self._workdir):
+            self._writer.write_scalars(step, {f"{kind}/{k}": v for k, v in metrics.items()})
         if self._journal:
             self._journal.write(json.dumps({"step": step, "kind": kind, **metrics}) + "\n")
 
@@ -91,8 +93,9 @@ class Logbook:
 
     def close(self) -> None:
         """Writes out what is buffered."""
-        self._writer.flush()
-        self._writer.close()
+        with paths.os_errors(self._workdir):
+            self._writer.flush()
+            self._writer.close()
         if self._journal:
             self._journal.close()
 
