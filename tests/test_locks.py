@@ -157,8 +157,8 @@ def test_a_run_that_trains_can_be_evaluated_into_another_file(tmp_path):
     run, out = tmp_path / "run", tmp_path / "c.json"
     tiny = ["--config.train_split=train[:64]", "--config.eval_split=test[:8]"]
     tiny += ["--config.batch_size=16", "--config.eval_batch_size=8", "--config.epochs=1"]
-    command = [sys.executable, "-m", "ada_jax.train", f"--workdir={run}", *tiny]
-    command += ["--config=experiments/quickstart.py:nominal", "--config.eval_sets=clean"]
+    command = [sys.executable, "-m", "ada_jax.train", "--config=experiments/quickstart.py:nominal"]
+    command += [f"--workdir={run}", "--config.eval_sets=clean", *tiny]
     subprocess.run(command, check=True, capture_output=True)
     evaluation = [sys.executable, "-m", "ada_jax.evaluate", f"--workdir={run}"]
     with locks.hold("--workdir", locks.of_folder(run)):
