@@ -946,7 +946,10 @@ def _in_order(processes: int) -> Iterator[Callable[[Iterable[Any]], Iterator[np.
     def mapped(tasks: Iterable[Any]) -> Iterator[np.ndarray]:
         pending = collections.deque()
         for task in tasks:
+            # Which may start a worker: it inherits the mask, and leaves Ctrl-C to this process.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             pending.append(pool.submit(_do, task))
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             if len(pending) > 2 * processes:
                 yield pending.popleft().result()
         while pending:
@@ -964,7 +967,6 @@ def _in_order(processes: int) -> Iterator[Callable[[Iterable[Any]], Iterator[np.
 
 def _leave_with_parent() -> None:
     """Ends this worker process when the one that started it is gone, even if it was killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both: the other one tells.
 
     def watch() -> None:
         multiprocessing.parent_process().join()

@@ -690,6 +690,29 @@ def test_mistakes_in_the_data_name_the_flags(monkeypatch, tmp_path, arguments, m
         corruptions._load(*arguments)
 
 
+def test_ctrl_c_costs_one_line_with_several_processes_too(tmp_path):
+    images, labels = np.repeat(photographs(), 200, 0), np.arange(2400) % 3
+    np.savez(tmp_path / "some.npz", images=images, labels=labels)
+    command = [sys.executable, "-m", "ada_jax.corruptions", f"--data={tmp_path}/some.npz"]
+    command += ["--split=all", f"--out={tmp_path}/set", "--names=elastic_transform"]
+    process = subprocess.Popen(
+        [*command, "--processes=2"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    partial = tmp_path / "set/elastic_transform.npy.partial"
+    while not (partial.exists() and partial.stat().st_size > 10_000):  # The workers are up.
+        time.sleep(0.02)
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130, errors
+    assert errors.splitlines()[-1] == "Ctrl-C: the same command goes on."
+    assert "Traceback" not in errors
+
+
 def test_a_killed_command_goes_on_and_a_mistake_has_status_2(tmp_path):
     images, labels = np.repeat(photographs(), 200, 0), np.arange(2400) % 3
     np.savez(tmp_path / "some.npz", images=images, labels=labels)
