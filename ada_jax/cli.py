@@ -8,7 +8,6 @@ import pathlib
 import re
 import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -88,7 +87,7 @@ def start(main: Callable[[list[str]], int | None], *, computes: bool = False) ->
         stream.reconfigure(errors="backslashreplace")
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().addFilter(_is_ours_or_warning)
-    sys.excepthook = _print_main_thread_s
+    sys.unraisablehook = _print_ignored
 
     def guarded(argv: list[str]) -> None:
         if computes:
@@ -134,10 +133,10 @@ def _is_ours_or_warning(record: python_logging.LogRecord) -> bool:
     )
 
 
-def _print_main_thread_s(*error: Any) -> None:
-    """An excepthook without the errors in tensorstore's threads, which saving raises as well."""
-    if threading.current_thread() is threading.main_thread():
-        sys.__excepthook__(*error)
+def _print_ignored(ignored: Any) -> None:
+    """Python's own, without what tensorstore's threads add to an error that saving raises."""
+    if str(ignored.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(ignored)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

@@ -804,17 +804,17 @@ def test_a_signal_during_the_last_step_is_not_forgotten(number, tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_a_full_disk_costs_one_sentence_and_the_same_command_goes_on(uninterrupted, small_disk):
-    folder, flags, _ = uninterrupted
-    workdir = small_disk / "run[a]"
+def test_a_full_disk_costs_one_sentence_and_the_same_command_goes_on(small_disk):
+    workdir, flags = small_disk / "run[a]", flags_of(tiny(method="nominal"))
     done = run(workdir, *flags)
     assert done.returncode == 2, done.stderr
     said = done.stderr.splitlines()
-    assert said[-1].startswith("error: ") and "No space left" in said[-1] and len(said) < 80
+    assert said[-1].startswith("error: ") and "No space left" in said[-1]
+    assert "Traceback" not in done.stderr
     subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)
     done = run(workdir, *flags)
     assert done.returncode == 0, done.stderr
-    assert_alike(folder / "whole", workdir)
+    assert json.loads((workdir / "results.json").read_text())["clean"]["examples"] == 40
 
 
 @pytest.mark.slow
