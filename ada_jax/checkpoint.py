@@ -13,6 +13,8 @@ import hashlib
 import itertools
 import json
 import os
+import re
+import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -196,9 +198,11 @@ class Checkpoints:
         if keep < 1:
             raise UserError(f"The number of checkpoints to keep is {keep}: make it at least 1.")
         self._ocp = ocp
-        root = epath.Path(workdir)  # Its `absolute` takes 'gs://...' for a local name.
+        root = epath.Path(paths.at(workdir))  # Its `absolute` takes 'gs://...' for a local name.
         self._folder = (root if root.is_absolute() else root.absolute()) / "checkpoints"
         paths.check_bucket(f"The folder {self._folder}", self._folder)
+        _check_utf_8(self._folder)
+        self._links = contextlib.ExitStack()
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.LatestN(keep),
             lightweight_initialize=True,  # Else a damaged metadata file can fail the opening.
@@ -212,7 +216,7 @@ class Checkpoints:
                 "use another --workdir."
             ) from error
         self._manager = ocp.CheckpointManager(
-            self._folder, item_names=("state", "meta"), options=options
+            self._plain_name(), item_names=("state", "meta"), options=options
         )
 
     def save(self, step: int, state: Tree, extra: Mapping[str, Any], *, wait: bool = False) -> None:
@@ -342,8 +346,17 @@ class Checkpoints:
         Raises:
           UserError: the save could not be written.
         """
-        with self._failing_as_user_error():
+        with self._failing_as_user_error(), self._links:
             self._manager.close()
+
+    def _plain_name(self) -> Any:
+        """The folder's name, or a link to it where orbax would take the name for a pattern."""
+        if paths.in_bucket(self._folder) or not re.search(r"[\[*?\\]", str(self._folder)):
+            return self._folder
+        folder = self._links.enter_context(tempfile.TemporaryDirectory(prefix="ada_jax-"))
+        link = type(self._folder)(folder) / "checkpoints"
+        os.symlink(self._folder, link)
+        return link
 
     @contextlib.contextmanager
     def closing(self) -> Iterator[None]:
@@ -426,6 +439,16 @@ class Checkpoints:
     def _free_name(self, name: str) -> Any:
         names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
         return next(path for path in map(self._folder.joinpath, names) if not path.exists())
+
+
+def _check_utf_8(folder: Any) -> None:
+    try:
+        os.fspath(folder).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"The folder {os.fsencode(folder)!r} has a name that is not UTF-8, in which no "
+            "checkpoint can be written: rename it, or use another --workdir."
+        ) from error
 
 
 def _named(tree: Tree) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from ml_collections import config_flags
 from ada_jax import errors, hosts, paths
 from ada_jax.errors import UserError
 
-INTERRUPTED = 143  # exit status after SIGTERM: state saved, start the same command to go on
+# Exit statuses after SIGTERM and Ctrl-C: state saved, start the same command to go on.
+INTERRUPTED, CTRL_C = 128 + signal.SIGTERM, 128 + signal.SIGINT
 
 
 def run(
@@ -40,7 +41,10 @@ def run(
         "experiments, its files are those that the package brings.",
     )
     workdir = flags.DEFINE_string(
-        "workdir", None, "Folder of the run, may be gs://...; runs/NAME of the config by default."
+        "workdir",
+        None,
+        "Folder of the run, may be gs://...; by default runs/NAME of the config, with another seed "
+        "than 0 runs/NAME-seedN.",
     )
     flags.mark_flag_as_required("config")
     if distributed:
@@ -55,9 +59,23 @@ def run(
         config = config_flag.value
         if distributed:
             hosts.connect(_complain)
-        return main(config, workdir.value or os.path.join("runs", config.name))
+        return main(config, workdir.value or default_folder(config))
 
     start(with_flags, computes=True)
+
+
+def default_folder(config: ml_collections.ConfigDict) -> str:
+    """The folder of what a config describes: runs/NAME, and runs/NAME-seedN for N other than 0.
+
+    Raises:
+      UserError: config.name cannot name a folder.
+    """
+    name = config.name
+    if name in ("", ".", "..") or "/" in name or "\0" in name:
+        raise UserError(
+            f"config.name={name!r} cannot name a folder in runs/: take one word, as 'cifar10_ada'."
+        )
+    return os.path.join("runs", name if config.seed == 0 else f"{name}-seed{config.seed}")
 
 
 def start(main: Callable[[list[str]], int | None], *, computes: bool = False) -> None:
@@ -68,8 +86,11 @@ def start(main: Callable[[list[str]], int | None], *, computes: bool = False) ->
       computes: whether the binary computes for long, and so is worth huge pages.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # Of ASCII, say.
+        stream.reconfigure(errors="backslashreplace")
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().addFilter(_is_ours_or_warning)
+    sys.unraisablehook = _print_ignored
 
     def guarded(argv: list[str]) -> None:
         if computes:
@@ -85,6 +106,11 @@ def start(main: Callable[[list[str]], int | None], *, computes: bool = False) ->
         except BrokenPipeError:  # `| head` has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             status = 1
+        except OSError as error:
+            status = _complain(_cannot(error))
+        except KeyboardInterrupt:
+            print("Ctrl-C: the same command goes on.", file=sys.stderr, flush=True)
+            status = CTRL_C
         except (AttributeError, KeyError) as error:
             raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
             if "ml_collections" not in raised_in:
@@ -96,17 +122,34 @@ def start(main: Callable[[list[str]], int | None], *, computes: bool = False) ->
     app.run(guarded, flags_parser=_parse_flags)
 
 
+def _cannot(error: OSError) -> str:
+    name = "A file" if error.filename is None else os.fsdecode(error.filename)
+    return (
+        f"{name} cannot be read or written ({error.strerror or error}): see that it is there, that "
+        "you may use it, and that its disk has space."
+    )
+
+
 def _is_ours_or_warning(record: python_logging.LogRecord) -> bool:
     """Leaves out what libraries tell about themselves: orbax alone logs forty lines a save."""
-    libraries = ("orbax", "grain", "jax/_src")
+    if "orbax" in record.pathname:  # Its errors, hundreds of lines each, are raised as well.
+        return record.levelno == python_logging.WARNING
+    libraries = ("grain", "jax/_src")
     return record.levelno >= python_logging.WARNING or not any(
         n in record.pathname for n in libraries
     )
 
 
+def _print_ignored(ignored: Any) -> None:
+    """Python's own, without what tensorstore's threads add to an error that saving raises."""
+    if str(ignored.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(ignored)
+
+
 def _parse_flags(argv: list[str]) -> list[str]:
     try:
-        argv = found_configs(argv)
+        _check_text(argv)
+        argv = found_configs(list(map(_at_home, argv)))
         for path in _config_files(argv):
             if not path.is_file():
                 raise UserError(
@@ -123,6 +166,23 @@ def _parse_flags(argv: list[str]) -> list[str]:
     except (SyntaxError, ImportError, NameError) as error:
         said = f"{type(error).__name__}: {error}"
         sys.exit(_complain(f"The file of --config cannot be run ({said}): mend it."))
+
+
+def _check_text(argv: list[str]) -> None:
+    for argument in argv:
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"The argument {os.fsencode(argument)!r} is not UTF-8, as names of folders have to "
+                "be: rename the folder, or set LC_ALL=C.UTF-8 where it is."
+            ) from error
+
+
+def _at_home(argument: str) -> str:
+    """An argument ~/folder or --flag=~/folder with the home folder's name."""
+    flag, path = re.fullmatch(r"(--?[^=]*=)?(.*)", argument, re.DOTALL).groups("")
+    return flag + os.path.expanduser(path)
 
 
 def unknown_field(error: Exception) -> str:
@@ -196,26 +256,44 @@ def set_up_devices(cpu_devices: int, compilation_cache: str) -> None:
 
 
 class StopSignal:
-    """Notes SIGTERM while it is open, so that a loop can save before it leaves."""
+    """Notes SIGTERM and Ctrl-C while it is open, so that a loop can save before it leaves.
+
+    Ctrl-C a second time raises KeyboardInterrupt.
+
+    Attributes:
+      status: the exit status for what came first; 0 where nothing came.
+    """
 
     def __enter__(self) -> "StopSignal":
-        self.received = False
-        # Where there are several processes JAX itself listens, and tells the others.
-        self._listens = not jax.distributed.is_initialized()
-        if self._listens:
-            self._before = signal.signal(signal.SIGTERM, self._note)
+        self.status = 0
+        # Where there are several processes JAX itself listens to SIGTERM, and tells the others.
+        several = jax.distributed.is_initialized()
+        self._before = {signal.SIGINT: signal.signal(signal.SIGINT, self._interrupted)}
+        if not several:
+            self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._note)
         return self
 
-    def _note(self, *_: Any) -> None:
-        self.received = True
+    def _note(self, number: int, _: Any) -> None:
+        self.status = self.status or 128 + number
+
+    def _interrupted(self, number: int, frame: Any) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        # Not print: the signal may have come while a line is written.
+        os.write(2, b"Ctrl-C: saving; once more leaves at once.\n")
+        if jax.distributed.is_initialized():
+            signal.raise_signal(signal.SIGTERM)
+        else:
+            self._note(number, frame)
 
     def at(self, step: int) -> bool:
         """Whether to save before this step and leave; see `hosts.preempted`."""
-        return self.received or hosts.preempted(step)
+        if hosts.preempted(step):
+            self.status = self.status or INTERRUPTED
+        return bool(self.status)
 
     def __exit__(self, *_: Any) -> None:
-        if self._listens:
-            signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
 def _keep_freed_memory() -> None:

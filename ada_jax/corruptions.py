@@ -18,6 +18,7 @@ import math
 import multiprocessing
 import os
 import pathlib
+import signal
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,7 +32,7 @@ from absl import flags
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
-from ada_jax import npy_files, paths
+from ada_jax import locks, npy_files, paths
 from ada_jax.errors import UserError, renamed
 
 if TYPE_CHECKING:  # Only the binary needs it, and its worker processes start quicker without.
@@ -843,7 +844,7 @@ def write_set(
     _check_request(names, severities, seed, table, processes)
     _check_images(np.empty((0, *dataset.image_shape), np.uint8))
     out = paths.local(f"--out={out}", out)
-    with npy_files.alone_in(out):
+    with locks.hold(f"--out={out}", locks.of_folder(out)):
         npy_files.check_folder(out)
         sha256, labels = digest(dataset)
         npy_files.agree(out, _manifest(dataset, sha256, severities, seed, table))
@@ -950,7 +951,10 @@ def _in_order(processes: int) -> Iterator[Callable[[Iterable[Any]], Iterator[np.
     def mapped(tasks: Iterable[Any]) -> Iterator[np.ndarray]:
         pending = collections.deque()
         for task in tasks:
+            # Which may start a worker: it inherits the mask, and leaves Ctrl-C to this process.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             pending.append(pool.submit(_do, task))
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             if len(pending) > 2 * processes:
                 yield pending.popleft().result()
         while pending:

@@ -9,7 +9,6 @@ with a common file system: each process takes the next shard that no other has.
 """
 
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import json
@@ -35,6 +34,7 @@ from ada_jax import (
     data,
     distortions,
     figures,
+    locks,
     npy_files,
     paths,
 )
@@ -147,7 +147,7 @@ def write_set(
         name: (jax.tree.map(np.asarray, corruption_nets.make(name, path or None).theta), factor)
         for name, path, factor in fields
     }
-    with npy_files.alone_in(out, wait=True):
+    with locks.hold(f"--out={out}", locks.of_folder(out), wait=True):
         npy_files.check_folder(out)
         npy_files.agree(out, _manifest(dataset, nets, config))
     shards = _shards(dataset, tuple(nets), range(config.copies), config.shard_images)
@@ -155,14 +155,11 @@ def write_set(
     npy_files.check_space(out, sum(math.prod(s.shape) for s in missing))
     total, todo = (sum(s.shape[0] for s in some) for some in (shards, missing))
     images = _Images(dataset)
-    with (
-        (out / "manifest.json").open("r+b") as locks,
-        tqdm.tqdm(total=total, initial=total - todo, unit="image") as progress,
-    ):
-        for number, shard in enumerate(shards):
-            if shard not in missing or not _claim(locks, number):
-                continue
-            if not npy_files.is_whole(out / shard.file, shard.shape):
+    with tqdm.tqdm(total=total, initial=total - todo, unit="image") as progress:
+        for shard in missing:
+            with locks.claim(locks.of_file(out / shard.file)) as ours:
+                if not ours or npy_files.is_whole(out / shard.file, shard.shape):
+                    continue
                 theta, enlarge = nets[shard.net]
                 progress.set_description(f"{shard.net}, copy {shard.copy + 1}")
                 blocks = generate(
@@ -179,7 +176,6 @@ def write_set(
                 )
                 blocks = npy_files.counted(blocks, progress)
                 npy_files.write(out / shard.file, np.uint8, shard.shape, blocks)
-            fcntl.lockf(locks, fcntl.LOCK_UN, 1, number)
     return all(npy_files.is_whole(out / s.file, s.shape) for s in shards)
 
 
@@ -276,15 +272,6 @@ def _manifest(
         "shard_images": config.shard_images,
         "recipe": max(RECIPES[name] for name in nets),
     }
-
-
-def _claim(file: Any, number: int) -> bool:
-    """Locks one byte of the manifest for this process; False where another has it."""
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
-    except OSError:
-        return False
-    return True
 
 
 # ------------------------------------------------------------------------ reading a set
@@ -412,7 +399,7 @@ if __name__ == "__main__":
     config_flag = config_flags.DEFINE_config_file(
         "config", None, "File with get_config(), as experiments/deepaugment.py."
     )
-    out_flag = flags.DEFINE_string("out", None, "Folder of the set; by default runs/NAME.")
+    out_flag = flags.DEFINE_string("out", None, "Folder; by default as --workdir of train.")
     copies_flag = flags.DEFINE_integer("copies", None, "The same as --config.copies.")
     flags.mark_flag_as_required("config")
 
@@ -422,6 +409,6 @@ if __name__ == "__main__":
         config = config_flag.value
         if copies_flag.value is not None:
             config.copies = copies_flag.value
-        main(config, out_flag.value or os.path.join("runs", config.name))
+        main(config, out_flag.value or cli.default_folder(config))
 
     cli.start(with_flags, computes=True)

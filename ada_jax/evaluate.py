@@ -8,6 +8,7 @@ The results file has every number as soon as it is measured, and the same comman
 those it lacks.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -37,6 +38,7 @@ from ada_jax import (
     data,
     guards,
     hosts,
+    locks,
     logbook,
     losses,
     paths,
@@ -933,12 +935,19 @@ def main(argv: list[str]) -> None:
     """Evaluates what the flags describe."""
     try:
         _check_flags(argv)
-        _evaluate(flags.FLAGS)
+        with contextlib.ExitStack() as locked:
+            _evaluate(flags.FLAGS, locked)
     except UserError as error:
         raise renamed(error, DATA_FLAGS) from error
 
 
-def _evaluate(values: flags.FlagValues) -> None:
+def _lock(out: str) -> Any:
+    """What is locked to write a results file: of a run its folder, as in training."""
+    path = paths.at(out)
+    return locks.of_folder(path.parent) if path.name == "results.json" else locks.of_file(path)
+
+
+def _evaluate(values: flags.FlagValues, locked: contextlib.ExitStack) -> None:
     started, workdir, weights = time.monotonic(), values.workdir, values.weights
     worst = [name for name in WORST if name in (values.sets or ())]
     if worst:
@@ -967,6 +976,7 @@ def _evaluate(values: flags.FlagValues) -> None:
             config, classifier, clean.image_shape, workdir or weights
         )
     out = values.out or os.path.join(workdir, "results.json")
+    locked.enter_context(locks.hold(f"--out={out}", _lock(out)))
     results = new_results(
         config,
         name=name,

@@ -43,8 +43,8 @@ def adversarial_rows(
     for i in range(count):
         rows = (clean[i], augmented[i], difference[i])
         titles = (
-            f"{class_names[clean_verdict[i]]}",
-            f"{class_names[augmented_verdict[i]]}",
+            _plain(class_names[clean_verdict[i]]),
+            _plain(class_names[augmented_verdict[i]]),
             f"SSIM {similarity[i]:.2f}",
         )
         wrong = (clean_verdict[i] != label[i], augmented_verdict[i] != label[i], False)
@@ -171,7 +171,7 @@ def severity_curves(
         for (label, run), colour in zip(results.items(), colours, strict=True):
             # A run without this corruption still gets its line in the legend.
             errors = run.get(corruption, [np.nan] * 5)
-            axis.plot(range(1, 6), errors, marker=".", color=colour, label=label)
+            axis.plot(range(1, 6), errors, marker=".", color=colour, label=_plain(label))
         axis.set_title("mean of the 15" if corruption == "mce" else _words(corruption), fontsize=9)
         axis.set_xticks(range(1, 6))
         axis.grid(alpha=0.3)
@@ -238,7 +238,7 @@ def _side_by_side(axis: Any, results: dict[str, dict[str, dict]], names: Sequenc
             means,
             width,
             yerr=deviations,
-            label=label,
+            label=_plain(label),
             color=colours[i],
             error_kw={"lw": 0.8},
         )
@@ -255,6 +255,12 @@ def _colours(count: int) -> list[Any]:
 
 def _words(name: str) -> str:
     return name.replace("_", " ")
+
+
+def _plain(name: str) -> str:
+    """A name that matplotlib draws as it is, without mathematics."""
+    name = name.encode(errors="backslashreplace").decode().replace("$", r"\$")
+    return f"\u200b{name}" if name.startswith("_") else name  # Else no legend has it.
 
 
 def _save(figure: Any, path: str) -> None:

@@ -1,15 +1,17 @@
 """Several processes, on one host or many, as one run: meeting, a shared folder, a common end."""
 
+import contextlib
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
 
+from ada_jax import locks
 from ada_jax.errors import UserError
 
 _MEETING_SECONDS = 50  # for all processes to find the coordinator
@@ -120,6 +122,25 @@ def check_shared(workdir: str) -> None:
             f"--workdir={workdir} is not the same folder for all processes (process {blind} does "
             "not see what process 0 writes there): name one on a shared file system, or gs://..."
         )
+
+
+@contextlib.contextmanager
+def alone_in(what: str, folder: str) -> Iterator[None]:
+    """Locks a folder by the first process, for all of them; see `locks.hold`.
+
+    Raises:
+      UserError: on every process, if it cannot be locked.
+    """
+    with contextlib.ExitStack() as stack:
+        error = None
+        if jax.process_index() == 0:
+            try:
+                stack.enter_context(locks.hold(what, locks.of_folder(folder)))
+            except UserError as caught:
+                error = caught
+        if of_first(np.asarray(error is not None)):
+            raise error or UserError(f"{what} cannot be used: process 0 says why.")
+        yield
 
 
 def preempted(step: int) -> bool:

@@ -67,7 +67,9 @@ class Logbook:
           step: step that the run goes on from.
           write: False on the processes that leave writing to another.
         """
+        workdir = os.fspath(paths.at(workdir))
         self._journal = self._tensorboard = None
+        self._workdir = workdir
         # On every process: those that did not import it would give up waiting at the first step.
         summary_writer = _summary_writer()
         if write:
@@ -82,7 +84,8 @@ class Logbook:
         scalars = {f"{kind}/{k}": v for k, v in sorted(metrics.items())}
         logging.info("[%d] %s", step, ", ".join(f"{k}={v:f}" for k, v in scalars.items()))
         if self._tensorboard:
-            self._tensorboard.write_scalars(step, scalars)
+            with paths.os_errors(self._workdir):
+                self._tensorboard.write_scalars(step, scalars)
         if self._journal:
             self._journal.write(json.dumps({"step": step, "kind": kind, **metrics}) + "\n")
 
@@ -94,8 +97,9 @@ class Logbook:
     def close(self) -> None:
         """Writes out what is buffered."""
         if self._tensorboard:
-            self._tensorboard.flush()
-            self._tensorboard.close()
+            with paths.os_errors(self._workdir):
+                self._tensorboard.flush()
+                self._tensorboard.close()
         if self._journal:
             self._journal.close()
 

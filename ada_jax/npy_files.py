@@ -4,8 +4,6 @@ A file gets its name once it is complete and on the disk, manifest.json says wha
 and no other set is ever written beside it.
 """
 
-import contextlib
-import fcntl
 import io
 import itertools
 import json
@@ -21,38 +19,9 @@ import tqdm
 from ada_jax.errors import UserError
 
 
-@contextlib.contextmanager
-def alone_in(out: pathlib.Path, *, wait: bool = False) -> Iterator[None]:
-    """Makes the folder and keeps other processes of this program out of it.
-
-    Args:
-      out: the folder.
-      wait: wait for another process to leave it.
-
-    Raises:
-      UserError: it cannot be written to, or another process is in it.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        folder = os.open(out, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(
-            f"--out={out} cannot be a folder to write to ({error.strerror}): name another."
-        ) from error
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
-    except BlockingIOError as error:
-        raise UserError(
-            f"--out={out} is being written by another process: wait for it, or name another folder."
-        ) from error
-    finally:
-        os.close(folder)
-
-
 def check_folder(out: pathlib.Path) -> None:
     """Refuses a folder that has files in it and no manifest."""
-    foreign = any(path.suffix != ".partial" for path in out.iterdir())
+    foreign = any(not path.name.endswith((".partial", ".lock")) for path in out.iterdir())
     if foreign and not (out / "manifest.json").is_file():
         raise UserError(
             f"--out={out} has files in it and no manifest.json, so it was not written by this "

@@ -9,6 +9,7 @@ import errno
 import functools
 import os
 import pathlib
+import re
 import tempfile
 import threading
 import time
@@ -34,9 +35,9 @@ def in_bucket(path: AnyPath) -> bool:
 
 
 def at(path: AnyPath) -> Any:
-    """A pathlib.Path, or for gs:// an epath.Path, which has the same methods."""
+    """A pathlib.Path, '~' expanded, or for gs:// an epath.Path, which has the same methods."""
     if not in_bucket(path):
-        return pathlib.Path(path)
+        return pathlib.Path(os.path.expanduser(path))
     from etils import epath
 
     return epath.Path(path)
@@ -57,7 +58,7 @@ def local(what: str, path: AnyPath) -> pathlib.Path:
             f"{what} is in a bucket, from which its files cannot be mapped into memory: name a "
             "folder of this machine, after gcloud storage cp --recursive if it has to be copied."
         )
-    return pathlib.Path(path).expanduser()
+    return at(path)
 
 
 def experiment(name: str) -> str:
@@ -84,12 +85,15 @@ def check_bucket(what: str, path: AnyPath) -> None:
       path: any path.
 
     Raises:
-      UserError: the bucket is not there, does not let us in, or cannot be reached, or a package
-        for it is not installed.
+      UserError: the bucket is not there, does not let us in, or cannot be reached, the name holds
+        characters that stand for others where objects are listed, or a package for buckets is not
+        installed.
     """
     if not in_bucket(path):
         return
     require_extra(what, "etils", "google.cloud.storage", "tensorflow")
+    if found := re.search(r"[\[\]*?\\]", os.fspath(path)):
+        raise UserError(f"{what} holds {found[0]!r}, which cannot be used in a bucket: rename it.")
     bucket = os.fspath(path).removeprefix("gs://").partition("/")[0]
     if problem := _problem(bucket):
         raise UserError(
@@ -121,19 +125,24 @@ def _problem(bucket: str) -> str:
 
 @contextlib.contextmanager
 def os_errors(path: AnyPath) -> Iterator[None]:
-    """Raises TensorFlow's errors about an object as the OSErrors of a file."""
-    if not in_bucket(path):
-        yield
-        return
-    import tensorflow as tf
-
+    """Raises TensorFlow's errors about a file or an object as OSErrors, and all with its name."""
+    name = os.fspath(path)
     try:
         yield
-    except (FileNotFoundError, tf.errors.NotFoundError) as error:
-        raise FileNotFoundError(errno.ENOENT, "no such object", os.fspath(path)) from error
-    except tf.errors.OpError as error:
-        said = " ".join(str(error.message).split())[:300]
-        raise OSError(errno.EIO, said, os.fspath(path)) from error
+    except OSError as error:
+        if in_bucket(path) and isinstance(error, FileNotFoundError):
+            raise FileNotFoundError(errno.ENOENT, "no such object", name) from error
+        error.filename = name  # Python itself does not name the file of a full disk.
+        raise
+    except Exception as error:
+        if not type(error).__module__.startswith("tensorflow."):
+            raise
+        import tensorflow as tf
+
+        if isinstance(error, tf.errors.NotFoundError):
+            raise FileNotFoundError(errno.ENOENT, "no such object", name) from error
+        said = " ".join(str(getattr(error, "message", error)).split())[:300]
+        raise OSError(errno.EIO, said, name) from error
 
 
 def exists(path: AnyPath) -> bool:
@@ -157,7 +166,7 @@ def glob(folder: AnyPath, pattern: str) -> list[Any]:
 def make_folder(path: AnyPath) -> None:
     """Makes a folder and those above it, where there are folders."""
     if not in_bucket(path):
-        os.makedirs(path, exist_ok=True)
+        at(path).mkdir(parents=True, exist_ok=True)
 
 
 def read(path: AnyPath) -> bytes:
@@ -174,7 +183,7 @@ def read(path: AnyPath) -> bytes:
 def local_copy(path: AnyPath) -> Iterator[str]:
     """The name of a local file with the same content: for a local one its own."""
     if not in_bucket(path):
-        yield os.fspath(path)
+        yield os.fspath(at(path))
         return
     with tempfile.NamedTemporaryFile() as file:
         file.write(read(path))
@@ -188,10 +197,11 @@ def write(path: AnyPath, content: str | bytes) -> None:
     Raises:
       OSError: it cannot be written; nothing is left behind.
     """
-    content = content.encode() if isinstance(content, str) else content
-    if not in_bucket(path):
-        return _write_file(pathlib.Path(path), content)
+    if isinstance(content, str):  # With names of files that are not UTF-8, perhaps.
+        content = content.encode(errors="backslashreplace")
     with os_errors(path):
+        if not in_bucket(path):
+            return _write_file(at(path), content)
         at(path).write_bytes(content)  # One upload, which counts once it is complete.
 
 
@@ -222,12 +232,13 @@ class Journal:
         self._uploaded, self._complete = time.monotonic(), True
         write(path, text)
         if not in_bucket(path):
-            self._file = open(path, "a", buffering=1)  # noqa: SIM115
+            self._file = at(path).open("a", buffering=1)
 
     def write(self, line: str) -> None:
         """Adds a line, given with its end."""
         if self._file:
-            self._file.write(line)
+            with os_errors(self._path):
+                self._file.write(line)
             return
         self._text.append(line)
         self._complete = False
@@ -244,4 +255,5 @@ class Journal:
         """Writes what is missing, and closes a local file."""
         self.flush()
         if self._file:
-            self._file.close()
+            with os_errors(self._path):
+                self._file.close()

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from absl import logging
 
-from ada_jax import checkpoint, cli, corruption_nets, data, keys, logbook, paths, ssim
+from ada_jax import checkpoint, cli, corruption_nets, data, keys, locks, logbook, paths, ssim
 from ada_jax.errors import UserError, require_extra
 
 PHOTOS = {  # scikit-image's colour photographs that come inside its package
@@ -423,6 +423,13 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> int | None:
     paths.check_bucket(f"--workdir={workdir}", workdir)
     cli.set_up_devices(0, config.compilation_cache)
     parts = build(config)
+    with locks.hold(f"--workdir={workdir}", locks.of_folder(workdir)):
+        return run(parts, workdir)
+
+
+def run(parts: Parts, workdir: str) -> int | None:
+    """Trains and writes in a folder that is locked; returns an exit status."""
+    config = parts.config
     key = jax.random.key(config.seed)
     state = initial_state(parts.net, parts.optimizer, key)
 
@@ -438,10 +445,10 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> int | None:
 
     started = time.monotonic()
     with contextlib.closing(log), checkpoints.closing():
-        state, interrupted = train(parts, state, key, checkpoints, extra, log)
-    if interrupted:
-        logging.warning("SIGTERM: saved step %d; the same command goes on.", state.step)
-        return cli.INTERRUPTED
+        state, stopped = train(parts, state, key, checkpoints, extra, log)
+    if stopped:
+        logging.warning("Stopped: saved step %d; the same command goes on.", state.step)
+        return stopped
     finish(parts, workdir, state, time.monotonic() - started)
     return None
 
@@ -453,8 +460,8 @@ def train(
     checkpoints: checkpoint.Checkpoints,
     extra: dict[str, Any],
     log: logbook.Logbook,
-) -> tuple[TrainState, bool]:
-    """Trains from `state` to the last step, or until SIGTERM.
+) -> tuple[TrainState, int]:
+    """Trains from `state` to the last step, or until SIGTERM or Ctrl-C.
 
     Args:
       parts: the run.
@@ -465,7 +472,7 @@ def train(
       log: where metrics go.
 
     Returns:
-      The last state, saved, on the host; and whether SIGTERM came before the end.
+      The last state, saved, on the host; and the exit status where it was stopped, else 0.
 
     Raises:
       UserError: the loss is no longer finite; the checkpoints saved before are kept.
@@ -505,7 +512,7 @@ def train(
         # Still inside, for a second SIGTERM must not end the process before this is written.
         log.flush()
         checkpoints.save(step, state, extra | {"pending": finite(pending, step)}, wait=True)
-    return state, step < total_steps
+    return state, stop.status
 
 
 def every(period: int, step: int) -> bool:

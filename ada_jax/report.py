@@ -23,7 +23,18 @@ from typing import Any, NamedTuple
 
 from absl import flags, logging
 
-from ada_jax import cli, corruptions, evaluate, figures, gallery, logbook, paths, tables, worst_case
+from ada_jax import (
+    cli,
+    corruptions,
+    evaluate,
+    figures,
+    gallery,
+    locks,
+    logbook,
+    paths,
+    tables,
+    worst_case,
+)
 from ada_jax.errors import UserError, require_extra
 from ada_jax.tables import Cell, Table
 
@@ -555,7 +566,7 @@ def draw(
     """Draws what the results have the numbers for.
 
     Args:
-      folder: where the PNGs go; made if need be.
+      folder: where the PNGs go.
       ours: rows of results.
       paper: published rows; those that ours compare with are drawn beside them, all where there
         are none of ours.
@@ -564,11 +575,7 @@ def draw(
 
     Returns:
       The pictures in the order of the page: bars, curves, maps, pairs.
-
-    Raises:
-      UserError: the folder cannot be made.
     """
-    cli.make_folder("figures", folder)
     compared = {row.method for row in ours}
     shown = ours + [row for row in paper if row.method in compared or not ours]
     drawn = []
@@ -732,10 +739,12 @@ def main(argv: list[str]) -> None:
             "runs that were measured so, or choose another table."
         )
     if f.figures:
-        pictures = draw(f.figures, ours, paper, results)
-        page = os.path.join(f.figures, "index.html")
-        title = "Robustness to common corruptions"
-        paths.write(page, gallery.page(title, [t for t in made.values() if t.groups], pictures))
+        cli.make_folder("figures", f.figures)
+        with locks.hold(f"--figures={f.figures}", locks.of_folder(f.figures)):
+            pictures = draw(f.figures, ours, paper, results)
+            page = os.path.join(f.figures, "index.html")
+            title = "Robustness to common corruptions"
+            paths.write(page, gallery.page(title, [t for t in made.values() if t.groups], pictures))
         for path in (*(p.path for p in pictures if p.section == "figures"), page):
             logging.info("wrote %s", path)
     print("\n\n".join(tables.FORMATS[f.format](made[name]) for name in names))

@@ -4,6 +4,7 @@ python -m ada_jax.study ssim          how far perturbations reach, random or AdA
 python -m ada_jax.study reconstruct   how well perturbations imitate each corruption (figure 3)
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from ada_jax import (
     evaluate,
     figures,
     guards,
+    locks,
     logbook,
     losses,
     paths,
@@ -339,14 +341,15 @@ def read_results(path: str, settings: dict[str, Any]) -> dict[str, Any]:
 def main(argv: list[str]) -> None:
     """Runs a study."""
     try:
-        _run(argv)
+        with contextlib.ExitStack() as locked:
+            _run(argv, locked)
     except UserError as error:
         names = {"config.data_dir": "--data_dir", "config.dataset": "--dataset"}
         names["corruption_net="] = "--nets="
         raise renamed(error, evaluate.DATA_FLAGS | names) from error
 
 
-def _run(argv: list[str]) -> None:
+def _run(argv: list[str], locked: contextlib.ExitStack) -> None:
     f = flags.FLAGS
     if len(argv) != 2 or argv[1] not in ("ssim", "reconstruct"):
         raise UserError("Name one study: python -m ada_jax.study ssim, or reconstruct.")
@@ -376,7 +379,7 @@ def _run(argv: list[str]) -> None:
     common = {"dataset": f.dataset, "split": f.split, "examples": f.examples, "seed": f.seed}
     common["nets"] = {name: checkpoint.digest(net.theta) for name, net in nets.items()}
     json_path, png_path = (os.path.join(f.out, f"{study}.{kind}") for kind in ("json", "png"))
-    cli.make_folder("out", f.out)
+    locked.enter_context(locks.hold(f"--out={f.out}", locks.of_folder(f.out)))
 
     if study == "ssim":
         settings = common | {"radii": f.radii, "workdir": f.workdir, "attack_steps": f.attack_steps}

@@ -7,8 +7,8 @@
 
 Every point is a run of ada_jax.train in OUT/POINT, where its output is log.txt. The same command
 skips what is finished and goes on with what was interrupted, and ends with the report. SIGTERM and
-Ctrl-C let the running points save, and leave with status 143; a point that fails does not stop
-the others, and the status is 1. A run that a killed sweep left behind is waited for.
+Ctrl-C let the running points save, and leave with status 143 or 130; a point that fails does not
+stop the others, and the status is 1. A point that another process is at work on is waited for.
 
 A sweep file has get_hyper(hyper), or get_hyper(hyper, words) for FILE:WORDS. It returns a list of
 points such as {'config': 'experiments/cifar10.py:ada,small', 'config.seed': 1}, made by hand or
@@ -17,7 +17,6 @@ with the functions of `Hyper`; CONFIG in the file names the config of points tha
 
 import collections
 import contextlib
-import fcntl
 import importlib.util
 import inspect
 import itertools
@@ -26,18 +25,17 @@ import os
 import pathlib
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import ml_collections
 from absl import flags, logging
 from ml_collections import config_flags
 
-from ada_jax import checkpoint, cli, logbook, paths, report, tables, train
+from ada_jax import checkpoint, cli, locks, logbook, paths, report, tables, train
 from ada_jax.errors import UserError
 
 _TRAIN = ("-m", "ada_jax.train")
@@ -277,7 +275,7 @@ def _look(point: Point, out: str) -> tuple[dict[str, Any], str]:
     return results, f"the results lack {', '.join(missing)}" if missing else ""
 
 
-def run(points: Sequence[Point], out: str, jobs: int) -> tuple[dict[str, str], bool]:
+def run(points: Sequence[Point], out: str, jobs: int) -> tuple[dict[str, str], int]:
     """Runs what is not finished, `jobs` points at a time.
 
     Args:
@@ -286,13 +284,14 @@ def run(points: Sequence[Point], out: str, jobs: int) -> tuple[dict[str, str], b
       jobs: how many processes to keep running.
 
     Returns:
-      For each point that failed its name and the reason; and whether SIGTERM or Ctrl-C came.
+      For each point that failed its name and the reason; and the exit status after SIGTERM or
+      Ctrl-C, else 0.
     """
     waiting, failed = _unfinished(points, out), {}
     running: dict[subprocess.Popen, tuple[Point, float]] = {}
     busy: list[Point] = []  # with another process at work, as where a sweep was killed
-    with _stop_signal() as stop, _no_process_left(running):
-        while not stop.received and (waiting or running or busy):
+    with cli.StopSignal() as stop, _no_process_left(running):
+        while not stop.status and (waiting or running or busy):
             while waiting and len(running) < jobs:
                 point = waiting.pop(0)
                 if finished(point, out):  # since, by another sweep
@@ -301,8 +300,7 @@ def run(points: Sequence[Point], out: str, jobs: int) -> tuple[dict[str, str], b
                     if process := start(point, out):
                         running[process] = point, time.monotonic()
                     else:
-                        folder = _log(point, out).parent
-                        logging.info("another process is at work in %s: waiting for it", folder)
+                        logging.info("%s: waiting for %s", point.name, _holder(point, out))
                         busy.append(point)
                 except OSError as error:
                     failed[point.name] = _cannot_start(point, out, error)
@@ -311,14 +309,14 @@ def run(points: Sequence[Point], out: str, jobs: int) -> tuple[dict[str, str], b
                 point, started = running.pop(process)
                 if reason := _settle(point, out, process.returncode, time.monotonic() - started):
                     failed[point.name] = reason
-            free = [point for point in busy if not _locked(point, out)]
+            free = [point for point in busy if _is_free(point, out)]
             busy = [point for point in busy if point not in free]
             for point in free:
                 try:
                     waiting += _unfinished([point], out)
                 except UserError as error:
                     failed[point.name] = str(error)
-    return failed, stop.received
+    return failed, stop.status
 
 
 def _unfinished(points: Sequence[Point], out: str) -> list[Point]:
@@ -353,17 +351,6 @@ def _no_process_left(running: dict[subprocess.Popen, tuple[Point, float]]) -> It
             logging.info("%s: stopped with status %d", point.name, process.wait())
 
 
-@contextlib.contextmanager
-def _stop_signal() -> Iterator[cli.StopSignal]:
-    """A `cli.StopSignal` that notes Ctrl-C, too."""
-    with cli.StopSignal() as stop:
-        before = signal.signal(signal.SIGINT, signal.getsignal(signal.SIGTERM))
-        try:
-            yield stop
-        finally:
-            signal.signal(signal.SIGINT, before)
-
-
 def start(point: Point, out: str) -> subprocess.Popen | None:
     """Starts a point's run, which adds its output to OUT/POINT/log.txt.
 
@@ -376,10 +363,10 @@ def start(point: Point, out: str) -> subprocess.Popen | None:
     arguments = command(point, out)
     path = _log(point, out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as log:
-        # The run inherits the lock and keeps it, should this process be killed: no two in a folder.
-        if not _lock(log):
-            return None
+    # The run inherits the lock and keeps it, should this process be killed: no two in a folder.
+    if not (lock := locks.take(locks.of_folder(path.parent))):
+        return None
+    with lock, path.open("a", encoding="utf-8") as log:
         log.write(f"$ {shlex.join(['python', *arguments])}\n")
         log.flush()
         logging.info("%s: started, output in %s", point.name, path)
@@ -388,31 +375,29 @@ def start(point: Point, out: str) -> subprocess.Popen | None:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            process_group=0,  # Ctrl-C would end it without saving.
+            process_group=0,  # Ctrl-C reaches this process alone, which tells them.
+            pass_fds=[lock.fileno()],
+            env=os.environ | {locks.INHERITED: str(lock.fileno())},
         )
 
 
 def _log(point: Point, out: str) -> pathlib.Path:
-    """Of the run's output, which is also its lock; for a bucket it lies in runs/BUCKET/..."""
+    """Of the run's output, beside its lock; for a bucket they lie in runs/BUCKET/..."""
     folder = os.path.join("runs", out.removeprefix("gs://")) if paths.in_bucket(out) else out
     return pathlib.Path(folder) / point.name / "log.txt"
 
 
-def _lock(log: IO[str]) -> bool:
-    """Locks a file for this process and its children; False where another has it."""
-    try:
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def _is_free(point: Point, out: str) -> bool:
+    """Whether no process is at work on the point, as also where its folder was removed."""
+    lock = locks.of_folder(_log(point, out).parent)
+    if not lock.exists():
+        return True
+    with locks.claim(lock) as free:
+        return free
 
 
-def _locked(point: Point, out: str) -> bool:
-    path = _log(point, out)
-    if not path.exists():  # Somebody removed it: the point can start.
-        return False
-    with path.open("a") as log:
-        return not _lock(log)
+def _holder(point: Point, out: str) -> str:
+    return locks.holder(locks.of_folder(_log(point, out).parent))
 
 
 def _cannot_start(point: Point, out: str, error: OSError) -> str:
@@ -479,7 +464,7 @@ def main(argv: list[str], overrides: Sequence[str] = ()) -> int | None:
     failed, stopped = run(points, out, f.jobs)
     if stopped:
         logging.warning("Stopped: the same command goes on.")
-        return cli.INTERRUPTED
+        return stopped
     done = [point for point in points if point.name not in failed]
     if f.collect:
         collect(done, out, f.collect)

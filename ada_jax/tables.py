@@ -105,12 +105,14 @@ def _turn(table: Table) -> list[list[Cell]]:
 
 
 def _escape_markdown(words: str) -> str:
-    # An underscore inside a word is no emphasis.
-    return re.sub(r"([|*`\\<]|(?<!\w)_|_(?!\w))", r"\\\1", words)
+    # An underscore inside a word is no emphasis, and & begins an entity with its semicolon alone.
+    words = re.sub(r"([|*`\\<$~]|&(?=#?\w+;)|(?<!\w)_|_(?!\w))", r"\\\1", words)
+    return " ".join(words.splitlines())
 
 
 def _escape_latex(words: str) -> str:
     special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    special |= {"±": r"$\pm$", "−": "$-$"} | {c: rf"\{c}" for c in "&%$#_{}"}
+    special |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
+    special |= {"±": r"$\pm$", "−": "$-$", "\n": " "} | {c: rf"\{c}" for c in "&%$#_{}"}
     words = "".join(special.get(c, c) for c in words)
     return re.sub(r"^([+-])(?=\d)", r"$\1$", words)

@@ -565,6 +565,13 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> int | None:
     validate_devices(config, jax.device_count())
     hosts.check_shared(workdir)
     parts = build(config)
+    with hosts.alone_in(f"--workdir={workdir}", workdir):
+        return run(parts, workdir)
+
+
+def run(parts: Parts, workdir: str) -> int | None:
+    """Trains, evaluates and writes in a folder that is locked; returns an exit status."""
+    config = parts.config
     key = jax.random.key(config.seed)
     images = data.to_float(next(data.eval_batches(parts.train_set, batch_size=8))["image"])
     state = initial_state(parts.classifier, parts.optimizer, key, images)
@@ -586,10 +593,10 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> int | None:
     log = logbook.Logbook(workdir, int(state.step), write=jax.process_index() == 0)
 
     with contextlib.closing(log), checkpoints.closing():
-        state, seconds, interrupted = train(parts, state, thetas, key, checkpoints, extra, log)
-    if interrupted:
-        logging.warning("SIGTERM: saved step %d; the same command goes on.", state.step)
-        return cli.INTERRUPTED
+        state, seconds, stopped = train(parts, state, thetas, key, checkpoints, extra, log)
+    if stopped:
+        logging.warning("Stopped: saved step %d; the same command goes on.", state.step)
+        return stopped
     finish(parts, workdir, state, seconds)
     return None
 
@@ -602,8 +609,8 @@ def train(
     checkpoints: checkpoint.Checkpoints,
     extra: dict[str, Any],
     log: logbook.Logbook,
-) -> tuple[TrainState, float, bool]:
-    """Trains from `state` to the last step, or until SIGTERM.
+) -> tuple[TrainState, float, int]:
+    """Trains from `state` to the last step, or until SIGTERM or Ctrl-C.
 
     Args:
       parts: the run.
@@ -616,7 +623,8 @@ def train(
       log: where metrics go.
 
     Returns:
-      The last state, saved, on the host; the run's seconds; whether SIGTERM came before the end.
+      The last state, saved, on the host; the run's seconds; the exit status where it was stopped,
+      else 0.
 
     Raises:
       UserError: the loss is no longer finite; the checkpoints saved before are kept.
@@ -662,7 +670,7 @@ def train(
         log.flush()
         extra |= {"pending": finite(pending, step), "seconds": time.monotonic() - started}
         checkpoints.save(step, state, extra, wait=True)
-    return state, extra["seconds"], step < total_steps or stop.received
+    return state, extra["seconds"], stop.status
 
 
 def train_batches(parts: Parts, start_step: int) -> Iterator[dict[str, np.ndarray]]:

@@ -3,6 +3,8 @@
 import io
 import os
 import pathlib
+import shutil
+import subprocess
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -34,6 +36,18 @@ def photograph(number: int, size: tuple[int, int] | None = None) -> bytes:
     with io.BytesIO() as file:
         coarse.resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
         return file.getvalue()
+
+
+@pytest.fixture
+def small_disk(tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder on a disk of 256 KiB, where this user may mount one."""
+    folder = tmp_path / "small_disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no disk can be mounted")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @pytest.fixture(scope="session")

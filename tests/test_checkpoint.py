@@ -336,6 +336,56 @@ def test_an_empty_workdir_has_no_checkpoint(tmp_path):
         assert checkpoints.restore(make_state(0), EXPECT) is None
 
 
+@pytest.mark.parametrize(
+    "name", ["run[a]", "a*b", "a?b", r"a\b", "{a} b%c#d'e\"f", "-ü ", "a\nb", "~a", "a:b"]
+)
+def test_any_folder_s_name_comes_back(tmp_path, name):
+    for neighbour in ("runa", "aab", "a"):  # What the names mean as patterns.
+        (tmp_path / neighbour).mkdir()
+    workdir = tmp_path / name / "run"
+    save_steps(workdir, 1)
+    workdir = workdir.rename(tmp_path / "renamed")
+    with opened(workdir) as checkpoints:
+        assert_same(checkpoints.restore(make_state(0), EXPECT)[0], make_state(1))
+    workdir = workdir.rename(tmp_path / name / "run")
+    save_steps(workdir, 2)
+    with opened(workdir) as checkpoints:
+        assert_same(checkpoints.restore(make_state(0), EXPECT)[0], make_state(2))
+    assert {p.name for p in tmp_path.iterdir()} == {"runa", "aab", "a", name}
+    assert not any(os.listdir(tmp_path / neighbour) for neighbour in ("runa", "aab", "a"))
+
+
+def test_a_name_that_is_no_utf_8_is_refused_before_anything_is_written(tmp_path):
+    workdir = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    with pytest.raises(UserError, match=r"caf\\xe9.*not UTF-8.*rename it"):
+        Checkpoints(workdir, 1)
+    assert not os.listdir(tmp_path)
+
+
+def test_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    save_weights("~/a/w", WEIGHTS, {"classes": 3})
+    assert load_weights("~/a/w")[1] == {"classes": 3}
+    save_steps("~/run", 1)
+    assert sorted(os.listdir(tmp_path)) == ["a", "run"]
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(small_disk):
+    save_steps(small_disk, 1)
+    large = make_state(2)._replace(params={"w": np.random.default_rng(0).normal(size=10**5)})
+    checkpoints = Checkpoints(small_disk, 3)
+    with pytest.raises(UserError, match=r"could not be written to .*No space left on device.*[.]$"):
+        checkpoints.save(2, large, {"expect": EXPECT}, wait=True)
+    with opened(small_disk) as checkpoints:
+        state, _, step = checkpoints.restore(make_state(0), EXPECT)
+    assert step == 1
+    assert_same(state, make_state(1))
+    with pytest.raises(UserError, match=r"could not be written to .*No space left on device"):
+        save_weights(small_disk / "w", {"w": np.ones(10**5)}, {})
+    assert sorted(os.listdir(small_disk)) == ["checkpoints"]
+
+
 def test_the_last_k_are_kept(tmp_path):
     save_steps(tmp_path, 1, 2, 3, 4, keep=2)
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["3", "4"]

@@ -2,12 +2,17 @@
 
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 
+import ml_collections
 import pytest
+
+from ada_jax import cli
+from ada_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -70,3 +75,89 @@ def test_a_pipe_that_closes_early_costs_no_traceback():
     )
     assert done.stdout == "**Table 1: robustness to common corruptions**\n"
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(("seed", "folder"), [(0, "runs/a"), (3, "runs/a-seed3")])
+def test_each_seed_has_a_folder_of_its_own(seed, folder):
+    assert cli.default_folder(ml_collections.ConfigDict({"name": "a", "seed": seed})) == folder
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "/x", "x/", "a\0b"])
+def test_a_name_that_is_no_folder_is_refused(name):
+    with pytest.raises(UserError, match=r"^config\.name=.* cannot name a folder in runs/: .*[.]$"):
+        cli.default_folder(ml_collections.ConfigDict({"name": name, "seed": 0}))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_is_noted_and_only_a_second_ctrl_c_raises(number):
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with cli.StopSignal() as stop:
+        assert not stop.at(0)
+        signal.raise_signal(number)
+        assert stop.at(1) and stop.status == 128 + number
+        signal.raise_signal(signal.SIGTERM)
+        if number == signal.SIGTERM:
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert stop.status == 128 + number
+    assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+
+
+STARTS = r"""
+import errno, os, signal, sys
+from ada_jax import cli
+
+def run(main, *arguments):
+    sys.argv[1:] = arguments
+    try:
+        cli.start(main)
+    except SystemExit as leaving:
+        print("status", leaving.code, file=sys.stderr, flush=True)
+
+def full(_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a\u00fcb")
+
+run(full)
+run(lambda _: open("/nowhere/a", "w"))
+run(lambda _: signal.raise_signal(signal.SIGINT))
+run(lambda _: print("12.49 \u00b1 0.12 \u2026 caf\udce9"))
+run(lambda argv: print(argv[1:]), "~/a", "b")
+run(lambda argv: print(argv[1:]), os.fsdecode(b"caf\xe9"))
+"""
+
+
+def test_what_the_system_refuses_costs_one_sentence_on_any_terminal():
+    done = subprocess.run(
+        [sys.executable, "-c", STARTS],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONIOENCODING": "ascii", "HOME": "/home/me"},
+        capture_output=True,
+        text=True,
+    )
+    advice = "see that it is there, that you may use it, and that its disk has space."
+    assert done.stderr.splitlines() == [
+        rf"error: a\xfcb cannot be read or written (No space left on device): {advice}",
+        "status 2",
+        f"error: /nowhere/a cannot be read or written (No such file or directory): {advice}",
+        "status 2",
+        "Ctrl-C: the same command goes on.",
+        "status 130",
+        "status None",
+        "status None",
+        r"error: The argument b'caf\xe9' is not UTF-8, as names of folders have to be: rename the "
+        "folder, or set LC_ALL=C.UTF-8 where it is.",
+        "status 2",
+    ]
+    assert done.stdout.splitlines() == [
+        r"12.49 \xb1 0.12 \u2026 caf\udce9",
+        "['/home/me/a', 'b']",
+    ]
+
+
+def test_the_home_folder_is_meant_by_every_flag(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    for flag in ("--workdir", "--config.ada.x", "-out"):
+        assert cli._at_home(f"{flag}=~/a=~") == f"{flag}=/home/me/a=~"
+    assert cli._at_home("--config=~/c.py:a,b") == "--config=/home/me/c.py:a,b"
+    assert cli._at_home("--name=a~") == "--name=a~" and cli._at_home("--flag") == "--flag"

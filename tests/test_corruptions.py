@@ -28,7 +28,7 @@ import skimage.filters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ada_jax import corruptions, data, npy_files, ssim
+from ada_jax import corruptions, data, locks, npy_files, ssim
 from ada_jax.corruptions import EXTRA, NAMES, corrupt
 from ada_jax.errors import UserError
 
@@ -649,7 +649,7 @@ def test_folders_that_are_not_ours(tmp_path):
     (tmp_path / "other/fog.npy").write_bytes(b"precious")
     with pytest.raises(UserError, match=r"no manifest.json, .*name a new folder"):
         write(tmp_path / "other")
-    with pytest.raises(UserError, match="cannot be a folder"):
+    with pytest.raises(UserError, match="cannot be written to"):
         write(tmp_path / "other/fog.npy")
     (tmp_path / "other/manifest.json").write_text("{")
     with pytest.raises(UserError, match=r"manifest.json cannot be read"):
@@ -692,7 +692,10 @@ def test_mistakes_cost_nothing(tmp_path, keywords, message):
 
 
 def test_two_at_once_are_refused(tmp_path):
-    with npy_files.alone_in(tmp_path), pytest.raises(UserError, match="another process"):
+    with (
+        locks.hold("--out", locks.of_folder(tmp_path)),
+        pytest.raises(UserError, match=f"^--out={tmp_path} is in use by process {os.getpid()} on "),
+    ):
         write(tmp_path)
 
 
@@ -724,6 +727,29 @@ def test_mistakes_in_the_data_name_the_flags(monkeypatch, tmp_path, arguments, m
         corruptions._load(*arguments)
 
 
+def test_ctrl_c_costs_one_line_with_several_processes_too(tmp_path):
+    images, labels = np.repeat(photographs(), 200, 0), np.arange(2400) % 3
+    np.savez(tmp_path / "some.npz", images=images, labels=labels)
+    command = [sys.executable, "-m", "ada_jax.corruptions", f"--data={tmp_path}/some.npz"]
+    command += ["--split=all", f"--out={tmp_path}/set", "--names=elastic_transform"]
+    process = subprocess.Popen(
+        [*command, "--processes=2"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    partial = tmp_path / "set/elastic_transform.npy.partial"
+    while not (partial.exists() and partial.stat().st_size > 10_000):  # The workers are up.
+        time.sleep(0.02)
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130, errors
+    assert errors.splitlines()[-1] == "Ctrl-C: the same command goes on."
+    assert "Traceback" not in errors
+
+
 def test_a_killed_command_goes_on_and_a_mistake_has_status_2(tmp_path):
     images, labels = np.repeat(photographs(), 200, 0), np.arange(2400) % 3
     np.savez(tmp_path / "some.npz", images=images, labels=labels)
@@ -736,6 +762,7 @@ def test_a_killed_command_goes_on_and_a_mistake_has_status_2(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert sorted(p.name for p in (tmp_path / "set").iterdir()) == [
+        ".lock",
         "elastic_transform.npy.partial",
         "manifest.json",
     ]

@@ -81,10 +81,10 @@ def test_another_process_s_shard_is_left_to_it(tmp_path):
     shard = tmp_path / "edsr_small_copy00_001.npy"
     shard.unlink()
     hold = (
-        "import fcntl, sys; f = open(sys.argv[1], 'r+b'); fcntl.lockf(f, fcntl.LOCK_EX, 1, 1);"
+        "import sys; from ada_jax import locks; held = locks.take(locks.of_file(sys.argv[1]));"
         "print('held', flush=True); sys.stdin.read()"
     )
-    command = [sys.executable, "-c", hold, str(tmp_path / "manifest.json")]
+    command = [sys.executable, "-c", hold, str(shard)]
     other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"
     assert not deepaugment.write_set(DATASET, tmp_path, config()) and not shard.exists()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import skimage.data
 
-from ada_jax import checkpoint
+from ada_jax import checkpoint, locks
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -108,8 +108,9 @@ def test_two_processes_train_and_evaluate_as_one(tmp_path, photographs):
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_saves_one_step_for_all_and_another_number_of_processes_goes_on(
-    tmp_path, photographs
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_saves_one_step_for_all_and_another_number_of_processes_goes_on(
+    tmp_path, photographs, number
 ):
     # Measured on corrupted images after every step, for steps that take their time.
     slowly = {"corruption_eval_epochs": 0.1, "corruption_eval_examples": 20}
@@ -117,7 +118,7 @@ def test_sigterm_to_one_saves_one_step_for_all_and_another_number_of_processes_g
     two = tmp_path / "two"
     processes = start_two([two] * 2, flags, None)
     wait_for(two / "metrics.jsonl", '"step": 2,', processes)
-    processes[1].send_signal(signal.SIGTERM)
+    processes[1].send_signal(number)
     assert [process.wait(timeout=300) for process in processes] == [143, 143]
     (saved,) = (int(p.name) for p in (two / "checkpoints").iterdir() if p.name.isdigit())
     assert 2 <= saved < 10
@@ -155,6 +156,16 @@ def test_folders_that_are_not_shared_are_refused_by_all(tmp_path, photographs):
         said, _ = process.communicate(timeout=120)
         assert process.returncode == 2
         assert "not the same folder" in said and "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_in_use_is_refused_by_all(tmp_path, photographs):
+    with locks.hold("--workdir", locks.of_folder(tmp_path)):
+        processes = start_two([tmp_path] * 2, flags_of(photographs))
+        for process, said in zip(processes, ("is in use by", "process 0 says why"), strict=True):
+            output, _ = process.communicate(timeout=120)
+            assert process.returncode == 2
+            assert said in output.splitlines()[-1] and "Traceback" not in output
 
 
 @pytest.mark.slow

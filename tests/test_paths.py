@@ -95,3 +95,41 @@ def test_pictures_go_into_buckets(cloud):
     path = f"{cloud.folder()}/a.png"
     figures.corruption_bars(path, {"x": {"fog": {"mean": 1.0, "std": 0.0}}}, order=("fog",))
     assert cloud.content(path).startswith(b"\x89PNG")
+
+
+def test_the_home_folder_is_found_by_every_function(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    paths.make_folder("~/a")
+    paths.write("~/a/b", "text")
+    assert paths.read("~/a/b") == b"text" == (tmp_path / "home/a/b").read_bytes()
+    assert paths.exists("~/a/b") and paths.is_dir("~/a")
+    assert paths.glob("~/a", "*") == [tmp_path / "home/a/b"]
+    with paths.local_copy("~/a/b") as copy:
+        assert copy == str(tmp_path / "home/a/b")
+    paths.Journal("~/a/c", "1\n").close()
+    assert (tmp_path / "home/a/c").read_text() == "1\n"
+    assert os.listdir(tmp_path) == ["home"]
+
+
+def test_names_that_are_no_utf_8_are_written_as_text(tmp_path):
+    paths.write(tmp_path / "page", os.fsdecode(b"caf\xe9 \xc3\xbc"))
+    assert (tmp_path / "page").read_text() == "caf\\udce9 \u00fc"
+
+
+def test_names_that_are_patterns_are_refused_in_buckets():
+    with pytest.raises(UserError, match=r"^--workdir=gs://b/run\[a\] holds '\[', .*rename it[.]$"):
+        paths.check_bucket("--workdir=gs://b/run[a]", "gs://b/run[a]")
+
+
+def test_a_full_disk_names_the_file_and_keeps_what_was_there(small_disk):
+    paths.write(small_disk / "a", "old")
+    journal = paths.Journal(small_disk / "log", "1\n")
+    for write in (
+        lambda: paths.write(small_disk / "a", bytes(10**6)),
+        lambda: [journal.write("line\n" * 1000) for _ in range(1000)],
+    ):
+        with pytest.raises(OSError, match=r"No space left on device: .*/(a|log)'$"):
+            write()
+    assert paths.read(small_disk / "a") == b"old"
+    assert sorted(os.listdir(small_disk)) == ["a", "log"]

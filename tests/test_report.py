@@ -285,6 +285,15 @@ def test_formats_escape_what_they_must():
     assert "<b>" not in page and "&lt;b&gt;_x_|y" in page
 
 
+def test_names_of_runs_are_no_markup():
+    table = Table("t", ["name"], [[[Cell("$5_to_$10 ~~a~~ &lt; R&D\nb|c<d>")]]])
+    line = tables.markdown(table).splitlines()[-1]
+    assert line == r"| \$5_to\_\$10 \~\~a\~\~ \&lt; R&D b\|c\<d> |"
+    words = r"\$5\_to\_\$10 \textasciitilde{}\textasciitilde{}a\textasciitilde{}\textasciitilde{} "
+    words += r"\&lt; R\&D b\textbar{}c\textless{}d\textgreater{} \\"
+    assert words in tables.latex(table).splitlines()
+
+
 # ------------------------------------------------------------------------ pictures
 
 

@@ -438,7 +438,7 @@ def test_signals_let_the_runs_save(stand_in, number):
         os.kill(os.getpid(), number)
 
     threading.Thread(target=send_when_two_are_up).start()
-    assert sweep.run(points, out, 2) == ({}, True)
+    assert sweep.run(points, out, 2) == ({}, 128 + number)
     assert [log_of(point, out).splitlines()[-1] for point in points[:2]] == ["saved", "saved"]
     assert not (pathlib.Path(out) / points[2].name).exists()
     assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))

@@ -791,7 +791,8 @@ def test_sigterm_saves_and_the_same_command_goes_on(uninterrupted):
     assert f"Going on from step {step} ".encode() in seen
 
 
-def test_sigterm_during_the_last_step_is_not_forgotten(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_during_the_last_step_is_not_forgotten(number, tmp_path, monkeypatch):
     config, make = tiny(method="nominal", epochs=0.0, train_steps=2), train.compile_update_step
 
     def terminated_in_the_second(parts):
@@ -799,17 +800,31 @@ def test_sigterm_during_the_last_step_is_not_forgotten(tmp_path, monkeypatch):
 
         def update(*args):
             if next(steps) == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), number)
             return update_step(*args)
 
         return update
 
     monkeypatch.setattr(train, "compile_update_step", terminated_in_the_second)
-    assert train.main(config, str(tmp_path)) == cli.INTERRUPTED
+    assert train.main(config, str(tmp_path)) == 128 + number
     assert not (tmp_path / "results.json").exists()
     monkeypatch.undo()
     assert train.main(config, str(tmp_path)) is None
     assert json.loads((tmp_path / "results.json").read_text())["step"] == 2
+
+
+@pytest.mark.slow
+def test_a_full_disk_costs_one_sentence_and_the_same_command_goes_on(small_disk):
+    workdir, flags = small_disk / "run[a]", flags_of(tiny(method="nominal"))
+    done = run(workdir, *flags)
+    assert done.returncode == 2, done.stderr
+    said = done.stderr.splitlines()
+    assert said[-1].startswith("error: ") and "No space left" in said[-1]
+    assert "Traceback" not in done.stderr
+    subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)
+    done = run(workdir, *flags)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((workdir / "results.json").read_text())["clean"]["examples"] == 40
 
 
 @pytest.mark.slow
