@@ -221,6 +221,7 @@ def test_a_published_folder_in_its_own_order_and_either_spelling(folder):
     config = config_with(eval_c_dir=str(folder))
     names = ["elastic_transform", "saturate"]
     datasets, source = evaluate._from_folder(config, clean, names, 24)
+    assert set(source.pop("files")) == {"labels", *names}
     assert source == {"kind": "npy", "folder": str(folder)}
     image, label = datasets["elastic_transform", 4].source[5]
     np.testing.assert_array_equal(image, np.load(folder / "elastic.npy")[3 * 24 + 5])
@@ -369,6 +370,7 @@ def test_imagenet_c_comes_from_tfds(held_out, imagenet, monkeypatch):
     monkeypatch.setitem(evaluate._CORRUPTIONS, "c", ("fog",))
     sets = imagenet_sets(held_out, imagenet, c_dir="tfds")
     assert list(sets.datasets) == [("fog", severity) for severity in range(1, 6)]
+    assert len(set(sets.source.pop("files").values())) == 5
     assert sets.source == {"kind": "tfds"}
     batch = next(data.eval_batches(sets.datasets["fog", 2], batch_size=8))
     assert sorted(batch["label"]) == list(range(8)) and batch["image"].shape == (8, 32, 32, 3)
@@ -488,6 +490,62 @@ def test_results_of_other_images_of_the_same_name_and_number_are_refused(tmp_pat
     other = dataclasses.replace(clean, source=arrays)
     with pytest.raises(UserError, match="fingerprint"):
         evaluate.with_earlier(results_of(other, sets_of(other, "extra")), path)
+
+
+def test_results_of_other_labels_are_refused_also_where_256_examples_agree(tmp_path):
+    path, clean = tmp_path / "results.json", images(400, side=8)
+    path.write_text(json.dumps(results_of(clean, sets_of(clean, "clean"))))
+    labels = clean.source.labels.copy()
+    labels[2] = (labels[2] + 1) % 4
+    other = dataclasses.replace(clean, source=data.ArraySource(clean.source.images, labels))
+    assert data.sampled_fingerprint(other) == data.sampled_fingerprint(clean)
+    with pytest.raises(UserError, match="fingerprint"):
+        evaluate.with_earlier(results_of(other, sets_of(other, "clean")), path, clean=other)
+
+
+def test_results_of_an_older_version_are_recognised_and_get_the_fingerprint_of_now(tmp_path):
+    path, clean = tmp_path / "results.json", images()
+    results = results_of(clean, sets_of(clean, "extra"))
+    old = earlier()
+    del old["class_names"]
+    old["data"]["fingerprint"] = data.sampled_fingerprint(clean)
+    path.write_text(json.dumps(old))
+    kept = evaluate.with_earlier(results, path, clean=clean)
+    assert kept["data"] == results["data"] and kept["corruptions"] == old["corruptions"]
+    assert kept["class_names"] == list("abcd")
+    other = images(seed=1)
+    with pytest.raises(UserError, match="fingerprint"):
+        evaluate.with_earlier(results_of(other, sets_of(other, "extra")), path, clean=other)
+
+
+def test_a_folder_of_corrupted_images_counts_by_its_content(folder, tmp_path_factory):
+    path, clean = tmp_path_factory.mktemp("results") / "results.json", images()
+
+    def results(where=folder, *names):
+        names = names or corruptions.EXTRA
+        config = config_with(eval_c_dir=str(where))
+        _, source = evaluate._from_folder(config, clean, names, len(clean))
+        return results_of(clean, evaluate.Sets({}, source))
+
+    first = results(folder, "spatter", "saturate")
+    assert set(first["corruption_source"]["files"]) == {"labels", "spatter", "saturate"}
+    path.write_text(json.dumps(first))
+    moved = folder.rename(folder.with_name(folder.name + "-moved"))
+    kept = evaluate.with_earlier(results(moved), path)
+    files = kept["corruption_source"]["files"]
+    assert set(files) == {"labels", *corruptions.EXTRA}
+    spoil(moved, "speckle_noise.npy", lambda a: 255 - a)  # Is not measured yet.
+    evaluate.with_earlier(results(moved), path)
+    spoil(moved, "spatter.npy", lambda a: 255 - a)
+    with pytest.raises(UserError, match=r"corruption_source\.files\.spatter"):
+        evaluate.with_earlier(results(moved), path)
+    del first["corruption_source"]["files"]  # As older versions wrote it: the path counts.
+    path.write_text(json.dumps(first))
+    with pytest.raises(UserError, match=r"corruption_source\.folder"):
+        evaluate.with_earlier(results(moved), path)
+    moved.rename(folder)
+    kept = evaluate.with_earlier(results(), path)
+    assert set(kept["corruption_source"]["files"]) == {"labels", *corruptions.EXTRA}
 
 
 # Errors of "AdA + DeepAugment(10x) + AugMix" on CIFAR-10-C, as RobustBench publishes them.
