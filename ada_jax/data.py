@@ -296,8 +296,7 @@ def _update_with_shards(digest: Any, records: Any) -> None:
     for path in info.splits[_SPLIT.fullmatch(records.split)[1]].filepaths:
         path = epath.Path(path)
         digest.update(f"{path.name} {path.stat().length}".encode())
-    for i in _spread(len(records)):
-        record = records[int(i)]
+    for record in photographs.many(records, _spread(len(records)).tolist()):
         digest.update(record["image"] + str(int(record["label"])).encode())
 
 

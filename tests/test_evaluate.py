@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from PIL import Image
 
 from ada_jax import checkpoint, corruptions, data, evaluate, photographs, train
 from ada_jax.devices import replicate
@@ -663,3 +664,47 @@ def test_the_binary_tells_a_mistake_in_one_sentence_and_status_2(flags, said):
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert len(errors) == 1 and said in errors[0]
+
+
+@pytest.mark.slow
+def test_classes_are_those_of_training_and_training_images_are_said_to_be(tmp_path):
+    def write(root, first, **counts):
+        for name, count in counts.items():
+            (tmp_path / root / name).mkdir(parents=True)
+            for i in range(first, first + count):
+                # Told apart by colour, and no two alike.
+                colour = {"cat": (200, i, 0), "dog": (0, 200, i), "owl": (i, 0, 200)}[name[-3:]]
+                image = Image.new("RGB", (32, 32), colour)
+                image.save(tmp_path / root / name / f"{i}.png")
+
+    write("data/train", 0, cat=20, dog=20, owl=20)
+    write("data/test", 20, cat=5, owl=5)  # Lacks a class.
+    write("other", 30, bird_owl=5, cat=5, dog=5)
+    write("two", 40, dog=4, owl=4)
+    workdir = tmp_path / "run"
+    fields = {"dataset": "folder", "data_dir": tmp_path / "data", "method": "nominal"}
+    fields |= {"epochs": 0, "train_steps": 20, "batch_size": 16, "eval_batch_size": 16}
+    fields |= {"eval_sets": "clean", "figure_examples": 0, "compilation_cache": ""}
+    command = [sys.executable, "-m", "ada_jax.train", "--config=experiments/quickstart.py"]
+    command += [f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in fields.items())]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    trained = json.loads((workdir / "results.json").read_text())
+    assert trained["class_names"] == ["cat", "dog", "owl"] and trained["clean"]["examples"] == 10
+
+    def evaluated(name, *flags):
+        out = tmp_path / f"{name}.json"
+        return run(f"--workdir={workdir}", f"--out={out}", "--sets=clean", *flags), out
+
+    done, out = evaluated("other", f"--data_dir={tmp_path / 'other'}", "--split=all")
+    assert done.returncode == 2 and not out.exists()
+    assert "the class(es) 'bird_owl', and the classifier was trained on 'cat', " in done.stderr
+    # By number, 'dog' and 'owl' would be 'cat' and 'dog', and all verdicts wrong.
+    done, out = evaluated("two", f"--data_dir={tmp_path / 'two'}", "--split=all")
+    assert done.returncode == 0, done.stderr
+    results = json.loads(out.read_text())
+    assert results["clean"]["error"] < 50 and results["training"] == trained["training"]
+    assert results["class_names"] == ["cat", "dog", "owl"] and "trained_on" not in results
+    done, out = evaluated("train", "--split=train[:40]")
+    assert json.loads(out.read_text())["trained_on"] == 40
+    assert "40 of these 40 images were trained on" in done.stderr

@@ -228,6 +228,13 @@ def test_bad_configs_are_refused_in_a_sentence(fields, message, tmp_path):
     assert str(error.value).endswith(".") and "\n" not in str(error.value)
 
 
+def test_training_images_are_not_held_out(tmp_path):
+    fields = {"dataset": "mnist5k", "train_split": "train[:40]", "eval_split": "train[30:50]"}
+    with pytest.raises(UserError, match=r"10 of the 20 images of config\.eval_split="):
+        pretrain.main(get_config(**fields), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_patches_larger_than_the_images_are_refused(tmp_path):
     np.savez(tmp_path / "x.npz", images=np.zeros((20, 14, 14, 3), np.uint8), labels=[0, 1] * 10)
     fields = {"dataset": "npz", "data_dir": str(tmp_path / "x.npz"), "patch": 15}
