@@ -15,6 +15,7 @@ import json
 import os
 import re
 import tempfile
+import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -254,7 +255,10 @@ class Checkpoints:
             self.wait()
 
     def restore(
-        self, like_state: Tree, expect: Mapping[str, Any]
+        self,
+        like_state: Tree,
+        expect: Mapping[str, Any],
+        former: Mapping[str, Any] = types.MappingProxyType({}),
     ) -> tuple[Tree, dict[str, Any], int] | None:
         """Reads the newest checkpoint that is undamaged.
 
@@ -262,6 +266,7 @@ class Checkpoints:
           like_state: pytree of arrays or `jax.ShapeDtypeStruct`: the tree, shapes and dtypes
             wanted.
           expect: JSON values that must equal `extra['expect']` of the checkpoint.
+          former: what older versions wrote for some of them, which is taken for the same.
 
         Returns:
           The state with numpy arrays bitwise equal to those saved, `extra` and the step; or None
@@ -275,7 +280,7 @@ class Checkpoints:
         torn: dict[int, Exception] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                state, extra = self._read(step, like_state, expect)
+                state, extra = self._read(step, like_state, expect, former)
             except UserError:
                 raise
             except Exception as error:
@@ -325,6 +330,13 @@ class Checkpoints:
                 )
             return _nested({name: flat[name] for name in wanted}), step
         return None
+
+    def latest_extra(self) -> dict[str, Any]:
+        """Reads what was saved beside the newest undamaged state; {} where there is none."""
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            with contextlib.suppress(Exception):  # As in `restore`: damaged files raise anything.
+                return self._read_meta(step)["extra"]
+        return {}
 
     def latest_step(self) -> int | None:
         """Returns the newest step on disk, or None; waits for a save under way."""
@@ -382,7 +394,11 @@ class Checkpoints:
             ) from error
 
     def _read(
-        self, step: int, like_state: Tree, expect: Mapping[str, Any]
+        self,
+        step: int,
+        like_state: Tree,
+        expect: Mapping[str, Any],
+        former: Mapping[str, Any],
     ) -> tuple[Tree, dict[str, Any]]:
         meta = self._read_meta(step)
         folder = self._folder / str(step)
@@ -391,7 +407,7 @@ class Checkpoints:
                 f"The checkpoint {folder} has format {meta['format']}, and this version of ada_jax "
                 f"reads {_FORMAT}: use another --workdir, or the version that wrote it."
             )
-        _check_expect(folder, meta["extra"].get("expect", {}), expect)
+        _check_expect(folder, meta["extra"].get("expect", {}), expect, former)
         named = _named(like_state)
         wanted = {name: _spec(leaf) for name, leaf in named.items()}
         if difference := _difference(meta["tree"], wanted):
@@ -552,10 +568,12 @@ def _difference(found: Mapping[str, str], wanted: Mapping[str, str]) -> str | No
     return f"{len(names)} of {len({*found, *wanted})} arrays differ; the first, '{first}', {what}"
 
 
-def _check_expect(folder: Any, stored: Mapping[str, Any], expect: Mapping[str, Any]) -> None:
+def _check_expect(
+    folder: Any, stored: Mapping[str, Any], expect: Mapping[str, Any], former: Mapping[str, Any]
+) -> None:
     now = json.loads(json.dumps(dict(expect)))
     for field in dict.fromkeys([*now, *stored]):
-        if stored.get(field) != now.get(field):
+        if stored.get(field) not in (now.get(field), former.get(field, now.get(field))):
             raise UserError(
                 f"The checkpoint {folder} was written with {field} = "
                 f"{json.dumps(stored.get(field))}, but this run has {field} = "

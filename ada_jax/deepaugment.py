@@ -149,7 +149,8 @@ def write_set(
     }
     with locks.hold(f"--out={out}", locks.of_folder(out), wait=True):
         npy_files.check_folder(out)
-        npy_files.agree(out, _manifest(dataset, nets, config))
+        former = {"data_sha256": data.sampled_fingerprint(dataset)}
+        npy_files.agree(out, _manifest(dataset, nets, config), former)
     shards = _shards(dataset, tuple(nets), range(config.copies), config.shard_images)
     missing = [s for s in shards if not npy_files.is_whole(out / s.file, s.shape)]
     npy_files.check_space(out, sum(math.prod(s.shape) for s in missing))
@@ -260,7 +261,7 @@ def _manifest(
     return {
         "kind": "deepaugment",
         "data": dataset.name,
-        "data_sha256": data.fingerprint(dataset),
+        "data_sha256": dataset.fingerprint,
         "images": len(dataset),
         "nets": {
             name: {"weights_sha256": checkpoint.digest(theta), "enlarge": enlarge}
@@ -316,7 +317,7 @@ def open_set(folder: str | os.PathLike[str], dataset: data.Dataset, copies: int)
     """
     where = f"config.deepaugment.dir={os.fspath(folder)!r}"
     manifest, folder = read_manifest(folder), paths.local(where, folder)
-    if manifest["data_sha256"] != data.fingerprint(dataset):
+    if not data.recognises(dataset, manifest["data_sha256"]):
         raise UserError(
             f"{where} was made from {manifest['images']} other images ({manifest['data']}) than "
             f"the {len(dataset)} of config.train_split: make a set of these with "

@@ -11,6 +11,7 @@ those it lacks.
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -19,6 +20,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent import futures
 from typing import Any, NamedTuple
 
 import haiku as hk
@@ -27,7 +29,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import tqdm
-from absl import flags
+from absl import flags, logging
 
 from ada_jax import (
     checkpoint,
@@ -118,7 +120,8 @@ def load_classifier(
       num_classes: K; None reads it from classifier.safetensors, which a finished run has.
 
     Returns:
-      logits_fn: images [B,H,W,3] float32 in [0,1] -> logits [B,K].
+      logits_fn: images [B,H,W,3] float32 in [0,1] -> logits [B,K], in the order of the run's
+      classes, which are `metadata(workdir)["class_names"]`.
 
     Raises:
       UserError: there is no run, it is damaged or not finished, or its file does not say K.
@@ -133,6 +136,29 @@ def load_classifier(
     # Every classifier averages over its last features: the weights fit images of any size.
     params, state, _ = load_variables(config, classifier, (32, 32, 3), workdir)
     return functools.partial(apply_classifier, classifier, params, state)
+
+
+def metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What is said of a classifier beside its weights.
+
+    Args:
+      path: a safetensors file, or a folder with classifier.safetensors or else checkpoints.
+
+    Returns:
+      Among others 'class_names' [K], in the order of the logits; 'training', digests of what it
+      was trained from, see `train.describe`; and 'recipe', the same for runs that differ in seed
+      alone. Weights of older versions lack them.
+    """
+    path = paths.at(path)
+    file = path / "classifier.safetensors" if paths.is_dir(path) else path
+    if paths.exists(file):
+        return checkpoint.load_weights(file)[1]
+    if not paths.is_dir(path / "checkpoints"):
+        return {}
+    checkpoints = checkpoint.Checkpoints(path, keep=1)
+    extra = checkpoints.latest_extra()
+    checkpoints.close()
+    return extra.get("about", {})
 
 
 # ------------------------------------------------------------------------ counting
@@ -379,7 +405,7 @@ def _from_tfds(
     else:
         _require_cifar10(clean, "cifar10_corrupted")
     split = f"{base}[:{size}]" if size < len(clean) else base
-    datasets = {}
+    datasets, digests = {}, {}
     for cell in _cells(names):
         datasets[cell] = dataset = open_cell(*cell, config.data_dir or None, split=split)
         if len(dataset) != size:
@@ -387,7 +413,8 @@ def _from_tfds(
                 f"{dataset.name} has {len(dataset)} images, and there are {size} clean ones: set "
                 "config.eval_split (--split) to the test split that it was made from."
             )
-    return datasets, {"kind": "tfds"}
+        digests["{}/{}".format(*cell)] = dataset.fingerprint
+    return datasets, {"kind": "tfds", "files": digests}
 
 
 # ------------------------------------------------------------------------ a folder of .npy files
@@ -404,12 +431,27 @@ def _from_folder(
     source = {"kind": "npy", "folder": str(folder)} | _read_manifest(folder, sha256)
     labels = _read_labels(folder, clean_labels)
     datasets = {}
+    files = {"labels": folder / "labels.npy"} | {name: _path_of(folder, name) for name in names}
     for name in names:
         images = _read_images(folder, name, len(corruptions.SEVERITIES), clean)
         for severity, block in zip(corruptions.SEVERITIES, images, strict=True):
             arrays = data.ArraySource(block[:size], labels[:size])
             datasets[name, severity] = dataclasses.replace(clean, source=arrays)
-    return datasets, source
+    with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        digests = pool.map(_file_digest, files.values())
+        return datasets, source | {"files": dict(zip(files, digests, strict=True))}
+
+
+def _file_digest(path: pathlib.Path) -> str:
+    """SHA-256 of a file; read once by a process while nobody writes to it."""
+    stat = path.stat()
+    return _digest_of(path, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.cache
+def _digest_of(path: pathlib.Path, *_: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_whole(folder: pathlib.Path) -> None:
@@ -484,13 +526,18 @@ def _read_manifest(folder: pathlib.Path, sha256: str) -> dict[str, Any]:
     return told
 
 
+def _path_of(folder: pathlib.Path, name: str) -> pathlib.Path:
+    path = folder / f"{name}.npy"
+    other = folder / f"{data.TFDS_SPELLINGS.get(name, name)}.npy"
+    return path if path.exists() or not other.exists() else other
+
+
 def _read_images(
     folder: pathlib.Path, name: str, severities: int, clean: data.Dataset
 ) -> np.ndarray:
     """[S, N, H, W, 3] uint8, of a file in either spelling."""
-    path = folder / f"{name}.npy"
-    other = folder / f"{data.TFDS_SPELLINGS.get(name, name)}.npy"
-    images = _load_array(path if path.exists() or not other.exists() else other)
+    path = _path_of(folder, name)
+    images = _load_array(path)
     wanted = (severities * len(clean), *clean.image_shape)
     if images.shape != wanted or images.dtype != np.uint8:
         raise UserError(
@@ -543,15 +590,20 @@ def new_results(
             "name": clean.name,
             "split": config.eval_split,
             "examples": len(clean),
-            "fingerprint": data.fingerprint(clean),
+            "fingerprint": clean.fingerprint,
         },
+        "class_names": list(clean.class_names),
     }
     results |= {"corruption_source": dict(source)} if source else {}
     return json.loads(json.dumps(results))  # Tuples become lists, as they come back.
 
 
 def with_earlier(
-    results: Results, path: str | os.PathLike[str], *, replace: bool = False
+    results: Results,
+    path: str | os.PathLike[str],
+    *,
+    replace: bool = False,
+    clean: data.Dataset | None = None,
 ) -> Results:
     """Adds what a results file of the same weights and data has measured already, if there is one.
 
@@ -559,6 +611,8 @@ def with_earlier(
       results: from `new_results`.
       path: the file, which need not exist.
       replace: take a file of other weights for none.
+      clean: the clean images, to recognise them in a file of an older version, whose fingerprint
+        is of 256 images; what is returned has the one of now.
 
     Raises:
       UserError: it is damaged, of another schema, or of other weights, data or corruptions.
@@ -569,6 +623,8 @@ def with_earlier(
         before = dict(json.loads(paths.read(path)))
         if replace and before["weights_digest"] != results["weights_digest"]:
             return results
+        if clean is not None and data.recognises(clean, before["data"].get("fingerprint")):
+            before["data"]["fingerprint"] = clean.fingerprint
         _check_same(results, before, path)
         _check_rows(before)
         seconds = float(before["seconds"])
@@ -579,6 +635,10 @@ def with_earlier(
             f"The results file {path} cannot be read ({error!r}): rename it, or name another with "
             "--out."
         ) from error
+    if "corruption_source" in results and "corruption_source" in before:
+        files = [of["corruption_source"].get("files", {}) for of in (before, results)]
+        if any(files):
+            before["corruption_source"]["files"] = files[0] | files[1]
     # What the file says of the run itself stays, as what it was trained and first measured by.
     return results | before | {"seconds": seconds} | _means(before)
 
@@ -593,8 +653,14 @@ def _check_same(results: Results, before: Results, path: paths.AnyPath) -> None:
 
     now, then = facts(results), facts(before)
     if "corruption_source" in results and "corruption_source" in before:
-        now["corruption_source"] = results["corruption_source"]
-        then["corruption_source"] = before["corruption_source"]
+        now["corruption_source"] = dict(results["corruption_source"])
+        then["corruption_source"] = dict(before["corruption_source"])
+        files = [of["corruption_source"].pop("files", {}) for of in (now, then)]
+        if all(files):  # Of the images themselves, wherever they lie.
+            both = files[0].keys() & files[1].keys()
+            for of, digests in zip((now, then), files, strict=True):
+                of["corruption_source"].pop("folder", None)
+                of["corruption_source.files"] = {name: digests[name] for name in sorted(both)}
     for field, value in now.items():
         if (old := then[field]) == value:
             continue
@@ -768,7 +834,8 @@ def rows(results: Results) -> list[tuple[str, str]]:
 # ------------------------------------------------------------------------ the config
 
 _NEEDED = (
-    *("name", "seed", "dataset", "data_dir", "image_size", "eval_split", "eval_batch_size"),
+    *("name", "seed", "dataset", "data_dir", "image_size", "train_split", "eval_split"),
+    "eval_batch_size",
     *("classifier", "mean", "std", "bn_decay", "cross_replica_bn", "zero_init_logits"),
     "compute_dtype",
     *("cpu_devices", "compilation_cache"),
@@ -966,7 +1033,12 @@ def _evaluate(values: flags.FlagValues, locked: contextlib.ExitStack) -> None:
         unscaled = [1] * len(values.ada_nets)
         corruption_nets.check_sizes("--ada_nets", values.ada_nets, unscaled, clean.image_shape)
     sets = open_sets(config, clean, config.eval_sets)
-    classifier = make_classifier(config, clean.num_classes)
+    about = {} if values.random else metadata(workdir or weights)
+    class_names = about.get("class_names", clean.class_names)
+    datasets = {
+        cell: data.renumbered(dataset, class_names) for cell, dataset in sets.datasets.items()
+    }
+    classifier = make_classifier(config, len(class_names))
     if values.random:
         name, step = f"{config.name}_random", 0
         params, state = random_variables(classifier, clean, config.seed)
@@ -985,9 +1057,15 @@ def _evaluate(values: flags.FlagValues, locked: contextlib.ExitStack) -> None:
         clean=clean,
         source=sets.source,
     )
-    results = with_earlier(results, out)
+    results["class_names"] = list(class_names)
+    results |= {"training": about["training"]} if "training" in about else {}
+    if count := _trained_on(config, workdir, about, clean):
+        results["trained_on"] = count
+        logging.warning("%d of these %d images were trained on.", count, len(clean))
+    results = with_earlier(results, out, clean=clean)
+    clean = data.renumbered(clean, class_names)
     variables, eval_step = replicate((params, state)), map_eval_step(classifier)
-    results = complete(results, out, eval_step, variables, sets.datasets, config.eval_batch_size)
+    results = complete(results, out, eval_step, variables, datasets, config.eval_batch_size)
     logits_fn = functools.partial(apply_classifier, classifier, params, state)
     settings = {"examples": values.worst_examples, "seed": config.seed}
     settings |= {"batch_size": min(config.eval_batch_size, 256)}
@@ -1015,6 +1093,41 @@ def _evaluate(values: flags.FlagValues, locked: contextlib.ExitStack) -> None:
         ("time of this evaluation", logbook.clock(time.monotonic() - started)),
     ]
     print("\n" + logbook.table(table), flush=True)
+
+
+def _trained_on(
+    config: ml_collections.ConfigDict,
+    workdir: str | None,
+    about: Mapping[str, Any],
+    clean: data.Dataset,
+) -> int:
+    """How many of the images the classifier was trained on, where its training images are there.
+
+    Args:
+      config: of the evaluation.
+      workdir: the run's folder; None for weights alone.
+      about: `metadata` of the weights; {} for random ones.
+      clean: the images.
+    """
+    if about.get("training", {}).get("data") == clean.fingerprint:
+        return len(clean)
+    trained = config_of_run(workdir) if workdir else config
+    split = trained.train_split if workdir else about.get("train_split")
+    # Files of one's own are those named at training; --data_dir says where copies of others are.
+    own = trained.dataset in ("folder", "npz")
+    if not split or (own and not workdir):
+        return 0
+    try:
+        train_set = data.load(
+            trained.dataset,
+            split,
+            data_dir=(trained if own else config).data_dir or None,
+            image_size=trained.image_size,
+            encoded=True,
+        )
+    except UserError:
+        return 0
+    return max(data.overlap(train_set, clean))
 
 
 def check_radii(flag: str, radii: Sequence[str]) -> None:

@@ -10,7 +10,8 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable, Iterator
+import types
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,18 @@ def check_folder(out: pathlib.Path) -> None:
         )
 
 
-def agree(out: pathlib.Path, manifest: dict[str, Any]) -> None:
-    """Writes the manifest into a new folder; in an old one refuses to make another set."""
+def agree(
+    out: pathlib.Path,
+    manifest: dict[str, Any],
+    former: Mapping[str, Any] = types.MappingProxyType({}),
+) -> None:
+    """Writes the manifest into a new folder; in an old one refuses to make another set.
+
+    Args:
+      out: the folder.
+      manifest: of the set that is to be made.
+      former: what older versions wrote for some of its fields, which is taken for the same.
+    """
     path = out / "manifest.json"
     if not path.is_file():
         text = json.dumps(manifest, indent=2).encode() + b"\n"
@@ -43,7 +54,8 @@ def agree(out: pathlib.Path, manifest: dict[str, Any]) -> None:
             f"{path} cannot be read ({error}): name another folder with --out, or rename this one."
         ) from error
     for field in manifest:
-        if field != "data" and before.get(field) != manifest[field]:
+        same = manifest[field], former.get(field, manifest[field])
+        if field != "data" and before.get(field) not in same:
             raise UserError(
                 f"--out={out} has a set whose {field} is {before.get(field)}, and this one would "
                 f"have {manifest[field]}: name another folder."

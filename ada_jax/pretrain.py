@@ -423,6 +423,7 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> int | None:
     paths.check_bucket(f"--workdir={workdir}", workdir)
     cli.set_up_devices(0, config.compilation_cache)
     parts = build(config)
+    data.check_held_out(parts.train_set, parts.eval_set, config.train_split, config.eval_split)
     with locks.hold(f"--workdir={workdir}", locks.of_folder(workdir)):
         return run(parts, workdir)
 
@@ -434,12 +435,14 @@ def run(parts: Parts, workdir: str) -> int | None:
     state = initial_state(parts.net, parts.optimizer, key)
 
     checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints)
-    expect = identity(config) | {"training data": data.fingerprint(parts.train_set)}
-    restored = checkpoints.restore(state, expect)
-    extra = {"expect": expect, "pending": []}
+    expect = identity(config) | {"training data": parts.train_set.fingerprint}
+    former = {"training data": data.sampled_fingerprint(parts.train_set)}
+    restored = checkpoints.restore(state, expect, former)
+    extra = {"pending": []}
     if restored:
         state, extra, step = restored
         logging.info("Going on from step %d of %s.", step, workdir)
+    extra["expect"] = expect
     logbook.write_json(os.path.join(workdir, "config.json"), config.to_dict())
     log = logbook.Logbook(workdir, int(state.step))
 

@@ -13,6 +13,7 @@ standard deviation. All errors are in percent, and mCE is the plain mean over co
 severities (un-normalised).
 """
 
+import hashlib
 import json
 import math
 import os
@@ -71,6 +72,8 @@ _SETS: dict[str, Any] = {  # absent where they were not evaluated
     "mean_extra": int | float,
     "ada": dict,
     "lp_accuracy": dict,
+    "training": dict,
+    "trained_on": int,
 }
 # Two runs are one method, whatever these are. What was evaluated is in 'data' and
 # 'corruption_source'.
@@ -315,11 +318,23 @@ def _check_seeds(same: list[Result]) -> None:
 
 
 def settings(result: Result) -> dict[str, Any]:
-    """What must agree for results to differ in seed alone: config, steps, data, corruptions."""
+    """What must agree for results to differ in seed alone: config, steps, data, corruptions.
+
+    What a run was trained from and measured on counts by its content, as far as its file has
+    digests: files of older versions have none, and are joined among themselves. Weights that
+    training started from count by what they were trained from in turn, see `train.describe`.
+    """
     flat = {"published": result.published, "corrupted": _corrupted(result)}
     flat |= logbook.comparable(result.fields.get("config") or {})
     for key in ("data", "corruption_source", "step"):
         flat |= logbook.flat(result.fields.get(key), key)
+    for name, digest in result.fields.get("training", {}).items():
+        flat[f"training.{name}"] = digest[:12]
+    if files := (result.fields.get("corruption_source") or {}).get("files"):
+        where = ("corruption_source.folder", "corruption_source.files")
+        flat = {k: v for k, v in flat.items() if not k.startswith(where)}
+        text = json.dumps(files, sort_keys=True).encode()
+        flat["corruption_source.files"] = hashlib.sha256(text).hexdigest()[:12]
     if flat.get("init_weights"):
         flat["init_weights"] = "trained"  # each seed's its own
     unused = {"ada.microbatch"} if flat.get("ada.batch_norm") != "batch" else set()
@@ -368,6 +383,8 @@ def measured_on(result: Result) -> str:
         return result.fields["source"].rstrip(".")
     data, source = result.fields["data"], result.fields.get("corruption_source", {})
     words = f"{data.get('examples')} images of {data.get('name')}, split {data.get('split')}"
+    if count := result.fields.get("trained_on"):
+        words += f", {count} of them TRAINED ON"
     if not source:
         return words
     count = _corrupted(result)

@@ -7,7 +7,7 @@ python -m ada_jax.study reconstruct   how well perturbations imitate each corrup
 import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -294,12 +294,19 @@ def reconstruct_table(results: dict[str, Any]) -> str:
 
 
 def load_images(
-    dataset: str, split: str, data_dir: str, count: int, seed: int
+    dataset: str,
+    split: str,
+    data_dir: str,
+    count: int,
+    seed: int,
+    class_names: Sequence[str] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """A random subset of a data set: images [count,H,W,3] uint8, labels [count], how many classes.
 
+    Labels are in the order of `class_names`, where there are such.
+
     Raises:
-      UserError: fewer images than asked for, or images that are not uint8.
+      UserError: fewer images than asked for, images that are not uint8, or of other classes.
     """
     if dataset == "photos":
         tiles = [
@@ -311,6 +318,8 @@ def load_images(
         )
     else:
         source = data.load(dataset, split, data_dir=data_dir or None)
+    if class_names:
+        source = data.renumbered(source, class_names)
     if len(source) < count:
         raise UserError(
             f"--examples={count} is more than the {len(source)} images of --dataset={dataset}: "
@@ -333,8 +342,10 @@ def read_results(path: str, settings: dict[str, Any]) -> dict[str, Any]:
     if not paths.exists(path):
         return {}
     written = json.loads(paths.read(path))
-    if written["settings"] != json.loads(json.dumps(settings)):
-        raise UserError(f"{path} is of other settings: name another --out, or rename that file.")
+    # Older files do not say which images they are of.
+    now = json.loads(json.dumps(settings))
+    if written["settings"] not in (now, {k: v for k, v in now.items() if k != "images"}):
+        raise UserError(f"{path} is of other settings: name another --out or rename that file.")
     return written["results"]
 
 
@@ -374,10 +385,14 @@ def _run(argv: list[str], locked: contextlib.ExitStack) -> None:
     require_extra("The study's figure", "matplotlib")
     cli.set_up_devices(f.cpu_devices, "~/.cache/ada_jax")
     nets = {name: corruption_nets.make(name) for name in f.nets}
-    images, labels, classes = load_images(f.dataset, f.split, f.data_dir, f.examples, f.seed)
+    class_names = evaluate.metadata(f.workdir).get("class_names") if f.workdir else None
+    images, labels, classes = load_images(
+        f.dataset, f.split, f.data_dir, f.examples, f.seed, class_names
+    )
     corruption_nets.check_sizes("--nets", f.nets, [1] * len(f.nets), images.shape[1:])
     common = {"dataset": f.dataset, "split": f.split, "examples": f.examples, "seed": f.seed}
     common["nets"] = {name: checkpoint.digest(net.theta) for name, net in nets.items()}
+    common["images"] = checkpoint.digest({"images": images, "labels": labels})
     json_path, png_path = (os.path.join(f.out, f"{study}.{kind}") for kind in ("json", "png"))
     locked.enter_context(locks.hold(f"--out={f.out}", locks.of_folder(f.out)))
 

@@ -17,6 +17,7 @@ with the functions of `Hyper`; CONFIG in the file names the config of points tha
 
 import collections
 import contextlib
+import functools
 import importlib.util
 import inspect
 import itertools
@@ -35,7 +36,7 @@ import ml_collections
 from absl import flags, logging
 from ml_collections import config_flags
 
-from ada_jax import checkpoint, cli, locks, logbook, paths, report, tables, train
+from ada_jax import checkpoint, cli, data, locks, logbook, paths, report, tables, train
 from ada_jax.errors import UserError
 
 _TRAIN = ("-m", "ada_jax.train")
@@ -267,12 +268,41 @@ def _look(point: Point, out: str) -> tuple[dict[str, Any], str]:
         return results, f"the results are of another config, with another {', '.join(others)}"
     if results.get("step") != weights.get("step"):
         return results, "the results are of another step than the weights"
+    if changed := _changed_data(config, results):
+        return results, f"the images of config.{changed} have changed since"
     attacked = config["method"] == "ada" and config["figure_examples"]
     nets = train.net_labels(config["ada"]) if attacked else ()
     wanted = [_MEANS.get(name, name) for name in config["eval_sets"]]
     missing = [name for name in wanted if name not in results]
     missing += [f"ada.{net}" for net in nets if net not in results.get("ada", {})]
     return results, f"the results lack {', '.join(missing)}" if missing else ""
+
+
+def _changed_data(config: dict[str, Any], results: dict[str, Any]) -> str:
+    """The split whose images are no longer those of the results; '' where it cannot be told."""
+    known = {
+        "train_split": (results.get("training", {}).get("data"), bool(config.get("crop_scale"))),
+        "eval_split": (results.get("data", {}).get("fingerprint"), False),
+    }
+    if None in (digest for digest, _ in known.values()):  # Of an older version.
+        return ""
+    fields = config["dataset"], config["data_dir"] or None, config["image_size"]
+    for split, (digest, encoded) in known.items():
+        if _fingerprint(config[split], *fields, encoded) not in (digest, None):
+            return split
+    return ""
+
+
+@functools.cache
+def _fingerprint(
+    split: str, dataset: str, data_dir: str | None, image_size: int, encoded: bool
+) -> str | None:
+    try:
+        return data.load(
+            dataset, split, data_dir=data_dir, image_size=image_size, encoded=encoded
+        ).fingerprint
+    except UserError:
+        return None
 
 
 def run(points: Sequence[Point], out: str, jobs: int) -> tuple[dict[str, str], int]:

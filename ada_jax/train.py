@@ -5,6 +5,7 @@ python -m ada_jax.train --config=experiments/cifar10.py [--workdir=DIR] [--confi
 
 import contextlib
 import functools
+import hashlib
 import json
 import math
 import os
@@ -526,7 +527,14 @@ def with_weights(state: TrainState, parts: Parts, path: str) -> TrainState:
     """
     if paths.is_dir(path):
         path = os.path.join(path, "classifier.safetensors")  # Not a checkpoint half-way.
+    own = parts.train_set.class_names
     try:
+        theirs = evaluate.metadata(path).get("class_names", own)
+        if not data.same_classes(own, theirs):
+            raise UserError(
+                f"it was trained on the classes {data.listed(theirs)}, and config.dataset has "
+                f"{data.listed(own)}: name weights of the same classes in the same order."
+            )
         params, net_state, _ = evaluate.load_variables(
             parts.config, parts.classifier, parts.train_set.image_shape, path
         )
@@ -565,6 +573,7 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> int | None:
     validate_devices(config, jax.device_count())
     hosts.check_shared(workdir)
     parts = build(config)
+    data.check_held_out(parts.train_set, parts.eval_set, config.train_split, config.eval_split)
     with hosts.alone_in(f"--workdir={workdir}", workdir):
         return run(parts, workdir)
 
@@ -581,8 +590,10 @@ def run(parts: Parts, workdir: str) -> int | None:
     thetas = tuple(net.theta for net in parts.nets)
     checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints)
     expect = identity(parts, thetas, state)
-    restored = checkpoints.restore(state, expect)
-    extra = {"expect": expect, "pending": [], "seconds": 0.0}
+    former = {"training data": data.sampled_fingerprint(parts.train_set)}
+    restored = checkpoints.restore(state, expect, former)
+    about = describe(parts, expect)
+    extra = {"pending": [], "seconds": 0.0}
     if restored:
         state, extra, step = restored
         logging.info("Going on from step %d of %s.", step, workdir)
@@ -591,13 +602,14 @@ def run(parts: Parts, workdir: str) -> int | None:
     if jax.process_index() == 0:
         logbook.write_json(os.path.join(workdir, "config.json"), config.to_dict())
     log = logbook.Logbook(workdir, int(state.step), write=jax.process_index() == 0)
+    extra |= {"expect": expect, "about": about}
 
     with contextlib.closing(log), checkpoints.closing():
         state, seconds, stopped = train(parts, state, thetas, key, checkpoints, extra, log)
     if stopped:
         logging.warning("Stopped: saved step %d; the same command goes on.", state.step)
         return stopped
-    finish(parts, workdir, state, seconds)
+    finish(parts, workdir, state, seconds, about)
     return None
 
 
@@ -754,11 +766,46 @@ def identity(parts: Parts, thetas: Any, state: TrainState) -> dict[str, Any]:
     mixing = {"ada.microbatch"} if config.ada.batch_norm == "batch" else set()
     unlisted = _BOOKKEEPING - mixing
     fields = {f"config.{k}": v for k, v in fields.items() if k not in unlisted}
-    fields["training data"] = data.fingerprint(parts.train_set)
+    fields["training data"] = parts.train_set.fingerprint
     return json.loads(json.dumps(fields))  # tuples become lists, as they come back
 
 
-def finish(parts: Parts, workdir: str, state: TrainState, seconds: float) -> None:
+def describe(parts: Parts, expect: dict[str, Any]) -> dict[str, Any]:
+    """What is said of the run's classifier beside its weights.
+
+    Args:
+      parts: the run.
+      expect: of `identity`.
+
+    Returns:
+      'class_names', in the order of the logits; 'train_split'; 'training', digests of the 'data'
+      and, where there are such, of the set of 'deepaugment', the weights of 'corruption_nets' and
+      'init_weights'; and 'recipe', a digest of `expect` without the seed. Weights to start from
+      count by their own recipe, where their file has one: runs that differ in seed alone have one
+      recipe, although each starts from weights of its own seed.
+    """
+    fields = {name: value for name, value in expect.items() if name != "config.seed"}
+    if path := parts.config.init_weights:
+        digest = "config.init_weights_digest"
+        fields[digest] = evaluate.metadata(path).get("recipe", fields[digest])
+    recipe = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    names = {
+        "data": "training data",
+        "deepaugment": "config.deepaugment.set",
+        "corruption_nets": "config.ada.weights_digest",
+        "init_weights": "config.init_weights_digest",
+    }
+    return {
+        "class_names": list(parts.train_set.class_names),
+        "train_split": parts.config.train_split,
+        "training": {name: fields[field] for name, field in names.items() if field in fields},
+        "recipe": recipe,
+    }
+
+
+def finish(
+    parts: Parts, workdir: str, state: TrainState, seconds: float, about: dict[str, Any]
+) -> None:
     """Writes the run's weights, results and pictures, and prints its table."""
     config, path = parts.config, os.path.join(workdir, "results.json")
     weights = {"params": state.params, "state": state.net_state}
@@ -770,7 +817,7 @@ def finish(parts: Parts, workdir: str, state: TrainState, seconds: float) -> Non
         clean=parts.eval_set,
         source=parts.sets.source,
     )
-    results["seconds"] = seconds
+    results |= {"seconds": seconds, "training": about["training"]}
     if jax.process_index() == 0:
         metadata = {
             "classifier": config.classifier,
@@ -778,10 +825,12 @@ def finish(parts: Parts, workdir: str, state: TrainState, seconds: float) -> Non
             "mean": list(config.mean),
             "std": list(config.std),
             "step": int(state.step),
+            **about,
         }
         checkpoint.save_weights(os.path.join(workdir, "classifier.safetensors"), weights, metadata)
     now = results["config"]
-    results = evaluate.with_earlier(results, path, replace=True) | {"config": now}
+    results = evaluate.with_earlier(results, path, replace=True, clean=parts.eval_set)
+    results |= {"config": now}
     variables = replicate((state.params, state.net_state))
     results = evaluate.complete(
         results, path, parts.eval_step, variables, parts.sets.datasets, config.eval_batch_size

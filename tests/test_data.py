@@ -1,5 +1,7 @@
 """Batches, splits, crop and flip, and the sentence that answers each bad input."""
 
+import dataclasses
+import functools
 import hashlib
 import io
 import itertools
@@ -434,6 +436,22 @@ def test_folder_with_splits_of_its_own(tmp_path):
         data.load("folder", "val", data_dir=tmp_path)
 
 
+def test_a_test_set_may_lack_classes_and_a_training_set_may_not(tmp_path):
+    write_folder(tmp_path / "train", {"a": 3, "b": 4, "c": 2})
+    write_folder(tmp_path / "test", {"b": 2})
+    (tmp_path / "test" / "c").mkdir()
+    found = data.load("folder", "test", data_dir=tmp_path)
+    assert found.class_names == ("a", "b", "c") and found.source.labels.tolist() == [1, 1]
+    for path in (tmp_path / "test" / "b").iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match=r"test' has no image"):
+        data.load("folder", "test", data_dir=tmp_path)
+    for path in (tmp_path / "train" / "c").iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match=r"the class '.*c' has no image"):
+        data.load("folder", "train", data_dir=tmp_path)
+
+
 def test_folder_crops_the_centre_and_resizes(tmp_path):
     write_folder(tmp_path, {"b": 1})
     pixels = np.random.default_rng(0).integers(0, 256, (20, 31, 3), np.uint8)
@@ -738,6 +756,149 @@ def test_imagenet_mistakes(imagenet, tmp_path):
             load(image_size=size)
 
 
+# ------------------------------------------------------------------------ identity
+
+
+def changed(dataset, change):
+    images, labels = dataset.source.images.copy(), dataset.source.labels.copy()
+    change(images, labels)
+    return dataclasses.replace(dataset, source=data.ArraySource(images, labels))
+
+
+def others_labels(_, labels):
+    looked_at = np.linspace(0, len(labels) - 1, 256).astype(int)
+    others = np.setdiff1d(np.arange(len(labels)), looked_at)
+    labels[others] = (labels[others] + 1) % 3
+
+
+def one_pixel(images, _):
+    images[1, 0, 0, 0] += 1
+
+
+@pytest.mark.parametrize("change", [others_labels, one_pixel])
+def test_every_label_and_pixel_is_part_of_a_fingerprint(change):
+    dataset = numbered(2000)
+    other = changed(dataset, change)
+    assert data.sampled_fingerprint(other) == data.sampled_fingerprint(dataset)
+    assert other.fingerprint != dataset.fingerprint
+    assert changed(dataset, lambda *_: None).fingerprint == dataset.fingerprint
+    assert data.recognises(other, data.sampled_fingerprint(dataset))  # Of an older version.
+    assert not data.recognises(other, dataset.fingerprint)
+    renamed = dataclasses.replace(dataset, class_names=("a", "b", "c"))
+    assert renamed.fingerprint != dataset.fingerprint
+
+
+def test_files_that_are_kept_encoded_count_by_name_label_and_content(folder):
+    def fingerprint(split="all"):
+        kept = data.load("folder", split, data_dir=folder, image_size=16, encoded=True)
+        return kept.fingerprint
+
+    whole, path = fingerprint(), folder / "a" / "2.JPEG"
+    assert fingerprint() == whole != fingerprint("all[:23]")
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + b"x")
+    assert fingerprint() != whole
+    path.write_bytes(content)
+    assert fingerprint() == whole
+    path.rename(folder / "b" / "2.JPEG")
+    assert fingerprint() != whole
+
+
+def test_of_files_beyond_the_limit_evenly_spread_ones_are_read(folder, monkeypatch):
+    kept = data.load("folder", "all", data_dir=folder, image_size=16, encoded=True)
+    sizes = [path.stat().st_size for path, _ in kept.source.records]
+    monkeypatch.setattr(data, "_CONTENTS_LIMIT", -(-sum(sizes) // 4))
+    read = []
+    monkeypatch.setattr(data.pathlib.Path, "read_bytes", lambda path: read.append(path.name) or b"")
+    assert kept.fingerprint and read == [path.name for path, _ in kept.source.records[::4]]
+
+
+def test_photographs_of_tfds_count_by_shards_slice_and_some_contents(imagenet):
+    def fingerprint(split, **changes):
+        return data.load("imagenet2012", split, data_dir=imagenet, **changes).fingerprint
+
+    first = fingerprint("validation[:4]")
+    assert first == fingerprint("validation[:4]") != fingerprint("validation[4:]")
+    assert first != fingerprint("validation[:4]", image_size=64)
+
+
+def test_labels_are_renumbered_as_the_classifier_s_classes():
+    dataset = dataclasses.replace(numbered(9), class_names=("cat", "dog", "owl"))
+    names = ("owl", "ant", "cat", "dog")
+    numbers = np.array([2, 3, 0])[dataset.source.labels]
+    found = data.renumbered(dataset, names)
+    assert (found.class_names, found.num_classes) == (names, 4)
+    np.testing.assert_array_equal(found.source.labels, numbers)
+    encoded = dataclasses.replace(dataset, source=list(dataset.source))
+    batch = data.gather(data.renumbered(encoded, names), np.arange(9))
+    np.testing.assert_array_equal(batch["label"], numbers)
+    assert data.renumbered(encoded, names).source[4][1] == numbers[4]
+    with pytest.raises(
+        UserError, match=r"has the class\(es\) 'owl', .* on 'bird_owl', 'cat', 'dog'"
+    ):
+        data.renumbered(dataset, ("bird_owl", "cat", "dog"))
+
+
+def test_classes_without_names_count_by_number():
+    dataset = numbered(9)  # '0', '1', '2'
+    named = data.renumbered(dataset, ("cat", "dog", "owl"))
+    assert named.class_names == ("cat", "dog", "owl")
+    np.testing.assert_array_equal(named.source.labels, dataset.source.labels)
+    assert data.renumbered(named, dataset.class_names).class_names == dataset.class_names
+    fewer = data.renumbered(dataset, tuple("0123"))
+    assert fewer.num_classes == 4 and fewer.source.labels.max() == 2
+    with pytest.raises(UserError, match="'0', '1', '2'"):
+        data.renumbered(dataset, ("cat", "dog", "owl", "ant"))
+
+
+def halves(path, dataset):
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8)
+    if dataset == "npz":
+        save(path / "x.npz", images=images, labels=np.arange(40) % 2)
+        return {"data_dir": path / "x.npz"}
+    for i, image in enumerate(images):
+        (path / "ab"[i % 2]).mkdir(exist_ok=True)
+        Image.fromarray(image).save(path / "ab"[i % 2] / f"{i}.png")
+    return {"data_dir": path, "image_size": 8, "encoded": True}
+
+
+@pytest.mark.parametrize("dataset", ["npz", "folder"])
+def test_images_that_are_evaluated_and_trained_on_are_found(tmp_path, dataset):
+    where = halves(tmp_path, dataset)
+
+    def check(*splits):
+        loaded = [data.load(dataset, split, **where) for split in splits]
+        data.check_held_out(*loaded, *splits)
+
+    check("train", "test")
+    check("all[:20]", "all[20:]")
+    with pytest.raises(
+        UserError, match=r"^5 of the 20 images of config.eval_split='all\[20:\]' are"
+    ):
+        check("all[:25]", "all[20:]")
+    held_out = len(data.load(dataset, "test", **where))
+    with pytest.raises(UserError, match=rf"^{held_out} of the {held_out} images"):
+        check("all", "test")
+
+
+def test_equal_images_are_logged_where_they_are_few_and_refused_where_they_are_most(caplog):
+    train_set, eval_set = numbered(50), numbered(40)
+    check = functools.partial(data.check_held_out, train_split="train", eval_split="test")
+    with pytest.raises(UserError, match="40 of the 40"):
+        check(train_set, eval_set)
+    few = changed(eval_set, lambda images, _: images[2:].__iadd__(100))
+    check(train_set, few)
+    assert "2 of the 40 images of config.eval_split='test' have the pixels" in caplog.text
+
+
+def test_a_missing_split_is_not_replaced_by_training_images():
+    said = r"train_split='train\[:45000\]' with eval_split='train\[45000:\]'\."
+    with pytest.raises(UserError, match=said):
+        data._split_name("test", {"train": 50000}, 45000)
+    with pytest.raises(UserError, match=r"'train\[:90%\]' with eval_split='train\[90%:\]'"):
+        data._split_name("val", ("train", "test"))
+
+
 @pytest.mark.parametrize("name", ["imagenet2012", "folder"])
 def test_random_crops_are_a_function_of_seed_and_step(name, imagenet, folder):
     root, split = (imagenet, "train") if name == "imagenet2012" else (folder, "all")
@@ -773,7 +934,6 @@ def test_a_folder_is_kept_encoded_only_where_that_is_asked_for(folder):
     held = data.load("folder", "all", data_dir=folder, image_size=16)
     kept = data.load("folder", "all", data_dir=folder, image_size=16, encoded=True)
     assert isinstance(held.source, data.ArraySource) and isinstance(kept.source, photographs.Source)
-    assert data.fingerprint(held) == data.fingerprint(kept)
 
 
 def test_batches_ahead_are_bounded_in_bytes(monkeypatch):

@@ -99,6 +99,17 @@ def test_a_set_in_the_home_folder_is_opened(tmp_path, monkeypatch):
     assert len(deepaugment.open_set("~/set", DATASET, 1).copies) == len(config().nets)
 
 
+def test_a_set_of_an_older_version_is_opened_and_grows(tmp_path):
+    deepaugment.write_set(DATASET, tmp_path, config())
+    path = tmp_path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert manifest["data_sha256"] == DATASET.fingerprint
+    path.write_text(json.dumps(manifest | {"data_sha256": data.sampled_fingerprint(DATASET)}))
+    before = deepaugment.open_set(tmp_path, DATASET, 1).digest
+    assert deepaugment.write_set(DATASET, tmp_path, config(copies=2))
+    assert deepaugment.open_set(tmp_path, DATASET, 2).digest == before
+
+
 def test_sets_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(UserError, match="no set"):
         deepaugment.open_set(tmp_path / "none", DATASET, 1)

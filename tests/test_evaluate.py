@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from ml_collections import ConfigDict
+from PIL import Image
 
 from ada_jax import checkpoint, corruptions, data, evaluate, photographs, train
 from ada_jax.devices import replicate
@@ -226,6 +227,7 @@ def test_a_published_folder_in_its_own_order_and_either_spelling(folder):
     config = config_with(eval_c_dir=str(folder))
     names = ["elastic_transform", "saturate"]
     datasets, source = evaluate._from_folder(config, clean, names, 24)
+    assert set(source.pop("files")) == {"labels", *names}
     assert source == {"kind": "npy", "folder": str(folder)}
     image, label = datasets["elastic_transform", 4].source[5]
     np.testing.assert_array_equal(image, np.load(folder / "elastic.npy")[3 * 24 + 5])
@@ -374,6 +376,7 @@ def test_imagenet_c_comes_from_tfds(held_out, imagenet, monkeypatch):
     monkeypatch.setitem(evaluate._CORRUPTIONS, "c", ("fog",))
     sets = imagenet_sets(held_out, imagenet, c_dir="tfds")
     assert list(sets.datasets) == [("fog", severity) for severity in range(1, 6)]
+    assert len(set(sets.source.pop("files").values())) == 5
     assert sets.source == {"kind": "tfds"}
     batch = next(data.eval_batches(sets.datasets["fog", 2], batch_size=8))
     assert sorted(batch["label"]) == list(range(8)) and batch["image"].shape == (8, 32, 32, 3)
@@ -493,6 +496,62 @@ def test_results_of_other_images_of_the_same_name_and_number_are_refused(tmp_pat
     other = dataclasses.replace(clean, source=arrays)
     with pytest.raises(UserError, match="fingerprint"):
         evaluate.with_earlier(results_of(other, sets_of(other, "extra")), path)
+
+
+def test_results_of_other_labels_are_refused_also_where_256_examples_agree(tmp_path):
+    path, clean = tmp_path / "results.json", images(400, side=8)
+    path.write_text(json.dumps(results_of(clean, sets_of(clean, "clean"))))
+    labels = clean.source.labels.copy()
+    labels[2] = (labels[2] + 1) % 4
+    other = dataclasses.replace(clean, source=data.ArraySource(clean.source.images, labels))
+    assert data.sampled_fingerprint(other) == data.sampled_fingerprint(clean)
+    with pytest.raises(UserError, match="fingerprint"):
+        evaluate.with_earlier(results_of(other, sets_of(other, "clean")), path, clean=other)
+
+
+def test_results_of_an_older_version_are_recognised_and_get_the_fingerprint_of_now(tmp_path):
+    path, clean = tmp_path / "results.json", images()
+    results = results_of(clean, sets_of(clean, "extra"))
+    old = earlier()
+    del old["class_names"]
+    old["data"]["fingerprint"] = data.sampled_fingerprint(clean)
+    path.write_text(json.dumps(old))
+    kept = evaluate.with_earlier(results, path, clean=clean)
+    assert kept["data"] == results["data"] and kept["corruptions"] == old["corruptions"]
+    assert kept["class_names"] == list("abcd")
+    other = images(seed=1)
+    with pytest.raises(UserError, match="fingerprint"):
+        evaluate.with_earlier(results_of(other, sets_of(other, "extra")), path, clean=other)
+
+
+def test_a_folder_of_corrupted_images_counts_by_its_content(folder, tmp_path_factory):
+    path, clean = tmp_path_factory.mktemp("results") / "results.json", images()
+
+    def results(where=folder, *names):
+        names = names or corruptions.EXTRA
+        config = config_with(eval_c_dir=str(where))
+        _, source = evaluate._from_folder(config, clean, names, len(clean))
+        return results_of(clean, evaluate.Sets({}, source))
+
+    first = results(folder, "spatter", "saturate")
+    assert set(first["corruption_source"]["files"]) == {"labels", "spatter", "saturate"}
+    path.write_text(json.dumps(first))
+    moved = folder.rename(folder.with_name(folder.name + "-moved"))
+    kept = evaluate.with_earlier(results(moved), path)
+    files = kept["corruption_source"]["files"]
+    assert set(files) == {"labels", *corruptions.EXTRA}
+    spoil(moved, "speckle_noise.npy", lambda a: 255 - a)  # Is not measured yet.
+    evaluate.with_earlier(results(moved), path)
+    spoil(moved, "spatter.npy", lambda a: 255 - a)
+    with pytest.raises(UserError, match=r"corruption_source\.files\.spatter"):
+        evaluate.with_earlier(results(moved), path)
+    del first["corruption_source"]["files"]  # As older versions wrote it: the path counts.
+    path.write_text(json.dumps(first))
+    with pytest.raises(UserError, match=r"corruption_source\.folder"):
+        evaluate.with_earlier(results(moved), path)
+    moved.rename(folder)
+    kept = evaluate.with_earlier(results(), path)
+    assert set(kept["corruption_source"]["files"]) == {"labels", *corruptions.EXTRA}
 
 
 # Errors of "AdA + DeepAugment(10x) + AugMix" on CIFAR-10-C, as RobustBench publishes them.
@@ -623,3 +682,47 @@ def test_the_binary_tells_a_mistake_in_one_sentence_and_status_2(flags, said):
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert len(errors) == 1 and said in errors[0]
+
+
+@pytest.mark.slow
+def test_classes_are_those_of_training_and_training_images_are_said_to_be(tmp_path):
+    def write(root, first, **counts):
+        for name, count in counts.items():
+            (tmp_path / root / name).mkdir(parents=True)
+            for i in range(first, first + count):
+                # Told apart by colour, and no two alike.
+                colour = {"cat": (200, i, 0), "dog": (0, 200, i), "owl": (i, 0, 200)}[name[-3:]]
+                image = Image.new("RGB", (32, 32), colour)
+                image.save(tmp_path / root / name / f"{i}.png")
+
+    write("data/train", 0, cat=20, dog=20, owl=20)
+    write("data/test", 20, cat=5, owl=5)  # Lacks a class.
+    write("other", 30, bird_owl=5, cat=5, dog=5)
+    write("two", 40, dog=4, owl=4)
+    workdir = tmp_path / "run"
+    fields = {"dataset": "folder", "data_dir": tmp_path / "data", "method": "nominal"}
+    fields |= {"epochs": 0, "train_steps": 20, "batch_size": 16, "eval_batch_size": 16}
+    fields |= {"eval_sets": "clean", "figure_examples": 0, "compilation_cache": ""}
+    command = [sys.executable, "-m", "ada_jax.train", "--config=experiments/quickstart.py"]
+    command += [f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in fields.items())]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    trained = json.loads((workdir / "results.json").read_text())
+    assert trained["class_names"] == ["cat", "dog", "owl"] and trained["clean"]["examples"] == 10
+
+    def evaluated(name, *flags):
+        out = tmp_path / f"{name}.json"
+        return run(f"--workdir={workdir}", f"--out={out}", "--sets=clean", *flags), out
+
+    done, out = evaluated("other", f"--data_dir={tmp_path / 'other'}", "--split=all")
+    assert done.returncode == 2 and not out.exists()
+    assert "the class(es) 'bird_owl', and the classifier was trained on 'cat', " in done.stderr
+    # By number, 'dog' and 'owl' would be 'cat' and 'dog', and all verdicts wrong.
+    done, out = evaluated("two", f"--data_dir={tmp_path / 'two'}", "--split=all")
+    assert done.returncode == 0, done.stderr
+    results = json.loads(out.read_text())
+    assert results["clean"]["error"] < 50 and results["training"] == trained["training"]
+    assert results["class_names"] == ["cat", "dog", "owl"] and "trained_on" not in results
+    done, out = evaluated("train", "--split=train[:40]")
+    assert json.loads(out.read_text())["trained_on"] == 40
+    assert "40 of these 40 images were trained on" in done.stderr

@@ -235,6 +235,13 @@ def test_patches_that_the_cae_does_not_take_are_refused():
     pretrain.validate(get_config("cae", patch=12))
 
 
+def test_training_images_are_not_held_out(tmp_path):
+    fields = {"dataset": "mnist5k", "train_split": "train[:40]", "eval_split": "train[30:50]"}
+    with pytest.raises(UserError, match=r"10 of the 20 images of config\.eval_split="):
+        pretrain.main(get_config(**fields), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_patches_larger_than_the_images_are_refused(tmp_path):
     np.savez(tmp_path / "x.npz", images=np.full((20, 14, 14, 3), 9, np.uint8), labels=[0, 1] * 10)
     fields = {"dataset": "npz", "data_dir": str(tmp_path / "x.npz"), "patch": 15}

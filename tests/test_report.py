@@ -232,6 +232,41 @@ def test_runs_from_before_all_or_some_were_attacked_are_those_of_all(tmp_path):
         assert len(report.rows(read(tmp_path, result(), after))) == rows
 
 
+@pytest.mark.parametrize("part", ["data", "deepaugment", "corruption_nets", "init_weights"])
+def test_runs_that_were_trained_from_something_else_are_not_seeds(tmp_path, part):
+    training = {"data": "a" * 64, part: "b" * 64}
+    seeds = [result(seed=seed, training=training) for seed in (0, 1)]
+    other = result(seed=2, training=training | {part: "c" * 64})
+    found = {row.label: row.seeds for row in report.rows(read(tmp_path, *seeds, other))}
+    label = f"cifar10_ada_small (training.{part}="
+    assert found == {label + "b" * 12 + ")": 2, label + "c" * 12 + ")": 1}
+    # Files of older versions say nothing of it.
+    old = [result(seed=seed) for seed in (3, 4)]
+    counts = sorted(row.seeds for row in report.rows(read(tmp_path, *seeds, *old)))
+    assert counts == [2, 2]
+
+
+def test_runs_that_were_measured_on_other_images_are_not_seeds(tmp_path):
+    def of(seed, fog, folder, **data):
+        source = {"kind": "npy", "folder": folder, "files": {"labels": "l" * 64, "fog": fog * 64}}
+        return result(seed=seed, corruption_source=source)
+
+    (row,) = report.rows(read(tmp_path, of(0, "a", "x"), of(1, "a", "y")))
+    assert row.seeds == 2
+    assert len(report.rows(read(tmp_path, of(0, "a", "x"), of(1, "b", "x")))) == 2
+    measured = [
+        result(seed=seed, data=result()["data"] | {"fingerprint": digest})
+        for seed, digest in enumerate("ab")
+    ]
+    assert len(report.rows(read(tmp_path, *measured))) == 2
+
+
+def test_images_that_were_trained_on_are_said_to_be(tmp_path):
+    (row,) = report.rows(read(tmp_path, result(trained_on=400)))
+    said = "1000 images of cifar10, split train[45000:], 400 of them TRAINED ON, corrupted on"
+    assert row.measured_on.startswith(said)
+
+
 def test_imagenet_has_a_column_relative_to_alexnet_and_others_have_not(tmp_path):
     of_imagenet = result(mce_alexnet=1.0)  # is computed anew
     table = report.table_1(report.rows(read(tmp_path, of_imagenet)), [])

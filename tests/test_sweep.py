@@ -368,6 +368,31 @@ def test_results_from_before_a_field_was_there_are_finished(stand_in):
     )
 
 
+def test_results_of_images_that_have_changed_since_are_not_finished(stand_in, tmp_path):
+    points, ready, _ = stand_in
+    path, arrays = tmp_path / "x.npz", {"images": np.zeros((40, 8, 8, 3), np.uint8)}
+    fields = {"dataset": "npz", "data_dir": str(path), "train_split": "train", "eval_split": "test"}
+    point = points[0]._replace(config=points[0].config | fields)
+    file = ready / point.name / "results.json"
+
+    def write(labels):
+        sweep._fingerprint.cache_clear()
+        np.savez(path, **arrays, labels=labels)
+        return [sweep.data.load("npz", s, data_dir=path).fingerprint for s in ("train", "test")]
+
+    train_digest, eval_digest = write(np.arange(40) % 2)
+    results = json.loads(file.read_text()) | {"config": point.config}
+    file.write_text(json.dumps(results))
+    assert sweep.finished(point, str(ready))  # Of an older version.
+    results |= {"training": {"data": train_digest}, "data": {"fingerprint": eval_digest}}
+    file.write_text(json.dumps(results))
+    assert sweep.finished(point, str(ready))
+    write(np.arange(40) % 2 ^ 1)
+    assert (
+        sweep._look(point, str(ready))[1] == "the images of config.train_split have changed since"
+    )
+
+
 def test_a_folder_that_is_removed_fails_its_point_alone(stand_in):
     points, ready, out = stand_in
     for name in ("wait", "fail"):

@@ -1,5 +1,6 @@
 """The training binary: its schedule and checks, devices, kills and resumes, and one golden step."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -523,6 +524,92 @@ def test_training_starts_from_trained_weights(tmp_path):
     (tmp_path / "first" / "classifier.safetensors").unlink()
     with pytest.raises(UserError, match=r"config\.init_weights="):
         train.with_weights(state, parts, str(tmp_path / "first"))
+
+
+def test_weights_of_other_classes_are_no_start(tmp_path):
+    parts = train.build(tiny(method="nominal"))
+    parts = parts._replace(
+        train_set=dataclasses.replace(parts.train_set, class_names=tuple("abcdefghij"))
+    )
+    images = jnp.zeros((2, 32, 32, 3))
+    state = train.initial_state(parts.classifier, parts.optimizer, jax.random.key(0), images)
+    file = str(tmp_path / "w.safetensors")
+
+    def save(names):
+        tree = {"params": state.params, "state": state.net_state}
+        checkpoint.save_weights(file, tree, {"class_names": list(names)} if names else {})
+
+    for same in ("abcdefghij", "0123456789", ""):  # By name, by number, of an older version.
+        save(same)
+        train.with_weights(state, parts, file)
+    save("abcdefghji")
+    with pytest.raises(UserError, match=r"config\.init_weights=.* on the classes 'a', .*'j', 'i'"):
+        train.with_weights(state, parts, file)
+
+
+def test_training_images_are_not_evaluated_on(tmp_path):
+    with pytest.raises(UserError, match=r"32 of the 40 images of config\.eval_split="):
+        train.main(tiny(eval_split="train[32:72]"), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_runs_that_differ_in_seed_alone_have_one_recipe(tmp_path):
+    def described(**changes):
+        parts = train.build(tiny(method="nominal", **changes))
+        state = train.TrainState(0, {"w": jnp.full(1, parts.config.seed)}, {}, ())
+        return train.describe(parts, train.identity(parts, (), state))
+
+    first, second = (described(seed=seed) for seed in (0, 1))
+    assert first == second and first["class_names"] == [str(i) for i in range(10)]
+    assert described(learning_rate=0.3)["recipe"] != first["recipe"]
+    other = described(train_split="train[64:128]")
+    assert other["training"]["data"] != first["training"]["data"]
+    # Each starts from weights of its own seed.
+    files = []
+    for seed, recipe in enumerate([first["recipe"]] * 2 + [other["recipe"]]):
+        files.append(str(tmp_path / f"{seed}.safetensors"))
+        checkpoint.save_weights(files[-1], {"w": np.ones(1)}, {"recipe": recipe})
+    tuned = [described(seed=seed, init_weights=file) for seed, file in enumerate(files)]
+    assert tuned[0] == tuned[1] and tuned[0]["training"]["init_weights"] == first["recipe"]
+    assert tuned[2]["recipe"] != tuned[0]["recipe"]
+
+
+def test_a_run_of_an_older_version_goes_on_and_gets_the_fingerprint_of_now(tmp_path, monkeypatch):
+    config = tiny(method="nominal", epochs=0.25)
+    with monkeypatch.context() as older:
+        older.setattr(train.data.Dataset, "fingerprint", property(train.data.sampled_fingerprint))
+        older.setattr(train, "finish", lambda *_: None)
+        assert train.main(config, str(tmp_path)) is None
+    train_set = train.data.load("mnist5k", config.train_split)
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
+    old = train.data.sampled_fingerprint(train_set)
+    assert checkpoints.latest_extra()["expect"]["training data"] == old
+    checkpoints.close()
+    assert train.main(config, str(tmp_path)) is None
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["training"] == {"data": train_set.fingerprint}
+    about = evaluate.metadata(tmp_path)
+    assert about["training"] == results["training"] and about["train_split"] == "train[:64]"
+    assert about["class_names"] == results["class_names"]
+    (tmp_path / "classifier.safetensors").unlink()
+    assert evaluate.metadata(tmp_path)["class_names"] == about["class_names"]
+
+
+def test_a_run_does_not_go_on_with_other_labels_where_256_examples_agree(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (400, 32, 32, 3), np.uint8)
+    config = tiny(method="nominal", epochs=0.05, dataset="npz", data_dir=str(tmp_path / "x.npz"))
+    config.update(train_split="train", eval_split="test")
+    labels = np.arange(400) % 10
+    arrays = {"train_images": images, "test_images": images[:20] ^ 1, "test_labels": labels[:20]}
+    np.savez(config.data_dir, train_labels=labels, **arrays)
+    assert train.main(config, str(tmp_path / "run")) is None
+    before = train.data.load("npz", "train", data_dir=config.data_dir)
+    labels[2] = 3
+    np.savez(config.data_dir, train_labels=labels, **arrays)
+    after = train.data.load("npz", "train", data_dir=config.data_dir)
+    assert train.data.sampled_fingerprint(after) == train.data.sampled_fingerprint(before)
+    with pytest.raises(UserError, match="training data"):
+        train.main(config, str(tmp_path / "run"))
 
 
 def test_results_of_one_run_with_other_bookkeeping(tmp_path):
