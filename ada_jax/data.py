@@ -950,9 +950,9 @@ def random_crop_flip(
     def one(key, image):
         crop_key, flip_key = jax.random.split(key)
         if pad:
-            corner = jax.random.randint(crop_key, (2,), 0, 2 * pad + 1)
+            corner = jax.random.randint(crop_key, (2,), 0, 2 * pad + 1, jnp.int32)
             padded = jnp.pad(image, ((pad, pad), (pad, pad), (0, 0)))
-            image = lax.dynamic_slice(padded, (*corner, 0), image.shape)
+            image = lax.dynamic_slice(padded, (*corner, jnp.int32(0)), image.shape)
         if flip:
             image = jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image)
         return image
