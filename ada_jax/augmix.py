@@ -72,7 +72,7 @@ def augment_and_mix(
         names = ("op", "level", "sign", "depth", "weights", "share")
         k = dict(zip(names, jax.random.split(key, len(names)), strict=True))
         levels = jax.random.uniform(k["level"], (width, most), jnp.float32, 0.1, severity)
-        signs = jax.random.bernoulli(k["sign"], shape=(width, most))
+        signs = jax.random.bernoulli(k["sign"], np.float32(0.5), (width, most))
         signs = jnp.where(signs, -1.0, 1.0).astype(jnp.float32)
         # Index 0 is no operation: what is left of a chain shorter than the longest.
         drawn = 1 + jax.random.randint(k["op"], (width, most), 0, len(ops), jnp.int32)

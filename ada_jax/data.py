@@ -954,7 +954,9 @@ def random_crop_flip(
             padded = jnp.pad(image, ((pad, pad), (pad, pad), (0, 0)))
             image = lax.dynamic_slice(padded, (*corner, jnp.int32(0)), image.shape)
         if flip:
-            image = jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image)
+            image = jnp.where(
+                jax.random.bernoulli(flip_key, np.float32(0.5)), image[:, ::-1], image
+            )
         return image
 
     return jax.vmap(one)(keys.per_example(key, len(x)), x)

@@ -503,7 +503,7 @@ def latent_mix(key: jax.Array, e: jax.Array) -> jax.Array:
     channels = e.shape[-1]
     on, source, row, column = _taps(key, channels)
     taps = jnp.zeros((3, 3, channels, channels)).at[1, 1].add(jnp.eye(channels))
-    on = jax.random.bernoulli(on, shape=(channels,))
+    on = jax.random.bernoulli(on, np.float32(0.5), (channels,))
     source = jax.random.randint(source, (channels,), 0, channels, jnp.int32)
     return _convolve(e, taps.at[row, column, source, jnp.arange(channels)].add(on))
 
@@ -512,7 +512,7 @@ def latent_shift(key: jax.Array, e: jax.Array) -> jax.Array:
     """Shifts the channels; a channel's shift is its predecessor's, or with 1/5 a new one."""
     channels = e.shape[-1]
     renewed, _, row, column = _taps(key, channels)
-    renewed = jax.random.bernoulli(renewed, 0.2, (channels,)).at[0].set(True)
+    renewed = jax.random.bernoulli(renewed, np.float32(0.2), (channels,)).at[0].set(True)
     latest = lax.cummax(jnp.where(renewed, jnp.arange(channels), 0))
     every = jnp.arange(channels)
     taps = jnp.zeros((3, 3, channels, channels))

@@ -147,7 +147,7 @@ def random_patches(key: jax.Array, images: jax.Array, *, size: int) -> jax.Array
         room = jnp.array(image.shape[:2], jnp.int32) - size + 1
         corner = jax.random.randint(corner_key, (2,), 0, room, jnp.int32)
         patch = jax.lax.dynamic_slice(image, (*corner, jnp.int32(0)), (size, size, image.shape[2]))
-        down, right, across = jax.random.bernoulli(turn_key, shape=(3,))
+        down, right, across = jax.random.bernoulli(turn_key, np.float32(0.5), (3,))
         patch = jnp.where(down, patch[::-1], patch)
         patch = jnp.where(right, patch[:, ::-1], patch)
         return jnp.where(across, patch.swapaxes(0, 1), patch)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from ada_jax import classifiers, losses
+from ada_jax.errors import UserError
 
 EXAMPLES, CLASSES = 3, 5
 FLOATS = st.floats(-50, 50, width=32, allow_subnormal=False)

@@ -150,9 +150,10 @@ def prepare(
     if microbatch is not None:
         guards.check_integers(1, microbatch=microbatch)
     microbatch = min(microbatch or len(x), len(x))
-    mask = jnp.ones(len(x), bool) if mask is None else mask
+    mask = jnp.ones(len(x), bool) if mask is None else jnp.asarray(mask)
     logits_fn = guards.detached(logits_fn, x[:microbatch])
-    return logits_fn, x, y.astype(jnp.int32), guards.float32(epsilon), mask, microbatch
+    y = jnp.asarray(y, jnp.int32)
+    return logits_fn, x, y, guards.float32(epsilon), mask, microbatch
 
 
 def check(epsilon: jax.Array | float, norm: str) -> None:
