@@ -138,7 +138,8 @@ def check_finite(bad: int, count: int, what: str) -> None:
     """
     if bad:
         raise UserError(
-            f"The classifier returns NaN or infinity for {bad} of {count} {what}: check its weights."
+            f"The classifier returns NaN or infinity for {bad} of {count} {what}: check its "
+            "weights."
         )
 
 

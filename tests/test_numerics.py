@@ -1,7 +1,6 @@
 """Types of images and logits, few classes, small images, and logits that are not finite."""
 
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,6 @@ from ada_jax import (
     augmix,
     evaluate,
     logbook,
-    train,
     worst_case,
 )
 from ada_jax.attacks import geometry, loops
@@ -168,16 +166,14 @@ def test_the_untargeted_dlr_loss_needs_three_classes():
         attacks.apgd(KEY, lambda x: linear(x)[:, :2], X, Y % 2, 0.1, loss="dlr")
 
 
-# ------------------------------------------------------------------------ images below SSIM's window
+# ------------------------------------------------------------- images smaller than SSIM's window
 
 
 def test_small_images_pass_where_the_line_search_is_off():
     images, metrics = augmented()
     assert images.shape == X.shape and not metrics["changed"].any()
     assert not {"ssim_before", "ssim_after"} & set(metrics)
-    with pytest.raises(
-        UserError, match=r"ssim_threshold=0.3 needs images of at least 11x11 .* 5x5"
-    ):
+    with pytest.raises(UserError, match=r"ssim_threshold=0.3 needs images .* 11x11 .* 5x5"):
         augmented(ssim_threshold=0.3)
 
 
@@ -249,27 +245,26 @@ def test_a_gradient_of_nan_moves_nothing_out_of_the_box():
 
 
 def test_autoattack_tells_of_them():
-    with pytest.raises(UserError, match="NaN or infinity for .* of 12 clean images"):
+    with pytest.raises(UserError, match=r"NaN or infinity for .* of 12 clean images"):
         attacks.autoattack(KEY, broken_where_dark, X, Y, 0.1)
     bright = X / 2 + 0.5
     y = np.asarray(jnp.argmax(linear(bright), -1))
-    far = {"square": {"queries": 3}}
-    one_class = lambda x: jnp.where(  # noqa: E731
-        x.mean((1, 2, 3))[:, None] < 0.65, jnp.nan, 9 * jax.nn.one_hot(jnp.int32(y[0]), 3)
-    )
-    bright, y = np.repeat(bright[:1], 12, 0), np.repeat(y[:1], 12)
-    report = attacks.autoattack(KEY, one_class, bright, y, 1.0, attacks=["square"], constants=far)
-    assert any("returns NaN or infinity" in sentence for sentence in report.warnings) == (
-        report.robust_accuracy < 1
-    )
+
+    def near(x):
+        far = jnp.abs(x - bright[:1]).max((1, 2, 3))[:, None] > 0.01
+        return jnp.where(far, jnp.nan, linear(x))
+
+    same, y = np.repeat(bright[:1], 12, 0), np.repeat(y[:1], 12)
+    constants = {"square": {"queries": 3}}
+    report = attacks.autoattack(KEY, near, same, y, 0.2, attacks=["square"], constants=constants)
+    assert report.robust_accuracy == 0 and np.isfinite(report.images).all()
+    assert any("square broke 12 examples by images for which" in s for s in report.warnings)
 
 
 def test_an_error_under_ada_is_no_number_of_nan(monkeypatch):
     monkeypatch.setattr(worst_case.corruption_nets, "make", lambda name: NET)
     dataset = evaluate.data.from_arrays(np.uint8(255 * X), Y, class_names=["a", "b", "c"])
-    with pytest.raises(
-        UserError, match="NaN or infinity for .* images of AdA's attack by edsr_small"
-    ):
+    with pytest.raises(UserError, match=r"NaN or infinity for .* images of AdA's attack"):
         under_ada(broken_where_dark, dataset)
 
 
@@ -277,9 +272,5 @@ def test_no_json_holds_nan(tmp_path):
     with pytest.raises(ValueError):
         logbook.write_json(tmp_path / "a.json", {"error": float("nan")})
     assert not (tmp_path / "a.json").exists()
-    with pytest.raises(
-        NotFiniteError, match="With ada_loss_end inf the run cannot go on at step 3"
-    ):
+    with pytest.raises(NotFiniteError, match=r"With ada_loss_end inf the run .* at step 3"):
         logbook.finite([{"loss": 1.0, "ada_loss_end": np.inf}], 3, advice="rest")
-    assert json.loads("1") == 1
-    assert callable(train.show_attack)

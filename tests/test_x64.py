@@ -1,4 +1,4 @@
-"""Under JAX_ENABLE_X64=1, with float64 images and numbers, every function gives the same float32."""
+"""Under JAX_ENABLE_X64=1, with float64 images and numbers, all functions give the same float32."""
 
 import contextlib
 import functools
@@ -79,7 +79,7 @@ def attack(x: Any, y: Any, number: Callable, *, f: Callable, norm: str, **knobs:
 
 
 def autoattack(x: Any, y: Any, number: Callable) -> Any:
-    few = dict.fromkeys(attacks.STANDARD[:3], {"steps": 3}) | {"square": {"queries": 5}}
+    few = {name: {"steps": 3} for name in attacks.STANDARD[:3]} | {"square": {"queries": 5}}
     report = attacks.autoattack(jax.random.key(0), classify, x, y, number(0.01), constants=few)
     accounts = [(a.attack, a.attacked, a.broken, a.forward, a.backward) for a in report.accounts]
     return report.images, report.robust, report.broken_by.tolist(), accounts
