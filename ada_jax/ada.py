@@ -37,33 +37,37 @@ def adversarial_augment(
 
     Args:
       key: random key, or one per example [B].
-      x: images [B,H,W,C] in [0,1].
+      x: images [B,H,W,C] of any floating type, in [0,1]; everything is computed in float32.
       y: labels [B], int.
-      logits_fn: the classifier, [b,H,W,C] -> [b,K]; any framework's, closed over its parameters.
+      logits_fn: the classifier, [b,H,W,C] float32 -> [b,K], of any floating type; any framework's,
+        closed over its parameters.
       net: the corruption network, `ada_jax.make_corruption_net(name)` or your own.
       nu: radius of every leaf's ball relative to the leaf's norm.
       steps: steps of gradient ascent; 0 leaves the random start, for comparison.
       step_rule: 'sign' (the paper's) or 'l2' (per leaf).
       step_scale: step in units of the median radius ('sign') or of the leaf's own radius ('l2').
-      ssim_threshold: images with a lower SSIM to x are drawn back to about it; -1 switches it off.
+      ssim_threshold: images with a lower SSIM to x are drawn back to about it; -1 switches it off,
+        as it must be for images smaller than SSIM's window of 11x11 pixels.
       root_rule: 'in_range', 'interpolated' or 'paper', see `ada_jax.ssim.line_search`.
       microbatch: examples attacked at a time, a divisor of B; bounds memory. The result does not
         depend on it unless logits_fn mixes examples (batch-statistics batch norm).
 
     Returns:
-      The augmented images [B,H,W,C] in [0,1], a constant for the outer gradient, and metrics, each
-      per example [B]: 'loss_start' (random start), 'loss_end' (after the ascent), 'ssim_before' and
-      'ssim_after' the line search, 'changed' by it (0 or 1), 'on_surface' (share of leaves).
+      The augmented images [B,H,W,C], float32 in [0,1], a constant for the outer gradient, and
+      metrics, each per example [B]: 'loss_start' (random start), 'loss_end' (after the ascent),
+      'ssim_before' and 'ssim_after' the line search, 'changed' by it (0 or 1), 'on_surface' (share
+      of leaves). Images smaller than 11x11 have neither of the two SSIMs.
 
     Raises:
       UserError: a parameter, an image or a label out of its range. Of what is traced, in `jax.jit`,
         none can be raised: an image is NaN if it or its label was out of range.
     """
-    x, y = jnp.asarray(x), jnp.asarray(y)
-    guards.check_images(x)
+    x, y = guards.as_images(jnp.asarray(x)), jnp.asarray(y)
     classes = guards.check_labels(y, x, logits_fn)
+    logits_fn = guards.float32_logits(logits_fn, x[:1], gradients=steps != 0)
     _check(net, x, nu, steps, step_rule, step_scale, ssim_threshold, root_rule, microbatch)
-    x = guards.poisoned(x, y, classes)
+    net = net._replace(theta=jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), net.theta))
+    x, y = guards.poisoned(x, y, classes), y.astype(jnp.int32)
     # One key per example makes the draw independent of the batch around it and of `microbatch`.
     example_keys = keys.per_example(key, len(x))
     x, net = lax.stop_gradient(x), net._replace(theta=lax.stop_gradient(net.theta))
@@ -84,6 +88,8 @@ def adversarial_augment(
         images = render(net, delta, x, example_keys)
         metrics["loss_end"] = loss_fn(images)
         metrics["loss_start"] = metrics["loss_start"] if steps else metrics["loss_end"]
+        if not ssim.fits(x):
+            return images, metrics | {"changed": jnp.zeros(len(x), jnp.float32)}
         images, search = ssim.line_search(x, images, ssim_threshold, root_rule)
         metrics |= {"changed": search["changed"], "ssim_before": search["ssim_before"]}
         metrics["ssim_after"] = ssim.ssim(x, images)
@@ -143,7 +149,7 @@ def maximise(
         return perturbation.project(delta, radii), start
 
     delta = perturbation.init(example_keys, net.theta, radii)
-    delta, start = lax.fori_loop(0, steps, ascend, (delta, jnp.zeros(len(x))))
+    delta, start = lax.fori_loop(0, steps, ascend, (delta, jnp.zeros(len(x), jnp.float32)))
     delta = lax.stop_gradient(delta)
     return delta, {"loss_start": start, "on_surface": perturbation.on_surface(delta, radii)}
 
@@ -163,7 +169,7 @@ def render(net: CorruptionNet, delta: PyTree, x: jax.Array, example_keys: jax.Ar
 
     def one(delta, x, key):
         theta = perturbation.add(net.theta, delta)
-        return net.apply(theta, x[None], key)[0]
+        return net.apply(theta, x[None], key)[0].astype(jnp.float32)
 
     return jnp.clip(jax.vmap(one)(delta, x, example_keys), 0.0, 1.0)
 
@@ -177,7 +183,8 @@ def _check(net, x, nu, steps, step_rule, step_scale, ssim_threshold, root_rule, 
     if not jax.tree.leaves(net.theta):
         raise UserError("net.theta has no parameters, so that there is nothing to perturb.")
     try:
-        rendered = jax.eval_shape(net.apply, net.theta, x[:1], jax.random.key(0)).shape
+        rendered = jax.eval_shape(net.apply, net.theta, x[:1], jax.random.key(0))
+        rendered = rendered.shape if jnp.issubdtype(rendered.dtype, jnp.floating) else rendered
     except UserError:
         raise
     except (TypeError, ValueError, AttributeError) as error:  # Shapes or arguments that do not fit
@@ -193,8 +200,14 @@ def _check(net, x, nu, steps, step_rule, step_scale, ssim_threshold, root_rule, 
         )
     if not 0 < guards.number("step_scale", step_scale, 1.0) < np.inf:
         raise UserError(f"step_scale={step_scale} must be positive (the paper's is 0.25).")
-    if not -1 <= guards.number("ssim_threshold", ssim_threshold, 0.0) < 1:
+    threshold = guards.number("ssim_threshold", ssim_threshold, 0.0)
+    if not -1 <= threshold < 1:
         raise UserError(f"ssim_threshold={ssim_threshold} must be in [-1, 1), where -1 is off.")
+    if threshold > -1 and not ssim.fits(x):
+        raise UserError(
+            f"ssim_threshold={ssim_threshold} needs images of at least {ssim.WINDOW}x{ssim.WINDOW} "
+            f"pixels, and these are {x.shape[1]}x{x.shape[2]}: set it to -1, which is off."
+        )
     guards.check_integers(0, steps=steps, microbatch=microbatch or 0)
     if step_rule not in perturbation.STEP_RULES:
         known = ", ".join(perturbation.STEP_RULES)

@@ -44,7 +44,8 @@ def augment_and_mix(
 
     Args:
       key: random key, or one per example [B].
-      x: images [B,H,W,3] in [0,1]; the chains work on them rounded to 8 bits.
+      x: images [B,H,W,3] of any floating type, in [0,1]; the chains work on them rounded to 8
+        bits.
       severity: upper end of the operations' levels, from 0.1 up to 10.
       width: chains per image.
       depth: operations per chain; -1 draws 1, 2 or 3 for each chain.
@@ -52,32 +53,34 @@ def augment_and_mix(
       ops: names of OPS and EXTRA_OPS to draw from.
 
     Returns:
-      Images [B,H,W,3] in [0,1].
+      Images [B,H,W,3], float32 in [0,1].
 
     Raises:
       UserError: a parameter or an image out of its range. A traced image out of range becomes NaN.
 
     Source: Hendrycks et al. (2020), algorithm 1.
     """
-    x = jnp.asarray(x)
-    guards.check_images(x)
+    x = jnp.asarray(guards.as_images(x))
     if x.shape[-1] != 3:
         raise UserError(f"Images of shape {list(x.shape)} must have three channels for AugMix.")
     check(severity, width, depth, alpha, ops)
+    severity, alpha = guards.float32(severity), guards.float32(alpha)
     most = depth if depth > 0 else 3
     ops = tuple(ops)
 
     def draw(key):
         names = ("op", "level", "sign", "depth", "weights", "share")
         k = dict(zip(names, jax.random.split(key, len(names)), strict=True))
-        levels = jax.random.uniform(k["level"], (width, most), minval=0.1, maxval=severity)
-        signs = jnp.where(jax.random.bernoulli(k["sign"], shape=(width, most)), -1.0, 1.0)
+        levels = jax.random.uniform(k["level"], (width, most), jnp.float32, 0.1, severity)
+        signs = jax.random.bernoulli(k["sign"], np.float32(0.5), (width, most))
+        signs = jnp.where(signs, -1.0, 1.0).astype(jnp.float32)
         # Index 0 is no operation: what is left of a chain shorter than the longest.
-        drawn = 1 + jax.random.randint(k["op"], (width, most), 0, len(ops))
-        depths = jax.random.randint(k["depth"], (width, 1), 1, 4) if depth < 0 else depth
+        drawn = 1 + jax.random.randint(k["op"], (width, most), 0, len(ops), jnp.int32)
+        depths = jax.random.randint(k["depth"], (width, 1), 1, 4, jnp.int32) if depth < 0 else depth
         drawn = jnp.where(jnp.arange(most) < depths, drawn, 0)
-        weights = jax.random.dirichlet(k["weights"], jnp.full(width, alpha))
-        return drawn, levels, signs, weights, jax.random.beta(k["share"], alpha, alpha)
+        weights = jax.random.dirichlet(k["weights"], jnp.full(width, alpha), dtype=jnp.float32)
+        share = jax.random.beta(k["share"], alpha, alpha, dtype=jnp.float32)
+        return drawn, levels, signs, weights, share
 
     drawn, levels, signs, weights, share = jax.vmap(draw)(keys.per_example(key, len(x)))
     pixels = jnp.round(255 * x).astype(jnp.int32)
@@ -168,7 +171,8 @@ def affine(image: jax.Array, matrix: jax.Array) -> jax.Array:
       [H,W,3].
     """
     height, width, _ = image.shape
-    x, y = jnp.arange(width) + 0.5, jnp.arange(height)[:, None] + 0.5
+    x = jnp.arange(width, dtype=jnp.float32) + 0.5
+    y = jnp.arange(height, dtype=jnp.float32)[:, None] + 0.5
     a, b, c, d, e, f = matrix
     xs, ys = a * x + b * y + c, d * x + e * y + f
     inside = (xs >= 0) & (xs < width) & (ys >= 0) & (ys < height)
@@ -196,7 +200,7 @@ def autocontrast(image: jax.Array, level: jax.Array) -> jax.Array:
 
     def one(channel):
         low, high = channel.min(), channel.max()
-        table = (jnp.arange(256) - low) * 255 // jnp.maximum(high - low, 1)
+        table = (jnp.arange(256, dtype=jnp.int32) - low) * 255 // jnp.maximum(high - low, 1)
         octets = jnp.asarray(_rounding_of_pillow())[low, high]
         less = (octets[:, None] >> np.arange(8, dtype=np.uint8)) & 1
         table = jnp.clip(table - less.reshape(256), 0, 255)
@@ -223,7 +227,7 @@ def equalize(image: jax.Array, level: jax.Array) -> jax.Array:
     def one(channel):
         counts = lax.platform_dependent(channel, cpu=_scattered, default=_multiplied)
         step = (channel.size - counts[channel.max()]) // 255
-        below = jnp.cumsum(counts) - counts
+        below = jnp.cumsum(counts, dtype=jnp.int32) - counts
         table = jnp.minimum((step // 2 + below) // jnp.maximum(step, 1), 255)
         return jnp.where(step > 0, table[channel], channel)
 
@@ -262,7 +266,7 @@ def color(image: jax.Array, level: jax.Array) -> jax.Array:
 def contrast(image: jax.Array, level: jax.Array) -> jax.Array:
     """Draws the image towards its mean grey."""
     grey = _grey(image)
-    return _blend((2 * grey.sum() + grey.size) // (2 * grey.size), image, level)
+    return _blend((2 * grey.sum(dtype=jnp.int32) + grey.size) // (2 * grey.size), image, level)
 
 
 def brightness(image: jax.Array, level: jax.Array) -> jax.Array:
@@ -321,5 +325,5 @@ def check(severity: float, width: int, depth: int, alpha: float, ops: Sequence[s
         raise UserError(
             f"width={width} and depth={depth} must be 1 or more, or depth -1 to draw it."
         )
-    if not alpha > 0:
-        raise UserError(f"alpha={alpha} must be positive (AugMix's own is 1).")
+    if not 0 < alpha < np.inf:
+        raise UserError(f"alpha={alpha} must be positive and finite (AugMix's own is 1).")

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import haiku as hk
 import jax
 import jax.numpy as jnp
@@ -49,7 +48,7 @@ def make(
 
     The result is called as `net.init(key, x, is_training=True)` and as `net.apply(params, state,
     rng, x, is_training=..., test_local_stats=False)`, which returns `(logits, state)`: images x
-    [B, H, W, C] float in [0, 1], of any size, logits [B, num_classes] float32. Batch
+    [B, H, W, C] of any floating type in [0, 1] and any size, logits [B, num_classes] float32. Batch
     normalisation uses the batch's statistics and updates the running ones when `is_training`,
     uses the batch's without an update when only `test_local_stats`, else uses the running ones.
 
@@ -70,7 +69,7 @@ def make(
       The pair of pure functions `init` and `apply`.
 
     Raises:
-      UserError: if the name is not known.
+      UserError: if the name is not known; `init` and `apply`, if images are not as above.
 
     Source: networks and normalisation as in Wong et al., "Fast is better than free" (2020), and
     He et al., "Identity mappings in deep residual networks" (2016), with PyTorch's default
@@ -86,8 +85,12 @@ def make(
     policy = jmp.get_policy(f"params=float32,compute={compute_dtype},output=float32")
 
     def forward(x: jax.Array, is_training: bool, test_local_stats: bool = False) -> jax.Array:
-        chex.assert_type(x, float)
-        chex.assert_shape(x, (None, None, None, len(mean)))
+        if x.ndim != 4 or x.shape[-1] != len(mean) or not jnp.issubdtype(x.dtype, jnp.floating):
+            raise UserError(
+                f"Images of shape {list(x.shape)} and {x.dtype} must be [B,H,W,{len(mean)}], "
+                "floating point in [0, 1]: divide integers by 255."
+            )
+        x = x.astype(jnp.float32)
         axis_name = None if hk.running_init() else bn_axis_name
 
         def norm_relu(h: jax.Array, bn_name: str) -> jax.Array:
@@ -102,7 +105,7 @@ def make(
             h = bn(policy.cast_to_param(h), is_training, test_local_stats)
             return policy.cast_to_compute(jax.nn.relu(h))
 
-        x = (x - jnp.asarray(mean, x.dtype)) / jnp.asarray(std, x.dtype)
+        x = (x - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
         if name == "resnet50":
             bn_config = {"decay_rate": bn_decay, "cross_replica_axis": axis_name}
             net = _resnet50(num_classes, bn_config, zero_init_logits)

@@ -247,6 +247,7 @@ def set_up_devices(cpu_devices: int, compilation_cache: str) -> None:
       cpu_devices: devices that a CPU is split into; 0 leaves it one. No effect on TPU and GPU.
       compilation_cache: folder of compiled programs, '' for none; '~' is the home folder.
     """
+    jax.config.update("jax_enable_x64", False)  # JAX_ENABLE_X64=1 would only make optimisers slow.
     if cpu_devices:
         jax.config.update("jax_num_cpu_devices", cpu_devices)
     if compilation_cache:

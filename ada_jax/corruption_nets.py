@@ -291,7 +291,7 @@ def cae_init(key: jax.Array) -> dict:
         gain *= 0.1 if "_block_" in name and name.endswith("conv1") else 1.0
         theta[name] = {
             "w": gain * _conv_init(k, inputs, outputs, size)["w"],
-            "b": jnp.zeros(outputs),
+            "b": jnp.zeros(outputs, jnp.float32),
         }
     return theta
 
@@ -322,7 +322,8 @@ def fits_cae(*sides: int) -> bool:
 
 def binarise(key: jax.Array, latent: jax.Array) -> jax.Array:
     """Draws bits of -1 or 1 whose mean is the latent; their gradient is passed straight through."""
-    bits = jnp.where(jax.random.uniform(key, latent.shape) <= (1 + latent) / 2, 1.0, -1.0)
+    drawn = jax.random.uniform(key, latent.shape, jnp.float32)
+    bits = jnp.where(drawn <= (1 + latent) / 2, 1.0, -1.0)
     return latent + jax.lax.stop_gradient(bits - latent)
 
 
@@ -390,7 +391,8 @@ def _conv_after_up(up: dict, conv: dict, x: jax.Array) -> jax.Array:
 def _conv_init(key: jax.Array, inputs: int, outputs: int, size: int = 3) -> dict:
     bound = (inputs * size * size) ** -0.5
     w_key, b_key = jax.random.split(key)
+    shape = (size, size, inputs, outputs)
     return {
-        "w": jax.random.uniform(w_key, (size, size, inputs, outputs), minval=-bound, maxval=bound),
-        "b": jax.random.uniform(b_key, (outputs,), minval=-bound, maxval=bound),
+        "w": jax.random.uniform(w_key, shape, jnp.float32, -bound, bound),
+        "b": jax.random.uniform(b_key, (outputs,), jnp.float32, -bound, bound),
     }

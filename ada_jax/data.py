@@ -716,9 +716,7 @@ def _folder_files(
             )
         files += [(path, label) for path in found]
     if not files:
-        raise UserError(
-            f"config.data_dir: {str(root)!r} has no image that Pillow reads: add some."
-        )
+        raise UserError(f"config.data_dir: {str(root)!r} has no image that Pillow reads: add some.")
     loose, others = _image_files(root)
     del others["folders"]  # The classes.
     left_out.update(others)
@@ -1309,11 +1307,13 @@ def random_crop_flip(
     def one(key, image):
         crop_key, flip_key = jax.random.split(key)
         if pad:
-            corner = jax.random.randint(crop_key, (2,), 0, 2 * pad + 1)
+            corner = jax.random.randint(crop_key, (2,), 0, 2 * pad + 1, jnp.int32)
             padded = jnp.pad(image, ((pad, pad), (pad, pad), (0, 0)))
-            image = lax.dynamic_slice(padded, (*corner, 0), image.shape)
+            image = lax.dynamic_slice(padded, (*corner, jnp.int32(0)), image.shape)
         if flip:
-            image = jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image)
+            image = jnp.where(
+                jax.random.bernoulli(flip_key, np.float32(0.5)), image[:, ::-1], image
+            )
         return image
 
     return jax.vmap(one)(keys.per_example(key, len(x)), x)

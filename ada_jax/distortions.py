@@ -371,8 +371,8 @@ def render_edsr(theta: dict, x: jax.Array, key: jax.Array, *, quirks: bool = Fal
 def _distort_head(key: jax.Array, h: jax.Array, quirks: bool) -> jax.Array:
     """Exchanges channels of [H,W,C], drops or negates features, or nothing: one of four."""
     which, swap_key, mask_key = jax.random.split(key, 3)
-    uniform = jax.random.uniform(mask_key, h.shape)
-    pairs = jax.random.randint(swap_key, (5, 2), 0, h.shape[-1])
+    uniform = jax.random.uniform(mask_key, h.shape, jnp.float32)
+    pairs = jax.random.randint(swap_key, (5, 2), 0, h.shape[-1], jnp.int32)
 
     def exchange(i, order):
         a, b = pairs[i]
@@ -386,7 +386,7 @@ def _distort_head(key: jax.Array, h: jax.Array, quirks: bool) -> jax.Array:
         lambda: h * jnp.where(uniform < 0.025, -1.0, 1.0),
         lambda: h,
     )
-    return lax.switch(jax.random.randint(which, (), 0, len(options)), options)
+    return lax.switch(jax.random.randint(which, (), 0, len(options), jnp.int32), options)
 
 
 def _distorted_body(key: jax.Array, theta: dict, h: jax.Array, quirks: bool) -> jax.Array:
@@ -398,10 +398,10 @@ def _distorted_body(key: jax.Array, theta: dict, h: jax.Array, quirks: bool) -> 
     blocks = sum(name.endswith("/conv0") for name in theta)
     middle = 5 if blocks > 5 else blocks // 2
     which, what, skip_key = jnp.moveaxis(jax.vmap(lambda k: jax.random.split(k, 3))(key), 1, 0)
-    option = jax.vmap(lambda k: jax.random.randint(k, (), 0, 5))(which)
-    u = jax.vmap(jax.random.uniform)(what)
+    option = jax.vmap(lambda k: jax.random.randint(k, (), 0, 5, jnp.int32))(which)
+    u = jax.vmap(lambda k: jax.random.uniform(k, (), jnp.float32))(what)
     # Module `blocks` is the closing one.
-    drawn = jax.vmap(lambda k: jax.random.randint(k, (3,), 2, blocks + 1))(skip_key)
+    drawn = jax.vmap(lambda k: jax.random.randint(k, (3,), 2, blocks + 1, jnp.int32))(skip_key)
     skipping = option == 3
 
     def select(condition, a, b):
@@ -448,36 +448,38 @@ def render_cae(theta: dict, x: jax.Array, key: jax.Array) -> jax.Array:
 def _distorted_bits(key: jax.Array, latent: jax.Array) -> jax.Array:
     """Bits [h,w,32] drawn from a latent, one of the two distorted."""
     bits_key, which, draw = jax.random.split(key, 3)
-    option = jax.random.randint(which, (), 0, 1 + len(_LATENT_DISTORTIONS))
+    option = jax.random.randint(which, (), 0, 1 + len(_LATENT_DISTORTIONS), jnp.int32)
     # Option 0 leaves the latent alone and amplifies the bits.
     options = (lambda e: e, *(lambda e, f=f: f(draw, e) for f in _LATENT_DISTORTIONS))
     bits = corruption_nets.binarise(bits_key, lax.switch(option, options, latent))
     scale_key, factor_key = jax.random.split(draw)
-    factors = jax.random.uniform(factor_key, bits.shape)
-    factors = 3 + 4 * jax.random.uniform(scale_key) * factors
+    factors = jax.random.uniform(factor_key, bits.shape, jnp.float32)
+    factors = 3 + 4 * jax.random.uniform(scale_key, (), jnp.float32) * factors
     # The published network amplifies bits of 0 and 1.
     return jnp.where(option == 0, (bits + 1) * factors - 1, bits)
 
 
 def latent_drop(key: jax.Array, e: jax.Array) -> jax.Array:
     """Sets a fifth of the places to 0."""
-    return e * (jax.random.uniform(key, (*e.shape[:2], 1)) >= 0.2)
+    return e * (jax.random.uniform(key, (*e.shape[:2], 1), jnp.float32) >= 0.2)
 
 
 def latent_negate(key: jax.Array, e: jax.Array) -> jax.Array:
     """Negates a tenth of the places."""
-    return e * jnp.where(jax.random.uniform(key, (*e.shape[:2], 1)) < 0.1, -1.0, 1.0)
+    drawn = jax.random.uniform(key, (*e.shape[:2], 1), jnp.float32)
+    return e * jnp.where(drawn < 0.1, -1.0, 1.0)
 
 
 def latent_permute(key: jax.Array, e: jax.Array) -> jax.Array:
     """Permutes the first ten channels."""
-    return jnp.concatenate([e[..., jax.random.permutation(key, 10)], e[..., 10:]], -1)
+    order = jax.random.permutation(key, jnp.arange(10, dtype=jnp.int32))
+    return jnp.concatenate([e[..., order], e[..., 10:]], -1)
 
 
 def latent_flip_some(key: jax.Array, e: jax.Array) -> jax.Array:
     """Flips five channels, all in the same way."""
     which, how = jax.random.split(key)
-    chosen = jax.random.randint(which, (5,), 0, e.shape[-1])
+    chosen = jax.random.randint(which, (5,), 0, e.shape[-1], jnp.int32)
     # A channel that is drawn twice is flipped back.
     odd = jnp.bincount(chosen, length=e.shape[-1]) % 2
     return jnp.where(odd == 1, latent_flip(how, e), e)
@@ -485,15 +487,15 @@ def latent_flip_some(key: jax.Array, e: jax.Array) -> jax.Array:
 
 def latent_flip(key: jax.Array, e: jax.Array) -> jax.Array:
     """Flips all channels: up, sideways or both."""
-    how = jax.random.randint(key, (), 0, 3)
+    how = jax.random.randint(key, (), 0, 3, jnp.int32)
     return lax.switch(how, (lambda: e[::-1, ::-1], lambda: e[::-1], lambda: e[:, ::-1]))
 
 
 def latent_convolve(key: jax.Array, e: jax.Array) -> jax.Array:
     """Convolves with the identity and some noise on every tap."""
     channels = e.shape[-1]
-    noise = jax.random.uniform(key, (3, 3, channels, channels), minval=-0.1, maxval=0.1)
-    return _convolve(e, noise.at[1, 1].add(jnp.eye(channels)))
+    noise = jax.random.uniform(key, (3, 3, channels, channels), jnp.float32, -0.1, 0.1)
+    return _convolve(e, noise.at[1, 1].add(jnp.eye(channels, dtype=jnp.float32)))
 
 
 def latent_mix(key: jax.Array, e: jax.Array) -> jax.Array:
@@ -504,8 +506,8 @@ def latent_mix(key: jax.Array, e: jax.Array) -> jax.Array:
     channels = e.shape[-1]
     on, source, row, column = _taps(key, channels)
     taps = jnp.zeros((3, 3, channels, channels)).at[1, 1].add(jnp.eye(channels))
-    on = jax.random.bernoulli(on, shape=(channels,))
-    source = jax.random.randint(source, (channels,), 0, channels)
+    on = jax.random.bernoulli(on, np.float32(0.5), (channels,))
+    source = jax.random.randint(source, (channels,), 0, channels, jnp.int32)
     return _convolve(e, taps.at[row, column, source, jnp.arange(channels)].max(on))
 
 
@@ -513,7 +515,7 @@ def latent_shift(key: jax.Array, e: jax.Array) -> jax.Array:
     """Shifts the channels; a channel's shift is its predecessor's, or with 1/5 a new one."""
     channels = e.shape[-1]
     renewed, _, row, column = _taps(key, channels)
-    renewed = jax.random.bernoulli(renewed, 0.2, (channels,)).at[0].set(True)
+    renewed = jax.random.bernoulli(renewed, np.float32(0.2), (channels,)).at[0].set(True)
     latest = lax.cummax(jnp.where(renewed, jnp.arange(channels), 0))
     every = jnp.arange(channels)
     taps = jnp.zeros((3, 3, channels, channels))
@@ -535,10 +537,10 @@ _LATENT_DISTORTIONS = (
 def _taps(key: jax.Array, channels: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Two keys, and a row and a column of a 3x3 for every channel."""
     a, b, c = jax.random.split(key, 3)
-    row, column = jax.random.randint(c, (2, channels), 0, 3)
+    row, column = jax.random.randint(c, (2, channels), 0, 3, jnp.int32)
     return a, b, row, column
 
 
 def _convolve(e: jax.Array, taps: jax.Array) -> jax.Array:
     # Fast also where every image has taps of its own.
-    return per_example.conv2d(e[None], taps)[0]
+    return per_example.conv2d(e[None], taps.astype(e.dtype))[0]

@@ -82,18 +82,26 @@ def make_eval_step(logits_fn: Callable[..., jax.Array]) -> Callable[..., dict[st
 
     Args:
       logits_fn: (*variables, images [B,H,W,C] in [0,1]) -> logits [B,K].
+
+    Returns:
+      The step; it counts 'examples', those 'wrong' and those whose logits are 'not_finite', which
+      are wrong too, and adds up their 'loss'.
     """
 
     def eval_step(*arguments):
         *variables, batch = arguments
         x, y, real = data.to_float(batch["image"]), batch["label"], batch["mask"] > 0
         logits = logits_fn(*variables, x)
-        sums = {
-            "examples": real.astype(jnp.int32),
-            "wrong": (real & (jnp.argmax(logits, -1) != y)).astype(jnp.int32),
-            "loss": jnp.where(real, losses.cross_entropy(logits, y), 0),
+        loss = losses.cross_entropy(logits, y)
+        not_finite = guards.not_finite(logits) | ~jnp.isfinite(loss)
+        counts = {
+            "examples": real,
+            "wrong": real & ((jnp.argmax(logits, -1) != y) | not_finite),
+            "not_finite": real & not_finite,
         }
-        return jax.lax.psum({name: v.sum() for name, v in sums.items()}, AXIS)
+        sums = {name: v.sum(dtype=jnp.int32) for name, v in counts.items()}
+        sums["loss"] = jnp.where(real & ~not_finite, loss, 0).sum()
+        return jax.lax.psum(sums, AXIS)
 
     return eval_step
 
@@ -182,6 +190,9 @@ def measure(
     Yields:
       A set's name in `datasets` as soon as it is measured, with 'examples' and how many of them
       are 'wrong', 'error' in percent and 'loss'.
+
+    Raises:
+      UserError: logits that are not finite.
     """
     largest, count = max(map(len, datasets.values()), default=0), jax.device_count()
     batches = data.chained_eval_batches(
@@ -200,7 +211,7 @@ def measure(
                 sums.append(eval_step(*variables, shard(batch)))
                 jax.block_until_ready(sums[-3:][0])  # More in flight would take more memory.
                 progress.update(int(batch["mask"].sum()) * jax.process_count())
-            yield cells[i], _counts(sums)
+            yield cells[i], _counts(sums, _described_cell(cells[i]))
 
 
 def measure_one(
@@ -240,7 +251,7 @@ def corruption_errors(
       ...}, ...]}; and, of all the 15 NAMES, 'mce_unnormalised', percent.
 
     Raises:
-      UserError: an argument is not as above.
+      UserError: an argument is not as above, or logits are not finite.
     """
     x = jax.ShapeDtypeStruct((1, *np.shape(images)[1:]), jnp.float32)
     class_names = [str(i) for i in range(guards.num_classes(logits_fn, x))]
@@ -258,10 +269,17 @@ def corruption_errors(
     return results
 
 
-def _counts(sums: Iterable[dict[str, jax.Array]]) -> Counts:
+def _described_cell(cell: Cell) -> str:
+    name, severity = cell
+    return f"images of {name} at severity {severity}" if severity else f"{name} images".lstrip()
+
+
+def _counts(sums: Iterable[dict[str, jax.Array]], what: str) -> Counts:
     # Added up on the host, where neither integers nor the loss run out of digits.
     fetched = [{name: value.item() for name, value in unreplicate(s).items()} for s in sums]
-    examples, wrong, loss = (sum(f[k] for f in fetched) for k in ("examples", "wrong", "loss"))
+    names = ("examples", "wrong", "not_finite", "loss")
+    examples, wrong, not_finite, loss = (sum(f[name] for f in fetched) for name in names)
+    guards.check_finite(not_finite, examples, what)
     return {
         "examples": examples,
         "wrong": wrong,

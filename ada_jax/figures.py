@@ -14,7 +14,7 @@ def adversarial_rows(
     *,
     clean: np.ndarray,
     augmented: np.ndarray,
-    similarity: np.ndarray,
+    similarity: np.ndarray | None,
     label: np.ndarray,
     clean_verdict: np.ndarray,
     augmented_verdict: np.ndarray,
@@ -27,7 +27,7 @@ def adversarial_rows(
       path: PNG to write.
       clean: images [B,H,W,C] in [0,1]; the first `columns` are drawn.
       augmented: as clean.
-      similarity: SSIM [B].
+      similarity: SSIM [B]; None for images smaller than its window.
       label: true classes [B].
       clean_verdict: classes given to the clean images [B]; a wrong one is printed red.
       augmented_verdict: classes given to the augmented images [B].
@@ -45,7 +45,7 @@ def adversarial_rows(
         titles = (
             _plain(class_names[clean_verdict[i]]),
             _plain(class_names[augmented_verdict[i]]),
-            f"SSIM {similarity[i]:.2f}",
+            "" if similarity is None else f"SSIM {similarity[i]:.2f}",
         )
         wrong = (clean_verdict[i] != label[i], augmented_verdict[i] != label[i], False)
         for axis, image, title, red in zip(axes[:, i], rows, titles, wrong, strict=True):

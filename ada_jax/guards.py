@@ -38,21 +38,26 @@ def check_integers(least: int, **values: int) -> None:
             raise UserError(f"{name}={value!r} must be an integer of at least {least}.")
 
 
-def check_images(x: jax.Array) -> None:
-    """Refuses what are no images [B,H,W,C] in [0,1]; pixels only where they are not traced.
+def float32(value: jax.Array | float) -> jax.Array | np.float32:
+    """A knob in float32: a float64 one would make float64 of what it meets under x64."""
+    return value.astype(jnp.float32) if isinstance(value, jax.Array) else np.float32(value)
+
+
+def as_images(x: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+    """Images [B,H,W,C] of any floating type as float32.
 
     Raises:
-      UserError: a shape, a type or a pixel is wrong.
+      UserError: a shape, a type or a pixel is wrong; pixels are checked only if not traced.
     """
     if x.ndim != 4 or not len(x):
         raise UserError(f"Images of shape {list(x.shape)} must be [B,H,W,C], with B at least 1.")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise UserError(f"Images of {x.dtype} must be floating point in [0, 1]: divide by 255.")
-    if x.dtype != jnp.float32:
-        raise UserError(f"Images of {x.dtype} must be float32 in [0, 1]: convert them.")
+    x = x.astype(jnp.float32)
     pixels = known(x, 0.0)
     if not (pixels.min() >= 0 and pixels.max() <= 1):  # also true of NaN
         raise UserError(f"Pixels from {pixels.min()} to {pixels.max()} must be in [0, 1].")
+    return x
 
 
 def check_labels(y: jax.Array, x: jax.Array, logits_fn: Callable) -> int:
@@ -63,7 +68,7 @@ def check_labels(y: jax.Array, x: jax.Array, logits_fn: Callable) -> int:
 
     Raises:
       UserError: not one integer for each image, or none of the classifier's classes; the classifier
-        does not return one array of logits.
+        does not return one array of logits, or only one logit.
     """
     if y.shape != x.shape[:1] or not jnp.issubdtype(y.dtype, jnp.integer):
         raise UserError(
@@ -71,6 +76,8 @@ def check_labels(y: jax.Array, x: jax.Array, logits_fn: Callable) -> int:
             f"{len(x)} images."
         )
     count = num_classes(logits_fn, x[:1])
+    if count < 2:
+        raise UserError("logits_fn returns logits of one class: it must have two classes or more.")
     if isinstance(y, jax.core.Tracer):
         return count
     y = np.asarray(y)
@@ -91,6 +98,49 @@ def num_classes(logits_fn: Callable, x: jax.Array) -> int:
     if getattr(logits, "ndim", None) != 2:
         raise UserError(f"logits_fn returns {logits}: it must return one array of logits [B,K].")
     return logits.shape[-1]
+
+
+def float32_logits(logits_fn: Callable, x: jax.Array, *, gradients: bool) -> Callable:
+    """logits_fn, its logits converted to float32.
+
+    Args:
+      logits_fn: the classifier, [b,H,W,C] -> [b,K].
+      x: images [b,H,W,C].
+      gradients: whether the caller takes gradients of the logits.
+
+    Raises:
+      UserError: gradients are needed, and the logits are no floating-point numbers.
+    """
+    dtype = jax.eval_shape(logits_fn, x).dtype
+    if gradients and not jnp.issubdtype(dtype, jnp.floating):
+        raise UserError(
+            f"logits_fn returns logits of {dtype}, which have no gradient: it must return "
+            "floating-point logits."
+        )
+    return lambda x: logits_fn(x).astype(jnp.float32)
+
+
+def not_finite(logits: jax.Array) -> jax.Array:
+    """Whether any of an example's logits [B,K] is NaN or infinite, bool [B]."""
+    return ~jnp.all(jnp.isfinite(logits), -1)
+
+
+def check_finite(bad: int, count: int, what: str) -> None:
+    """Checks that a classifier returned only finite logits.
+
+    Args:
+      bad: number of images whose logits are not.
+      count: number of images.
+      what: the images, for the message.
+
+    Raises:
+      UserError: some logits are NaN or infinite.
+    """
+    if bad:
+        raise UserError(
+            f"The classifier returns NaN or infinity for {bad} of {count} {what}: check its "
+            "weights."
+        )
 
 
 def poisoned(x: jax.Array, y: jax.Array | None = None, classes: int = 0) -> jax.Array:

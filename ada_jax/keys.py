@@ -54,4 +54,5 @@ def of_positions(key: jax.Array, start: jax.Array | int, count: int) -> jax.Arra
     Returns:
       Keys [B].
     """
-    return jax.vmap(lambda i: jax.random.fold_in(key, i))(start + jnp.arange(count))
+    positions = start + jnp.arange(count, dtype=jnp.int32)
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(positions)

@@ -87,7 +87,8 @@ class Logbook:
             with paths.os_errors(self._workdir):
                 self._tensorboard.write_scalars(step, scalars)
         if self._journal:
-            self._journal.write(json.dumps({"step": step, "kind": kind, **metrics}) + "\n")
+            record = {"step": step, "kind": kind, **metrics}
+            self._journal.write(json.dumps(record, allow_nan=False) + "\n")
 
     def flush(self) -> None:
         """Call it before a checkpoint: a resumed run does not write the lines before it again."""
@@ -132,32 +133,32 @@ def read(workdir: str) -> list[Record]:
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Writes a JSON file whole or not at all."""
-    paths.write(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+    """Writes a JSON file whole or not at all; NaN and infinity, which JSON lacks, are errors."""
+    paths.write(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
 def finite(pending: list[dict[str, Any]], step: int, *, advice: str) -> list[dict[str, float]]:
     """Brings the last steps' metrics to the host, and stops the run where one is not finite.
 
     Args:
-      pending: metrics of the steps up to `step`, 'loss' and 'gradient_norm' among them; on the
-        host, on a device or replicated over several.
+      pending: metrics of the steps up to `step`, on the host, on a device or replicated over
+        several.
       step: the last of these steps.
       advice: what to do against it, for the message.
 
     Raises:
-      NotFiniteError: naming the first step whose loss or gradient is not finite.
+      NotFiniteError: naming the first step with a metric that is not finite, such as the loss.
     """
     fetched = [
         {name: float(np.ravel(value)[0]) for name, value in metrics.items()}
         for metrics in jax.device_get(jax.tree.map(devices.first, pending))
     ]
     for i, metrics in enumerate(fetched):
-        loss, norm = metrics["loss"], metrics.get("gradient_norm", 0.0)
-        if not (np.isfinite(loss) and np.isfinite(norm)):
+        bad = [f"{name} {value}" for name, value in metrics.items() if not np.isfinite(value)]
+        if bad:
             raise NotFiniteError(
-                f"The loss is {loss} and the gradient's norm {norm} at step "
-                f"{step - len(fetched) + i + 1}, so the run stops; checkpoints of earlier steps "
+                f"With {' and '.join(bad)} the run cannot go on at step "
+                f"{step - len(fetched) + i + 1}, so it stops; checkpoints of earlier steps "
                 f"are kept: {advice} and start again in another --workdir."
             )
     return fetched

@@ -1,20 +1,26 @@
 """Losses of a classifier's logits, one value per example, and weight decay."""
 
-import chex
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
+
+from ada_jax.errors import UserError
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Returns the cross-entropy of each example.
 
     Args:
-      logits: [B, K], any float type; computed in float32.
+      logits: [B, K], any type; computed in float32.
       labels: [B] integers in [0, K).
 
     Returns:
       [B] float32, in nats, non-negative.
+
+    Raises:
+      UserError: the shapes do not fit, or the labels are no integers.
 
     Source: eq. (3) of Calian et al., "Defending against image corruptions through adversarial
     augmentations" (2021).
@@ -39,8 +45,9 @@ def jsd(logits_clean: jax.Array, logits_aug1: jax.Array, logits_aug2: jax.Array)
 
     Source: Hendrycks et al., "AugMix" (2020), section 3, with the clamp of its code.
     """
-    chex.assert_rank(logits_clean, 2)
-    chex.assert_equal_shape([logits_clean, logits_aug1, logits_aug2])
+    shapes = [a.shape for a in (logits_clean, logits_aug1, logits_aug2)]
+    if len(shapes[0]) != 2 or len(set(shapes)) > 1:
+        raise UserError(f"Logits of shapes {shapes} must all be of one shape [B, K].")
     logits = jnp.stack([logits_clean, logits_aug1, logits_aug2]).astype(jnp.float32)
     log_p = jax.nn.log_softmax(logits)
     p = jnp.exp(log_p)
@@ -67,7 +74,7 @@ def margin(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return best_wrong - jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
 
 
-def weight_decay(params: chex.ArrayTree, *, include_bn: bool = False) -> jax.Array:
+def weight_decay(params: Any, *, include_bn: bool = False) -> jax.Array:
     """Returns half the sum of squares of the parameters.
 
     Args:
@@ -90,6 +97,9 @@ def weight_decay(params: chex.ArrayTree, *, include_bn: bool = False) -> jax.Arr
 
 
 def _check(logits: jax.Array, labels: jax.Array) -> None:
-    chex.assert_rank([logits, labels], [2, 1])
-    chex.assert_equal_shape_prefix([logits, labels], 1)
-    chex.assert_type([logits, labels], [float, int])
+    integer = jnp.issubdtype(labels.dtype, jnp.integer)
+    if logits.ndim != 2 or labels.shape != logits.shape[:1] or not integer:
+        raise UserError(
+            f"Labels of shape {list(labels.shape)} and {labels.dtype} must be one integer for each "
+            f"row of the logits, whose shape {list(logits.shape)} must be [B, K]."
+        )

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ada_jax import guards
+
 PyTree = object
 
 
@@ -22,6 +24,7 @@ def radii(theta: PyTree, nu: float) -> PyTree:
     Returns:
       Tree of float32 scalars.
     """
+    nu = guards.float32(nu)
     return jax.tree.map(lambda a: nu * jnp.linalg.norm(a.astype(jnp.float32).ravel()), theta)
 
 
@@ -47,10 +50,11 @@ def init(keys: jax.Array, theta: PyTree, radii: PyTree) -> PyTree:
     def one_example(key):
         direction_key, norm_key = jax.random.split(key)
         # One draw for all leaves, not one each: random draws are what takes long to compile.
-        numbers = jax.random.normal(direction_key, (sizes.sum(),))
+        numbers = jax.random.normal(direction_key, (sizes.sum(),), jnp.float32)
         directions = jnp.split(numbers, np.cumsum(sizes)[:-1])
         # U^(1/d) makes the distance from the centre that of a uniform point of a d-ball.
-        shares = jax.random.uniform(norm_key, (len(leaves),)) ** (1 / sizes)
+        shares = jax.random.uniform(norm_key, (len(leaves),), jnp.float32)
+        shares **= np.float32(1 / sizes)
         draws = [
             (d * (share * radius / jnp.maximum(jnp.linalg.norm(d), _TINY))).reshape(leaf.shape)
             for d, share, radius, leaf in zip(
@@ -103,12 +107,13 @@ def sign_step(gradient: PyTree, radii: PyTree, scale: float) -> PyTree:
 
     Source: paper, appendix A (scale = 1/4).
     """
-    eta = scale * median_radius(radii)
+    eta = guards.float32(scale) * median_radius(radii)
     return jax.tree.map(lambda g: eta * jnp.sign(g), gradient)
 
 
 def l2_step(gradient: PyTree, radii: PyTree, scale: float) -> PyTree:
     """Ascent step along the gradient, of length scale * radius in every leaf of every example."""
+    scale = guards.float32(scale)
     return jax.tree.map(
         lambda g, n, r: g * _along(scale * r / jnp.maximum(n, _TINY), g),
         gradient,

@@ -7,6 +7,7 @@ python -m ada_jax.pretrain --config=experiments/pretrain_cae.py [--workdir=DIR]
 import contextlib
 import functools
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -143,10 +144,10 @@ def random_patches(key: jax.Array, images: jax.Array, *, size: int) -> jax.Array
 
     def one(key, image):
         corner_key, turn_key = jax.random.split(key)
-        room = jnp.array(image.shape[:2]) - size + 1
-        corner = jax.random.randint(corner_key, (2,), 0, room)
-        patch = jax.lax.dynamic_slice(image, (*corner, 0), (size, size, image.shape[2]))
-        down, right, across = jax.random.bernoulli(turn_key, shape=(3,))
+        room = jnp.array(image.shape[:2], jnp.int32) - size + 1
+        corner = jax.random.randint(corner_key, (2,), 0, room, jnp.int32)
+        patch = jax.lax.dynamic_slice(image, (*corner, jnp.int32(0)), (size, size, image.shape[2]))
+        down, right, across = jax.random.bernoulli(turn_key, np.float32(0.5), (3,))
         patch = jnp.where(down, patch[::-1], patch)
         patch = jnp.where(right, patch[:, ::-1], patch)
         return jnp.where(across, patch.swapaxes(0, 1), patch)
@@ -168,8 +169,8 @@ def add_noise(key: jax.Array, images: jax.Array, most: float) -> jax.Array:
 
     def one(key, image):
         deviation_key, noise_key = jax.random.split(key)
-        deviation = jax.random.uniform(deviation_key, maxval=most)
-        return image + deviation * jax.random.normal(noise_key, image.shape)
+        deviation = jax.random.uniform(deviation_key, (), jnp.float32, 0.0, most)
+        return image + deviation * jax.random.normal(noise_key, image.shape, jnp.float32)
 
     return jax.vmap(one)(keys.per_example(key, len(images)), images)
 
@@ -359,7 +360,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
         require(config[field] >= 1, field, "must be 1 or more")
     for field in ("eval_steps", "checkpoint_steps"):
         require(config[field] >= 0, field, "must be 0 (off) or more")
-    require(config.learning_rate > 0, "learning_rate", "must be positive")
+    require(0 < config.learning_rate < math.inf, "learning_rate", "must be positive and finite")
     require(0 <= config.noise <= 1, "noise", "must be in [0, 1], where 1 is white")
     for field in ("sr_weight", "weight_decay"):
         require(config[field] >= 0, field, "must be 0 (off) or more")
@@ -505,7 +506,7 @@ def train(
                 log.write(step, "train", summary | rate | timer.lap(step))
             if every(config.eval_steps, step) or step == total_steps:
                 quality = evaluate(eval_step, state.theta, parts.eval_set, config.eval_batch_size)
-                log.write(step, "eval", quality)
+                log.write(step, "eval", finite([quality], step)[0])
             if every(config.checkpoint_steps, step) and step < total_steps:
                 pending = finite(pending, step)
                 log.flush()

@@ -697,7 +697,8 @@ def _pairs(results: list[Result]) -> list[gallery.Picture]:
             if attacked := result.fields.get("ada", {}).get(net):
                 said += (
                     f" Of {attacked['examples']} attacked images {attacked['error']:.2f}% are "
-                    f"classified wrongly; mean SSIM {attacked['ssim']:.3f}."
+                    "classified wrongly"
+                    + (f"; mean SSIM {attacked['ssim']:.3f}." if "ssim" in attacked else ".")
                 )
             found.append(gallery.Picture(str(path), alt, f"{alt} {said}", "pairs"))
     return found

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ada_jax import guards
 from ada_jax.errors import UserError
 
 WINDOW, SIGMA = 11, 1.5  # Gaussian window of Wang et al. (2004), pixels
@@ -24,7 +25,7 @@ def ssim(a: jax.Array, b: jax.Array) -> jax.Array:
     covariance, mean over the map and the channels: the definition of Wang et al. (2004).
 
     Args:
-      a: [B,H,W,C] in [0,1], H and W at least 11.
+      a: [B,H,W,C] in [0,1], H and W at least 11; computed in float32.
       b: as a.
 
     Returns:
@@ -33,7 +34,13 @@ def ssim(a: jax.Array, b: jax.Array) -> jax.Array:
     Raises:
       UserError: images smaller than the window.
     """
-    return _along_ray(a, b, jnp.ones((1,)))[:, 0]
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return _along_ray(a, b, jnp.ones(1, jnp.float32))[:, 0]
+
+
+def fits(x: jax.Array) -> bool:
+    """Whether images [B,H,W,C] are as large as the window."""
+    return min(x.shape[1:3]) >= WINDOW
 
 
 def line_search(
@@ -64,6 +71,8 @@ def line_search(
       The images [B,H,W,C], untouched where nothing was to do, and per example [B]: 'gamma',
       'ssim_before' and 'changed' (1 where the line search acted).
     """
+    clean, corrupted = clean.astype(jnp.float32), corrupted.astype(jnp.float32)
+    threshold = guards.float32(threshold)
     values = _along_ray(clean, corrupted, jnp.asarray(GAMMAS))  # [B,9]
     changed = values[:, -1] < threshold
     if rule == "interpolated":

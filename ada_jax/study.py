@@ -120,7 +120,7 @@ def reconstruct(
       SSIM of the last step's clipped images [B].
     """
     adam = optax.adam(learning_rate)
-    delta = jax.tree.map(lambda a: jnp.zeros((len(x), *a.shape)), net.theta)
+    delta = jax.tree.map(lambda a: jnp.zeros((len(x), *a.shape), jnp.float32), net.theta)
 
     def similarity(delta):
         theta = perturbation.add(net.theta, delta)
@@ -261,6 +261,11 @@ def _to_float(images: np.ndarray) -> np.ndarray:
 
 
 def _summary(values: np.ndarray) -> dict[str, float]:
+    if not np.isfinite(values).all():
+        raise UserError(
+            "The SSIM of some images is not finite, so a network's parameters have become too "
+            "large: take smaller --radii or a smaller --learning_rate."
+        )
     return {"mean": float(values.mean()), "std": float(values.std())}
 
 

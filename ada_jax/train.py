@@ -33,6 +33,7 @@ from ada_jax import (
     deepaugment,
     evaluate,
     figures,
+    guards,
     hosts,
     keys,
     logbook,
@@ -300,7 +301,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
     require("clean" in config.eval_sets, "eval_sets", "lacks 'clean': add it")
     validate_corruption_nets(config.ada)
     augmix.check(**augmix_settings(config))
-    require(config.augmix.jsd_weight >= 0, "augmix.jsd_weight", "must be 0 (off) or more")
+    good = 0 <= config.augmix.jsd_weight < math.inf
+    require(good, "augmix.jsd_weight", "must be 0 (off) or more, and finite")
     require(config.deepaugment.copies >= 0, "deepaugment.copies", "must be 0 (off) or more")
     validate_crops(config)
     one_of("compute_dtype", config.compute_dtype, ("float32", "bfloat16"))
@@ -847,9 +849,10 @@ def finish(
                 f"error under AdA, {name}",
                 f"{attacked['error']:.2f}% of {attacked['examples']} images",
             ),
-            ("mean SSIM of its images", f"{attacked['ssim']:.3f}"),
-            ("picture", picture),
         ]
+        if "ssim" in attacked:
+            rows.append(("mean SSIM of its images", f"{attacked['ssim']:.3f}"))
+        rows.append(("picture", picture))
     if jax.process_index() != 0:
         return
     evaluate.write(path, results)
@@ -873,7 +876,8 @@ def show_attack(
       path: the PNG to write: clean, augmented, difference, SSIM and verdicts (paper, figure 1a).
 
     Returns:
-      'examples', 'error' in percent and mean 'ssim' of the attacked images.
+      'examples', 'error' in percent and mean 'ssim' of the attacked images; without the latter if
+      they are smaller than its window.
     """
     config = parts.config
     batch = next(data.eval_batches(parts.eval_set, batch_size=config.figure_examples))
@@ -897,25 +901,25 @@ def show_attack(
             microbatch=max(n for n in at_once if len(x) % n == 0),
             **attack_settings(config),
         )
-        return images, metrics["ssim_after"], logits_fn(x), logits_fn(images)
+        return images, metrics.get("ssim_after"), logits_fn(x), logits_fn(images)
 
     images, similarity, clean_logits, logits = attack(jax.random.key(config.seed), x, y)
+    for verdicts, what in ((clean_logits, "clean images"), (logits, "images of AdA's attack")):
+        guards.check_finite(int(guards.not_finite(verdicts).sum()), len(x), what)
     if jax.process_index() == 0:
         figures.adversarial_rows(
             path,
             clean=np.asarray(x),
             augmented=np.asarray(images),
-            similarity=np.asarray(similarity),
+            similarity=None if similarity is None else np.asarray(similarity),
             label=np.asarray(y),
             clean_verdict=np.argmax(clean_logits, -1),
             augmented_verdict=np.argmax(logits, -1),
             class_names=parts.eval_set.class_names,
         )
-    return {
-        "examples": len(x),
-        "error": float(100 * jnp.mean(jnp.argmax(logits, -1) != y)),
-        "ssim": float(similarity.mean()),
-    }
+    error = float(100 * jnp.mean(jnp.argmax(logits, -1) != y))
+    measured = {} if similarity is None else {"ssim": float(similarity.mean())}
+    return {"examples": len(x), "error": error, **measured}
 
 
 def show_parameters(params: hk.Params) -> None:

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from ada_jax import ada, attacks, corruption_nets, corruptions, data, keys
+from ada_jax import ada, attacks, corruption_nets, corruptions, data, guards, keys, ssim
+from ada_jax.attacks import loops
 from ada_jax.attacks.loops import LogitsFn
 from ada_jax.devices import AXIS, shard
 
@@ -144,7 +145,11 @@ def under_ada(
 
     Returns:
       The results with 'under_ada', one entry a network and radius: 'examples', 'wrong', 'error' in
-      percent, and the mean 'ssim' of the last restart's images.
+      percent, and the mean 'ssim' of the last restart's images. For images smaller than SSIM's
+      window there is none, and AdA's line search is off.
+
+    Raises:
+      UserError: logits that are not finite.
     """
     x, y = first_examples(dataset, examples)
     devices = jax.local_device_count()
@@ -155,13 +160,16 @@ def under_ada(
         for nu in radii:
             cell = {"net": name, "nu": nu, "steps": steps, "restarts": restarts}
             cell |= {"examples": len(x), "seed": seed}
-            found = results.get("under_ada", [])
-            if any(cell.items() <= entry.items() for entry in found):
+            before = results.get("under_ada", [])
+            if any(cell.items() <= entry.items() for entry in before):
                 continue
-            wrong, similarity = _in_batches(attack, x, y, nu, seed, size)
+            found = _in_batches(attack, x, y, nu, seed, size)
+            bad = int(found["not_finite"].sum())
+            guards.check_finite(bad, len(x), f"images of AdA's attack by {name} at nu {nu:g}")
+            wrong = found["wrong"]
             cell |= {"wrong": int(wrong.sum()), "error": 100 * float(wrong.mean())}
-            cell["ssim"] = float(similarity.mean())
-            results = results | {"under_ada": [*found, cell]}
+            cell |= {"ssim": float(found["ssim"].mean())} if "ssim" in found else {}
+            results = results | {"under_ada": [*before, cell]}
             write(results)
             logging.info("AdA, %s, nu %g: %.2f%% wrong", name, nu, cell["error"])
     return results
@@ -172,36 +180,43 @@ def _attacker(
     net: corruption_nets.CorruptionNet,
     steps: int,
     restarts: int,
-) -> Callable[..., tuple[jax.Array, jax.Array]]:
+) -> Callable[..., dict[str, jax.Array]]:
     augment = functools.partial(ada.adversarial_augment, logits_fn=logits_fn, net=net, steps=steps)
 
     def attack(batch, nu):
         x, y = batch["x"], batch["y"]
+        settings = {"nu": nu} if ssim.fits(x) else {"nu": nu, "ssim_threshold": -1}
 
-        def once(i, carry):
-            wrong, _ = carry
+        def verdict(images):
+            logits = logits_fn(images)
+            return {
+                "wrong": loops.misclassified(logits, y),
+                "not_finite": guards.not_finite(logits),
+            }
+
+        def once(i, found):
             example_keys = jax.vmap(lambda key: jax.random.fold_in(key, i))(batch["key"])
-            images, metrics = augment(example_keys, x, y, nu=nu)
-            return wrong | (jnp.argmax(logits_fn(images), -1) != y), metrics["ssim_after"]
+            images, metrics = augment(example_keys, x, y, **settings)
+            new = {name: found[name] | value for name, value in verdict(images).items()}
+            return new | ({"ssim": metrics["ssim_after"]} if ssim.fits(x) else {})
 
-        wrong = jnp.argmax(logits_fn(x), -1) != y
-        return jax.lax.fori_loop(0, restarts, once, (wrong, jnp.ones(len(x))))
+        similarity = {"ssim": jnp.ones(len(x), jnp.float32)} if ssim.fits(x) else {}
+        return jax.lax.fori_loop(0, restarts, once, verdict(x) | similarity)
 
     return attack
 
 
 def _in_batches(
     attack: Callable[..., Any], x: np.ndarray, y: np.ndarray, nu: float, seed: int, size: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Whether each example is wrong, and its SSIM; the last batch is filled up."""
+) -> dict[str, np.ndarray]:
+    """What the attack finds for each example; the last batch is filled up."""
     example_keys = keys.of_positions(jax.random.key(seed), 0, len(x))
     parts = []
     for start in range(0, len(x), size):
         place = np.minimum(start + np.arange(size), len(x) - 1)
         batch = shard({"x": x[place], "y": y[place], "key": example_keys[place]})
-        parts.append([np.asarray(a).ravel() for a in attack(batch, nu)])
-    wrong, similarity = (np.concatenate(some)[: len(x)] for some in zip(*parts, strict=True))
-    return wrong, similarity
+        parts.append({name: np.asarray(a).ravel() for name, a in attack(batch, nu).items()})
+    return {name: np.concatenate([p[name] for p in parts])[: len(x)] for name in parts[0]}
 
 
 def rows(results: Results) -> list[tuple[str, str]]:

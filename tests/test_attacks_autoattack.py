@@ -253,8 +253,8 @@ def test_a_constant_that_an_attack_does_not_take_is_refused():
         ({"logits_fn": lambda x: jax.nn.softmax(linear(x))}, "returns probabilities"),
         ({"logits_fn": lambda x: linear(x) * jnp.nan}, "returns NaN or infinity"),
         (
-            {"logits_fn": lambda x: linear(x)[:, :3], "y": Y % 3, "names": attacks.STANDARD},
-            "at least 4 classes and the classifier has 3",
+            {"logits_fn": lambda x: linear(x)[:, :2], "y": Y % 2, "names": ("apgd-dlr",)},
+            "at least 3 classes and the classifier has 2",
         ),
     ],
 )

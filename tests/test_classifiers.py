@@ -297,7 +297,7 @@ def test_unknown_name() -> None:
 
 def test_integer_images_are_refused() -> None:
     net, params, state = fitted("resnet9")
-    with pytest.raises(AssertionError):
+    with pytest.raises(UserError, match=r"uint8 must be.* divide integers by 255"):
         net.apply(params, state, None, jnp.zeros((2, 8, 8, 3), jnp.uint8), is_training=False)
 
 

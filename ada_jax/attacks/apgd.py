@@ -17,7 +17,7 @@ from ada_jax.attacks import geometry, loops
 from ada_jax.attacks.loops import Examples, LogitsFn
 from ada_jax.errors import UserError
 
-LOSSES = ("ce", "dlr", "dlr-targeted")
+LOSSES = ("ce", "dlr", "dlr-targeted", "margin-targeted")
 _MOMENTUM = 0.75
 
 
@@ -61,14 +61,15 @@ def apgd(
     Args:
       key: random key, or one per example [B].
       logits_fn: the classifier in evaluation mode, [b,H,W,C] -> [b,K]; it must not mix examples.
-      x: images [B,H,W,C], float32 in [0,1].
+      x: images [B,H,W,C] of any floating type, in [0,1].
       y: labels [B], int.
       epsilon: the ball's radius, positive, in units of pixels.
       norm: 'linf' or 'l2'.
-      loss: 'ce', 'dlr' or 'dlr-targeted'; what is ascended.
+      loss: 'ce', 'dlr', 'dlr-targeted' or 'margin-targeted', the target's logit minus the label's;
+        what is ascended.
       steps: steps of a run.
-      restarts: runs, for 'dlr-targeted' of every target.
-      targets: how many classes 'dlr-targeted' aims at, those with the largest logits for x but y;
+      restarts: runs, for a targeted loss of every target.
+      targets: how many classes a targeted loss aims at, those with the largest logits for x but y;
         at most K - 1.
       rho: share of steps that have to raise the loss for the step size to stay.
       stop_when_broken: whether an example's attack ends with its first misclassified iterate;
@@ -86,7 +87,9 @@ def apgd(
       UserError: an argument is out of range, or there are too few classes for the loss.
     """
     guards.check_integers(1, steps=steps, restarts=restarts, targets=targets)
-    logits_fn, mask, microbatch = loops.prepare(logits_fn, x, y, epsilon, norm, mask, microbatch)
+    logits_fn, x, y, epsilon, mask, microbatch = loops.prepare(
+        logits_fn, x, y, epsilon, norm, mask, microbatch
+    )
     runs = restarts * number_of_targets(loss, targets, guards.num_classes(logits_fn, x[:1]))
     example_keys = keys.per_example(key, len(x))
     logits = loops.logits_of(logits_fn, x, mask, microbatch)
@@ -162,24 +165,25 @@ def number_of_targets(loss: str, targets: int, classes: int) -> int:
     """
     if loss not in LOSSES:
         raise UserError(f"loss={loss!r} is unknown: choose one of {', '.join(LOSSES)}.")
-    needed = {"ce": 2, "dlr": 3, "dlr-targeted": 4}[loss]
+    needed = {"dlr": 3, "dlr-targeted": 4}.get(loss, 2)
     if classes < needed:
         raise UserError(
             f"The loss {loss!r} needs at least {needed} classes and the classifier has {classes}: "
-            "use 'ce', or MultiTargeted."
+            "use 'ce' or 'margin-targeted'."
         )
-    return min(targets, classes - 1) if loss == "dlr-targeted" else 1
+    return min(targets, classes - 1) if loss.endswith("-targeted") else 1
 
 
 def _evaluation(logits_fn: LogitsFn, loss: str) -> Callable[[jax.Array, Examples], tuple]:
     """Makes the function from iterates to their losses, whether misclassified, and gradients."""
 
     def total(x, examples):
-        logits, y = logits_fn(x).astype(jnp.float32), examples["y"]
+        logits, y = logits_fn(x), examples["y"]
         per_example = {
             "ce": lambda: losses.cross_entropy(logits, y),
             "dlr": lambda: dlr(logits, y),
             "dlr-targeted": lambda: dlr_targeted(logits, y, examples["target"]),
+            "margin-targeted": lambda: pick(logits, examples["target"]) - pick(logits, y),
         }[loss]()
         # The sum, not the mean: an example's gradient must not depend on the size of the batch.
         return per_example.sum(), (per_example, loops.misclassified(logits, y))
@@ -199,7 +203,7 @@ def _checkpoint_table(steps: int) -> jax.Array:
 
 
 def _initial(x: jax.Array, mask: jax.Array, broken: jax.Array) -> _State:
-    zeros, none, no = jnp.zeros(len(x)), jnp.zeros(len(x), jnp.int32), jnp.zeros(len(x), bool)
+    zeros, none, no = (jnp.zeros(len(x), dtype) for dtype in (jnp.float32, jnp.int32, bool))
     return _State(
         active=mask & ~broken,
         broken=broken,
@@ -243,6 +247,7 @@ def _observe(
 ) -> tuple[_State, jax.Array]:
     """Evaluates the iterate after i steps and keeps the best and the misclassified ones."""
     loss, wrong, gradient = evaluate(state.x, examples)
+    gradient = geometry.finite(gradient)
     better = loss > state.loss_best
     choose = lambda c, new, old: jnp.where(geometry.along(c, new), new, old)  # noqa: E731
     zero = (i == 0) & (geometry.size(gradient, "linf") == 0)
@@ -266,7 +271,7 @@ def _checkpoint(
     state: _State, gradient: jax.Array, window: jax.Array, rho: float
 ) -> tuple[_State, jax.Array]:
     """Halves the step and goes back to the best point where the window brought too little."""
-    oscillates = state.increases <= rho * window
+    oscillates = state.increases <= guards.float32(rho) * window
     stuck = ~state.reduced & (state.loss_best_at_check >= state.loss_best)
     halve = oscillates | stuck
     choose = lambda new, old: jnp.where(geometry.along(halve, new), new, old)  # noqa: E731

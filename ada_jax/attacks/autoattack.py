@@ -122,8 +122,9 @@ def autoattack(
     Args:
       key: one random key.
       logits_fn: the classifier in evaluation mode, [b,H,W,C] -> [b,K]: deterministic, not mixing
-        examples, returning logits; closed over its parameters.
-      x: images [N,H,W,C], float32 in [0,1].
+        examples, returning logits; closed over its parameters. With fewer than four classes
+        'apgd-t' ascends the targets' margins, as the targeted DLR loss is not defined.
+      x: images [N,H,W,C] of any floating type, in [0,1].
       y: labels [N], int in [0,K).
       epsilon: the ball's radius, positive, in units of pixels.
       norm: 'linf' or 'l2'.
@@ -140,16 +141,19 @@ def autoattack(
       and misclassified, is taken away.
 
     Raises:
-      UserError: an argument is out of range, the classifier returns probabilities, has fewer than
-        four classes or gives no numbers, or the folder belongs to another call.
+      UserError: an argument is out of range, the classifier returns probabilities, has too few
+        classes or gives no numbers, or the folder belongs to another call.
     """
-    x, y, constants = np.asarray(x), np.asarray(y), constants or {}
+    x, y, constants = guards.as_images(np.asarray(x)), np.asarray(y), constants or {}
     _check(key, logits_fn, x, y, epsilon, norm, attacks, batch_size, microbatch, constants)
     usual = 32 if jax.local_devices()[0].platform == "cpu" else 128
     runner = _Runner(logits_fn, norm, min(batch_size, len(x)), microbatch or usual)
     logits = runner.logits(x)
-    warnings = _check_classifier(logits_fn, x, y, logits, attacks)
-    size = runner.batch_size
+    warnings = _check_classifier(logits_fn, x, logits, attacks)
+    name, size = _name(attacks, constants), runner.batch_size
+    if "apgd-t" in attacks and logits.shape[-1] < 4:
+        margins, own = {"loss": "margin-targeted"}, constants.get("apgd-t", {})
+        constants = constants | {"apgd-t": margins | own}
     state, logits = _open_state(
         state_dir, key, x, y, logits, epsilon, norm, attacks, constants, size
     )
@@ -158,7 +162,7 @@ def autoattack(
     robust, images, broken_by = ~wrong, x.copy(), np.where(wrong, "clean", "").astype("<U16")
     accounts, clean_accuracy = [], float(np.mean(robust))
     for attack in attacks:
-        todo, totals, zero_gradients = np.flatnonzero(robust), np.zeros(3), 0
+        todo, totals, zero_gradients, not_finite = np.flatnonzero(robust), np.zeros(3), 0, 0
         examples = {"key": _example_keys(key, attack, len(x)), "x": x, "y": y.astype(np.int32)}
         run = functools.partial(runner.attack, attack, epsilon, constants.get(attack))
         for place, result in _in_batches(run, examples, todo, size, state and state / attack):
@@ -166,12 +170,13 @@ def autoattack(
             images[hit], robust[hit], broken_by[hit] = result["images"], False, attack
             totals += result["totals"]
             zero_gradients += int(result["zero_gradients"])
+            not_finite += int(result.get("not_finite", 0))  # Older folders lack it.
         account = _account(attack, todo, robust, totals)
         accounts.append(account)
-        warnings += _warn_about(account, accounts[:-1], clean_accuracy, zero_gradients)
+        warnings += _warn_about(account, accounts[:-1], clean_accuracy, zero_gradients, not_finite)
         logging.info("%s", account)
     return Report(
-        name=_name(attacks, constants),
+        name=name,
         norm=norm,
         epsilon=float(epsilon),
         images=images,
@@ -209,12 +214,15 @@ class _Runner:
 
         Returns:
           Which examples are 'broken' [b], the broken ones' 'images', the 'totals' (passes forward,
-          passes backward, seconds) and how many starts had 'zero_gradients'.
+          passes backward, seconds), how many starts had 'zero_gradients', and how many broken
+          examples' logits are 'not_finite'.
         """
         started, constants = time.monotonic(), tuple(sorted((constants or {}).items()))
         attack = _compiled_attack(name, self.logits_fn, self.norm, self.microbatch, constants)
         out = self._call(attack, batch, np.float32(epsilon))
-        wrong = np.argmax(self.logits(out["images"]), -1) != batch["y"]
+        logits = self.logits(out["images"])
+        not_finite = ~np.isfinite(logits).all(-1)
+        wrong = (np.argmax(logits, -1) != batch["y"]) | not_finite
         broken = wrong & _within(out["images"], batch["x"], epsilon, self.norm)
         passes = [out[name].sum(dtype=np.int64) for name in ("forward", "backward")]
         return {
@@ -222,6 +230,7 @@ class _Runner:
             "images": out["images"][broken],
             "totals": np.array([*passes, time.monotonic() - started]),
             "zero_gradients": out["zero_gradient"].sum(),
+            "not_finite": (broken & not_finite).sum(),
         }
 
     def _call(self, mapped: Callable, batch: Arrays, *constants: Any) -> Arrays:
@@ -317,10 +326,19 @@ def _name(attacks: Sequence[str], constants: dict[str, dict[str, Any]]) -> str:
 
 
 def _warn_about(
-    account: Account, before: list[Account], clean_accuracy: float, zero_gradients: int
+    account: Account,
+    before: list[Account],
+    clean_accuracy: float,
+    zero_gradients: int,
+    not_finite: int,
 ) -> list[str]:
-    """Signs that an attack's gradients, or those of the attacks before it, misled it."""
+    """Signs that an attack's gradients, those of the attacks before it, or logits misled it."""
     found = []
+    if not_finite:
+        found.append(
+            f"{account.attack} broke {not_finite} examples by images for which the classifier "
+            "returns NaN or infinity: check its weights."
+        )
     if zero_gradients:
         found.append(
             f"{account.attack} met {zero_gradients} starts with a gradient of zero: attacks by "
@@ -344,7 +362,7 @@ def _check(key, logits_fn, x, y, epsilon, norm, attacks, batch_size, microbatch,
     keys.check(key)
     if np.size(_key_data(key)) != np.size(_key_data(jax.random.key(0))):
         raise UserError("There are several keys: give one, from which every image gets its own.")
-    loops.check(x, epsilon, norm)
+    loops.check(epsilon, norm)
     guards.check_labels(y, x, logits_fn)
     if isinstance(attacks, str):
         raise UserError(f"attacks={attacks!r} is one name: give several, as ({attacks!r},).")
@@ -361,34 +379,39 @@ def _check(key, logits_fn, x, y, epsilon, norm, attacks, batch_size, microbatch,
                 f"constants[{name!r}] has {unknown[0]!r}: choose among {', '.join(sorted(known))}."
             )
     guards.check_integers(1, batch_size=batch_size, microbatch=microbatch or 1)
+    guards.float32_logits(logits_fn, x[:1], gradients=set(attacks) != {"square"})
 
 
 def _check_classifier(
-    logits_fn: LogitsFn, x: np.ndarray, y: np.ndarray, logits: np.ndarray, attacks: Sequence[str]
+    logits_fn: LogitsFn, x: np.ndarray, logits: np.ndarray, attacks: Sequence[str]
 ) -> list[str]:
     """Refuses a classifier that cannot be attacked; returns warnings about one that may not."""
-    classes = logits.shape[-1]
-    if not np.all(np.isfinite(logits)):
-        raise UserError("The classifier returns NaN or infinity for some images: mend it first.")
-    if "apgd-t" in attacks and classes < 4:
+    classes, found = logits.shape[-1], []
+    guards.check_finite(int(np.sum(~np.isfinite(logits).all(-1))), len(x), "clean images")
+    if "apgd-dlr" in attacks and classes < 3:
         raise UserError(
-            f"AutoAttack's targeted DLR loss needs at least 4 classes and the classifier has "
-            f"{classes}: leave 'apgd-t' out of `attacks`."
+            f"The DLR loss needs at least 3 classes and the classifier has {classes}: leave "
+            "'apgd-dlr' out of `attacks`."
+        )
+    if "apgd-t" in attacks and classes < 4:
+        found.append(
+            f"The targeted DLR loss needs at least 4 classes and the classifier has {classes}: "
+            "apgd-t ascends the targets' margins instead, which is not the published AutoAttack."
         )
     sums_to_one = np.all(np.abs(logits.sum(-1) - 1) < 1e-5)
     if logits.min() >= 0 and logits.max() <= 1 and sums_to_one:
         raise UserError("The classifier returns probabilities: the attacks need its logits.")
     # Traced twice, too: some randomness is drawn at tracing.
     few = jnp.asarray(x[:32])
-    first, second = (np.asarray(jax.jit(lambda a: logits_fn(a))(few)) for _ in range(2))
+    first, second = (np.float32(jax.jit(lambda a: logits_fn(a))(few)) for _ in range(2))
     scale = np.linalg.norm(first, axis=-1) + 1e-10
     if np.any(np.linalg.norm(first - second, axis=-1) > 1e-4 * scale):
-        sentence = (
+        found.append(
             "The classifier is random: two passes differ, and AutoAttack's result is unreliable."
         )
+    for sentence in found:
         logging.warning("%s", sentence)
-        return [sentence]
-    return []
+    return found
 
 
 # ------------------------------------------------------------------------ what is kept on disk

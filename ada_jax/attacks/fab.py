@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ada_jax import guards, keys, losses
+from ada_jax import guards, keys
 from ada_jax.attacks import geometry, loops
 from ada_jax.attacks.apgd import pick
 from ada_jax.attacks.loops import Examples, LogitsFn
@@ -49,7 +49,7 @@ def fab(
     Args:
       key: random key, or one per example [B]; only restarts after the first draw anything.
       logits_fn: the classifier in evaluation mode, [b,H,W,C] -> [b,K]; it must not mix examples.
-      x: images [B,H,W,C], float32 in [0,1].
+      x: images [B,H,W,C] of any floating type, in [0,1].
       y: labels [B], int.
       epsilon: radius that counts as broken, and of the random restarts; positive.
       norm: 'linf' or 'l2'; the distance that is minimised.
@@ -73,10 +73,13 @@ def fab(
       UserError: an argument is out of range.
     """
     guards.check_integers(1, steps=steps, restarts=restarts, targets=targets)
-    logits_fn, mask, microbatch = loops.prepare(logits_fn, x, y, epsilon, norm, mask, microbatch)
+    logits_fn, x, y, epsilon, mask, microbatch = loops.prepare(
+        logits_fn, x, y, epsilon, norm, mask, microbatch
+    )
     runs = restarts * min(targets, guards.num_classes(logits_fn, x[:1]) - 1)
     example_keys = keys.per_example(key, len(x))
     logits = loops.logits_of(logits_fn, x, mask, microbatch)
+    alpha_max, eta, beta = map(guards.float32, (alpha_max, eta, beta))
     ranking = jnp.argsort(-logits, axis=-1)
     wrong = mask & loops.misclassified(logits, y)
     attackable = mask & ~wrong
@@ -98,7 +101,7 @@ def fab(
         return loops.iterate(step, examples, state, steps, microbatch)
 
     none = jnp.zeros(len(x), jnp.int32)
-    distance = jnp.where(wrong, 0.0, jnp.inf)
+    distance = jnp.where(wrong, 0.0, jnp.inf).astype(jnp.float32)
     start = _State(attackable, x, distance, x, none + mask, none)
     state = loops.repeat(one_run, runs, start)
     if search_steps:
@@ -114,11 +117,12 @@ def _linearise(
     """Gradient and value of the target's logit minus the label's."""
 
     def total(x):
-        logits = logits_fn(x).astype(jnp.float32)
+        logits = logits_fn(x)
         gap = pick(logits, examples["target"]) - pick(logits, examples["y"])
         return gap.sum(), gap
 
-    return jax.grad(total, has_aux=True)(x)
+    gradient, gap = jax.grad(total, has_aux=True)(x)
+    return geometry.finite(gradient), gap
 
 
 def _step(
@@ -187,8 +191,8 @@ def _search(
     examples = {"x": x, "y": y, "end": state.adversarial}
     at = lambda e, share: e["x"] + geometry.along(share, e["x"]) * (e["end"] - e["x"])  # noqa: E731
     at_end = loops.logits_of(logits_fn, state.adversarial, found, microbatch)
-    zeros = jnp.zeros(len(x))
-    start = _Segment(found, zeros, zeros + 1, losses.margin(logits, y), losses.margin(at_end, y))
+    zeros = jnp.zeros(len(x), jnp.float32)
+    start = _Segment(found, zeros, zeros + 1, loops.margin(logits, y), loops.margin(at_end, y))
 
     def step(i, examples, s):
         # A little beyond where a straight line is zero: on the line the verdict is rounding's.
@@ -197,7 +201,7 @@ def _search(
         logits = logits_fn(at(examples, share))
         wrong, margin = (
             loops.misclassified(logits, examples["y"]),
-            losses.margin(logits, examples["y"]),
+            loops.margin(logits, examples["y"]),
         )
         return s._replace(
             low=jnp.where(wrong, s.low, share),

@@ -26,8 +26,14 @@ def normalise(delta: jax.Array, norm: str) -> jax.Array:
     return delta / along(jnp.maximum(size(delta, norm), _TINY), delta)
 
 
+def finite(gradient: jax.Array) -> jax.Array:
+    """The gradient, of zero where it is NaN or infinite, so that iterates stay images."""
+    return jnp.where(jnp.isfinite(gradient), gradient, 0)
+
+
 def steepest(gradient: jax.Array, norm: str) -> jax.Array:
     """The direction of unit norm along which a loss of this gradient rises fastest."""
+    gradient = finite(gradient)
     return jnp.sign(gradient) if norm == "linf" else normalise(gradient, "l2")
 
 
@@ -69,7 +75,8 @@ def in_ball(keys: jax.Array, x: jax.Array, epsilon: jax.Array | float, norm: str
         return jnp.clip(x + epsilon * jax.vmap(lambda k: _uniform(k, x))(keys), 0, 1)
     share_keys, keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
     # U^(1/d) makes the distance from the centre that of a uniform point of a d-ball.
-    share = jax.vmap(jax.random.uniform)(share_keys) ** (1 / x[0].size)
+    share = jax.vmap(lambda k: jax.random.uniform(k, (), jnp.float32))(share_keys)
+    share **= 1 / x[0].size
     direction = normalise(jax.vmap(lambda k: _normal(k, x))(keys), "l2")
     return jnp.clip(x + epsilon * along(share, x) * direction, 0, 1)
 
@@ -111,14 +118,14 @@ def to_hyperplane(x: jax.Array, w: jax.Array, c: jax.Array, norm: str) -> jax.Ar
         return i + 1, t + step, step > 1e-6 * t
 
     unfinished = lambda carry: (carry[0] < 100) & jnp.any(carry[2])  # noqa: E731
-    start = jnp.int32(0), jnp.zeros(len(x)), jnp.ones(len(x), bool)
+    start = jnp.int32(0), jnp.zeros(len(x), jnp.float32), jnp.ones(len(x), bool)
     _, t, _ = lax.while_loop(unfinished, newton, start)
     return jnp.sign(w) * jnp.minimum(t[:, None] * speed, room).reshape(x.shape)
 
 
 def _uniform(key: jax.Array, x: jax.Array) -> jax.Array:
-    return jax.random.uniform(key, x.shape[1:], minval=-1.0, maxval=1.0)
+    return jax.random.uniform(key, x.shape[1:], jnp.float32, -1.0, 1.0)
 
 
 def _normal(key: jax.Array, x: jax.Array) -> jax.Array:
-    return jax.random.normal(key, x.shape[1:])
+    return jax.random.normal(key, x.shape[1:], jnp.float32)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ada_jax import guards
+from ada_jax import guards, losses
 from ada_jax.errors import UserError
 
 LogitsFn = Callable[[jax.Array], jax.Array]
@@ -107,13 +107,19 @@ def logits_of(logits_fn: LogitsFn, x: jax.Array, active: jax.Array, microbatch: 
       microbatch: b.
     """
     classify = lambda e, s: s._replace(logits=logits_fn(e["x"]).astype(jnp.float32))  # noqa: E731
-    start = _Logits(active, jnp.zeros((len(x), guards.num_classes(logits_fn, x[:1]))))
+    shape = len(x), guards.num_classes(logits_fn, x[:1])
+    start = _Logits(active, jnp.zeros(shape, jnp.float32))
     return on_active(classify, {"x": x}, start, microbatch).logits
 
 
 def misclassified(logits: jax.Array, y: jax.Array) -> jax.Array:
-    """Whether the largest logit is another class's, bool [B]."""
-    return jnp.argmax(logits, -1) != y
+    """Whether the largest logit is another class's, or a logit is not finite, bool [B]."""
+    return (jnp.argmax(logits, -1) != y) | guards.not_finite(logits)
+
+
+def margin(logits: jax.Array, y: jax.Array) -> jax.Array:
+    """`losses.margin` [B]; infinite where a logit is not finite, which counts as misclassified."""
+    return jnp.where(guards.not_finite(logits), jnp.inf, losses.margin(logits, y))
 
 
 def prepare(
@@ -124,27 +130,34 @@ def prepare(
     norm: str,
     mask: jax.Array | None,
     microbatch: int | None,
-) -> tuple[LogitsFn, jax.Array, int]:
+    *,
+    gradients: bool = True,
+) -> tuple[LogitsFn, jax.Array, jax.Array, jax.Array | np.float32, jax.Array, int]:
     """Checks what every attack is given and fills in what was left out.
 
     Returns:
-      logits_fn without gradients to what it closes over, the mask [B] and the microbatch.
+      logits_fn with float32 logits and without gradients to what it closes over, images and radius
+      in float32, labels in int32, the mask [B] and the microbatch.
 
     Raises:
       UserError: an argument is out of range; images, labels and epsilon only where they are not
         traced.
     """
-    check(x, epsilon, norm)
+    check(epsilon, norm)
+    x = jnp.asarray(guards.as_images(x))
     guards.check_labels(y, x, logits_fn)
+    logits_fn = guards.float32_logits(logits_fn, x[:1], gradients=gradients)
     if microbatch is not None:
         guards.check_integers(1, microbatch=microbatch)
     microbatch = min(microbatch or len(x), len(x))
-    mask = jnp.ones(len(x), bool) if mask is None else mask
-    return guards.detached(logits_fn, x[:microbatch]), mask, microbatch
+    mask = jnp.ones(len(x), bool) if mask is None else jnp.asarray(mask)
+    logits_fn = guards.detached(logits_fn, x[:microbatch])
+    y = jnp.asarray(y, jnp.int32)
+    return logits_fn, x, y, guards.float32(epsilon), mask, microbatch
 
 
-def check(x: jax.Array, epsilon: jax.Array | float, norm: str) -> None:
-    """Raises UserError for images, a radius or a norm that no attack can work with."""
+def check(epsilon: jax.Array | float, norm: str) -> None:
+    """Raises UserError for a radius or a norm that no attack can work with."""
     if norm not in NORMS:
         raise UserError(f"norm={norm!r} is unknown: choose one of {', '.join(NORMS)}.")
     radius = guards.number("epsilon", epsilon, 1.0)
@@ -152,7 +165,6 @@ def check(x: jax.Array, epsilon: jax.Array | float, norm: str) -> None:
         raise UserError(f"epsilon={epsilon} must be positive and finite (8/255 is common in linf).")
     if norm == "linf" and radius > 1:
         raise UserError(f"epsilon={epsilon} is more than all of [0, 1]: divide it by 255.")
-    guards.check_images(x)
 
 
 def _select(condition: jax.Array, new: State, old: State) -> State:

@@ -60,7 +60,7 @@ def pgd(
     Args:
       key: random key, or one per example [B].
       logits_fn: the classifier, [b,H,W,C] -> [b,K].
-      x: images [B,H,W,C], float32 in [0,1].
+      x: images [B,H,W,C] of any floating type, in [0,1].
       y: labels [B], int.
       epsilon: the ball's radius, positive, in units of pixels.
       norm: 'linf' (steps of the gradient's sign) or 'l2' (of the gradient over its norm).
@@ -89,7 +89,7 @@ def pgd(
 
     def rule(i, gradient, memory):
         size = 2.5 * epsilon / steps if step_size is None else step_size
-        return size * geometry.steepest(gradient, norm), memory
+        return guards.float32(size) * geometry.steepest(gradient, norm), memory
 
     return _attack(
         key,
@@ -100,9 +100,9 @@ def pgd(
         norm=norm,
         loss_fn=lambda logits, examples: loss_fns[loss](logits, examples["y"]),
         rule=rule,
-        memory=(),
+        moments=0,
         steps=steps,
-        targets=1,
+        targeted=False,
         restarts=restarts,
         stop_when_broken=stop_when_broken,
         mask=mask,
@@ -133,7 +133,7 @@ def multitargeted(
     Args:
       key: random key, or one per example [B].
       logits_fn: the classifier in evaluation mode, [b,H,W,C] -> [b,K]; it must not mix examples.
-      x: images [B,H,W,C], float32 in [0,1].
+      x: images [B,H,W,C] of any floating type, in [0,1].
       y: labels [B], int.
       epsilon: the ball's radius, positive, in units of pixels.
       norm: 'linf' or 'l2'.
@@ -161,7 +161,7 @@ def multitargeted(
         size = (
             step_size * jnp.where(i >= steps // 2, 0.1, 1) * jnp.where(i >= steps * 3 // 4, 0.1, 1)
         )
-        return _adam(i, gradient, memory, size)
+        return _adam(i, geometry.finite(gradient), memory, guards.float32(size))
 
     return _attack(
         key,
@@ -172,9 +172,9 @@ def multitargeted(
         norm=norm,
         loss_fn=lambda z, e: pick(z, e["target"]) - pick(z, e["y"]),
         rule=rule,
-        memory=(jnp.zeros_like(x), jnp.zeros_like(x)),
+        moments=2,
         steps=steps,
-        targets=guards.num_classes(logits_fn, x[:1]) - 1,
+        targeted=True,
         restarts=restarts,
         stop_when_broken=stop_when_broken,
         mask=mask,
@@ -192,9 +192,9 @@ def _attack(
     norm: str,
     loss_fn: LossFn,
     rule: Rule,
-    memory: Memory,
+    moments: int,
     steps: int,
-    targets: int,
+    targeted: bool,
     restarts: int,
     stop_when_broken: bool,
     mask: jax.Array | None,
@@ -204,13 +204,16 @@ def _attack(
 
     Restarts run side by side: the few examples that are left still fill a microbatch.
     """
-    logits_fn, mask, microbatch = loops.prepare(logits_fn, x, y, epsilon, norm, mask, microbatch)
+    logits_fn, x, y, epsilon, mask, microbatch = loops.prepare(
+        logits_fn, x, y, epsilon, norm, mask, microbatch
+    )
+    targets = guards.num_classes(logits_fn, x[:1]) - 1 if targeted else 1
     example_keys = keys.per_example(key, len(x))
     side_by_side = lambda a: jnp.repeat(a, restarts, 0)  # noqa: E731
     together = lambda a: a.reshape(len(x), restarts, *a.shape[1:])  # noqa: E731
 
     def total(x, examples):
-        logits = logits_fn(x).astype(jnp.float32)
+        logits = logits_fn(x)
         # The sum, not the mean: an example's gradient must not depend on the size of the batch.
         return loss_fn(logits, examples).sum(), loops.misclassified(logits, examples["y"])
 
@@ -232,14 +235,15 @@ def _attack(
         return run._replace(active=run.active & ~side_by_side(together(run.ended).any(1)))
 
     def one_target(i, state):
-        numbers = jnp.tile(i * restarts + jnp.arange(restarts), len(x))
+        numbers = jnp.tile(i * restarts + jnp.arange(restarts, dtype=jnp.int32), len(x))
         run_keys = jax.vmap(jax.random.fold_in)(side_by_side(example_keys), numbers)
         # With ten classes 1 + i is 1, ..., 9: every class but y in turn.
         examples = {"x": x, "y": y, "target": (y + 1 + i) % (targets + 1)}
         examples = jax.tree.map(side_by_side, examples)
         start = geometry.in_ball(run_keys, examples["x"], epsilon, norm)
         attacked, none = side_by_side(state.active), side_by_side(no_passes)
-        run = _Run(attacked, start, jax.tree.map(side_by_side, memory), none > 0, none, none)
+        memory = (jnp.zeros_like(start),) * moments
+        run = _Run(attacked, start, memory, none > 0, none, none)
         run = loops.iterate(step, examples, run, steps, microbatch, stop_siblings)
         logits = loops.logits_of(logits_fn, run.x, attacked, microbatch)
         run = run._replace(forward=run.forward + attacked)
@@ -247,7 +251,7 @@ def _attack(
         return state._replace(active=state.active & ~(state.broken & stop_when_broken))
 
     no_passes = jnp.zeros(len(x), jnp.int32)
-    lowest = jnp.full(len(x), -jnp.inf)
+    lowest = jnp.full(len(x), -jnp.inf, jnp.float32)
     state = _State(mask, x, lowest, no_passes > 0, no_passes, no_passes)
     state = loops.repeat(one_target, targets, state)
     info = {"broken": state.broken, "margin": state.margin}
@@ -257,7 +261,7 @@ def _attack(
 
 def _keep_worst(state: _State, run: _Run, logits: jax.Array, y: jax.Array) -> _State:
     """Keeps the end [B, restarts, ...] of the run whose margin is the largest so far."""
-    margins = jax.vmap(losses.margin, (1, None), 1)(logits, y)
+    margins = jax.vmap(loops.margin, (1, None), 1)(logits, y)
     best = jnp.argmax(margins, 1)
     taken = lambda a: a[jnp.arange(len(best)), best]  # noqa: E731
     worse = state.active & (taken(margins) > state.margin)
@@ -266,8 +270,8 @@ def _keep_worst(state: _State, run: _Run, logits: jax.Array, y: jax.Array) -> _S
         worst=jnp.where(geometry.along(worse, state.worst), taken(run.x), state.worst),
         margin=jnp.where(worse, taken(margins), state.margin),
         broken=jnp.where(worse, wrong, state.broken),
-        forward=state.forward + run.forward.sum(1),
-        backward=state.backward + run.backward.sum(1),
+        forward=state.forward + run.forward.sum(1, jnp.int32),
+        backward=state.backward + run.backward.sum(1, jnp.int32),
     )
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ada_jax import guards, keys, losses
+from ada_jax import guards, keys
 from ada_jax.attacks import geometry, loops
 from ada_jax.attacks.loops import LogitsFn
 
@@ -49,7 +49,7 @@ def square(
     Args:
       key: random key, or one per example [B].
       logits_fn: the classifier in evaluation mode, [b,H,W,C] -> [b,K]; it must not mix examples.
-      x: images [B,H,W,C], float32 in [0,1].
+      x: images [B,H,W,C] of any floating type, in [0,1].
       y: labels [B], int.
       epsilon: the ball's radius, positive, in units of pixels.
       norm: 'linf' or 'l2'.
@@ -70,7 +70,9 @@ def square(
       UserError: an argument is out of range.
     """
     guards.check_integers(1, queries=queries, restarts=restarts)
-    logits_fn, mask, microbatch = loops.prepare(logits_fn, x, y, epsilon, norm, mask, microbatch)
+    logits_fn, x, y, epsilon, mask, microbatch = loops.prepare(
+        logits_fn, x, y, epsilon, norm, mask, microbatch, gradients=False
+    )
     example_keys = keys.per_example(key, len(x))
     schedule = sides(queries, x.shape[1:3], norm=norm, p_init=p_init, rescale=rescale_schedule)
     tiles = _tile_table(np.unique(schedule)) if norm == "l2" else None
@@ -82,7 +84,7 @@ def square(
     def step(i, examples, state):
         candidate = jax.vmap(propose, (None, 0, 0, 0))(i, examples["key"], examples["x"], state.x)
         logits = logits_fn(candidate)
-        margin = losses.margin(logits, examples["y"])
+        margin = loops.margin(logits, examples["y"])
         wrong = loops.misclassified(logits, examples["y"])
         better = wrong | (margin > state.margin)
         return state._replace(
@@ -102,7 +104,7 @@ def square(
         return state._replace(margin=jnp.maximum(state.margin, before))
 
     wrong = mask & loops.misclassified(logits, y)
-    start = _State(mask & ~wrong, wrong, x, losses.margin(logits, y), mask.astype(jnp.int32))
+    start = _State(mask & ~wrong, wrong, x, loops.margin(logits, y), mask.astype(jnp.int32))
     state = loops.repeat(one_run, restarts, start)
     images = jnp.where(geometry.along(state.broken, x), state.x, x)
     info = {"broken": state.broken, "margin": state.margin, "forward": state.passes}
@@ -117,7 +119,9 @@ def _proposal(
 
     def propose(i: jax.Array, key: jax.Array, x: jax.Array, best: jax.Array) -> jax.Array:
         # One draw for all purposes: random draws are what takes long to compile.
-        numbers = jax.random.uniform(jax.random.fold_in(key, i), (_most_numbers(x.shape),))
+        numbers = jax.random.uniform(
+            jax.random.fold_in(key, i), (_most_numbers(x.shape),), jnp.float32
+        )
         return lax.cond(
             i == 0,
             lambda: first(numbers, x, epsilon),
@@ -221,7 +225,7 @@ def _window(
 
     As published, the last row and the last column are never reached.
     """
-    corner = (numbers * (jnp.asarray(shape[:2]) - side)).astype(jnp.int32)
+    corner = (numbers * (jnp.asarray(shape[:2], jnp.int32) - side)).astype(jnp.int32)
     inside = [
         (jnp.arange(n) >= first) & (jnp.arange(n) < first + side)
         for n, first in zip(shape[:2], corner, strict=True)
@@ -238,7 +242,8 @@ def _most_numbers(shape: tuple[int, ...]) -> int:
 
 def _signs(numbers: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """As many of the numbers in [0,1) as needed, as 1 or -1."""
-    return jnp.where(numbers[: math.prod(shape)] < 0.5, -1.0, 1.0).reshape(shape)
+    signs = jnp.where(numbers[: math.prod(shape)] < 0.5, -1.0, 1.0)
+    return signs.astype(jnp.float32).reshape(shape)
 
 
 def _tile(side: int) -> np.ndarray:
@@ -279,5 +284,5 @@ def _placed_tile(
     tile = table[jnp.argmax(all_sides == side)]
     tile = jnp.where(turned, tile.T, tile)
     largest = tile.shape[0]
-    room = jnp.zeros((shape[0] + largest, shape[1] + largest))
+    room = jnp.zeros((shape[0] + largest, shape[1] + largest), jnp.float32)
     return lax.dynamic_update_slice(room, tile, tuple(corner))[: shape[0], : shape[1], None]
