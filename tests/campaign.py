@@ -57,7 +57,7 @@ WRONG = (
     *("-1", "0", "1e30", "nan", "inf", "", "nonsense", "None", "()", "(1,)", "[1, 'a']", "{}"),
     *("1" + 30 * "0", "two\nlines", "../outside", "True"),
 )
-CLOCK = ("examples_per_second", "input_wait_percent", "seconds")
+PASSING = ("examples_per_second", "input_wait_percent", "seconds", "commit")  # not of the end
 
 
 class Outcome(NamedTuple):
@@ -85,6 +85,8 @@ class Command(NamedTuple):
 def start(folder: pathlib.Path, arguments: list[str]) -> Command:
     """Starts `python -m ada_jax.ARGUMENTS` in a folder, as a fork; its output goes beside it."""
     errors = folder.with_name(folder.name + ".err")
+    if WORLD.args.only:
+        print(f"in {folder}: python -m ada_jax.{shlex.join(arguments)}")
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -275,23 +277,23 @@ def forget(folder: pathlib.Path) -> None:
 
 
 def end(folder: pathlib.Path) -> dict[str, Any]:
-    """What commands in a folder have made, without what depends on the clock or the folder."""
+    """What commands in a folder have made, without what depends on the clock, the folder or git."""
     found: dict[str, Any] = {}
     for path in sorted([*folder.glob("run/*"), *folder.glob("out.json")]):
         name = str(path.relative_to(folder))
         if path.suffix in (".json", ".jsonl"):
             lines = [path.read_text()] if path.suffix == ".json" else path.read_text().splitlines()
             records = [json.loads(line.replace(str(folder), "FOLDER")) for line in lines]
-            found[name] = [_without_clock(record) for record in records]
+            found[name] = [_lasting(record) for record in records]
         elif path.is_file() and not path.name.startswith("."):
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
 
 
-def _without_clock(record: dict[str, Any]) -> dict[str, Any]:
+def _lasting(record: dict[str, Any]) -> dict[str, Any]:
     from ada_jax import logbook
 
-    return {k: v for k, v in logbook.flat(record).items() if k not in CLOCK}
+    return {k: v for k, v in logbook.flat(record).items() if k not in PASSING}
 
 
 def difference(one: dict[str, Any], other: dict[str, Any]) -> str:
@@ -506,7 +508,7 @@ def malformed(number: int) -> Outcome:
         return Outcome(
             case,
             name,
-            fault and f"{what}: {fault}; {shlex.join(kind.arguments)}",
+            fault and f"{what}: {fault}",
             (counts,),
             changed and f"{what}: {changed}",
         )
@@ -639,7 +641,7 @@ def full(number: int) -> Outcome:
             again = run(folder, arguments)
             other = difference(end(folder), WORLD.ends[kind])
             if again != 0 or other:
-                fault += f"; with room again status {again}, {other or said(folder)[-500:]}"
+                fault += f" With room again: status {again}, {other or said(folder)[-500:]}."
         finally:
             subprocess.run(["umount", disk], check=True)
         if not fault:
@@ -649,7 +651,7 @@ def full(number: int) -> Outcome:
             case,
             kind,
             fault and f"{kind}, {size} bytes: {fault} (first: {last[:200]})",
-            ("stopped" if status == 2 else "enough",),
+            ({0: "enough", 2: "stopped"}.get(status, "failed"),),
         )
 
 
