@@ -176,13 +176,16 @@ def _check(net, x, nu, steps, step_rule, step_scale, ssim_threshold, root_rule, 
         )
     if not jax.tree.leaves(net.theta):
         raise UserError("net.theta has no parameters, so that there is nothing to perturb.")
+    one = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
     try:
-        rendered = jax.eval_shape(net.apply, net.theta, x[:1], jax.random.key(0)).shape
+        # A fresh function: see `guards.num_classes`.
+        apply = lambda *args: net.apply(*args)  # noqa: E731
+        rendered = jax.eval_shape(apply, net.theta, one, jax.random.key(0)).shape
     except UserError:
         raise
     except (TypeError, ValueError, AttributeError) as error:  # Shapes or arguments that do not fit
         rendered = str(error).splitlines()[0]
-    if rendered != x[:1].shape:
+    if rendered != one.shape:
         raise UserError(
             f"The corruption network makes no image of {list(x.shape[1:])} from one ({rendered}): "
             "take one for images of this shape."

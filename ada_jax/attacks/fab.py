@@ -74,7 +74,7 @@ def fab(
     """
     guards.check_integers(1, steps=steps, restarts=restarts, targets=targets)
     logits_fn, mask, microbatch = loops.prepare(logits_fn, x, y, epsilon, norm, mask, microbatch)
-    runs = restarts * min(targets, guards.num_classes(logits_fn, x[:1]) - 1)
+    runs = restarts * min(targets, guards.num_classes(logits_fn, x[:microbatch]) - 1)
     example_keys = keys.per_example(key, len(x))
     logits = loops.logits_of(logits_fn, x, mask, microbatch)
     ranking = jnp.argsort(-logits, axis=-1)

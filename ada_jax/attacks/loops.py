@@ -107,7 +107,7 @@ def logits_of(logits_fn: LogitsFn, x: jax.Array, active: jax.Array, microbatch: 
       microbatch: b.
     """
     classify = lambda e, s: s._replace(logits=logits_fn(e["x"]).astype(jnp.float32))  # noqa: E731
-    start = _Logits(active, jnp.zeros((len(x), guards.num_classes(logits_fn, x[:1]))))
+    start = _Logits(active, jnp.zeros((len(x), guards.num_classes(logits_fn, x[:microbatch]))))
     return on_active(classify, {"x": x}, start, microbatch).logits
 
 

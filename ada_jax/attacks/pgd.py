@@ -174,7 +174,7 @@ def multitargeted(
         rule=rule,
         memory=(jnp.zeros_like(x), jnp.zeros_like(x)),
         steps=steps,
-        targets=guards.num_classes(logits_fn, x[:1]) - 1,
+        targets=guards.num_classes(logits_fn, x[:microbatch]) - 1,
         restarts=restarts,
         stop_when_broken=stop_when_broken,
         mask=mask,
