@@ -276,7 +276,7 @@ def grouped_kernel_gradient(
         return dw + patch_gradients(group[0], w, group[1], stride, padding)[1], None
 
     x, dy = (a.reshape(len(a) // group, group, *a.shape[1:]) for a in (x, dy))
-    total = jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32))
+    total = jnp.zeros_like(dy, jnp.promote_types(w.dtype, jnp.float32), shape=w.shape)
     return lax.scan(add, total, (x, dy))[0].astype(w.dtype)
 
 
