@@ -130,7 +130,7 @@ def apply_ops(
         op,
         level,
         sign,
-        cpu=lambda *a: lax.map(lambda a: one(*a), a),
+        cpu=lambda *a: sharding.map_examples(lambda a: one(*a), a),
         default=jax.vmap(one),
     )
 

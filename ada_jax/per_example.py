@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from ada_jax import winograd
+from ada_jax import sharding, winograd
 
 _ROWS = 4096  # rows of one patch matrix: enough for a good matrix product, few enough for the cache
 
@@ -149,7 +149,7 @@ def _many_op(stride: int, padding: int, gradients: bool) -> Callable:
     def many(*args):
         cpu, default = (lambda args, f=f: f(*args, stride, padding) for f in lowerings)
         return lax.platform_dependent(
-            args, cpu=lambda args: lax.map(cpu, args), default=jax.vmap(default)
+            args, cpu=lambda args: sharding.map_examples(cpu, args), default=jax.vmap(default)
         )
 
     @many.def_vmap

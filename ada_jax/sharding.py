@@ -41,6 +41,25 @@ def on_mesh(function: Callable[..., Any], logits_fn: LogitsFn, x: jax.Array, *ar
     return automatic(x, *args)
 
 
+def map_examples(f: Callable, args: Any, batch_size: int | None = None) -> Any:
+    """`lax.map` over examples; on a mesh of automatic axes every device loops over its own.
+
+    Without it the compiler gathers all examples on every device. It needs to know the mesh: from
+    `on_mesh`, or from `jax.set_mesh`.
+
+    Args:
+      f: of one example.
+      args: tree of arrays [N,...].
+      batch_size: see `lax.map`.
+    """
+    mesh, count = jax.sharding.get_abstract_mesh(), len(jax.tree.leaves(args)[0])
+    local = functools.partial(jax.lax.map, f, batch_size=batch_size)
+    if mesh.empty or not mesh.are_all_axes_auto or count % mesh.size:
+        return local(args)
+    spec = PartitionSpec(mesh.axis_names)
+    return jax.shard_map(local, in_specs=(spec,), out_specs=spec)(args)
+
+
 def varying(value: jax.Array, like: jax.Array) -> jax.Array:
     """The value; inside `jax.shard_map` as one that may differ between the devices as `like` does.
 

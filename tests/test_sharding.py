@@ -1,6 +1,6 @@
 """Batches split over four devices give what one device gives.
 
-Run as a program, `python test_sharding.py FILE.npz NAME ...`, it writes what every function returns.
+Run as a program, `python test_sharding.py FILE.npz NAME ...`, it writes what functions return.
 """
 
 import functools
