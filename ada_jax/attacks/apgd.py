@@ -87,7 +87,7 @@ def apgd(
       UserError: an argument is out of range, or there are too few classes for the loss.
     """
     guards.check_integers(1, steps=steps, restarts=restarts, targets=targets)
-    logits_fn, mask, microbatch = loops.prepare(logits_fn, x, y, epsilon, norm, mask, microbatch)
+    logits_fn, mask, microbatch = loops.prepare(logits_fn, x, mask, microbatch)
     classes = guards.num_classes(logits_fn, x[:microbatch])
     runs = restarts * number_of_targets(loss, targets, classes)
     example_keys = keys.of_batch(key, x)

@@ -74,7 +74,7 @@ def fab(
       UserError: an argument is out of range.
     """
     guards.check_integers(1, steps=steps, restarts=restarts, targets=targets)
-    logits_fn, mask, microbatch = loops.prepare(logits_fn, x, y, epsilon, norm, mask, microbatch)
+    logits_fn, mask, microbatch = loops.prepare(logits_fn, x, mask, microbatch)
     runs = restarts * min(targets, guards.num_classes(logits_fn, x[:microbatch]) - 1)
     example_keys = keys.of_batch(key, x)
     logits = loops.logits_of(logits_fn, x, mask, microbatch)

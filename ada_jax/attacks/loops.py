@@ -124,10 +124,15 @@ def misclassified(logits: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def attack(function: Callable) -> Callable:
-    """Lets an attack take images that are split over explicit mesh axes."""
+    """An attack whose images may be split over explicit mesh axes, and are checked first.
+
+    It raises UserError for images, labels or an epsilon out of range where they are not traced.
+    """
 
     @functools.wraps(function)
     def on_mesh(key, logits_fn, x, y, epsilon, **knobs):
+        check(x, epsilon, knobs.get("norm", "linf"))
+        guards.check_labels(y, x, logits_fn)
         knobs["epsilon"] = epsilon
         arrays = {name: a for name, a in knobs.items() if isinstance(a, jax.Array)}
 
@@ -140,25 +145,16 @@ def attack(function: Callable) -> Callable:
 
 
 def prepare(
-    logits_fn: LogitsFn,
-    x: jax.Array,
-    y: jax.Array,
-    epsilon: jax.Array | float,
-    norm: str,
-    mask: jax.Array | None,
-    microbatch: int | None,
+    logits_fn: LogitsFn, x: jax.Array, mask: jax.Array | None, microbatch: int | None
 ) -> tuple[LogitsFn, jax.Array, int]:
-    """Checks what every attack is given and fills in what was left out.
+    """Fills in what an attack was not given.
 
     Returns:
       logits_fn without gradients to what it closes over, the mask [B] and the microbatch.
 
     Raises:
-      UserError: an argument is out of range; images, labels and epsilon only where they are not
-        traced.
+      UserError: the microbatch is out of range.
     """
-    check(x, epsilon, norm)
-    guards.check_labels(y, x, logits_fn)
     if microbatch is not None:
         guards.check_integers(1, microbatch=microbatch)
     microbatch = min(microbatch or len(x), len(x))

@@ -206,7 +206,7 @@ def _attack(
 
     Restarts run side by side: the few examples that are left still fill a microbatch.
     """
-    logits_fn, mask, microbatch = loops.prepare(logits_fn, x, y, epsilon, norm, mask, microbatch)
+    logits_fn, mask, microbatch = loops.prepare(logits_fn, x, mask, microbatch)
     example_keys = keys.of_batch(key, x)
     side_by_side = lambda a: jnp.repeat(a, restarts, 0)  # noqa: E731
     together = lambda a: a.reshape(len(x), restarts, *a.shape[1:])  # noqa: E731

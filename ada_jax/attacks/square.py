@@ -71,7 +71,7 @@ def square(
       UserError: an argument is out of range.
     """
     guards.check_integers(1, queries=queries, restarts=restarts)
-    logits_fn, mask, microbatch = loops.prepare(logits_fn, x, y, epsilon, norm, mask, microbatch)
+    logits_fn, mask, microbatch = loops.prepare(logits_fn, x, mask, microbatch)
     example_keys = keys.of_batch(key, x)
     schedule = sides(queries, x.shape[1:3], norm=norm, p_init=p_init, rescale=rescale_schedule)
     tiles = _tile_table(np.unique(schedule)) if norm == "l2" else None
