@@ -174,7 +174,7 @@ def _raised(lines: list[str]) -> str:
     """The last frame and the last line of the last traceback."""
     frames = [i for i, line in enumerate(lines) if line.lstrip().startswith('File "')]
     after = [line for line in lines[frames[-1] :] if not line.startswith(" ")] if frames else []
-    return f"{lines[frames[-1]].strip()}: {after[0] if after else lines[-1]}"
+    return f"{lines[frames[-1]].strip()}: {(after or lines[-1:])[0][:300]}"
 
 
 # ------------------------------------------------------------------------ what is run
@@ -328,7 +328,9 @@ def kill(number: int) -> Outcome:
         for _ in range(5 * wanted):
             if len(counts) == 2 * wanted:
                 break
-            aim = draw.choice(["anywhere", "checkpoint", "evaluation"])
+            aims = ["anywhere", "checkpoint", "evaluation"]
+            # A run whose evaluation has begun saves no more.
+            aim = draw.choice(aims[:2] if len(counts) < wanted else aims)
             aim = "evaluation" if kind == "evaluate" else aim
             sent = draw.choice([signal.SIGKILL, signal.SIGTERM])
             command = start(folder, arguments)
@@ -380,13 +382,14 @@ def _unfinished(saves: pathlib.Path) -> set[str]:
 
 
 def time_whole_runs() -> None:
-    """Runs what is to be killed without kills, and notes how it ends and how long it takes."""
+    """Runs what is to be killed without kills: notes how it ends, its seconds and its space."""
     for kind, (arguments, needs) in WORLD.killed.items():
         for attempt in ("cold", "warm"):
             with case_folder(f"{kind}:{attempt}", *needs) as folder:
                 began = saved = time.monotonic()
                 command = start(folder, arguments)
                 while (status := ended(command, 0)) is None:
+                    WORLD.sizes[kind] = max(WORLD.sizes.get(kind, 0), space(folder / "run"))
                     if not (folder / "run" / "checkpoints" / str(STEPS)).is_dir():
                         saved = time.monotonic()
                     time.sleep(0.01)
@@ -667,18 +670,14 @@ def can_mount() -> bool:
         return True
 
 
-def space_needed() -> None:
-    """Notes how many bytes the whole runs take, at their most."""
-    for kind in ("nominal", "ada"):
-        with case_folder(f"{kind}:size", *WORLD.killed[kind][1]) as folder:
-            most, command = 0, start(folder, WORLD.killed[kind][0])
-            while ended(command, 0) is None:
-                with contextlib.suppress(OSError):
-                    files = [p.lstat().st_blocks * 512 for p in folder.glob("run/**/*")]
-                    most = max(most, sum(files))
-                time.sleep(0.02)
-            WORLD.sizes[kind] = most
-            forget(folder)
+def space(folder: pathlib.Path) -> int:
+    """How many bytes of disk a folder takes now."""
+    total = 0
+    for parent, folders, files in os.walk(folder):  # which skips what is renamed meanwhile
+        for name in folders + files:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.lstat(os.path.join(parent, name)).st_blocks * 512
+    return total
 
 
 # ------------------------------------------------------------------------ the campaign
@@ -781,8 +780,6 @@ def campaign(args: argparse.Namespace) -> int:
     prepare(WORLD.root / "good")
     if {"kills", "full"} & {*parts}:
         time_whole_runs()
-    if "full" in parts:
-        space_needed()
     failures: list[Outcome] = []
     if "malformed" in parts:
         for outcome in run_cases([f"control:{kind}" for kind in KINDS], args.jobs):
