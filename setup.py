@@ -10,19 +10,19 @@ from setuptools.command.sdist import sdist
 ROOT = pathlib.Path(__file__).parent
 # For binaries that train: input, checkpoints, pictures, data sets that come with packages.
 LOCAL = [
-    "etils[epath]>=1.10",
+    "etils[epath]>=1.12",
     "grain>=0.2.12",
     "imagecorruptions>=1.1.2",
     "matplotlib>=3.8",
     "mlxtend>=0.23",
-    "orbax-checkpoint>=0.11.20",
+    "orbax-checkpoint>=0.11.32",
     "scikit-image>=0.24",
 ]
 # TensorBoard, TFDS's data sets and buckets.
 TENSORFLOW = [
     "clu>=0.0.12",
     "google-cloud-storage>=2.18",
-    "importlib_resources",
+    "importlib_resources>=6.4",
     "tensorboard>=2.19",
     "tensorflow-cpu>=2.19; platform_machine == 'x86_64'",
     "tensorflow>=2.19; platform_machine != 'x86_64'",
@@ -84,10 +84,11 @@ setuptools.setup(
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.1",
-        "chex>=0.1.90",
-        "dm-haiku>=0.0.14",
-        "jax>=0.7",
-        "jaxlib>=0.7",
+        "chex>=0.1.91",
+        "dm-haiku>=0.0.16",
+        # 0.10.2 computes wrong values on CPUs: https://github.com/jax-ml/jax/issues/39103.
+        "jax>=0.9,!=0.10.2",
+        "jaxlib>=0.9,!=0.10.2",
         "jmp>=0.0.4",
         "ml-collections>=1.0",  # Configs: a run's classifier is made from its own.
         "numpy>=2.0",
