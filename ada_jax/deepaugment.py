@@ -353,7 +353,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     where = f"config.deepaugment.dir={os.fspath(folder)!r}"
     folder = paths.local(where, folder)
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = paths.read_json(folder / "manifest.json")
         # Sets of a former recipe are no longer added to, but whole ones can still be trained on.
         if manifest["kind"] == "deepaugment" and manifest["recipe"] <= max(RECIPES.values()):
             return manifest

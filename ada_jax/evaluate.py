@@ -525,7 +525,7 @@ def _read_manifest(folder: pathlib.Path, sha256: str) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        manifest = json.loads(path.read_text())
+        manifest = paths.read_json(path)
         told = {field: manifest[field] for field in ("seed", "table", "recipe")}
         severities, made_from = manifest["severities"], manifest["data_sha256"]
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -638,7 +638,7 @@ def with_earlier(
     if not paths.exists(path):
         return results
     try:
-        before = dict(json.loads(paths.read(path)))
+        before = dict(paths.read_json(path))
         if replace and before["weights_digest"] != results["weights_digest"]:
             return results
         if clean is not None and data.recognises(clean, before["data"].get("fingerprint")):
@@ -851,14 +851,15 @@ def rows(results: Results) -> list[tuple[str, str]]:
 
 # ------------------------------------------------------------------------ the config
 
-_NEEDED = (
-    *("name", "seed", "dataset", "data_dir", "image_size", "train_split", "eval_split"),
-    "eval_batch_size",
-    *("classifier", "mean", "std", "bn_decay", "cross_replica_bn", "zero_init_logits"),
-    "compute_dtype",
-    *("cpu_devices", "compilation_cache"),
-    *("eval_sets", "eval_c_dir", "corruption_seed", "corruption_table"),
-)
+_NEEDED = {  # and the kinds of their values; a tuple's elements are of one kind
+    **dict.fromkeys(("name", "dataset", "data_dir", "train_split", "eval_split"), str),
+    **dict.fromkeys(("classifier", "compute_dtype", "compilation_cache"), str),
+    **dict.fromkeys(("eval_c_dir", "corruption_table"), str),
+    **dict.fromkeys(("seed", "image_size", "eval_batch_size", "cpu_devices"), int),
+    **dict.fromkeys(("corruption_seed",), int),
+    **dict.fromkeys(("cross_replica_bn", "zero_init_logits"), bool),
+    **{"bn_decay": float, "mean": (float,), "std": (float,), "eval_sets": (str,)},
+}
 DATA_FLAGS = {  # of binaries with --split and --data_dir, for the fields that `data` names
     "config.train_split or config.eval_split": "--split",
     "--config.data_dir": "--data_dir",
@@ -910,7 +911,7 @@ def config_of_run(workdir: str) -> ml_collections.ConfigDict:
     """
     path = paths.at(workdir) / "config.json"
     try:
-        fields = dict(json.loads(paths.read(path)))
+        fields = dict(paths.read_json(path))
     except FileNotFoundError as error:
         raise UserError(
             f"--workdir={workdir} has no config.json, so no run was started there: name a run's "
@@ -927,11 +928,24 @@ def _with_flags(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
             f"The config has no field {missing[0]!r}, so it is not of a classifier's training: "
             "name another with --config or --workdir."
         )
+    if wrong := [name for name, kind in _NEEDED.items() if not _is_kind(config[name], kind)]:
+        raise UserError(
+            f"config.{wrong[0]}={config[wrong[0]]!r} is of another type than a run's: name another "
+            "config with --config or --workdir, or set the value back."
+        )
     values = {field: flags.FLAGS[flag].value for flag, field in _FLAGS.items()}
     config = config.copy_and_resolve_references().unlock()
     with config.ignore_type():
         config.update({field: v for field, v in values.items() if v is not None})
     return config.lock()
+
+
+def _is_kind(value: Any, kind: Any) -> bool:
+    """Whether a config's value is of a kind in `_NEEDED`."""
+    if isinstance(kind, tuple):
+        return isinstance(value, tuple | list) and all(_is_kind(v, kind[0]) for v in value)
+    kinds = (int, float) if kind is float else kind
+    return isinstance(value, kinds) and (kind is bool or not isinstance(value, bool))
 
 
 # ------------------------------------------------------------------------ the binary

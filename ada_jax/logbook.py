@@ -16,7 +16,7 @@ import tqdm
 from absl import logging
 
 from ada_jax import devices, paths
-from ada_jax.errors import NotFiniteError
+from ada_jax.errors import NotFiniteError, UserError
 
 Record = dict[str, Any]
 # Fields of a config that change what is written, kept or measured, not what is trained.
@@ -121,14 +121,26 @@ def _summary_writer() -> type | None:
 
 
 def read(workdir: str) -> list[Record]:
-    """The records of a run; a last line cut short by a kill is left out."""
+    """The records of a run; a last line cut short by a kill is left out.
+
+    Raises:
+      UserError: another line is damaged.
+    """
     path = os.path.join(workdir, "metrics.jsonl")
     records = []
-    for line in paths.read(path).splitlines() if paths.exists(path) else []:
+    lines = paths.read(path).splitlines() if paths.exists(path) else []
+    for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
+            record = json.loads(line)
+            record["step"], record["kind"]
+        except (ValueError, TypeError, KeyError) as error:
+            if number == len(lines):
+                break
+            raise UserError(
+                f"Line {number} of {path} is damaged: mend or cut out that line, or rename the "
+                "file to go on without the metrics so far."
+            ) from error
+        records.append(record)
     return records
 
 

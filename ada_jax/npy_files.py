@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import tqdm
 
+from ada_jax import paths
 from ada_jax.errors import UserError
 
 
@@ -48,7 +49,7 @@ def agree(
         put(path, [text])
         return
     try:
-        before = dict(json.loads(path.read_text()))
+        before = dict(paths.read_json(path))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(
             f"{path} cannot be read ({error}): name another folder with --out, or rename this one."

@@ -7,6 +7,7 @@ uses too. They have no folders to make, no locks, and nothing can be appended to
 import contextlib
 import errno
 import functools
+import json
 import os
 import pathlib
 import re
@@ -177,6 +178,20 @@ def read(path: AnyPath) -> bytes:
     """
     with os_errors(path):
         return at(path).read_bytes()
+
+
+def read_json(path: AnyPath) -> Any:
+    """The content of a JSON file or object.
+
+    Raises:
+      OSError: as `read`.
+      ValueError: it is not JSON, which has no NaN and no infinity.
+    """
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"it has {constant}, which is not JSON")
+
+    return json.loads(read(path), parse_constant=refuse)
 
 
 @contextlib.contextmanager

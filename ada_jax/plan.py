@@ -450,7 +450,7 @@ def _read(path: str) -> list[dict[str, Any]]:
     if not paths.exists(path):
         return []
     try:
-        results = json.loads(paths.read(path))
+        results = paths.read_json(path)
         known = all({"config", "topology", "fits"} <= set(f) for f in results)
     except (ValueError, TypeError):
         known = False

@@ -125,7 +125,7 @@ def read(path: str) -> list[Result]:
             "with python -m ada_jax.evaluate --workdir=DIR."
         )
     try:
-        content = json.loads(paths.read(file))
+        content = paths.read_json(file)
     except ValueError as error:  # bad JSON or bad UTF-8
         raise UserError(f"{file} is not whole JSON ({error}): evaluate again.") from error
     schema = content.get("schema") if isinstance(content, dict) else None

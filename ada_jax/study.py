@@ -342,16 +342,22 @@ def read_results(path: str, settings: dict[str, Any]) -> dict[str, Any]:
     """What an earlier, unfinished run of the same settings has found; {} where there is none.
 
     Raises:
-      UserError: the file is of other settings.
+      UserError: the file is of other settings, or damaged.
     """
     if not paths.exists(path):
         return {}
-    written = json.loads(paths.read(path))
+    try:
+        written = paths.read_json(path)
+        before, results = written["settings"], dict(written["results"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error!r}): name another --out or rename that file."
+        ) from error
     # Older files do not say which images they are of.
     now = json.loads(json.dumps(settings))
-    if written["settings"] not in (now, {k: v for k, v in now.items() if k != "images"}):
+    if before not in (now, {k: v for k, v in now.items() if k != "images"}):
         raise UserError(f"{path} is of other settings: name another --out or rename that file.")
-    return written["results"]
+    return results
 
 
 def main(argv: list[str]) -> None:

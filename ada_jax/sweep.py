@@ -257,7 +257,7 @@ def _look(point: Point, out: str) -> tuple[dict[str, Any], str]:
     """A point's results, and what they lack: nothing where the point is finished."""
     workdir = os.path.join(out, point.name)
     try:
-        results = dict(json.loads(paths.read(os.path.join(workdir, "results.json"))))
+        results = dict(paths.read_json(os.path.join(workdir, "results.json")))
         _, weights = checkpoint.load_weights(os.path.join(workdir, "classifier.safetensors"))
     except (OSError, ValueError, TypeError):  # A UserError is a ValueError.
         return {}, "results or weights are missing or damaged"

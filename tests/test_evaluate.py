@@ -684,6 +684,28 @@ def test_the_binary_tells_a_mistake_in_one_sentence_and_status_2(flags, said):
     assert len(errors) == 1 and said in errors[0]
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("std", [0.2, {}, 0.2]), ("mean", 0.5), ("eval_sets", [1]), ("name", None)),
+        *(("bn_decay", "0.9"), ("seed", 1.5), ("image_size", True), ("cross_replica_bn", 1)),
+    ],
+)
+def test_values_of_another_type_in_a_run_s_config_are_named(field, value):
+    good = json.loads(quickstart.get_config().to_json())
+    assert all(evaluate._is_kind(good[name], kind) for name, kind in evaluate._NEEDED.items())
+    config = ConfigDict(good | {field: value}, type_safe=False)
+    with pytest.raises(UserError, match=rf"config\.{field}=.* is of another type"):
+        evaluate._with_flags(config)
+
+
+def test_json_with_nan_is_not_read(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"name": "run", "mean": [NaN, 0.5, 0.5]}')
+    with pytest.raises(UserError, match="it has NaN, which is not JSON"):
+        evaluate.config_of_run(str(tmp_path))
+
+
 @pytest.mark.slow
 def test_classes_are_those_of_training_and_training_images_are_said_to_be(tmp_path):
     def write(root, first, **counts):

@@ -22,6 +22,16 @@ def test_a_resumed_log_drops_what_will_be_written_again_and_a_torn_last_line(tmp
     ]
 
 
+@pytest.mark.parametrize("line", ['{"step": 20, "ki', '{"step": 20}', "7"])
+def test_a_damaged_line_in_the_middle_stops_a_resume_and_loses_nothing(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 10, "kind": "train"}}\n{line}\n{{"step": 30, "kind": "train"}}\n')
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=r"Line 2 of .*metrics\.jsonl is damaged"):
+        logbook.Logbook(str(tmp_path), step=40)
+    assert path.read_bytes() == before
+
+
 def test_a_killed_run_s_log_in_a_bucket_lacks_no_line_before_its_last_checkpoint(cloud):
     workdir = cloud.folder()
     log = logbook.Logbook(workdir, step=0)

@@ -152,3 +152,14 @@ def test_mistakes_are_told_in_a_sentence(words, said, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and said in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"settings": {}}', '{"settings": {}, "results": {"ssim": NaN}}']
+)
+def test_a_damaged_file_of_results_is_kept_and_named(tmp_path, text):
+    path = tmp_path / "ssim.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"ssim\.json cannot be read"):
+        study.read_results(str(path), {})
+    assert path.read_text() == text
