@@ -59,6 +59,8 @@ def apgd(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Auto-PGD.
 
+    Every call outside `jax.jit` compiles: `ada_jax.attacks` says how to compile once.
+
     Args:
       key: random key, or one per example [B].
       logits_fn: the classifier in evaluation mode, [b,H,W,C] -> [b,K]; it must not mix examples.

@@ -47,6 +47,8 @@ def fab(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """FAB-T: walks along the decision boundary, drawn towards the original image.
 
+    Every call outside `jax.jit` compiles: `ada_jax.attacks` says how to compile once.
+
     Args:
       key: random key, or one per example [B]; only restarts after the first draw anything.
       logits_fn: the classifier in evaluation mode, [b,H,W,C] -> [b,K]; it must not mix examples.

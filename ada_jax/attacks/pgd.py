@@ -58,6 +58,8 @@ def pgd(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Projected gradient ascent from uniformly random points of the ball.
 
+    Every call outside `jax.jit` compiles: `ada_jax.attacks` says how to compile once.
+
     Args:
       key: random key, or one per example [B].
       logits_fn: the classifier, [b,H,W,C] -> [b,K].
@@ -131,6 +133,8 @@ def multitargeted(
 
     Adam in the pixels, its step divided by 10 after a half and again after three quarters of the
     steps, from uniformly random points of the ball.
+
+    Every call outside `jax.jit` compiles: `ada_jax.attacks` says how to compile once.
 
     Args:
       key: random key, or one per example [B].

@@ -47,6 +47,8 @@ def square(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Square Attack on the margin; every example has its own squares and stops when it is broken.
 
+    Every call outside `jax.jit` compiles: `ada_jax.attacks` says how to compile once.
+
     Args:
       key: random key, or one per example [B].
       logits_fn: the classifier in evaluation mode, [b,H,W,C] -> [b,K]; it must not mix examples.
