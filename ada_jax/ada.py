@@ -3,6 +3,7 @@
 Source: Calian et al., "Defending Against Image Corruptions Through Adversarial Augmentations".
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ada_jax import guards, keys, losses, perturbation, ssim
+from ada_jax import guards, keys, losses, perturbation, sharding, ssim
 from ada_jax.corruption_nets import CorruptionNet
 from ada_jax.errors import UserError
 
@@ -64,13 +65,40 @@ def adversarial_augment(
     """
     x, y = guards.as_images(jnp.asarray(x)), jnp.asarray(y)
     classes = guards.check_labels(y, x, logits_fn)
-    logits_fn = guards.float32_logits(logits_fn, x[:1], gradients=steps != 0)
+    logits_fn = guards.float32_logits(logits_fn, x, gradients=steps != 0)
     _check(net, x, nu, steps, step_rule, step_scale, ssim_threshold, root_rule, microbatch)
     net = net._replace(theta=jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), net.theta))
     x, y = guards.poisoned(x, y, classes), y.astype(jnp.int32)
     # One key per example makes the draw independent of the batch around it and of `microbatch`.
-    example_keys = keys.per_example(key, len(x))
-    x, net = lax.stop_gradient(x), net._replace(theta=lax.stop_gradient(net.theta))
+    example_keys = keys.of_batch(key, x)
+    knobs = {"nu": nu, "step_scale": step_scale, "ssim_threshold": ssim_threshold}
+    attack = functools.partial(
+        _attack,
+        apply=net.apply,
+        steps=steps,
+        step_rule=step_rule,
+        root_rule=root_rule,
+        microbatch=microbatch or len(x),
+    )
+    return sharding.on_mesh(attack, logits_fn, x, y, example_keys, net.theta, knobs)
+
+
+def _attack(
+    logits_fn: LogitsFn,
+    x: jax.Array,
+    y: jax.Array,
+    example_keys: jax.Array,
+    theta: PyTree,
+    knobs: dict[str, jax.Array | float],
+    *,
+    apply: Callable[..., jax.Array],
+    steps: int,
+    step_rule: str,
+    root_rule: str,
+    microbatch: int,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """`adversarial_augment` of what it has checked."""
+    net = CorruptionNet(apply, lax.stop_gradient(theta))
 
     def one_microbatch(batch):
         example_keys, x, y = batch
@@ -80,28 +108,30 @@ def adversarial_augment(
             x,
             loss_fn,
             net,
-            nu=nu,
+            nu=knobs["nu"],
             steps=steps,
             step_rule=step_rule,
-            step_scale=step_scale,
+            step_scale=knobs["step_scale"],
         )
         images = render(net, delta, x, example_keys)
         metrics["loss_end"] = loss_fn(images)
         metrics["loss_start"] = metrics["loss_start"] if steps else metrics["loss_end"]
         if not ssim.fits(x):
-            return images, metrics | {"changed": jnp.zeros(len(x), jnp.float32)}
-        images, search = ssim.line_search(x, images, ssim_threshold, root_rule)
+            return images, metrics | {"changed": jnp.zeros_like(metrics["loss_end"])}
+        images, search = ssim.line_search(x, images, knobs["ssim_threshold"], root_rule)
         metrics |= {"changed": search["changed"], "ssim_before": search["ssim_before"]}
         metrics["ssim_after"] = ssim.ssim(x, images)
         return images, metrics
 
-    groups = len(x) // (microbatch or len(x))
+    batch = (example_keys, lax.stop_gradient(x), y)
+    groups = len(x) // microbatch
     if groups == 1:
-        out = one_microbatch((example_keys, x, y))
-    else:
-        split = jax.tree.map(lambda a: a.reshape(groups, -1, *a.shape[1:]), (example_keys, x, y))
-        out = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), lax.map(one_microbatch, split))
-    return lax.stop_gradient(out)
+        return lax.stop_gradient(one_microbatch(batch))
+    # Every groups-th example, not neighbours, so that a batch's devices all have some of a group.
+    split = lambda a: a.reshape(-1, groups, *a.shape[1:]).swapaxes(0, 1)  # noqa: E731
+    out = lax.map(one_microbatch, jax.tree.map(split, batch))
+    join = lambda a: a.swapaxes(0, 1).reshape(-1, *a.shape[2:])  # noqa: E731
+    return lax.stop_gradient(jax.tree.map(join, out))
 
 
 def maximise(
@@ -149,7 +179,8 @@ def maximise(
         return perturbation.project(delta, radii), start
 
     delta = perturbation.init(example_keys, net.theta, radii)
-    delta, start = lax.fori_loop(0, steps, ascend, (delta, jnp.zeros(len(x), jnp.float32)))
+    start = jnp.zeros_like(x, jnp.float32, shape=(len(x),))
+    delta, start = lax.fori_loop(0, steps, ascend, (delta, start))
     delta = lax.stop_gradient(delta)
     return delta, {"loss_start": start, "on_surface": perturbation.on_surface(delta, radii)}
 
@@ -182,14 +213,17 @@ def _check(net, x, nu, steps, step_rule, step_scale, ssim_threshold, root_rule, 
         )
     if not jax.tree.leaves(net.theta):
         raise UserError("net.theta has no parameters, so that there is nothing to perturb.")
+    one = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
     try:
-        rendered = jax.eval_shape(net.apply, net.theta, x[:1], jax.random.key(0))
+        # A fresh function: see `guards.num_classes`.
+        apply = lambda *args: net.apply(*args)  # noqa: E731
+        rendered = jax.eval_shape(apply, net.theta, one, jax.random.key(0))
         rendered = rendered.shape if jnp.issubdtype(rendered.dtype, jnp.floating) else rendered
     except UserError:
         raise
     except (TypeError, ValueError, AttributeError) as error:  # Shapes or arguments that do not fit
         rendered = str(error).splitlines()[0]
-    if rendered != x[:1].shape:
+    if rendered != one.shape:
         raise UserError(
             f"The corruption network makes no image of {list(x.shape[1:])} from one ({rendered}): "
             "take one for images of this shape."

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ada_jax import guards, keys
+from ada_jax import guards, keys, sharding
 from ada_jax.errors import UserError
 
 OPS = (
@@ -65,8 +65,25 @@ def augment_and_mix(
         raise UserError(f"Images of shape {list(x.shape)} must have three channels for AugMix.")
     check(severity, width, depth, alpha, ops)
     severity, alpha = guards.float32(severity), guards.float32(alpha)
+    mix = functools.partial(
+        _mix, severity=severity, width=width, depth=depth, alpha=alpha, ops=tuple(ops)
+    )
+    return sharding.on_mesh(mix, None, x, keys.of_batch(key, x))
+
+
+def _mix(
+    _: None,
+    x: jax.Array,
+    example_keys: jax.Array,
+    *,
+    severity: float,
+    width: int,
+    depth: int,
+    alpha: float,
+    ops: tuple[str, ...],
+) -> jax.Array:
+    """`augment_and_mix` of what it has checked."""
     most = depth if depth > 0 else 3
-    ops = tuple(ops)
 
     def draw(key):
         names = ("op", "level", "sign", "depth", "weights", "share")
@@ -82,7 +99,7 @@ def augment_and_mix(
         share = jax.random.beta(k["share"], alpha, alpha, dtype=jnp.float32)
         return drawn, levels, signs, weights, share
 
-    drawn, levels, signs, weights, share = jax.vmap(draw)(keys.per_example(key, len(x)))
+    drawn, levels, signs, weights, share = jax.vmap(draw)(example_keys)
     pixels = jnp.round(255 * x).astype(jnp.int32)
     chains = jnp.repeat(pixels, width, 0)
     for i in range(most):
@@ -116,7 +133,7 @@ def apply_ops(
         op,
         level,
         sign,
-        cpu=lambda *a: lax.map(lambda a: one(*a), a),
+        cpu=lambda *a: sharding.map_examples(lambda a: one(*a), a),
         default=jax.vmap(one),
     )
 
@@ -128,7 +145,11 @@ def _apply_one(
     height, width = image.shape[:2]
     matrix = jnp.stack([_matrix(name, level, sign, height, width) for name in ops])[op]
     branches = {"": lambda: image, "affine": lambda: affine(image, matrix)}
-    branches |= {n: functools.partial(f, image, level) for n, f in _PLAIN.items() if n in ops}
+    # It varies from out here: `jax.vmap` of branches that make a constant vary inside
+    # `jax.shard_map` fails in JAX 0.10 to 0.12.
+    rounding = sharding.varying(jnp.asarray(_rounding_of_pillow()), image)
+    plain = _PLAIN | {"autocontrast": functools.partial(autocontrast, rounding=rounding)}
+    branches |= {n: functools.partial(f, image, level) for n, f in plain.items() if n in ops}
     kinds = [name if name in branches else "affine" for name in ops]
     names = sorted(branches)
     return lax.switch(jnp.array([names.index(k) for k in kinds])[op], [branches[n] for n in names])
@@ -194,15 +215,15 @@ def affine(image: jax.Array, matrix: jax.Array) -> jax.Array:
     return jnp.where(inside[..., None], value, 0).astype(jnp.int32)
 
 
-def autocontrast(image: jax.Array, level: jax.Array) -> jax.Array:
-    """Stretches every channel to 0..255."""
+def autocontrast(image: jax.Array, level: jax.Array, rounding: jax.Array) -> jax.Array:
+    """Stretches every channel to 0..255, rounding as `_rounding_of_pillow` has it."""
     del level
 
     def one(channel):
         low, high = channel.min(), channel.max()
         table = (jnp.arange(256, dtype=jnp.int32) - low) * 255 // jnp.maximum(high - low, 1)
-        octets = jnp.asarray(_rounding_of_pillow())[low, high]
-        less = (octets[:, None] >> np.arange(8, dtype=np.uint8)) & 1
+        octets = rounding[low, high]
+        less = (octets[:, None] >> jnp.arange(8, dtype=jnp.uint8)) & 1
         table = jnp.clip(table - less.reshape(256), 0, 255)
         return jnp.where(high > low, table[channel], channel)
 

@@ -1,6 +1,7 @@
 """The door of every attack: images that are images, functions without hidden gradients."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +76,7 @@ def check_labels(y: jax.Array, x: jax.Array, logits_fn: Callable) -> int:
             f"Labels of shape {list(y.shape)} and {y.dtype} must be one integer for each of the "
             f"{len(x)} images."
         )
-    count = num_classes(logits_fn, x[:1])
+    count = num_classes(logits_fn, x)
     if count < 2:
         raise UserError("logits_fn returns logits of one class: it must have two classes or more.")
     if isinstance(y, jax.core.Tracer):
@@ -94,7 +95,9 @@ def num_classes(logits_fn: Callable, x: jax.Array) -> int:
     Raises:
       UserError: it does not return one array of logits [B,K].
     """
-    logits = jax.eval_shape(logits_fn, x)
+    # A fresh function, here and below: JAX remembers what it traced by the function's identity,
+    # which an object that changes in place keeps.
+    logits = jax.eval_shape(lambda x: logits_fn(x), x)
     if getattr(logits, "ndim", None) != 2:
         raise UserError(f"logits_fn returns {logits}: it must return one array of logits [B,K].")
     return logits.shape[-1]
@@ -111,7 +114,7 @@ def float32_logits(logits_fn: Callable, x: jax.Array, *, gradients: bool) -> Cal
     Raises:
       UserError: gradients are needed, and the logits are no floating-point numbers.
     """
-    dtype = jax.eval_shape(logits_fn, x).dtype
+    dtype = jax.eval_shape(lambda x: logits_fn(x), x).dtype
     if gradients and not jnp.issubdtype(dtype, jnp.floating):
         raise UserError(
             f"logits_fn returns logits of {dtype}, which have no gradient: it must return "
@@ -160,6 +163,27 @@ def detached(f: Callable, *args: jax.Array) -> Callable:
 
     Without it a caller who differentiates a whole training step would differentiate the attack.
     """
-    converted, closed_over = jax.closure_convert(f, *args)
-    closed_over = lax.stop_gradient(closed_over)
-    return lambda *args: converted(*args, *closed_over)
+    pure, constants = hoisted(f, *args)
+    constants = lax.stop_gradient(constants)
+    return lambda *args: pure(constants, *args)
+
+
+def hoisted(f: Callable, *args: Any) -> tuple[Callable, list[jax.Array]]:
+    """Traces f as it is now, and makes the arrays that it closes over an argument.
+
+    Unlike `jax.closure_convert` it remembers nothing from one call to the next.
+
+    Args:
+      f: any callable of trees of arrays.
+      *args: trees of arrays, or of their shapes.
+
+    Returns:
+      A function `pure(constants, *args)` for arguments of these shapes, and the constants.
+    """
+    jaxpr, shapes = jax.make_jaxpr(lambda *args: f(*args), return_shape=True)(*args)
+
+    def pure(constants, *args):
+        out = jax.core.eval_jaxpr(jaxpr.jaxpr, constants, *jax.tree.leaves(args))
+        return jax.tree.unflatten(jax.tree.structure(shapes), out)
+
+    return pure, jaxpr.consts

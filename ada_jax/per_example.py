@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from ada_jax import winograd
+from ada_jax import sharding, winograd
 
 _ROWS = 4096  # rows of one patch matrix: enough for a good matrix product, few enough for the cache
 
@@ -149,7 +149,7 @@ def _many_op(stride: int, padding: int, gradients: bool) -> Callable:
     def many(*args):
         cpu, default = (lambda args, f=f: f(*args, stride, padding) for f in lowerings)
         return lax.platform_dependent(
-            args, cpu=lambda args: lax.map(cpu, args), default=jax.vmap(default)
+            args, cpu=lambda args: sharding.map_examples(cpu, args), default=jax.vmap(default)
         )
 
     @many.def_vmap
@@ -276,7 +276,7 @@ def grouped_kernel_gradient(
         return dw + patch_gradients(group[0], w, group[1], stride, padding)[1], None
 
     x, dy = (a.reshape(len(a) // group, group, *a.shape[1:]) for a in (x, dy))
-    total = jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32))
+    total = jnp.zeros_like(dy, jnp.promote_types(w.dtype, jnp.float32), shape=w.shape)
     return lax.scan(add, total, (x, dy))[0].astype(w.dtype)
 
 

@@ -7,9 +7,8 @@ leaf; `radii` is the same tree with one scalar per leaf. No networks here.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from ada_jax import guards
+from ada_jax import guards, sharding
 
 PyTree = object
 
@@ -65,7 +64,7 @@ def init(keys: jax.Array, theta: PyTree, radii: PyTree) -> PyTree:
 
     # A loop: under vmap the draws' intermediates would take four times delta's memory. Two at a
     # time: a lone example's random bits take XLA's CPU code four times as long.
-    return lax.map(one_example, keys, batch_size=2)
+    return sharding.map_examples(one_example, keys, batch_size=2)
 
 
 def norms(delta: PyTree) -> PyTree:

@@ -92,7 +92,7 @@ def kernel_gradient(x: jax.Array, dy: jax.Array, padding: int) -> jax.Array:
         tiles = _tiles(dy, x.shape[1:3], 2 - padding)
         return total + jnp.swapaxes(_spread(x), 1, 2) @ tiles, None
 
-    zero = jnp.zeros((36, x.shape[-1], dy.shape[-1]), jnp.float32)
+    zero = jnp.zeros_like(dy, shape=(36, x.shape[-1], dy.shape[-1]))
     group = _group(x)
     total = lax.scan(add, zero, (_grouped(x, group), _grouped(dy, group)))[0]
     return _both(_KERNEL.T, total).reshape(3, 3, *total.shape[1:])[::-1, ::-1]

@@ -1,4 +1,14 @@
-"""Adversarial attacks in l-infinity and l2 balls, and AutoAttack."""
+"""Adversarial attacks in l-infinity and l2 balls, and AutoAttack.
+
+Every call traces `logits_fn` anew: it may be any callable, and is attacked as it is at the call. A
+function that is itself jitted may keep what it closed over when it was traced. `autoattack` shares
+compiled programs between calls; the others are compiled in each call outside `jax.jit`. To compile
+once, jit a function of the classifier's parameters:
+
+    @jax.jit
+    def attack(key, params, x, y):
+        return attacks.pgd(key, functools.partial(apply, params), x, y, 8 / 255)
+"""
 
 from ada_jax.attacks.apgd import apgd
 from ada_jax.attacks.autoattack import ATTACKS, STANDARD, Account, Report, autoattack

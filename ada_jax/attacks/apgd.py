@@ -39,6 +39,7 @@ class _State(NamedTuple):
     passes: jax.Array
 
 
+@loops.attack
 def apgd(
     key: jax.Array,
     logits_fn: LogitsFn,
@@ -90,8 +91,9 @@ def apgd(
     logits_fn, x, y, epsilon, mask, microbatch = loops.prepare(
         logits_fn, x, y, epsilon, norm, mask, microbatch
     )
-    runs = restarts * number_of_targets(loss, targets, guards.num_classes(logits_fn, x[:1]))
-    example_keys = keys.per_example(key, len(x))
+    classes = guards.num_classes(logits_fn, x[:microbatch])
+    runs = restarts * number_of_targets(loss, targets, classes)
+    example_keys = keys.of_batch(key, x)
     logits = loops.logits_of(logits_fn, x, mask, microbatch)
     ranking = jnp.argsort(-logits, axis=-1)
     evaluate = _evaluation(logits_fn, loss)
@@ -203,7 +205,7 @@ def _checkpoint_table(steps: int) -> jax.Array:
 
 
 def _initial(x: jax.Array, mask: jax.Array, broken: jax.Array) -> _State:
-    zeros, none, no = (jnp.zeros(len(x), dtype) for dtype in (jnp.float32, jnp.int32, bool))
+    zeros, none, no = (loops.zeros(x, dtype) for dtype in (jnp.float32, jnp.int32, bool))
     return _State(
         active=mask & ~broken,
         broken=broken,

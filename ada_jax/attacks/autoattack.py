@@ -116,8 +116,11 @@ def autoattack(
 ) -> Report:
     """Runs attacks one after the other on all local devices, each on what is still robust.
 
-    Every attack is compiled once for all batches, and once for all radii while logits_fn is the
-    same object. An example's result depends on its own key, image and label only.
+    Every call traces logits_fn anew, and so attacks it as it is now. An attack is compiled once for
+    all batches, and not again for other radii, nor for other values of the arrays that logits_fn
+    closes over. Values inside a function that is itself jitted, or has callbacks, are part of the
+    program: with others it is compiled again. An example's result depends on its own key, image and
+    label only.
 
     Args:
       key: one random key.
@@ -200,12 +203,18 @@ class _Runner:
         self.batch_size = -(-batch_size // devices) * devices
         self.logits_fn, self.norm = logits_fn, norm
         self.microbatch = min(microbatch, self.batch_size // devices)
+        self._programs: dict[str, Callable[..., Arrays]] = {}
 
     def logits(self, x: np.ndarray) -> np.ndarray:
         """Logits [N,K] of any number of images."""
-        classify = _compiled_logits(self.logits_fn, self.microbatch)
         parts = np.split(x, range(self.batch_size, len(x), self.batch_size))
-        return np.concatenate([self._call(classify, {"x": part})["logits"] for part in parts])
+
+        def classify(batch):
+            # With the attacks' microbatch, and so their rounding.
+            logits = loops.logits_of(self.logits_fn, batch["x"], batch["mask"], self.microbatch)
+            return {"logits": logits}
+
+        return np.concatenate([self._call("", classify, {"x": p})["logits"] for p in parts])
 
     def attack(
         self, name: str, epsilon: float, constants: dict[str, Any] | None, batch: Arrays
@@ -217,9 +226,25 @@ class _Runner:
           passes backward, seconds), how many starts had 'zero_gradients', and how many broken
           examples' logits are 'not_finite'.
         """
-        started, constants = time.monotonic(), tuple(sorted((constants or {}).items()))
-        attack = _compiled_attack(name, self.logits_fn, self.norm, self.microbatch, constants)
-        out = self._call(attack, batch, np.float32(epsilon))
+        started = time.monotonic()
+
+        def attack(batch, epsilon):
+            images, info = _ATTACKS[name](
+                batch["key"],
+                self.logits_fn,
+                batch["x"],
+                batch["y"],
+                epsilon,
+                norm=self.norm,
+                mask=batch["mask"],
+                microbatch=self.microbatch,
+                **(constants or {}),
+            )
+            none = jnp.zeros(len(images), jnp.int32)
+            out = {"images": images, "forward": info["forward"]}
+            return out | {n: info.get(n, none) for n in ("backward", "zero_gradient")}
+
+        out = self._call(name, attack, batch, np.float32(epsilon))
         logits = self.logits(out["images"])
         not_finite = ~np.isfinite(logits).all(-1)
         wrong = (np.argmax(logits, -1) != batch["y"]) | not_finite
@@ -233,56 +258,48 @@ class _Runner:
             "not_finite": (broken & not_finite).sum(),
         }
 
-    def _call(self, mapped: Callable, batch: Arrays, *constants: Any) -> Arrays:
-        """Calls a mapped function on a batch filled up to the batch size, and cuts its results."""
+    def _call(self, name: str, function: Callable, batch: Arrays, *args: Any) -> Arrays:
+        """Calls a function of this name on a batch filled up to the batch size; cuts its results.
+
+        It is mapped over the devices; `args`, such as epsilon, are the same on all.
+        """
         # Examples are dealt out to the devices in turn, so that a few keep all of them busy.
         devices = jax.local_device_count()
         number = np.arange(len(batch["x"]))
         place = number % devices * (self.batch_size // devices) + number // devices
         source, mask = np.zeros(self.batch_size, int), np.zeros(self.batch_size, bool)
         source[place], mask[place] = number, True
-        filled = {name: a[source] for name, a in batch.items()} | {"mask": mask}
-        out = mapped(shard(filled), *constants)
+        filled = shard({name: a[source] for name, a in batch.items()} | {"mask": mask})
+        if name not in self._programs:
+            self._programs[name] = _compile(function, filled, *args)
+        out = self._programs[name](filled, *args)
         return {name: np.asarray(a).reshape(-1, *a.shape[2:])[place] for name, a in out.items()}
 
 
-@functools.lru_cache(maxsize=16)
-def _compiled_attack(
-    name: str,
-    logits_fn: LogitsFn,
-    norm: str,
-    microbatch: int,
-    constants: tuple[tuple[str, Any], ...],
-) -> Callable:
-    """The attack, mapped over devices; epsilon is an argument, so that all radii share it."""
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """A program, known by its text."""
 
-    def attack(batch, epsilon):
-        images, info = _ATTACKS[name](
-            batch["key"],
-            logits_fn,
-            batch["x"],
-            batch["y"],
-            epsilon,
-            norm=norm,
-            mask=batch["mask"],
-            microbatch=microbatch,
-            **dict(constants),
-        )
-        none = jnp.zeros(len(images), jnp.int32)
-        out = {"images": images, "forward": info["forward"]}
-        return out | {n: info.get(n, none) for n in ("backward", "zero_gradient")}
+    digest: bytes
+    lowered: Any = dataclasses.field(compare=False)
 
-    return jax.pmap(attack, AXIS, in_axes=(0, None))
+
+def _compile(function: Callable, batch: Arrays, *args: Any) -> Callable[..., Arrays]:
+    """The function, mapped over devices, for batches of this shape; equal programs are shared."""
+    example = {name: a[0] for name, a in batch.items()}
+    pure, constants = guards.hoisted(function, example, *args)
+    mapped = jax.pmap(pure, AXIS, in_axes=(None, 0, *[None] * len(args)))
+    lowered = mapped.lower(constants, batch, *args)
+    text = lowered.as_text()
+    # A program's text says that there is a callback, but not of which function.
+    compiled = _compiled.__wrapped__ if "callback" in text else _compiled
+    digest = hashlib.sha256(text.encode()).digest()
+    return functools.partial(compiled(_Program(digest, lowered)), constants)
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled_logits(logits_fn: LogitsFn, microbatch: int) -> Callable:
-    """The classifier, mapped over devices, with the attacks' microbatch and so their rounding."""
-
-    def classify(batch):
-        return {"logits": loops.logits_of(logits_fn, batch["x"], batch["mask"], microbatch)}
-
-    return jax.pmap(classify, AXIS)
+def _compiled(program: _Program) -> Callable[..., Any]:
+    return program.lowered.compile()
 
 
 def _example_keys(key: jax.Array, attack: str, count: int) -> np.ndarray:

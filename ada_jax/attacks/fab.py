@@ -25,6 +25,7 @@ class _State(NamedTuple):
     backward: jax.Array
 
 
+@loops.attack
 def fab(
     key: jax.Array,
     logits_fn: LogitsFn,
@@ -76,8 +77,8 @@ def fab(
     logits_fn, x, y, epsilon, mask, microbatch = loops.prepare(
         logits_fn, x, y, epsilon, norm, mask, microbatch
     )
-    runs = restarts * min(targets, guards.num_classes(logits_fn, x[:1]) - 1)
-    example_keys = keys.per_example(key, len(x))
+    runs = restarts * min(targets, guards.num_classes(logits_fn, x[:microbatch]) - 1)
+    example_keys = keys.of_batch(key, x)
     logits = loops.logits_of(logits_fn, x, mask, microbatch)
     alpha_max, eta, beta = map(guards.float32, (alpha_max, eta, beta))
     ranking = jnp.argsort(-logits, axis=-1)
@@ -100,7 +101,7 @@ def fab(
         examples = {"x": x, "y": y, "target": ranking[:, 1 + run // restarts]}
         return loops.iterate(step, examples, state, steps, microbatch)
 
-    none = jnp.zeros(len(x), jnp.int32)
+    none = loops.zeros(x, jnp.int32)
     distance = jnp.where(wrong, 0.0, jnp.inf).astype(jnp.float32)
     start = _State(attackable, x, distance, x, none + mask, none)
     state = loops.repeat(one_run, runs, start)
@@ -191,7 +192,7 @@ def _search(
     examples = {"x": x, "y": y, "end": state.adversarial}
     at = lambda e, share: e["x"] + geometry.along(share, e["x"]) * (e["end"] - e["x"])  # noqa: E731
     at_end = loops.logits_of(logits_fn, state.adversarial, found, microbatch)
-    zeros = jnp.zeros(len(x), jnp.float32)
+    zeros = loops.zeros(x)
     start = _Segment(found, zeros, zeros + 1, loops.margin(logits, y), loops.margin(at_end, y))
 
     def step(i, examples, s):

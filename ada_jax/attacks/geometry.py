@@ -118,7 +118,7 @@ def to_hyperplane(x: jax.Array, w: jax.Array, c: jax.Array, norm: str) -> jax.Ar
         return i + 1, t + step, step > 1e-6 * t
 
     unfinished = lambda carry: (carry[0] < 100) & jnp.any(carry[2])  # noqa: E731
-    start = jnp.int32(0), jnp.zeros(len(x), jnp.float32), jnp.ones(len(x), bool)
+    start = jnp.int32(0), jnp.zeros_like(c), jnp.ones_like(c, bool)
     _, t, _ = lax.while_loop(unfinished, newton, start)
     return jnp.sign(w) * jnp.minimum(t[:, None] * speed, room).reshape(x.shape)
 

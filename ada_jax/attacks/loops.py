@@ -5,6 +5,7 @@ looks at `examples` (a dict of arrays [B, ...] that do not change). Its step see
 batch sizes: `on_active` hands it the active examples only, a microbatch at a time.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ada_jax import guards, losses
+from ada_jax import guards, losses, sharding
 from ada_jax.errors import UserError
 
 LogitsFn = Callable[[jax.Array], jax.Array]
@@ -107,9 +108,14 @@ def logits_of(logits_fn: LogitsFn, x: jax.Array, active: jax.Array, microbatch: 
       microbatch: b.
     """
     classify = lambda e, s: s._replace(logits=logits_fn(e["x"]).astype(jnp.float32))  # noqa: E731
-    shape = len(x), guards.num_classes(logits_fn, x[:1])
-    start = _Logits(active, jnp.zeros(shape, jnp.float32))
+    classes = guards.num_classes(logits_fn, x[:microbatch])
+    start = _Logits(active, jnp.zeros_like(x, shape=(len(x), classes)))
     return on_active(classify, {"x": x}, start, microbatch).logits
+
+
+def zeros(x: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
+    """Zeros [B] that differ between devices, inside `jax.shard_map`, where images x do."""
+    return jnp.zeros_like(x, dtype, shape=(len(x),))
 
 
 def misclassified(logits: jax.Array, y: jax.Array) -> jax.Array:
@@ -120,6 +126,22 @@ def misclassified(logits: jax.Array, y: jax.Array) -> jax.Array:
 def margin(logits: jax.Array, y: jax.Array) -> jax.Array:
     """`losses.margin` [B]; infinite where a logit is not finite, which counts as misclassified."""
     return jnp.where(guards.not_finite(logits), jnp.inf, losses.margin(logits, y))
+
+
+def attack(function: Callable) -> Callable:
+    """Lets an attack take images that are split over explicit mesh axes."""
+
+    @functools.wraps(function)
+    def on_mesh(key, logits_fn, x, y, epsilon, **knobs):
+        knobs["epsilon"] = epsilon
+        arrays = {name: a for name, a in knobs.items() if isinstance(a, jax.Array)}
+
+        def run(logits_fn, x, key, y, arrays):
+            return function(key, logits_fn, x, y, **knobs | arrays)
+
+        return sharding.on_mesh(run, logits_fn, x, key, y, arrays)
+
+    return on_mesh
 
 
 def prepare(
@@ -146,11 +168,12 @@ def prepare(
     check(epsilon, norm)
     x = jnp.asarray(guards.as_images(x))
     guards.check_labels(y, x, logits_fn)
-    logits_fn = guards.float32_logits(logits_fn, x[:1], gradients=gradients)
+    logits_fn = guards.float32_logits(logits_fn, x, gradients=gradients)
     if microbatch is not None:
         guards.check_integers(1, microbatch=microbatch)
     microbatch = min(microbatch or len(x), len(x))
-    mask = jnp.ones(len(x), bool) if mask is None else jnp.asarray(mask)
+    everything = zeros(x, bool) | True
+    mask = everything if mask is None else everything & mask
     logits_fn = guards.detached(logits_fn, x[:microbatch])
     y = jnp.asarray(y, jnp.int32)
     return logits_fn, x, y, guards.float32(epsilon), mask, microbatch

@@ -39,6 +39,7 @@ class _State(NamedTuple):
     backward: jax.Array
 
 
+@loops.attack
 def pgd(
     key: jax.Array,
     logits_fn: LogitsFn,
@@ -110,6 +111,7 @@ def pgd(
     )
 
 
+@loops.attack
 def multitargeted(
     key: jax.Array,
     logits_fn: LogitsFn,
@@ -207,8 +209,8 @@ def _attack(
     logits_fn, x, y, epsilon, mask, microbatch = loops.prepare(
         logits_fn, x, y, epsilon, norm, mask, microbatch
     )
-    targets = guards.num_classes(logits_fn, x[:1]) - 1 if targeted else 1
-    example_keys = keys.per_example(key, len(x))
+    targets = guards.num_classes(logits_fn, x[:microbatch]) - 1 if targeted else 1
+    example_keys = keys.of_batch(key, x)
     side_by_side = lambda a: jnp.repeat(a, restarts, 0)  # noqa: E731
     together = lambda a: a.reshape(len(x), restarts, *a.shape[1:])  # noqa: E731
 
@@ -250,8 +252,8 @@ def _attack(
         state = _keep_worst(state, jax.tree.map(together, run), together(logits), y)
         return state._replace(active=state.active & ~(state.broken & stop_when_broken))
 
-    no_passes = jnp.zeros(len(x), jnp.int32)
-    lowest = jnp.full(len(x), -jnp.inf, jnp.float32)
+    no_passes = loops.zeros(x, jnp.int32)
+    lowest = loops.zeros(x) - jnp.inf
     state = _State(mask, x, lowest, no_passes > 0, no_passes, no_passes)
     state = loops.repeat(one_target, targets, state)
     info = {"broken": state.broken, "margin": state.margin}

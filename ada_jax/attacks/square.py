@@ -29,6 +29,7 @@ class _State(NamedTuple):
     passes: jax.Array
 
 
+@loops.attack
 def square(
     key: jax.Array,
     logits_fn: LogitsFn,
@@ -73,7 +74,7 @@ def square(
     logits_fn, x, y, epsilon, mask, microbatch = loops.prepare(
         logits_fn, x, y, epsilon, norm, mask, microbatch, gradients=False
     )
-    example_keys = keys.per_example(key, len(x))
+    example_keys = keys.of_batch(key, x)
     schedule = sides(queries, x.shape[1:3], norm=norm, p_init=p_init, rescale=rescale_schedule)
     tiles = _tile_table(np.unique(schedule)) if norm == "l2" else None
     schedule = jnp.asarray(schedule)

@@ -1,0 +1,85 @@
+"""Batches split over several devices: on explicit mesh axes, and inside `jax.shard_map`."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+
+LogitsFn = Callable[[jax.Array], jax.Array]
+
+
+def on_mesh(function: Callable[..., Any], logits_fn: LogitsFn, x: jax.Array, *args: Any) -> Any:
+    """function(logits_fn, x, *args), also for images split over explicit mesh axes.
+
+    Inside, these axes are automatic: the compiler finds the sharding of every operation. logits_fn
+    still runs with explicit axes, as the arrays that it closes over may have them.
+
+    Args:
+      function: returns a tree of arrays [B,...].
+      logits_fn: the classifier, [b,H,W,C] -> [b,K].
+      x: images [B,H,W,C].
+      *args: trees of arrays.
+    """
+    mesh, names = jax.typeof(x).sharding.mesh, jax.typeof(x).sharding.spec[0]
+    if not mesh.explicit_axes:
+        return function(logits_fn, x, *args)
+    axes = (names,) if isinstance(names, str) else names or ()
+    devices = math.prod(mesh.shape[name] for name in axes)
+
+    def explicit(images):
+        spec = PartitionSpec(None if len(images) % devices else names)
+        sharding = NamedSharding(mesh, spec)
+        return jax.sharding.explicit_axes(logits_fn, in_sharding=sharding)(images)
+
+    automatic = jax.sharding.auto_axes(
+        functools.partial(function, explicit),
+        out_sharding=NamedSharding(mesh, PartitionSpec(names)),
+    )
+    return automatic(x, *args)
+
+
+def map_examples(f: Callable, args: Any, batch_size: int | None = None) -> Any:
+    """`lax.map` over examples; on a mesh of automatic axes every device loops over its own.
+
+    Without it the compiler gathers all examples on every device. It needs to know the mesh: from
+    `on_mesh`, or from `jax.set_mesh`.
+
+    Args:
+      f: of one example.
+      args: tree of arrays [N,...].
+      batch_size: see `lax.map`.
+    """
+    mesh, count = jax.sharding.get_abstract_mesh(), len(jax.tree.leaves(args)[0])
+    local = functools.partial(jax.lax.map, f, batch_size=batch_size)
+    if mesh.empty or not mesh.are_all_axes_auto or count % mesh.size:
+        return local(args)
+    spec = PartitionSpec(mesh.axis_names)
+    return jax.shard_map(local, in_specs=(spec,), out_specs=spec)(args)
+
+
+def varying(value: jax.Array, like: jax.Array) -> jax.Array:
+    """The value; inside `jax.shard_map` as one that may differ between the devices as `like` does.
+
+    A loop's start must be such a value where its steps make it one.
+    """
+    axes = _axes(like) - _axes(value)
+    return jax.lax.pcast(value, tuple(axes), to="varying") if axes else value
+
+
+def place(x: jax.Array, other: jax.Array) -> tuple[Any, int]:
+    """Which part of a batch this device has inside `jax.shard_map`, and of how many.
+
+    Args:
+      x: a part of the batch.
+      other: an array that may be split over some of the same axes; these are not counted.
+    """
+    axes = _axes(x) - _axes(other)
+    names = tuple(name for name in jax.sharding.get_abstract_mesh().axis_names if name in axes)
+    return (jax.lax.axis_index(names), jax.lax.axis_size(names)) if names else (0, 1)
+
+
+def _axes(a: jax.Array) -> frozenset[str]:
+    return jax.typeof(a).mat.varying

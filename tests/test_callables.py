@@ -1,0 +1,210 @@
+"""Any callable is a classifier, and every call attacks it as it then is."""
+
+import dataclasses
+import functools
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ada_jax
+from ada_jax import attacks, evaluate
+from ada_jax.errors import UserError
+
+BATCH, SIZE, CLASSES = 4, 12, 4  # SSIM needs 11 pixels.
+PIXELS = SIZE * SIZE * 3
+FIRST, SECOND = (
+    jnp.float32(np.random.default_rng(seed).normal(size=(PIXELS, CLASSES))) for seed in (0, 1)
+)
+
+
+def linear(weights: jax.Array, x: jax.Array) -> jax.Array:
+    return (x.reshape(len(x), -1) - 0.5) @ jnp.asarray(weights)
+
+
+class Trainer:
+    """Hashed by its identity, as most objects, while what it computes changes."""
+
+    def __init__(self, weights: Any):
+        self.weights = weights
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        return linear(self.weights, x)
+
+
+@dataclasses.dataclass(eq=True)
+class Unhashable:
+    """As an Equinox module: equal to another of equal arrays, and without a hash."""
+
+    weights: jax.Array
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return linear(self.weights, x)
+
+
+def batch() -> tuple[jax.Array, jax.Array]:
+    x = jnp.float32(np.random.default_rng(2).uniform(0.3, 0.7, (BATCH, SIZE, SIZE, 3)))
+    return x, jnp.argmax(linear(FIRST, x), -1)
+
+
+ATTACKS = {
+    "pgd": functools.partial(attacks.pgd, steps=2),
+    "multitargeted": functools.partial(attacks.multitargeted, steps=2, restarts=1),
+    "apgd": functools.partial(attacks.apgd, steps=3),
+    "fab": functools.partial(attacks.fab, steps=2),
+    "square": functools.partial(attacks.square, queries=3),
+}
+
+
+def run(name: str, logits_fn: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    return ATTACKS[name](jax.random.key(0), logits_fn, *batch(), 0.05)
+
+
+def assert_equal(first: Any, second: Any) -> None:
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), first, second)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_an_attack_sees_what_has_changed_in_place(name):
+    trainer, expected = Trainer(FIRST), jax.jit(lambda w: run(name, functools.partial(linear, w)))
+    before = jax.jit(lambda: run(name, trainer.logits))()
+    trainer.weights = SECOND
+    after = jax.jit(lambda: run(name, trainer.logits))()
+    assert np.any(before[0] != after[0])
+    assert_equal(after, expected(SECOND))
+
+
+@pytest.mark.parametrize(
+    "logits_fn",
+    [Unhashable(FIRST), functools.partial(Unhashable(FIRST)), Trainer(np.asarray(FIRST)).logits],
+    ids=["unhashable", "partial", "numpy"],
+)
+def test_any_callable_will_do(logits_fn):
+    expected = jax.jit(lambda w: run("pgd", functools.partial(linear, w)))(FIRST)
+    assert_equal(jax.jit(lambda: run("pgd", logits_fn))(), expected)
+
+
+def test_the_number_of_classes_may_change_in_place():
+    trainer = Trainer(FIRST[:, :2])
+    x, y = batch()
+    with pytest.raises(UserError, match="do not fit the classifier's 2 logits"):
+        attacks.pgd(jax.random.key(0), trainer.logits, x, y, 0.05, steps=1)
+    trainer.weights = FIRST
+    attacks.pgd(jax.random.key(0), trainer.logits, x, y, 0.05, steps=1)  # Outside of `jax.jit`.
+
+
+# ------------------------------------------------------------------------------- AutoAttack
+
+CONSTANTS = {"apgd-ce": {"steps": 3}, "square": {"queries": 3}}
+
+
+def audit(logits_fn: Any, epsilon: float = 1e-3) -> attacks.Report:
+    x, y = map(np.asarray, batch())
+    return attacks.autoattack(
+        jax.random.key(0), logits_fn, x, y, epsilon, attacks=tuple(CONSTANTS), constants=CONSTANTS
+    )
+
+
+@pytest.fixture
+def compilations(monkeypatch: pytest.MonkeyPatch) -> list:
+    """What AutoAttack compiles, a list that grows."""
+    # The package's attribute of the module's name is the function.
+    module, found = sys.modules["ada_jax.attacks.autoattack"], []
+    compiled = module._compiled.__wrapped__
+    counted = functools.lru_cache(lambda program: found.append(program) or compiled(program))
+    monkeypatch.setattr(module, "_compiled", counted)
+    return found
+
+
+def test_autoattack_sees_what_has_changed_and_compiles_once(compilations):
+    trainer = Trainer(FIRST)
+    assert audit(trainer.logits).clean_accuracy == 1
+    assert len(compilations) == 3  # Two attacks and the classifier.
+    trainer.weights = -FIRST
+    assert audit(trainer.logits, 2e-3).clean_accuracy == 0
+    expected = audit(Unhashable(SECOND))
+    trainer.weights = np.asarray(SECOND)
+    np.testing.assert_array_equal(audit(trainer.logits).images, expected.images)
+    assert len(compilations) == 3
+    trainer.logits = lambda x: 2 * linear(SECOND, x)
+    audit(trainer.logits)
+    assert len(compilations) > 3
+
+
+def test_autoattack_sees_callbacks_that_have_changed():
+    """Their programs are equal to the last letter."""
+
+    def of(weights):
+        weights = np.asarray(weights)
+        shape = jax.ShapeDtypeStruct((BATCH, CLASSES), jnp.float32)
+        on_host = lambda x: (np.asarray(x).reshape(BATCH, -1) - 0.5) @ weights  # noqa: E731
+        return lambda x: jax.pure_callback(on_host, shape, x)
+
+    x, y = map(np.asarray, batch())
+    only_square = {"attacks": ("square",), "constants": {"square": {"queries": 3}}}
+    found = [
+        attacks.autoattack(jax.random.key(0), of(w), x, y, 0.05, **only_square).clean_accuracy
+        for w in (FIRST, -FIRST)
+    ]
+    assert found == [1, 0]
+
+
+# ------------------------------------------------------------------------------- its siblings
+
+
+def test_corruption_errors_and_adversarial_augment_count_classes_anew():
+    trainer, (x, y) = Trainer(FIRST[:, :2]), batch()
+    net = ada_jax.CorruptionNet(lambda theta, x, key: x + theta["tint"], {"tint": jnp.ones(3)})
+    pictures = np.uint8(np.round(255 * np.asarray(x)))
+
+    def augment():
+        ada_jax.adversarial_augment(
+            jax.random.key(0), x, y, logits_fn=trainer.logits, net=net, steps=1
+        )
+
+    def measure():
+        names = ("brightness",)
+        found = evaluate.corruption_errors(trainer.logits, pictures, np.asarray(y), names=names)
+        return found["clean"]["error"]
+
+    for call in (augment, measure):
+        trainer.weights = FIRST[:, :2]
+        with pytest.raises(UserError):
+            call()
+        trainer.weights = FIRST
+        call()
+    trainer.weights = -FIRST
+    assert measure() == 100
+
+
+# ------------------------------------------------------------------------------- frameworks
+
+
+def test_flax_modules():
+    nnx = pytest.importorskip("flax.nnx")
+    model = nnx.Linear(PIXELS, CLASSES, rngs=nnx.Rngs(0))
+    logits_fn = lambda x: model(x.reshape(len(x), -1) - 0.5)  # noqa: E731
+    for weights in (FIRST, SECOND):
+        model.kernel[...] = weights
+        model.bias[...] = jnp.zeros(CLASSES)
+        assert_equal(run("pgd", logits_fn), run("pgd", functools.partial(linear, weights)))
+        expected = audit(functools.partial(linear, weights))
+        np.testing.assert_allclose(audit(logits_fn).images, expected.images, atol=1e-5)
+
+
+def test_equinox_modules():
+    equinox = pytest.importorskip("equinox")
+
+    class Model(equinox.Module):
+        weights: jax.Array
+
+        def __call__(self, x):
+            return linear(self.weights, x)
+
+    for weights in (FIRST, SECOND):
+        expected = run("pgd", functools.partial(linear, weights))
+        assert_equal(run("pgd", Model(weights)), expected)
+        assert_equal(audit(Model(weights)).images, audit(Unhashable(weights)).images)

@@ -1,0 +1,141 @@
+"""Batches split over four devices give what one device gives.
+
+Run as a program, `python test_sharding.py FILE.npz NAME ...`, it writes what functions return.
+"""
+
+import functools
+import pathlib
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import ada_jax
+from ada_jax import attacks, augmix, per_example
+
+DEVICES, BATCH, SIZE, CLASSES = 4, 8, 12, 4
+Arrays = dict[str, np.ndarray]
+
+
+def arrays() -> Arrays:
+    rng = np.random.default_rng(0)
+    x = np.float32(rng.uniform(0, 1, (BATCH, SIZE, SIZE, 3)))
+    weights = np.float32(rng.normal(size=(SIZE * SIZE * 3, CLASSES)) / 10)
+    return {"x": x, "y": np.argmax(classify(weights, x), -1), "weights": weights}
+
+
+def classify(weights: jax.Array, x: jax.Array) -> jax.Array:
+    return jnp.tanh(x.reshape(len(x), -1) - 0.5) @ weights
+
+
+def render(theta: dict, x: jax.Array, key: jax.Array) -> jax.Array:
+    """Two convolutions with kernels of each example's own, and noise."""
+    h = per_example.conv2d(x, theta["w"], theta["b"])
+    noise = jax.random.normal(key, x.shape) * 0.05
+    return x + noise + per_example.conv2d(jnp.tanh(h), jnp.swapaxes(theta["w"], 2, 3))
+
+
+def net() -> ada_jax.CorruptionNet:
+    w = jnp.float32(np.random.default_rng(1).normal(size=(3, 3, 3, 5)) / 10)
+    return ada_jax.CorruptionNet(render, {"w": w, "b": jnp.ones(5)})
+
+
+def augment(key, weights, x, y, **knobs):
+    logits_fn = functools.partial(classify, weights)
+    return ada_jax.adversarial_augment(key, x, y, logits_fn=logits_fn, net=net(), **knobs)
+
+
+def attack(function, key, weights, x, y, epsilon=0.02, **knobs):
+    return function(key, functools.partial(classify, weights), x, y, epsilon, **knobs)
+
+
+FUNCTIONS: dict[str, Callable] = {
+    "augment": functools.partial(augment, steps=2, nu=0.2),
+    "augment-microbatch": functools.partial(augment, steps=2, nu=0.2, microbatch=2),
+    "augmix": lambda key, weights, x, y: augmix.augment_and_mix(key, x),
+    "pgd": functools.partial(attack, attacks.pgd, steps=3, restarts=2),
+    "multitargeted": functools.partial(attack, attacks.multitargeted, steps=3, restarts=2),
+    "apgd": functools.partial(attack, attacks.apgd, steps=10, microbatch=2),
+    "apgd-t": functools.partial(attack, attacks.apgd, loss="dlr-targeted", steps=4, norm="l2"),
+    "fab": functools.partial(attack, attacks.fab, steps=3, restarts=2),
+    "square": functools.partial(attack, attacks.square, queries=10),
+    "square-l2": functools.partial(attack, attacks.square, queries=10, norm="l2", epsilon=0.3),
+}
+SLOW = ("augment-microbatch", "apgd-t", "multitargeted", "fab", "square", "square-l2")
+
+
+def on_one_device(function: Callable) -> Any:
+    a = arrays()
+    return jax.jit(function)(jax.random.key(0), a["weights"], a["x"], a["y"])
+
+
+def on_mesh(function: Callable, axis_type: AxisType, mapped: bool = False) -> Any:
+    """Runs a function jitted on a mesh, or in `jax.shard_map`."""
+    mesh, a = jax.make_mesh((DEVICES,), ("data",), axis_types=(axis_type,)), arrays()
+    split = lambda a: jax.device_put(a, NamedSharding(mesh, P("data")))  # noqa: E731
+    weights = jax.device_put(a["weights"], NamedSharding(mesh, P()))
+    if mapped:
+        batch = P("data")
+        in_specs = (P(), P(), batch, batch)
+        function = jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=batch)
+    out = jax.jit(function)(jax.random.key(0), weights, split(a["x"]), split(a["y"]))
+    for leaf in jax.tree.leaves(out):
+        assert axis_type is AxisType.Auto or leaf.sharding.spec[0] == "data"
+    return out
+
+
+WAYS: dict[str, Callable] = {
+    "auto": functools.partial(on_mesh, axis_type=AxisType.Auto),
+    "explicit": functools.partial(on_mesh, axis_type=AxisType.Explicit),
+    "shard_map": functools.partial(on_mesh, axis_type=AxisType.Explicit, mapped=True),
+}
+
+
+def compute(names: list[str]) -> Arrays:
+    """All leaves of what the functions return, by function, way and number."""
+    found = {}
+    for name in names:
+        for way, run in {"one": on_one_device, **WAYS}.items():
+            for i, leaf in enumerate(jax.tree.leaves(run(FUNCTIONS[name]))):
+                found[f"{name}/{way}/{i}"] = np.asarray(leaf)
+    return found
+
+
+@functools.cache
+def computed(names: tuple[str, ...], folder: pathlib.Path) -> Arrays:
+    """The same in a process with four devices."""
+    file = folder / "out.npz"
+    subprocess.run([sys.executable, __file__, str(file), *names], check=True)
+    with np.load(file, allow_pickle=False) as out:
+        return dict(out)
+
+
+def check(name: str, way: str, found: Arrays) -> None:
+    leaves = [key for key in found if key.startswith(f"{name}/one/")]
+    assert leaves
+    for leaf in leaves:
+        one, many = found[leaf], found[leaf.replace("/one/", f"/{way}/")]
+        np.testing.assert_allclose(many, one, rtol=1e-4, atol=1e-5, err_msg=leaf)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in FUNCTIONS]
+)
+def test_equal_to_one_device(name, way, tmp_path_factory):
+    names = tuple(n for n in FUNCTIONS if (n in SLOW) == (name in SLOW))
+    folder = tmp_path_factory.getbasetemp() / ("slow" if name in SLOW else "quick")
+    folder.mkdir(exist_ok=True)
+    check(name, way, computed(names, folder))
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+    np.savez(sys.argv[1], **compute(sys.argv[2:]))
