@@ -121,7 +121,7 @@ def _attack(
         metrics["loss_end"] = loss_fn(images)
         metrics["loss_start"] = metrics["loss_start"] if steps else metrics["loss_end"]
         if not ssim.fits(x):
-            return images, metrics | {"changed": jnp.zeros(len(x), jnp.float32)}
+            return images, metrics | {"changed": jnp.zeros_like(metrics["loss_end"])}
         images, search = ssim.line_search(x, images, knobs["ssim_threshold"], root_rule)
         metrics |= {"changed": search["changed"], "ssim_before": search["ssim_before"]}
         metrics["ssim_after"] = ssim.ssim(x, images)

@@ -168,8 +168,9 @@ def test_x64_changes_nothing(name):
     with x64():
         found = CASES[name](np.float64(X), np.int64(Y), np.float64)
         found = jax.tree.map(np.asarray, found)
-    # jax.image.resize makes its weights in the default type: their last digit differs.
-    tolerance = 1e-6 if name == "edsr" else 0
+    # jax.image.resize's weights and optax.adam's bias correction are of the default type: the last
+    # digit differs.
+    tolerance = 1e-6 if name in ("edsr", "pretrain") else 0
 
     def compare(found, expected):
         if isinstance(found, np.ndarray) and found.dtype.kind == "f":
