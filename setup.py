@@ -87,8 +87,8 @@ setuptools.setup(
         "chex>=0.1.91",
         "dm-haiku>=0.0.16",
         # 0.10.2 computes wrong values on CPUs: https://github.com/jax-ml/jax/issues/39103.
-        "jax>=0.9,!=0.10.2",
-        "jaxlib>=0.9,!=0.10.2",
+        "jax>=0.10,!=0.10.2",
+        "jaxlib>=0.10,!=0.10.2",
         "jmp>=0.0.4",
         "ml-collections>=1.0",  # Configs: a run's classifier is made from its own.
         "numpy>=2.0",
