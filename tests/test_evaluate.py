@@ -137,6 +137,7 @@ def test_the_readme_s_measurement_runs(monkeypatch, capsys):
     (block,) = re.findall(r"```python\n(from ada_jax import cor.*?)```", README, re.DOTALL)
     clean, runs = images(), []
     monkeypatch.setattr(evaluate, "load_classifier", runs.append)
+    monkeypatch.setattr(evaluate, "metadata", lambda run: {"class_names": [run]})
     given = {"logits_fn": lambda x: x.mean((1, 2)) @ jnp.eye(3, 4)}
     exec(block, given | {"images": clean.source.images, "labels": clean.source.labels})
     assert runs == ["runs/quickstart"]
@@ -147,7 +148,7 @@ def test_the_readme_s_measurement_runs(monkeypatch, capsys):
     ("changes", "said"),
     [
         ({"labels": np.full(24, 4)}, "label 4 and only 4 classes"),
-        ({"images": np.zeros((24, 16, 16, 1), np.uint8)}, "24, 16, 16, 1"),
+        ({"images": np.zeros((24, 16, 16, 4), np.uint8)}, "24, 16, 16, 4"),
         ({"names": ["mist"]}, "'mist' is unknown"),
         ({"names": []}, "names is empty"),
         ({"table": "cifar100"}, "'cifar100' is unknown"),
