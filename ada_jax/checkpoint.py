@@ -131,9 +131,7 @@ def load_weights(
     if not paths.exists(path):
         raise UserError(f"There is no weights file {path}: check the path.")
     flat, fields = read_safetensors(path)
-    # Other programs have no format, or a word, as PyTorch's 'pt'.
-    unsealed = not fields.keys() & {"digest", "metadata_digest"}
-    foreign = unsealed and not isinstance(fields.get("format"), int)
+    foreign = _is_foreign(fields)
     if foreign and like is not None:
         fields = {}
     else:
@@ -154,6 +152,22 @@ def load_weights(
             f"The weights file {path} holds NaN or infinity in '{bad}': use another file."
         )
     return _nested(flat), given
+
+
+def metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The metadata given to `save_weights`; {} of a file of another program.
+
+    Raises:
+      UserError: the file cannot be read, or is damaged.
+    """
+    path = os.fspath(path)
+    return {} if _is_foreign(read_safetensors(path)[1]) else load_weights(path)[1]
+
+
+def _is_foreign(fields: Mapping[str, Any]) -> bool:
+    """Whether another program wrote a file: it has no format, or a word, as PyTorch's 'pt'."""
+    unsealed = not fields.keys() & {"digest", "metadata_digest"}
+    return unsealed and not isinstance(fields.get("format"), int)
 
 
 def _check_sealed(path: str, flat: Mapping[str, np.ndarray], fields: Mapping[str, Any]) -> None:

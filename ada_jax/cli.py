@@ -123,7 +123,8 @@ def start(main: Callable[[list[str]], int | None], *, computes: bool = False) ->
 
 
 def _cannot(error: OSError) -> str:
-    name = "A file" if error.filename is None else os.fsdecode(error.filename)
+    named = isinstance(error.filename, str | bytes)  # Not a descriptor.
+    name = os.fsdecode(error.filename) if named else "A file"
     return (
         f"{name} cannot be read or written ({error.strerror or error}): see that it is there, that "
         "you may use it, and that its disk has space."
@@ -269,7 +270,10 @@ class StopSignal:
         self.status = 0
         # Where there are several processes JAX itself listens to SIGTERM, and tells the others.
         several = jax.distributed.is_initialized()
-        self._before = {signal.SIGINT: signal.signal(signal.SIGINT, self._interrupted)}
+        self._before = {}
+        # A shell script starts its background commands with Ctrl-C ignored.
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupted)
         if not several:
             self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._note)
         return self

@@ -60,7 +60,7 @@ _MEMORY_LIMIT = 10**9  # Bytes of decoded images up to which a set is held in me
 _DECODE_BLOCK = 100  # Examples a thread decodes at a time.
 _AHEAD_LIMIT = 2 * 10**9  # Bytes of batches made ahead of need.
 _IMAGENET_SHARE = 0.875  # Of the shorter side, 224 of 256 pixels: what ImageNet is evaluated on.
-_CONTENTS_LIMIT = 2 * 10**9  # Bytes of files up to which a fingerprint reads them all.
+_CONTENTS_LIMIT = 2 * 10**9  # Bytes of files up to which a fingerprint reads all of them.
 _IMAGENET_SIZES = range(32, 513)  # ResNet50 divides the side by 32; photographs are about 500x375.
 _SPLIT = re.compile(r"(\w+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?")
 
@@ -95,10 +95,10 @@ class Dataset:
     def fingerprint(self) -> str:
         """SHA-256 in hex of the size, the classes, and all labels and images.
 
-        Two kinds are too large to read at every start. Of TFDS's records that are not held in
-        memory (ImageNet) the builder's version, the slice, the names and sizes of the shards and
-        256 evenly spread examples count. Of a folder that is not held in memory the names, sizes
-        and labels of all files count, and the contents of as many, evenly spread, as make 2 GB.
+        More than 2 GB that are not held in memory are too much to read at every start. Of TFDS's
+        records (ImageNet) the builder's version, the slice, the names and sizes of the shards and
+        256 evenly spread examples count then; of a folder the names, sizes and labels of all files,
+        and the contents of as many, evenly spread, as make 2 GB.
         """
         digest = hashlib.sha256(
             repr((len(self), self.class_names, tuple(self.image_shape))).encode()
@@ -297,15 +297,17 @@ def _update_with_examples(digest: Any, dataset: Dataset, indices: Iterable[int])
 
 
 def _update_with_shards(digest: Any, records: Any) -> None:
-    """Adds what names TFDS's records without reading all of them."""
+    """Adds what names TFDS's records, and the contents of all or, of many, of some of them."""
     from etils import epath
 
     info = records.dataset_info
     digest.update(f"{info.full_name} {records.split}".encode())
-    for path in info.splits[_SPLIT.fullmatch(records.split)[1]].filepaths:
-        path = epath.Path(path)
-        digest.update(f"{path.name} {path.stat().length}".encode())
-    for record in photographs.many(records, _spread(len(records)).tolist()):
+    shards = map(epath.Path, info.splits[_SPLIT.fullmatch(records.split)[1]].filepaths)
+    sizes = {path.name: path.stat().length for path in shards}
+    digest.update(" ".join(f"{name} {size}" for name, size in sizes.items()).encode())
+    few = sum(sizes.values()) <= _CONTENTS_LIMIT
+    chosen = np.arange(len(records)) if few else _spread(len(records))
+    for record in photographs.many(records, chosen.tolist()):
         digest.update(record["image"] + str(int(record["label"])).encode())
 
 

@@ -160,7 +160,7 @@ def metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     path = paths.at(path)
     file = path / "classifier.safetensors" if paths.is_dir(path) else path
     if paths.exists(file):
-        return checkpoint.load_weights(file)[1]
+        return checkpoint.metadata(file)
     if not paths.is_dir(path / "checkpoints"):
         return {}
     checkpoints = checkpoint.Checkpoints(path, keep=1)
@@ -332,7 +332,8 @@ def open_sets(
       examples: how many of the corrupted images to take from the start; None takes all.
 
     Raises:
-      UserError: files are missing, half-written, damaged or do not belong to the clean images.
+      UserError: files are missing, half-written, damaged or do not belong to the clean images, or
+        have other classes.
     """
     datasets, source = {}, {}
     if "clean" in names:
@@ -345,7 +346,8 @@ def open_sets(
     if "cifar10_1" in names:
         _require_cifar10(clean, "cifar10_1")
         datasets["cifar10_1", 0] = data.cifar10_1(config.data_dir or None)
-    return Sets(datasets, source)
+    names = clean.class_names
+    return Sets({cell: data.renumbered(d, names) for cell, d in datasets.items()}, source)
 
 
 def _require_cifar10(clean: data.Dataset, name: str) -> None:
@@ -642,6 +644,12 @@ def with_earlier(
         if replace and before["weights_digest"] != results["weights_digest"]:
             return results
         if clean is not None and data.recognises(clean, before["data"].get("fingerprint")):
+            if before["data"]["fingerprint"] != clean.fingerprint:
+                logging.warning(
+                    "%s is of an older version, which knew data by 256 examples: rename it to "
+                    "measure anew if the others may have changed.",
+                    path,
+                )
             before["data"]["fingerprint"] = clean.fingerprint
         _check_same(results, before, path)
         _check_rows(before)
@@ -1147,7 +1155,8 @@ def _trained_on(
     split = trained.train_split if workdir else about.get("train_split")
     # Files of one's own are those named at training; --data_dir says where copies of others are.
     own = trained.dataset in ("folder", "npz")
-    if not split or (own and not workdir):
+    other = about.get("dataset", trained.dataset) != trained.dataset
+    if not split or (not workdir and (own or other)):
         return 0
     try:
         train_set = data.load(

@@ -124,8 +124,12 @@ def float32_logits(logits_fn: Callable, x: jax.Array, *, gradients: bool) -> Cal
 
 
 def not_finite(logits: jax.Array) -> jax.Array:
-    """Whether any of an example's logits [B,K] is NaN or infinite, bool [B]."""
-    return ~jnp.all(jnp.isfinite(logits), -1)
+    """Whether an example's logits [B,K] have no largest finite one, bool [B].
+
+    Minus infinity, of a class that is masked out, is a logit; NaN and infinity are none.
+    """
+    largest = jnp.max(logits, -1)  # NaN if any is.
+    return ~jnp.isfinite(largest)
 
 
 def check_finite(bad: int, count: int, what: str) -> None:

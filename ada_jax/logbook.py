@@ -72,10 +72,11 @@ class Logbook:
         self._workdir = workdir
         # On every process: those that did not import it would give up waiting at the first step.
         summary_writer = _summary_writer()
+        # On every process, for a damaged log must stop all of them.
+        kept = [json.dumps(r) + "\n" for r in read(workdir) if r["step"] <= step]
         if write:
             if summary_writer:
                 self._tensorboard = summary_writer(os.path.join(workdir, "tensorboard"))
-            kept = [json.dumps(r) + "\n" for r in read(workdir) if r["step"] <= step]
             self._journal = paths.Journal(os.path.join(workdir, "metrics.jsonl"), "".join(kept))
 
     def write(self, step: int, kind: str, metrics: dict[str, float]) -> None:

@@ -328,8 +328,8 @@ def settings(result: Result) -> dict[str, Any]:
     flat |= logbook.comparable(result.fields.get("config") or {})
     for key in ("data", "corruption_source", "step"):
         flat |= logbook.flat(result.fields.get(key), key)
-    for name, digest in result.fields.get("training", {}).items():
-        flat[f"training.{name}"] = digest[:12]
+    digests = logbook.flat(result.fields.get("training") or {}, "training")
+    flat |= {name: str(digest)[:12] for name, digest in digests.items()}
     if files := (result.fields.get("corruption_source") or {}).get("files"):
         where = ("corruption_source.folder", "corruption_source.files")
         flat = {k: v for k, v in flat.items() if not k.startswith(where)}

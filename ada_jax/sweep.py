@@ -280,9 +280,10 @@ def _look(point: Point, out: str) -> tuple[dict[str, Any], str]:
 
 def _changed_data(config: dict[str, Any], results: dict[str, Any]) -> str:
     """The split whose images are no longer those of the results; '' where it cannot be told."""
+    found = logbook.flat(results)
     known = {
-        "train_split": (results.get("training", {}).get("data"), bool(config.get("crop_scale"))),
-        "eval_split": (results.get("data", {}).get("fingerprint"), False),
+        "train_split": (found.get("training.data"), bool(config.get("crop_scale"))),
+        "eval_split": (found.get("data.fingerprint"), False),
     }
     if None in (digest for digest, _ in known.values()):  # Of an older version.
         return ""

@@ -780,11 +780,11 @@ def describe(parts: Parts, expect: dict[str, Any]) -> dict[str, Any]:
       expect: of `identity`.
 
     Returns:
-      'class_names', in the order of the logits; 'train_split'; 'training', digests of the 'data'
-      and, where there are such, of the set of 'deepaugment', the weights of 'corruption_nets' and
-      'init_weights'; and 'recipe', a digest of `expect` without the seed. Weights to start from
-      count by their own recipe, where their file has one: runs that differ in seed alone have one
-      recipe, although each starts from weights of its own seed.
+      'class_names', in the order of the logits; 'dataset'; 'train_split'; 'training', digests of
+      the 'data' and, where there are such, of the set of 'deepaugment', the weights of
+      'corruption_nets' and 'init_weights'; and 'recipe', a digest of `expect` without the seed.
+      Weights to start from count by their own recipe, where their file has one: runs that differ
+      in seed alone have one recipe, although each starts from weights of its own seed.
     """
     fields = {name: value for name, value in expect.items() if name != "config.seed"}
     if path := parts.config.init_weights:
@@ -799,6 +799,7 @@ def describe(parts: Parts, expect: dict[str, Any]) -> dict[str, Any]:
     }
     return {
         "class_names": list(parts.train_set.class_names),
+        "dataset": parts.config.dataset,
         "train_split": parts.config.train_split,
         "training": {name: fields[field] for name, field in names.items() if field in fields},
         "recipe": recipe,

@@ -4,6 +4,7 @@ import io
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +17,8 @@ from PIL import Image
 
 # The binaries that tests start would otherwise start a second time, for huge pages.
 os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+# A shell script's background commands ignore Ctrl-C, and so would what tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 _MAPS = pathlib.Path("/proc/self/maps")
 _MOST_MAPS = 20_000
 

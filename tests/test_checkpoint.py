@@ -235,6 +235,7 @@ def test_weights_of_another_program_are_read_where_they_fit(tmp_path, metadata, 
     tree, got_metadata = load_weights(path, like)
     assert tree["a"]["w"].dtype == np.float32 and tree["n"].dtype == np.int32
     assert np.all(tree["a"]["w"] == 1.5) and tree["n"] == 3 and got_metadata == {}
+    assert checkpoint.metadata(path) == {}
     with pytest.raises(UserError, match=r"1 of 2 .* python -m ada_jax\.import_weights"):
         load_weights(path, {"a": {"w": np.ones((3, 2))}, "n": 7})
 

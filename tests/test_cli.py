@@ -104,6 +104,17 @@ def test_the_first_signal_is_noted_and_only_a_second_ctrl_c_raises(number):
     assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
 
 
+def test_ctrl_c_stays_ignored_where_it_was():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # As of a script's background command.
+    try:
+        with cli.StopSignal() as stop:
+            signal.raise_signal(signal.SIGINT)
+            assert not stop.at(0)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 STARTS = r"""
 import errno, os, signal, sys
 from ada_jax import cli

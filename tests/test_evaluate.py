@@ -337,9 +337,18 @@ def test_cifar10_1_is_measured(tfds_asked, tmp_path):
     assert ("CIFAR-10.1 v6 error", "90.00% of 20 images") in evaluate.rows(results)
 
 
+@pytest.mark.parametrize("names", [{"c"}, {"cifar10_1"}])
+def test_sets_of_other_classes_are_refused_in_training_too(tfds_asked, names):
+    classes = [f"flower {i}" for i in range(10)]
+    clean = dataclasses.replace(ten_classes(20), class_names=tuple(classes))
+    with pytest.raises(UserError, match=r"the class\(es\) 'airplane', 'automobile'"):
+        sets_of(clean, *names, eval_c_dir="tfds")
+
+
 def always_zero(batch: dict) -> dict:
     real = (batch["mask"] > 0).astype(jnp.int32)
-    return {"examples": real.sum(), "wrong": (real * (batch["label"] != 0)).sum(), "loss": 0.0}
+    wrong = (real * (batch["label"] != 0)).sum()
+    return {"examples": real.sum(), "wrong": wrong, "not_finite": 0 * wrong, "loss": 0.0}
 
 
 @pytest.mark.parametrize("names", [{"c"}, {"cifar10_1"}])

@@ -370,7 +370,7 @@ def test_results_from_before_a_field_was_there_are_finished(stand_in):
 
 def test_results_of_images_that_have_changed_since_are_not_finished(stand_in, tmp_path):
     points, ready, _ = stand_in
-    path, arrays = tmp_path / "x.npz", {"images": np.zeros((40, 8, 8, 3), np.uint8)}
+    path, arrays = tmp_path / "x.npz", {"images": np.full((40, 8, 8, 3), 9, np.uint8)}
     fields = {"dataset": "npz", "data_dir": str(path), "train_split": "train", "eval_split": "test"}
     point = points[0]._replace(config=points[0].config | fields)
     file = ready / point.name / "results.json"

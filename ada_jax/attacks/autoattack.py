@@ -246,7 +246,7 @@ class _Runner:
 
         out = self._call(name, attack, batch, np.float32(epsilon))
         logits = self.logits(out["images"])
-        not_finite = ~np.isfinite(logits).all(-1)
+        not_finite = np.asarray(guards.not_finite(logits))
         wrong = (np.argmax(logits, -1) != batch["y"]) | not_finite
         broken = wrong & _within(out["images"], batch["x"], epsilon, self.norm)
         passes = [out[name].sum(dtype=np.int64) for name in ("forward", "backward")]
@@ -404,7 +404,7 @@ def _check_classifier(
 ) -> list[str]:
     """Refuses a classifier that cannot be attacked; returns warnings about one that may not."""
     classes, found = logits.shape[-1], []
-    guards.check_finite(int(np.sum(~np.isfinite(logits).all(-1))), len(x), "clean images")
+    guards.check_finite(int(guards.not_finite(logits).sum()), len(x), "clean images")
     if "apgd-dlr" in attacks and classes < 3:
         raise UserError(
             f"The DLR loss needs at least 3 classes and the classifier has {classes}: leave "
