@@ -38,7 +38,9 @@ def adversarial_augment(
 
     The batch may be split over several devices: by `jax.jit` along automatic or explicit mesh axes,
     or inside `jax.shard_map`, where `microbatch` counts a device's own examples. One key that is
-    the same on all devices is split over the whole batch, as on one device.
+    the same on all devices is split over the whole batch, as on one device. Give one key for each
+    example in `jax.pmap`, with `check_vma=False`, or where the batch's axes are not in the mesh's
+    order: the devices' places in the batch are not known there.
 
     Args:
       key: random key, or one per example [B].
@@ -54,7 +56,8 @@ def adversarial_augment(
       ssim_threshold: images with a lower SSIM to x are drawn back to about it; -1 switches it off,
         as it must be for images smaller than SSIM's window of 11x11 pixels.
       root_rule: 'in_range', 'interpolated' or 'paper', see `ada_jax.ssim.line_search`.
-      microbatch: examples attacked at a time, a divisor of B; bounds memory. The result does not
+      microbatch: n examples attacked at a time, a divisor of B; bounds memory. They are not
+        neighbours, but every B/n-th example. The result does not
         depend on it unless logits_fn mixes examples (batch-statistics batch norm).
 
     Returns:
@@ -68,9 +71,10 @@ def adversarial_augment(
         none can be raised: an image is NaN if it or its label was out of range.
     """
     x, y = guards.as_images(jnp.asarray(x)), jnp.asarray(y)
-    classes = guards.check_labels(y, x, logits_fn)
-    logits_fn = guards.float32_logits(logits_fn, x, gradients=steps != 0)
     _check(net, x, nu, steps, step_rule, step_scale, ssim_threshold, root_rule, microbatch)
+    classes = guards.check_labels(y, x, logits_fn, microbatch)
+    few = guards.first(x, microbatch)
+    logits_fn = guards.float32_logits(logits_fn, few, gradients=steps != 0)
     net = net._replace(theta=jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), net.theta))
     x, y = guards.poisoned(x, y, classes), y.astype(jnp.int32)
     # One key per example makes the draw independent of the batch around it and of `microbatch`.

@@ -62,7 +62,7 @@ def augment_and_mix(
 
     Source: Hendrycks et al. (2020), algorithm 1.
     """
-    x = jnp.asarray(guards.as_images(x))
+    x = guards.as_images(jnp.asarray(x))
     if x.shape[-1] != 3:
         raise UserError(f"Images of shape {list(x.shape)} must have three channels for AugMix.")
     check(severity, width, depth, alpha, ops)

@@ -1,7 +1,7 @@
 """The door of every attack: images that are images, functions without hidden gradients."""
 
+import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,8 +61,16 @@ def as_images(x: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
     return x
 
 
-def check_labels(y: jax.Array, x: jax.Array, logits_fn: Callable) -> int:
-    """Refuses what are no labels of images x for a classifier; values only where not traced.
+def check_labels(
+    y: jax.Array, x: jax.Array, logits_fn: Callable, microbatch: int | None = None
+) -> int:
+    """Checks labels of images x for a classifier; values only where not traced.
+
+    Args:
+      y: labels [B].
+      x: images [B,H,W,C].
+      logits_fn: the classifier.
+      microbatch: images that it is given at a time; None gives all.
 
     Returns:
       The classifier's number of classes.
@@ -76,7 +84,7 @@ def check_labels(y: jax.Array, x: jax.Array, logits_fn: Callable) -> int:
             f"Labels of shape {list(y.shape)} and {y.dtype} must be one integer for each of the "
             f"{len(x)} images."
         )
-    count = num_classes(logits_fn, x)
+    count = num_classes(logits_fn, first(x, microbatch))
     if count < 2:
         raise UserError("logits_fn returns logits of one class: it must have two classes or more.")
     if isinstance(y, jax.core.Tracer):
@@ -87,6 +95,11 @@ def check_labels(y: jax.Array, x: jax.Array, logits_fn: Callable) -> int:
             f"Labels from {y.min()} to {y.max()} do not fit the classifier's {count} logits."
         )
     return count
+
+
+def first(x: jax.Array, count: int | None) -> jax.Array | jax.ShapeDtypeStruct:
+    """The shape of the first images of x, to trace with; None gives x, whose sharding counts."""
+    return jax.ShapeDtypeStruct((min(count, len(x)), *x.shape[1:]), x.dtype) if count else x
 
 
 def num_classes(logits_fn: Callable, x: jax.Array) -> int:
@@ -166,28 +179,18 @@ def detached(f: Callable, *args: jax.Array) -> Callable:
     """f for arguments of these shapes, in which nothing that f closes over has a gradient.
 
     Without it a caller who differentiates a whole training step would differentiate the attack.
-    """
-    pure, constants = hoisted(f, *args)
-    constants = lax.stop_gradient(constants)
-    return lambda *args: pure(constants, *args)
-
-
-def hoisted(f: Callable, *args: Any) -> tuple[Callable, list[jax.Array]]:
-    """Traces f as it is now, and makes the arrays that it closes over an argument.
-
     Unlike `jax.closure_convert` it remembers nothing from one call to the next.
-
-    Args:
-      f: any callable of trees of arrays.
-      *args: trees of arrays, or of their shapes.
-
-    Returns:
-      A function `pure(constants, *args)` for arguments of these shapes, and the constants.
     """
-    jaxpr, shapes = jax.make_jaxpr(lambda *args: f(*args), return_shape=True)(*args)
+    closed, shapes = jax.make_jaxpr(lambda *args: f(*args), return_shape=True)(*args)
+    constants, tree = lax.stop_gradient(closed.consts), jax.tree.structure(shapes)
+    # Constants are arguments of this one: JAX's caches would keep them alive with it.
+    inner = closed.jaxpr
+    inputs = [*inner.constvars, *inner.invars]
+    unnamed = inner.debug_info._replace(arg_names=None)
+    jaxpr = inner.replace(constvars=[], invars=inputs, debug_info=unnamed)
 
     def pure(constants, *args):
-        out = jax.core.eval_jaxpr(jaxpr.jaxpr, constants, *jax.tree.leaves(args))
-        return jax.tree.unflatten(jax.tree.structure(shapes), out)
+        out = jax.core.eval_jaxpr(jaxpr, (), *constants, *jax.tree.leaves(args))
+        return jax.tree.unflatten(tree, out)
 
-    return pure, jaxpr.consts
+    return functools.partial(pure, constants)

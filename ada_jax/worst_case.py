@@ -66,6 +66,7 @@ def pixel_balls(
     Source: Calian et al. (2021), table 2.
     """
     x, y = first_examples(dataset, examples)
+    programs = {}
     for norm, radii in RADII.items():
         for name, epsilon in radii.items():
             if results.get("lp", {}).get(norm, {}).get(name, {}).get("examples") == len(x):
@@ -82,6 +83,7 @@ def pixel_balls(
                 state_dir=os.path.join(
                     state_dir, f"{norm}_{name.replace('/', '_')}_{len(x)}_seed{seed}"
                 ),
+                programs=programs,
             )
             results = _with_ball(results, norm, name, report)
             write(results)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-import sys
+import gc
 from typing import Any
 
 import jax
@@ -92,37 +92,50 @@ def test_any_callable_will_do(logits_fn):
 CONSTANTS = {"apgd-ce": {"steps": 3}, "square": {"queries": 3}}
 
 
-def audit(logits_fn: Any, epsilon: float = 1e-3) -> attacks.Report:
+def audit(logits_fn: Any, epsilon: float = 1e-3, **knobs: Any) -> attacks.Report:
     x, y = map(np.asarray, batch())
-    return attacks.autoattack(
-        jax.random.key(0), logits_fn, x, y, epsilon, attacks=tuple(CONSTANTS), constants=CONSTANTS
-    )
+    knobs = {"attacks": tuple(CONSTANTS), "constants": CONSTANTS} | knobs
+    return attacks.autoattack(jax.random.key(0), logits_fn, x, y, epsilon, **knobs)
 
 
-@pytest.fixture
-def compilations(monkeypatch: pytest.MonkeyPatch) -> list:
-    """What AutoAttack compiles, a list that grows."""
-    # The package's attribute of the module's name is the function.
-    module, found = sys.modules["ada_jax.attacks.autoattack"], []
-    compiled = module._compiled.__wrapped__
-    counted = functools.lru_cache(lambda program: found.append(program) or compiled(program))
-    monkeypatch.setattr(module, "_compiled", counted)
-    return found
-
-
-def test_autoattack_sees_what_has_changed_and_compiles_once(compilations):
+def test_autoattack_sees_what_has_changed_in_place():
     trainer = Trainer(FIRST)
     assert audit(trainer.logits).clean_accuracy == 1
-    assert len(compilations) == 3  # Two attacks and the classifier.
     trainer.weights = -FIRST
-    assert audit(trainer.logits, 2e-3).clean_accuracy == 0
+    assert audit(trainer.logits).clean_accuracy == 0
+    trainer.weights = jax.device_put(SECOND, jax.devices()[-1])
     expected = audit(Unhashable(SECOND))
-    trainer.weights = np.asarray(SECOND)
     np.testing.assert_array_equal(audit(trainer.logits).images, expected.images)
-    assert len(compilations) == 3
-    trainer.logits = lambda x: 2 * linear(SECOND, x)
-    audit(trainer.logits)
-    assert len(compilations) > 3
+    heads, trainer.head = [FIRST, -FIRST], 0
+    trainer.logits = lambda x: [linear(head, x) for head in heads][trainer.head]
+    assert audit(trainer.logits).clean_accuracy == 1
+    trainer.head = 1
+    assert audit(trainer.logits).clean_accuracy == 0
+
+
+def test_calls_that_share_programs_compile_once(monkeypatch):
+    mapped, programs, pmap = [], {}, jax.pmap
+    count = lambda f, *a, **k: pmap(lambda *args: mapped.append(f) or f(*args), *a, **k)  # noqa: E731
+    monkeypatch.setattr(jax, "pmap", count)
+    first = audit(Unhashable(FIRST), 1e-3, programs=programs)
+    compiled = len(mapped)
+    audit(Unhashable(FIRST), 2e-3, programs=programs)
+    again = audit(Unhashable(FIRST), 1e-3, programs=programs)
+    assert len(mapped) == compiled == 3  # Two attacks and the classifier.
+    np.testing.assert_array_equal(first.images, again.images)
+
+
+def test_no_call_keeps_the_weights_alive():
+    def live() -> int:
+        gc.collect()
+        return sum(a.shape == FIRST.shape for a in jax.live_arrays())
+
+    logits_fn = lambda: functools.partial(linear, FIRST + 1)  # noqa: E731
+    run("pgd", logits_fn())
+    before = live()
+    for _ in range(3):
+        run("pgd", logits_fn())
+    assert live() <= before
 
 
 def test_autoattack_sees_callbacks_that_have_changed():
@@ -134,12 +147,7 @@ def test_autoattack_sees_callbacks_that_have_changed():
         on_host = lambda x: (np.asarray(x).reshape(BATCH, -1) - 0.5) @ weights  # noqa: E731
         return lambda x: jax.pure_callback(on_host, shape, x)
 
-    x, y = map(np.asarray, batch())
-    only_square = {"attacks": ("square",), "constants": {"square": {"queries": 3}}}
-    found = [
-        attacks.autoattack(jax.random.key(0), of(w), x, y, 0.05, **only_square).clean_accuracy
-        for w in (FIRST, -FIRST)
-    ]
+    found = [audit(of(w), attacks=("square",)).clean_accuracy for w in (FIRST, -FIRST)]
     assert found == [1, 0]
 
 

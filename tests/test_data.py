@@ -1036,7 +1036,7 @@ def test_npz_in_other_shapes_and_types(tmp_path):
     for i, labels in enumerate((LABELS[:, None], LABELS.astype(float), LABELS[:, None] * 1.0)):
         path = save(tmp_path / f"{i}.npz", images=PIXELS[..., :1], labels=labels)
         got = data.load("npz", "all", data_dir=path)
-        assert data.fingerprint(got) == data.fingerprint(want)
+        assert got.fingerprint == want.fingerprint
 
 
 @pytest.mark.parametrize(("size", "held_out"), [(2, 1), (3, 1), (4, 1), (5, 1), (15, 1), (16, 2)])

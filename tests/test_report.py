@@ -453,7 +453,7 @@ def test_the_page_in_a_browser(drawn, tmp_path, width):
         (lambda r: r.pop("seed"), "lacks the field 'seed'"),
         (lambda r: r.update(config=[]), "config=[]"),
         (lambda r: r["clean"].update(error=140.0), "error=140.0 for clean"),
-        (lambda r: r["clean"].update(error=math.nan), "error=nan for clean"),
+        (lambda r: r["clean"].update(error=math.nan), "it has NaN, which is not JSON"),
         (lambda r: r["clean"].pop("error"), "error=None for clean"),
         (lambda r: r["corruptions"]["fog"][0].update(error=99.0), "error=99.0 for fog"),
         (lambda r: r["corruptions"]["fog"][0].update(severity=6), "the severities [6, 2, 3, 4, 5]"),

@@ -145,8 +145,8 @@ def test_figures_are_drawn(tmp_path):
     ],
 )
 def test_mistakes_are_told_in_a_sentence(words, said, tmp_path):
-    zeros = np.zeros((640, 33, 47, 3), np.uint8)
-    np.savez_compressed(tmp_path / "33x47.npz", images=zeros, labels=np.arange(640) % 2)
+    grey = np.full((640, 33, 47, 3), 9, np.uint8)
+    np.savez_compressed(tmp_path / "33x47.npz", images=grey, labels=np.arange(640) % 2)
     words = [word.replace("33x47", f"{tmp_path}/33x47") for word in words]
     command = [sys.executable, "-m", "ada_jax.study", *words, f"--out={tmp_path}/out"]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -119,7 +119,7 @@ def test_mistakes_are_said_before_anything_is_loaded(tmp_path, flag, said):
 
 
 def test_networks_that_do_not_take_the_images_are_said_before_anything_is_measured(tmp_path):
-    np.savez(tmp_path / "x.npz", images=np.zeros((9, 30, 30, 3), np.uint8), labels=np.arange(9))
+    np.savez(tmp_path / "x.npz", images=np.full((9, 30, 30, 3), 9, np.uint8), labels=np.arange(9))
     command = [sys.executable, "-m", "ada_jax.evaluate", "--config=experiments/quickstart.py"]
     command += ["--config.dataset=npz", f"--data_dir={tmp_path / 'x.npz'}", "--split=all"]
     command += ["--random", f"--out={tmp_path / 'r.json'}", "--sets=ada", "--ada_nets=cae"]

@@ -113,14 +113,13 @@ def autoattack(
     microbatch: int | None = None,
     constants: dict[str, dict[str, Any]] | None = None,
     state_dir: str | os.PathLike | None = None,
+    programs: dict[Any, Callable[..., Any]] | None = None,
 ) -> Report:
     """Runs attacks one after the other on all local devices, each on what is still robust.
 
-    Every call traces logits_fn anew, and so attacks it as it is now. An attack is compiled once for
-    all batches, and not again for other radii, nor for other values of the arrays that logits_fn
-    closes over. Values inside a function that is itself jitted, or has callbacks, are part of the
-    program: with others it is compiled again. An example's result depends on its own key, image and
-    label only.
+    Every call traces and compiles logits_fn anew, once for all batches, and so attacks it as it is
+    now. Calls that share `programs` compile once: for other radii or images, say. An example's
+    result depends on its own key, image and label only.
 
     Args:
       key: one random key.
@@ -138,6 +137,8 @@ def autoattack(
       constants: keyword arguments for attacks by name, such as {'square': {'queries': 1000}};
         AutoAttack's own are the defaults, and with others the report is called partial.
       state_dir: folder to keep finished batches in; the same call goes on with what is not there.
+      programs: a dict, empty at first, that keeps compiled programs from call to call, for a
+        logits_fn that has not changed in between, and neither have `constants`.
 
     Returns:
       The report. Of 'robust' only what was checked after the attack, inside the ball and the box
@@ -150,13 +151,13 @@ def autoattack(
     x, y, constants = guards.as_images(np.asarray(x)), np.asarray(y), constants or {}
     _check(key, logits_fn, x, y, epsilon, norm, attacks, batch_size, microbatch, constants)
     usual = 32 if jax.local_devices()[0].platform == "cpu" else 128
-    runner = _Runner(logits_fn, norm, min(batch_size, len(x)), microbatch or usual)
+    runner = _Runner(logits_fn, norm, min(batch_size, len(x)), microbatch or usual, programs)
     logits = runner.logits(x)
     warnings = _check_classifier(logits_fn, x, logits, attacks)
-    name, size = _name(attacks, constants), runner.batch_size
     if "apgd-t" in attacks and logits.shape[-1] < 4:
         margins, own = {"loss": "margin-targeted"}, constants.get("apgd-t", {})
         constants = constants | {"apgd-t": margins | own}
+    name, size = _name(attacks, constants), runner.batch_size
     state, logits = _open_state(
         state_dir, key, x, y, logits, epsilon, norm, attacks, constants, size
     )
@@ -198,12 +199,19 @@ def autoattack(
 class _Runner:
     """Runs the classifier and the attacks on batches of one size, split over all local devices."""
 
-    def __init__(self, logits_fn: LogitsFn, norm: str, batch_size: int, microbatch: int):
+    def __init__(
+        self,
+        logits_fn: LogitsFn,
+        norm: str,
+        batch_size: int,
+        microbatch: int,
+        programs: dict[Any, Callable[..., Any]] | None,
+    ):
         devices = jax.local_device_count()
         self.batch_size = -(-batch_size // devices) * devices
         self.logits_fn, self.norm = logits_fn, norm
         self.microbatch = min(microbatch, self.batch_size // devices)
-        self._programs: dict[str, Callable[..., Arrays]] = {}
+        self._programs = {} if programs is None else programs
 
     def logits(self, x: np.ndarray) -> np.ndarray:
         """Logits [N,K] of any number of images."""
@@ -270,36 +278,11 @@ class _Runner:
         source, mask = np.zeros(self.batch_size, int), np.zeros(self.batch_size, bool)
         source[place], mask[place] = number, True
         filled = shard({name: a[source] for name, a in batch.items()} | {"mask": mask})
-        if name not in self._programs:
-            self._programs[name] = _compile(function, filled, *args)
-        out = self._programs[name](filled, *args)
+        # `function` is a new one at each call, and would be compiled at each.
+        mapped = jax.pmap(function, AXIS, in_axes=(0, *[None] * len(args)))
+        program = self._programs.setdefault((name, self.norm, self.microbatch), mapped)
+        out = program(filled, *args)
         return {name: np.asarray(a).reshape(-1, *a.shape[2:])[place] for name, a in out.items()}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Program:
-    """A program, known by its text."""
-
-    digest: bytes
-    lowered: Any = dataclasses.field(compare=False)
-
-
-def _compile(function: Callable, batch: Arrays, *args: Any) -> Callable[..., Arrays]:
-    """The function, mapped over devices, for batches of this shape; equal programs are shared."""
-    example = {name: a[0] for name, a in batch.items()}
-    pure, constants = guards.hoisted(function, example, *args)
-    mapped = jax.pmap(pure, AXIS, in_axes=(None, 0, *[None] * len(args)))
-    lowered = mapped.lower(constants, batch, *args)
-    text = lowered.as_text()
-    # A program's text says that there is a callback, but not of which function.
-    compiled = _compiled.__wrapped__ if "callback" in text else _compiled
-    digest = hashlib.sha256(text.encode()).digest()
-    return functools.partial(compiled(_Program(digest, lowered)), constants)
-
-
-@functools.lru_cache(maxsize=16)
-def _compiled(program: _Program) -> Callable[..., Any]:
-    return program.lowered.compile()
 
 
 def _example_keys(key: jax.Array, attack: str, count: int) -> np.ndarray:
@@ -380,7 +363,9 @@ def _check(key, logits_fn, x, y, epsilon, norm, attacks, batch_size, microbatch,
     if np.size(_key_data(key)) != np.size(_key_data(jax.random.key(0))):
         raise UserError("There are several keys: give one, from which every image gets its own.")
     loops.check(epsilon, norm)
-    guards.check_labels(y, x, logits_fn)
+    guards.check_integers(1, batch_size=batch_size, microbatch=microbatch or 1)
+    few = min(microbatch or batch_size, len(x))
+    guards.check_labels(y, x, logits_fn, few)
     if isinstance(attacks, str):
         raise UserError(f"attacks={attacks!r} is one name: give several, as ({attacks!r},).")
     for name in (*attacks, *constants):
@@ -395,8 +380,7 @@ def _check(key, logits_fn, x, y, epsilon, norm, attacks, batch_size, microbatch,
             raise UserError(
                 f"constants[{name!r}] has {unknown[0]!r}: choose among {', '.join(sorted(known))}."
             )
-    guards.check_integers(1, batch_size=batch_size, microbatch=microbatch or 1)
-    guards.float32_logits(logits_fn, x[:1], gradients=set(attacks) != {"square"})
+    guards.float32_logits(logits_fn, x[:few], gradients=set(attacks) != {"square"})
 
 
 def _check_classifier(

@@ -119,26 +119,29 @@ def zeros(x: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
 
 
 def misclassified(logits: jax.Array, y: jax.Array) -> jax.Array:
-    """Whether the largest logit is another class's, or a logit is not finite, bool [B]."""
+    """Whether the largest logit is another class's, or no finite number, bool [B]."""
     return (jnp.argmax(logits, -1) != y) | guards.not_finite(logits)
 
 
 def margin(logits: jax.Array, y: jax.Array) -> jax.Array:
-    """`losses.margin` [B]; infinite where a logit is not finite, which counts as misclassified."""
+    """`losses.margin` [B]; infinite where no logit is the largest, which is misclassified."""
     return jnp.where(guards.not_finite(logits), jnp.inf, losses.margin(logits, y))
 
 
 def attack(function: Callable) -> Callable:
     """An attack whose images may be split over explicit mesh axes, and are checked first.
 
-    It raises UserError for images, labels or an epsilon out of range where they are not traced.
+    It raises UserError for a microbatch, and where they are not traced images, labels or an
+    epsilon, out of range.
     """
 
     @functools.wraps(function)
     def on_mesh(key, logits_fn, x, y, epsilon, **knobs):
         check(epsilon, knobs.get("norm", "linf"))
+        if (microbatch := knobs.get("microbatch")) is not None:
+            guards.check_integers(1, microbatch=microbatch)
         x, y = guards.as_images(jnp.asarray(x)), jnp.asarray(y)
-        guards.check_labels(y, x, logits_fn)
+        guards.check_labels(y, x, logits_fn, microbatch)
         y, knobs["epsilon"] = y.astype(jnp.int32), guards.float32(epsilon)
         arrays = {name: a for name, a in knobs.items() if isinstance(a, jax.Array)}
 
@@ -165,10 +168,8 @@ def prepare(
       the microbatch.
 
     Raises:
-      UserError: the microbatch is out of range, or the logits have no gradients.
+      UserError: gradients are needed, and the logits have none.
     """
-    if microbatch is not None:
-        guards.check_integers(1, microbatch=microbatch)
     microbatch = min(microbatch or len(x), len(x))
     everything = zeros(x, bool) | True
     mask = everything if mask is None else everything & mask
