@@ -36,6 +36,10 @@ def adversarial_augment(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Renders, for every image, the corruption within reach that the classifier takes worst.
 
+    The batch may be split over several devices: by `jax.jit` along automatic or explicit mesh axes,
+    or inside `jax.shard_map`, where `microbatch` counts a device's own examples. One key that is
+    the same on all devices is split over the whole batch, as on one device.
+
     Args:
       key: random key, or one per example [B].
       x: images [B,H,W,C] of any floating type, in [0,1]; everything is computed in float32.

@@ -42,6 +42,8 @@ def augment_and_mix(
 ) -> jax.Array:
     """Mixes every image with `width` chains of random operations on it.
 
+    The batch may be split over several devices, as for `ada_jax.adversarial_augment`.
+
     Args:
       key: random key, or one per example [B].
       x: images [B,H,W,3] of any floating type, in [0,1]; the chains work on them rounded to 8

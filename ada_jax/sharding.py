@@ -32,13 +32,18 @@ def on_mesh(function: Callable[..., Any], logits_fn: LogitsFn, x: jax.Array, *ar
     def explicit(images):
         spec = PartitionSpec(None if len(images) % devices else names)
         sharding = NamedSharding(mesh, spec)
-        return jax.sharding.explicit_axes(logits_fn, in_sharding=sharding)(images)
+        as_outside = jax.sharding.explicit_axes(
+            logits_fn, axes=mesh.explicit_axes, in_sharding=sharding
+        )
+        return as_outside(images)
 
     automatic = jax.sharding.auto_axes(
         functools.partial(function, explicit),
+        axes=mesh.explicit_axes,
         out_sharding=NamedSharding(mesh, PartitionSpec(names)),
     )
-    return automatic(x, *args)
+    # As one program, for outside of `jax.jit` some operations cannot tell the devices.
+    return jax.jit(automatic)(x, *args)
 
 
 def map_examples(f: Callable, args: Any, batch_size: int | None = None) -> Any:

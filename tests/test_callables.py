@@ -87,15 +87,6 @@ def test_any_callable_will_do(logits_fn):
     assert_equal(jax.jit(lambda: run("pgd", logits_fn))(), expected)
 
 
-def test_the_number_of_classes_may_change_in_place():
-    trainer = Trainer(FIRST[:, :2])
-    x, y = batch()
-    with pytest.raises(UserError, match="do not fit the classifier's 2 logits"):
-        attacks.pgd(jax.random.key(0), trainer.logits, x, y, 0.05, steps=1)
-    trainer.weights = FIRST
-    attacks.pgd(jax.random.key(0), trainer.logits, x, y, 0.05, steps=1)  # Outside of `jax.jit`.
-
-
 # ------------------------------------------------------------------------------- AutoAttack
 
 CONSTANTS = {"apgd-ce": {"steps": 3}, "square": {"queries": 3}}

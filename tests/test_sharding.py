@@ -5,6 +5,7 @@ Run as a program, `python test_sharding.py FILE.npz NAME ...`, it writes what fu
 
 import functools
 import pathlib
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -52,6 +53,10 @@ def augment(key, weights, x, y, **knobs):
     return ada_jax.adversarial_augment(key, x, y, logits_fn=logits_fn, net=net(), **knobs)
 
 
+def mix(key, weights, x, y, **knobs):
+    return augmix.augment_and_mix(key, x, **knobs)
+
+
 def attack(function, key, weights, x, y, epsilon=0.02, **knobs):
     return function(key, functools.partial(classify, weights), x, y, epsilon, **knobs)
 
@@ -59,7 +64,8 @@ def attack(function, key, weights, x, y, epsilon=0.02, **knobs):
 FUNCTIONS: dict[str, Callable] = {
     "augment": functools.partial(augment, steps=2, nu=0.2),
     "augment-microbatch": functools.partial(augment, steps=2, nu=0.2, microbatch=2),
-    "augmix": lambda key, weights, x, y: augmix.augment_and_mix(key, x),
+    "augmix": functools.partial(mix, ops=("autocontrast", "rotate"), width=2, depth=1),
+    "augmix-all": mix,
     "pgd": functools.partial(attack, attacks.pgd, steps=3, restarts=2),
     "multitargeted": functools.partial(attack, attacks.multitargeted, steps=3, restarts=2),
     "apgd": functools.partial(attack, attacks.apgd, steps=10, microbatch=2),
@@ -68,7 +74,7 @@ FUNCTIONS: dict[str, Callable] = {
     "square": functools.partial(attack, attacks.square, queries=10),
     "square-l2": functools.partial(attack, attacks.square, queries=10, norm="l2", epsilon=0.3),
 }
-SLOW = ("augment-microbatch", "apgd-t", "multitargeted", "fab", "square", "square-l2")
+QUICK = ("augment", "pgd")
 
 
 def on_one_device(function: Callable) -> Any:
@@ -98,8 +104,24 @@ WAYS: dict[str, Callable] = {
 }
 
 
+def readme(sharding: NamedSharding | None = None) -> np.ndarray:
+    """The last loss of the README's training loop."""
+    text = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+    (block,) = re.findall(r"```python\n(import functools\n.*?)```", text, re.DOTALL)
+    a = arrays()
+    batches = iter([jax.device_put((a["x"], a["y"]), sharding)] * 3)
+    names: dict[str, Any] = {"batches": batches}
+    exec(block, names)
+    return np.asarray(names["loss"])
+
+
 def compute(names: list[str]) -> Arrays:
     """All leaves of what the functions return, by function, way and number."""
+    if names == ["readme"]:
+        mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Explicit,))
+        one = readme()
+        with jax.set_mesh(mesh):
+            return {"one": one, "explicit": readme(NamedSharding(mesh, P("data")))}
     found = {}
     for name in names:
         for way, run in {"one": on_one_device, **WAYS}.items():
@@ -111,13 +133,19 @@ def compute(names: list[str]) -> Arrays:
 @functools.cache
 def computed(names: tuple[str, ...], folder: pathlib.Path) -> Arrays:
     """The same in a process with four devices."""
-    file = folder / "out.npz"
+    file = folder / f"{names[0]}.npz"
     subprocess.run([sys.executable, __file__, str(file), *names], check=True)
     with np.load(file, allow_pickle=False) as out:
         return dict(out)
 
 
-def check(name: str, way: str, found: Arrays) -> None:
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in FUNCTIONS]
+)
+def test_equal_to_one_device(name, way, tmp_path_factory):
+    names = QUICK if name in QUICK else tuple(n for n in FUNCTIONS if n not in QUICK)
+    found = computed(names, tmp_path_factory.getbasetemp())
     leaves = [key for key in found if key.startswith(f"{name}/one/")]
     assert leaves
     for leaf in leaves:
@@ -125,15 +153,10 @@ def check(name: str, way: str, found: Arrays) -> None:
         np.testing.assert_allclose(many, one, rtol=1e-4, atol=1e-5, err_msg=leaf)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in FUNCTIONS]
-)
-def test_equal_to_one_device(name, way, tmp_path_factory):
-    names = tuple(n for n in FUNCTIONS if (n in SLOW) == (name in SLOW))
-    folder = tmp_path_factory.getbasetemp() / ("slow" if name in SLOW else "quick")
-    folder.mkdir(exist_ok=True)
-    check(name, way, computed(names, folder))
+@pytest.mark.slow
+def test_the_readme_s_training_loop_on_a_mesh(tmp_path_factory):
+    found = computed(("readme",), tmp_path_factory.getbasetemp())
+    np.testing.assert_allclose(found["explicit"], found["one"], rtol=1e-4)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,9 @@ once, jit a function of the classifier's parameters:
     @jax.jit
     def attack(key, params, x, y):
         return attacks.pgd(key, functools.partial(apply, params), x, y, 8 / 255)
+
+All but `autoattack`, which takes whole arrays and splits them itself, take batches that are split
+over several devices, as `ada_jax.adversarial_augment` does.
 """
 
 from ada_jax.attacks.apgd import apgd

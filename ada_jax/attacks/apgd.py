@@ -59,6 +59,8 @@ def apgd(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Auto-PGD.
 
+    Every call outside `jax.jit` compiles: `ada_jax.attacks` says how to compile once.
+
     Args:
       key: random key, or one per example [B].
       logits_fn: the classifier in evaluation mode, [b,H,W,C] -> [b,K]; it must not mix examples.
@@ -88,9 +90,7 @@ def apgd(
       UserError: an argument is out of range, or there are too few classes for the loss.
     """
     guards.check_integers(1, steps=steps, restarts=restarts, targets=targets)
-    logits_fn, x, y, epsilon, mask, microbatch = loops.prepare(
-        logits_fn, x, y, epsilon, norm, mask, microbatch
-    )
+    logits_fn, mask, microbatch = loops.prepare(logits_fn, x, mask, microbatch)
     classes = guards.num_classes(logits_fn, x[:microbatch])
     runs = restarts * number_of_targets(loss, targets, classes)
     example_keys = keys.of_batch(key, x)

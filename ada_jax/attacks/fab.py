@@ -47,6 +47,8 @@ def fab(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """FAB-T: walks along the decision boundary, drawn towards the original image.
 
+    Every call outside `jax.jit` compiles: `ada_jax.attacks` says how to compile once.
+
     Args:
       key: random key, or one per example [B]; only restarts after the first draw anything.
       logits_fn: the classifier in evaluation mode, [b,H,W,C] -> [b,K]; it must not mix examples.
@@ -74,9 +76,7 @@ def fab(
       UserError: an argument is out of range.
     """
     guards.check_integers(1, steps=steps, restarts=restarts, targets=targets)
-    logits_fn, x, y, epsilon, mask, microbatch = loops.prepare(
-        logits_fn, x, y, epsilon, norm, mask, microbatch
-    )
+    logits_fn, mask, microbatch = loops.prepare(logits_fn, x, mask, microbatch)
     runs = restarts * min(targets, guards.num_classes(logits_fn, x[:microbatch]) - 1)
     example_keys = keys.of_batch(key, x)
     logits = loops.logits_of(logits_fn, x, mask, microbatch)

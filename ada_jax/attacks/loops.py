@@ -128,12 +128,21 @@ def margin(logits: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.where(guards.not_finite(logits), jnp.inf, losses.margin(logits, y))
 
 
-def attack(function: Callable) -> Callable:
-    """Lets an attack take images that are split over explicit mesh axes."""
+def attack(function: Callable, gradients: bool = True) -> Callable:
+    """An attack whose images may be split over explicit mesh axes, and are checked first.
+
+    Images, logits and epsilon become float32 and labels int32. It raises UserError for images,
+    labels or an epsilon out of range where they are not traced, and for logits without a gradient
+    where the attack needs gradients.
+    """
 
     @functools.wraps(function)
     def on_mesh(key, logits_fn, x, y, epsilon, **knobs):
-        knobs["epsilon"] = epsilon
+        check(epsilon, knobs.get("norm", "linf"))
+        x = jnp.asarray(guards.as_images(x))
+        guards.check_labels(y, x, logits_fn)
+        logits_fn = guards.float32_logits(logits_fn, x, gradients=gradients)
+        y, knobs["epsilon"] = jnp.asarray(y, jnp.int32), guards.float32(epsilon)
         arrays = {name: a for name, a in knobs.items() if isinstance(a, jax.Array)}
 
         def run(logits_fn, x, key, y, arrays):
@@ -145,38 +154,22 @@ def attack(function: Callable) -> Callable:
 
 
 def prepare(
-    logits_fn: LogitsFn,
-    x: jax.Array,
-    y: jax.Array,
-    epsilon: jax.Array | float,
-    norm: str,
-    mask: jax.Array | None,
-    microbatch: int | None,
-    *,
-    gradients: bool = True,
-) -> tuple[LogitsFn, jax.Array, jax.Array, jax.Array | np.float32, jax.Array, int]:
-    """Checks what every attack is given and fills in what was left out.
+    logits_fn: LogitsFn, x: jax.Array, mask: jax.Array | None, microbatch: int | None
+) -> tuple[LogitsFn, jax.Array, int]:
+    """Fills in what an attack was not given.
 
     Returns:
-      logits_fn with float32 logits and without gradients to what it closes over, images and radius
-      in float32, labels in int32, the mask [B] and the microbatch.
+      logits_fn without gradients to what it closes over, the mask [B] and the microbatch.
 
     Raises:
-      UserError: an argument is out of range; images, labels and epsilon only where they are not
-        traced.
+      UserError: the microbatch is out of range.
     """
-    check(epsilon, norm)
-    x = jnp.asarray(guards.as_images(x))
-    guards.check_labels(y, x, logits_fn)
-    logits_fn = guards.float32_logits(logits_fn, x, gradients=gradients)
     if microbatch is not None:
         guards.check_integers(1, microbatch=microbatch)
     microbatch = min(microbatch or len(x), len(x))
     everything = zeros(x, bool) | True
     mask = everything if mask is None else everything & mask
-    logits_fn = guards.detached(logits_fn, x[:microbatch])
-    y = jnp.asarray(y, jnp.int32)
-    return logits_fn, x, y, guards.float32(epsilon), mask, microbatch
+    return guards.detached(logits_fn, x[:microbatch]), mask, microbatch
 
 
 def check(epsilon: jax.Array | float, norm: str) -> None:
