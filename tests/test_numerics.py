@@ -13,6 +13,7 @@ from ada_jax import (
     attacks,
     augmix,
     evaluate,
+    figures,
     logbook,
     worst_case,
 )
@@ -185,6 +186,15 @@ def test_small_images_have_an_error_under_ada(monkeypatch):
     dataset = evaluate.data.from_arrays(np.uint8(255 * X), Y, class_names=["a", "b", "c"])
     (cell,) = under_ada(linear, dataset)["under_ada"]
     assert cell["error"] < 100 and "ssim" not in cell
+
+
+def test_small_images_are_drawn_without_an_ssim(tmp_path):
+    one = {"label": Y[:2], "clean_verdict": Y[:2], "augmented_verdict": Y[:2]}
+    figures.adversarial_rows(
+        tmp_path / "a.png", clean=X[:2], augmented=X[:2], similarity=None,
+        class_names=["a", "b", "c"], **one,
+    )  # fmt: skip
+    assert (tmp_path / "a.png").stat().st_size
 
 
 def under_ada(logits_fn, dataset):

@@ -128,11 +128,12 @@ def margin(logits: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.where(guards.not_finite(logits), jnp.inf, losses.margin(logits, y))
 
 
-def attack(function: Callable) -> Callable:
+def attack(function: Callable, gradients: bool = True) -> Callable:
     """An attack whose images may be split over explicit mesh axes, and are checked first.
 
-    It raises UserError for a microbatch, and where they are not traced images, labels or an
-    epsilon, out of range.
+    Images, logits and epsilon become float32 and labels int32. It raises UserError for a
+    microbatch out of range, for images, labels or an epsilon out of range where they are not
+    traced, and for logits without a gradient where the attack needs gradients.
     """
 
     @functools.wraps(function)
@@ -142,6 +143,8 @@ def attack(function: Callable) -> Callable:
             guards.check_integers(1, microbatch=microbatch)
         x, y = guards.as_images(jnp.asarray(x)), jnp.asarray(y)
         guards.check_labels(y, x, logits_fn, microbatch)
+        few = guards.first(x, microbatch)
+        logits_fn = guards.float32_logits(logits_fn, few, gradients=gradients)
         y, knobs["epsilon"] = y.astype(jnp.int32), guards.float32(epsilon)
         arrays = {name: a for name, a in knobs.items() if isinstance(a, jax.Array)}
 
@@ -154,26 +157,16 @@ def attack(function: Callable) -> Callable:
 
 
 def prepare(
-    logits_fn: LogitsFn,
-    x: jax.Array,
-    mask: jax.Array | None,
-    microbatch: int | None,
-    *,
-    gradients: bool = True,
+    logits_fn: LogitsFn, x: jax.Array, mask: jax.Array | None, microbatch: int | None
 ) -> tuple[LogitsFn, jax.Array, int]:
     """Fills in what an attack was not given.
 
     Returns:
-      logits_fn with float32 logits and without gradients to what it closes over, the mask [B] and
-      the microbatch.
-
-    Raises:
-      UserError: gradients are needed, and the logits have none.
+      logits_fn without gradients to what it closes over, the mask [B] and the microbatch.
     """
     microbatch = min(microbatch or len(x), len(x))
     everything = zeros(x, bool) | True
     mask = everything if mask is None else everything & mask
-    logits_fn = guards.float32_logits(logits_fn, x[:microbatch], gradients=gradients)
     return guards.detached(logits_fn, x[:microbatch]), mask, microbatch
 
 

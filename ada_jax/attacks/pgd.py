@@ -103,9 +103,9 @@ def pgd(
         norm=norm,
         loss_fn=lambda logits, examples: loss_fns[loss](logits, examples["y"]),
         rule=rule,
-        moments=0,
+        memory=(),
         steps=steps,
-        targeted=False,
+        targets=1,
         restarts=restarts,
         stop_when_broken=stop_when_broken,
         mask=mask,
@@ -178,9 +178,9 @@ def multitargeted(
         norm=norm,
         loss_fn=lambda z, e: pick(z, e["target"]) - pick(z, e["y"]),
         rule=rule,
-        moments=2,
+        memory=(jnp.zeros_like(x), jnp.zeros_like(x)),
         steps=steps,
-        targeted=True,
+        targets=guards.num_classes(logits_fn, x[:microbatch]) - 1,
         restarts=restarts,
         stop_when_broken=stop_when_broken,
         mask=mask,
@@ -198,9 +198,9 @@ def _attack(
     norm: str,
     loss_fn: LossFn,
     rule: Rule,
-    moments: int,
+    memory: Memory,
     steps: int,
-    targeted: bool,
+    targets: int,
     restarts: int,
     stop_when_broken: bool,
     mask: jax.Array | None,
@@ -211,7 +211,6 @@ def _attack(
     Restarts run side by side: the few examples that are left still fill a microbatch.
     """
     logits_fn, mask, microbatch = loops.prepare(logits_fn, x, mask, microbatch)
-    targets = guards.num_classes(logits_fn, x[:microbatch]) - 1 if targeted else 1
     example_keys = keys.of_batch(key, x)
     side_by_side = lambda a: jnp.repeat(a, restarts, 0)  # noqa: E731
     together = lambda a: a.reshape(len(x), restarts, *a.shape[1:])  # noqa: E731
@@ -246,8 +245,7 @@ def _attack(
         examples = jax.tree.map(side_by_side, examples)
         start = geometry.in_ball(run_keys, examples["x"], epsilon, norm)
         attacked, none = side_by_side(state.active), side_by_side(no_passes)
-        memory = (jnp.zeros_like(start),) * moments
-        run = _Run(attacked, start, memory, none > 0, none, none)
+        run = _Run(attacked, start, jax.tree.map(side_by_side, memory), none > 0, none, none)
         run = loops.iterate(step, examples, run, steps, microbatch, stop_siblings)
         logits = loops.logits_of(logits_fn, run.x, attacked, microbatch)
         run = run._replace(forward=run.forward + attacked)

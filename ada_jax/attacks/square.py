@@ -4,6 +4,7 @@ Source: Andriushchenko et al., "Square Attack: a query-efficient black-box adver
 random search" (2020), with the details of AutoAttack's.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ class _State(NamedTuple):
     passes: jax.Array
 
 
-@loops.attack
+@functools.partial(loops.attack, gradients=False)
 def square(
     key: jax.Array,
     logits_fn: LogitsFn,
@@ -73,7 +74,7 @@ def square(
       UserError: an argument is out of range.
     """
     guards.check_integers(1, queries=queries, restarts=restarts)
-    logits_fn, mask, microbatch = loops.prepare(logits_fn, x, mask, microbatch, gradients=False)
+    logits_fn, mask, microbatch = loops.prepare(logits_fn, x, mask, microbatch)
     example_keys = keys.of_batch(key, x)
     schedule = sides(queries, x.shape[1:3], norm=norm, p_init=p_init, rescale=rescale_schedule)
     tiles = _tile_table(np.unique(schedule)) if norm == "l2" else None
