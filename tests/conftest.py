@@ -6,6 +6,7 @@ import pathlib
 import shutil
 import signal
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -17,6 +18,14 @@ from PIL import Image
 
 # The binaries that tests start would otherwise start a second time, for huge pages.
 os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+# What tests and the programs that they start compile is compiled once. A folder that is set here
+# from outside lasts longer.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _PROGRAMS = tempfile.TemporaryDirectory(prefix="ada_jax-tests-", ignore_cleanup_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _PROGRAMS.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+    jax.config.update("jax_compilation_cache_dir", _PROGRAMS.name)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 # A shell script's background commands ignore Ctrl-C, and so would what tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 _MAPS = pathlib.Path("/proc/self/maps")

@@ -33,6 +33,7 @@ def wait_until(process: subprocess.Popen, happened: Callable[[], bool]) -> None:
     raise AssertionError("nothing happened in two minutes")
 
 
+@pytest.mark.slow
 @asked_for
 @pytest.mark.parametrize("given", ["", "glibc.malloc.arena_max=8"])
 def test_a_binary_starts_anew_with_huge_pages_and_the_same_flags(given, tmp_path):

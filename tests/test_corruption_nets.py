@@ -321,6 +321,7 @@ def test_bits_have_the_latent_as_their_mean_and_pass_gradients_straight_through(
     np.testing.assert_allclose(gradient(latent), 3)
 
 
+@pytest.mark.slow
 def test_the_cae_per_example_equals_one_at_a_time(cae_theta):
     x, keys = images(2, 12, 16, 3), jax.random.split(jax.random.key(3), 2)
     thetas = jax.tree.map(lambda a: jnp.stack([a, 0.5 * a]), cae_theta)

@@ -35,6 +35,7 @@ def whole(opened, copy=0):
     return np.stack([opened.copies["edsr_small"][copy][i] for i in range(len(DATASET))])
 
 
+@pytest.mark.slow
 def test_the_set_does_not_depend_on_the_batch_around_an_image():
     every = rendered()
     assert every.dtype == np.uint8 and every.shape == IMAGES.shape
@@ -177,6 +178,7 @@ def test_mistakes_name_the_field(field, value):
         deepaugment.validate(config(**{field: value}))
 
 
+@pytest.mark.slow
 def test_the_binary_draws_a_contact_sheet(tmp_path):
     flags = [
         f"--{flag}"

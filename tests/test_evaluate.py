@@ -110,6 +110,7 @@ print(json.dumps([t.counts(sets, batch_size) for batch_size in (100, 128)]))
 """
 
 
+@pytest.mark.slow
 def test_one_device_and_four_and_any_batch_size_count_the_same():
     found = []
     for devices in (1, 4):

@@ -73,6 +73,7 @@ def test_the_experiment_is_valid_for_every_preset(preset):
     pretrain.validate(config)
 
 
+@pytest.mark.slow
 def test_updates_lower_the_loss():
     config = get_config("tiny_x2", learning_rate=0.01)
     parts = pretrain.build(config)
@@ -91,6 +92,7 @@ def test_updates_lower_the_loss():
     assert seen[0]["loss"] == pytest.approx(parts_of_loss, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_stopped_and_resumed_equals_one_uninterrupted(tmp_path, monkeypatch):
     config = get_config("tiny_x2", checkpoint_steps=2)
     pretrain.main(config, str(tmp_path / "whole"))
@@ -124,6 +126,7 @@ def test_a_run_stopped_and_resumed_equals_one_uninterrupted(tmp_path, monkeypatc
         pretrain.main(get_config("tiny_x2", noise=0.5), str(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_float16_weights_load_as_float32(tmp_path, capsys):
     config = get_config(train_steps=2, store_dtype="float16")
     pretrain.main(config, str(tmp_path))
@@ -249,6 +252,7 @@ def test_patches_larger_than_the_images_are_refused(tmp_path):
         pretrain.build(get_config(**fields))
 
 
+@pytest.mark.slow
 def test_the_cae_learns_from_its_bits_and_is_measured():
     config = get_config("cae", learning_rate=1e-3, train_steps=2)
     parts = pretrain.build(config)

@@ -33,6 +33,7 @@ def test_every_example_counts_once_and_keeps_its_key_whatever_the_batch():
     assert len(set(np.round(whole - x, 5))) == 7
 
 
+@pytest.mark.slow
 def test_without_a_radius_the_network_itself_is_measured_and_larger_radii_reach_further(
     net, images
 ):
@@ -47,6 +48,7 @@ def test_without_a_radius_the_network_itself_is_measured_and_larger_radii_reach_
     assert study.ssim_table({"a": results}).count("\n") == 2
 
 
+@pytest.mark.slow
 def test_an_attack_reaches_further_than_chance(net, images):
     x = jnp.float32(images) / 255
     keys, y = jax.random.split(jax.random.key(0), len(x)), jnp.zeros(len(x), int)
@@ -55,6 +57,7 @@ def test_an_attack_reaches_further_than_chance(net, images):
     assert attacked.mean() < study.random_ssim(net, keys, x, 0.1).mean() - 0.01
 
 
+@pytest.mark.slow
 def test_reconstruction_comes_nearer_to_the_corruption_with_every_step(net, images):
     x = jnp.float32(images) / 255
     target = jnp.clip(x + 0.2, 0, 1)
@@ -69,6 +72,7 @@ def test_reconstruction_comes_nearer_to_the_corruption_with_every_step(net, imag
     assert none < few < many
 
 
+@pytest.mark.slow
 def test_reconstruction_of_an_example_does_not_depend_on_its_neighbours(net, images):
     x, keys = jnp.float32(images) / 255, jax.random.split(jax.random.key(0), len(images))
     f = jax.jit(lambda key, x: study.reconstruct(net, key, x, 1 - x, steps=3))
@@ -83,6 +87,7 @@ def test_severities_are_mixed_and_each_image_has_its_own():
     assert (out != study.corrupted("brightness", images, seed=1)).any()
 
 
+@pytest.mark.slow
 def test_reconstruction_resumes_after_each_corruption(net, images):
     settings = {
         "corruptions": ["brightness", "contrast"],

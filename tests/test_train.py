@@ -360,6 +360,7 @@ def steps_of(parts: train.Parts, steps: int) -> tuple[train.TrainState, list[dic
     return train.unreplicate(state), found
 
 
+@pytest.mark.slow
 def test_the_update_step_compiles_once():
     compiled = []
 
@@ -401,6 +402,7 @@ def test_bfloat16_and_remat_train_as_float32_does():
     assert {a.dtype.name for a in jax.tree.leaves(state)} == {"float32", "int32"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_adversarial_training_raises_the_loss(norm):
     plain = tiny(method="nominal")
@@ -409,6 +411,7 @@ def test_adversarial_training_raises_the_loss(norm):
     assert losses[1] > losses[0] + 0.1
 
 
+@pytest.mark.slow
 def test_metrics_of_a_step_are_complete_and_sane():
     _, metrics = first_steps(tiny(), steps=1)
     assert metrics["ada_loss_end"] > metrics["ada_loss_start"]
@@ -417,6 +420,7 @@ def test_metrics_of_a_step_are_complete_and_sane():
     assert 0 < metrics["ada_on_surface"] <= 1
 
 
+@pytest.mark.slow
 def test_every_batch_draws_one_of_the_networks():
     """One renders what it sees, the other black."""
     nets = {"corruption_net": ("edsr_small",) * 2, "corruption_weights": ("", "")}
@@ -432,6 +436,7 @@ def test_every_batch_draws_one_of_the_networks():
     assert any(seen) and not all(seen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jsd_weight", [0.0, 12.0])
 def test_augmix_changes_the_step_and_its_consistency_loss_the_gradient(jsd_weight):
     _, plain = first_steps(tiny(method="nominal"), steps=1)
@@ -476,6 +481,7 @@ def test_every_row_runs_two_steps(row, rendered_digits, compilation_cache):
     assert config.deepaugment.copies == (10 if "10x" in row else int("deepaugment" in row))
 
 
+@pytest.mark.slow
 def test_deepaugment_changes_the_images_and_the_run_s_identity(rendered_digits):
     plain = tiny(method="nominal")
     with_set = tiny(
@@ -494,6 +500,7 @@ def test_deepaugment_changes_the_images_and_the_run_s_identity(rendered_digits):
     assert set(identities[1]) - set(identities[0]) == added | {"config.deepaugment.set"}
 
 
+@pytest.mark.slow
 def test_training_starts_from_trained_weights(tmp_path):
     first = tiny(method="nominal", epochs=0.5)
     assert train.main(first, str(tmp_path / "first")) is None
@@ -526,6 +533,7 @@ def test_training_starts_from_trained_weights(tmp_path):
         train.with_weights(state, parts, str(tmp_path / "first"))
 
 
+@pytest.mark.slow
 def test_weights_of_other_classes_are_no_start(tmp_path):
     parts = train.build(tiny(method="nominal"))
     parts = parts._replace(
@@ -574,6 +582,7 @@ def test_runs_that_differ_in_seed_alone_have_one_recipe(tmp_path):
     assert tuned[2]["recipe"] != tuned[0]["recipe"]
 
 
+@pytest.mark.slow
 def test_a_run_of_an_older_version_goes_on_and_gets_the_fingerprint_of_now(tmp_path, monkeypatch):
     config = tiny(method="nominal", epochs=0.25)
     with monkeypatch.context() as older:
@@ -612,6 +621,7 @@ def test_a_run_does_not_go_on_with_other_labels_where_256_examples_agree(tmp_pat
         train.main(config, str(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_results_of_one_run_with_other_bookkeeping(tmp_path):
     """A repeated command is of its own config, keeps what was measured, and adds up the time."""
     config, file = tiny(method="nominal", epochs=0.5), tmp_path / "results.json"
@@ -659,6 +669,7 @@ def test_a_microbatch_is_part_of_a_run_where_it_has_its_own_statistics():
         assert ("config.ada.microbatch" in known) == part
 
 
+@pytest.mark.slow
 def test_each_second_example_is_attacked_and_the_others_stay_as_they_are():
     config = tiny(**{"ada.batch_norm": "running", "ada.steps": 1})
     parts = train.build(config)
@@ -765,6 +776,7 @@ def uninterrupted(tmp_path_factory):
     return folder, flags, done
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_it_promises(uninterrupted):
     folder, _, done = uninterrupted
     files = {p.name for p in (folder / "whole").iterdir()}

@@ -70,6 +70,7 @@ def test_table_2_has_the_accuracies_beside_the_paper_s():
     assert not report.table_2([], []).groups
 
 
+@pytest.mark.slow
 def test_errors_under_ada_are_the_worst_of_the_restarts_and_kept():
     written, fn = [], logits_fn()
     settings = {"nets": ["edsr_small"], "steps": 1, "examples": 10, "seed": 0, "batch_size": 8}

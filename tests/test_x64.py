@@ -162,6 +162,7 @@ CASES: dict[str, Callable] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(CASES))
 def test_x64_changes_nothing(name):
     expected = CASES[name](X, Y, float)
