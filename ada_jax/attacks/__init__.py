@@ -1,9 +1,9 @@
 """Adversarial attacks in l-infinity and l2 balls, and AutoAttack.
 
 Every call traces `logits_fn` anew: it may be any callable, and is attacked as it is at the call. A
-function that is itself jitted may keep what it closed over when it was traced. `autoattack` shares
-compiled programs between calls; the others are compiled in each call outside `jax.jit`. To compile
-once, jit a function of the classifier's parameters:
+function that is itself jitted may keep what it closed over when it was traced. Outside `jax.jit`
+each call compiles, too. `autoattack` takes `programs` to compile once for several calls; for the
+others jit a function of the classifier's parameters:
 
     @jax.jit
     def attack(key, params, x, y):
