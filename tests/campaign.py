@@ -6,8 +6,8 @@
 Prints one line of counts for each part, then every failure with the command that repeats it. The
 exit status is 1 if there was any.
 
-- kills: tiny runs of `train` and `evaluate` are killed by SIGKILL or SIGTERM, at a uniformly random
-  moment, while a checkpoint is written or while the evaluation runs, and started again, until they
+- kills: tiny runs of `train` and `evaluate` are killed by SIGKILL, SIGTERM or Ctrl-C, at a uniformly
+  random moment, while a checkpoint is written or while the evaluation runs, and started again, until they
   end. The end must be bitwise that of the run that was not killed.
 - malformed: one file is truncated, has a bit flipped, or (JSON) a value replaced. The command must
   end with status 2, one sentence as its last line, and every file as it was; or with status 0 and
@@ -332,7 +332,7 @@ def kill(number: int) -> Outcome:
             # A run whose evaluation has begun saves no more.
             aim = draw.choice(aims[:2] if len(counts) < wanted else aims)
             aim = "evaluation" if kind == "evaluate" else aim
-            sent = draw.choice([signal.SIGKILL, signal.SIGTERM])
+            sent = draw.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
             command = start(folder, arguments)
             status = _ended_before(command, folder, kind, aim, draw)
             if status is None:
@@ -342,7 +342,7 @@ def kill(number: int) -> Outcome:
             if status is None:
                 os.kill(command.pid, signal.SIGKILL)
                 return Outcome(case, kind, f"did not end within {SECONDS} s of {sent.name}")
-            if status not in (0, 143, -sent) or "Traceback (most" in said(folder):
+            if status not in (0, 128 + sent, -sent) or "Traceback (most" in said(folder):
                 fault = complaint(folder, status) or f"status {status}"
                 return Outcome(case, kind, f"after {' '.join(counts)}: {fault}", tuple(counts))
         status = run(folder, arguments)
