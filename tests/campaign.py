@@ -6,9 +6,9 @@
 Prints one line of counts for each part, then every failure with the command that repeats it. The
 exit status is 1 if there was any.
 
-- kills: tiny runs of `train` and `evaluate` are killed by SIGKILL, SIGTERM or Ctrl-C, at a uniformly
-  random moment, while a checkpoint is written or while the evaluation runs, and started again, until they
-  end. The end must be bitwise that of the run that was not killed.
+- kills: tiny runs of `train` and `evaluate` are killed by SIGKILL, SIGTERM or Ctrl-C, at a
+  uniformly random moment, while a checkpoint is written or while the evaluation runs, and started
+  again, until they end. The end must be bitwise that of the run that was not killed.
 - malformed: one file is truncated, has a bit flipped, or (JSON) a value replaced. The command must
   end with status 2, one sentence as its last line, and every file as it was; or with status 0 and
   the end that the undamaged file gives. Formats without a checksum may also give another end.
