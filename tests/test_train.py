@@ -731,7 +731,9 @@ def test_one_device_and_four_train_alike(tmp_path):
             [sys.executable, "-c", _DEVICES, str(devices), str(files[-1])], cwd=ROOT, check=True
         )
     one, four = (checkpoint.load_weights(path)[0] for path in files)
-    chex.assert_trees_all_close(one, four, atol=1e-5)
+    # Rounding, of which AdA's sign steps make more: 1.3e-5 with JAX 0.10.1 on AVX-512. With
+    # statistics of one device alone it would be 6e-4.
+    chex.assert_trees_all_close(one, four, atol=5e-5)
 
 
 def test_evaluation_counts_every_example_once():
