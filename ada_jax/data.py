@@ -28,7 +28,7 @@ from absl import logging
 from jax import lax
 from PIL import Image
 
-from ada_jax import keys, paths, photographs
+from ada_jax import keys, npy_files, paths, photographs
 from ada_jax.errors import UserError, require_extra
 
 NAMES = ("mnist5k", "cifar10", "imagenet2012", "folder", "npz")
@@ -816,7 +816,7 @@ def _load_npz(split: str, data_dir: Any) -> Dataset:
         raise
     except FileNotFoundError as error:
         raise UserError(f"config.data_dir = {str(path)!r} does not exist: {advice}") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (*npy_files.DAMAGED, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(
             f"config.data_dir = {str(path)!r} cannot be read as an .npz file without pickled "
             f"objects ({_first_line(error)}): {advice}"

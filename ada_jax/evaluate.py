@@ -43,6 +43,7 @@ from ada_jax import (
     locks,
     logbook,
     losses,
+    npy_files,
     paths,
     photographs,
     worst_case,
@@ -492,7 +493,7 @@ def _load_array(path: pathlib.Path) -> np.ndarray:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         fix = "is missing: complete the folder"
-    except (OSError, ValueError, EOFError) as error:
+    except npy_files.DAMAGED as error:
         fix = f"is not a whole array ({' '.join(str(error).split())}): copy it again"
     raise UserError(
         f"{path.name} in config.eval_c_dir (--c_dir) = {str(path.parent)!r} {fix}, or set '' to "

@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import shutil
+import tokenize
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -19,6 +20,9 @@ import tqdm
 
 from ada_jax import paths
 from ada_jax.errors import UserError
+
+# What numpy.load raises for a damaged file, whose header it reads as Python.
+DAMAGED = (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError)
 
 
 def check_folder(out: pathlib.Path) -> None:
@@ -72,7 +76,7 @@ def is_whole(path: pathlib.Path, shape: tuple[int, ...]) -> bool:
         found = f"[{', '.join(map(str, array.shape))}] {array.dtype}"
         if array.shape == shape and (array.dtype == np.uint8 or path.stem == "labels"):
             return True
-    except (OSError, ValueError, EOFError) as error:
+    except DAMAGED as error:
         found = f"not a whole array ({error})"
     raise UserError(
         f"{path} is {found} and should be [{', '.join(map(str, shape))}] uint8: move it "

@@ -333,7 +333,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
     require(0 <= config.bn_decay < 1, "bn_decay", "must be in [0, 1)")
     for field in ("weight_decay", "warmup_epochs", "epochs", "train_steps"):
         require(0 <= config[field] < math.inf, field, "must be finite and 0 or more")
-    require(config.pad >= 0, "pad", "must be 0 or more pixels")
+    require(0 <= config.pad <= config.image_size, "pad", "must be pixels, from 0 to image_size")
+    require(config.image_size <= 4096, "image_size", "must be at most 4096 pixels")
+    require(config.cpu_devices <= 1024, "cpu_devices", "must be at most 1024")
     at_least_1 = "batch_size", "log_steps", "keep_checkpoints", "image_size"
     for field in (*at_least_1, "corruption_eval_examples"):
         require(config[field] >= 1, field, "must be 1 or more")
@@ -395,6 +397,11 @@ def validate_corruption_nets(config: ml_collections.ConfigDict) -> None:
                 f"config.ada.{field}={tuple(config[field])} has {len(config[field])} values for "
                 f"the {len(nets)} networks of config.ada.corruption_net={nets}: give one for each."
             )
+    if not all(isinstance(path, str) for path in config.corruption_weights):
+        raise UserError(
+            f"config.ada.corruption_weights={tuple(config.corruption_weights)} must be paths, or "
+            "'' for the weights that ship."
+        )
     if not all(isinstance(n, int) and n >= 1 for n in config.corruption_enlarge):
         raise UserError(
             f"config.ada.corruption_enlarge={tuple(config.corruption_enlarge)} must be whole "

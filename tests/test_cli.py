@@ -1,7 +1,9 @@
 """What binaries share: the second start for huge pages (the rest is tested with the binaries)."""
 
+import gc
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -103,6 +105,42 @@ def test_the_first_signal_is_noted_and_only_a_second_ctrl_c_raises(number):
             signal.raise_signal(signal.SIGINT)
         assert stop.status == 128 + number
     assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+
+
+def test_ctrl_c_in_a_garbage_collection_is_not_lost(monkeypatch):
+    """Python prints what a callback of the collector raises, and goes on."""
+    monkeypatch.setattr(sys, "unraisablehook", cli._print_ignored)
+
+    def callback(phase, _):
+        if phase == "start":
+            raise KeyboardInterrupt
+
+    gc.callbacks.append(callback)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            gc.collect()
+            gc.callbacks.remove(callback)
+            time.sleep(60)
+    finally:
+        if callback in gc.callbacks:
+            gc.callbacks.remove(callback)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (float("inf"), "config.a.b=inf must be finite"),
+        ((1.0, float("nan")), "must be finite"),
+        (10**30, "too large: take less than 2**31"),
+        ((1, "a"), "mixes numbers and words"),
+    ],
+)
+def test_values_that_no_field_takes_are_named(value, said):
+    cli.check_values(
+        ml_collections.ConfigDict({"seed": 2**32 - 1, "a": {"b": 1.5, "c": ("x", ""), "d": True}})
+    )
+    with pytest.raises(UserError, match=re.escape(said)):
+        cli.check_values(ml_collections.ConfigDict({"a": {"b": value}}))
 
 
 def test_ctrl_c_stays_ignored_where_it_was():

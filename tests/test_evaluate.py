@@ -263,6 +263,7 @@ def pickled(folder: pathlib.Path) -> None:
         (lambda f: spoil(f, "spatter.npy", np.float32), "float32 and should be .* uint8"),
         (lambda f: spoil(f, "labels.npy", lambda a: a[:-24]), r"is \[96\] uint8 and should be"),
         (lambda f: spoil(f, "labels.npy", lambda a: a / 2), "integers"),
+        (lambda f: cut_header(f / "labels.npy"), "is not a whole array"),
         (lambda f: spoil(f, "labels.npy", np.sort), "does not have the labels"),
         (lambda f: spoil(f, "labels.npy", lambda a: 3 - a), "does not have the labels"),
         (lambda f: (f / "spatter.npy").write_bytes(b"\x93NUMPY"), "not a whole array"),
@@ -324,6 +325,11 @@ def test_tfds_is_asked_by_its_own_names(tfds_asked):
     batch = next(data.eval_batches(sets.datasets["glass_blur", 3], batch_size=25))
     assert batch["mask"].sum() == 20 and batch["label"][13] == 3
     assert data.cifar10_corrupted("elastic", 1).name == "cifar10_corrupted/elastic_1"
+
+
+def cut_header(path: pathlib.Path) -> None:
+    """Opens a bracket in the header, which NumPy reads as Python."""
+    path.write_bytes(path.read_bytes().replace(b"}", b"{", 1))
 
 
 def test_cifar10_1_is_measured(tfds_asked, tmp_path):

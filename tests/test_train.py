@@ -228,6 +228,10 @@ def test_learning_rate_schedule(batch_size):
         ("epochs", float("inf"), "finite"),
         ("ada.step_scale", float("inf"), "finite"),
         ("weight_decay", float("nan"), "finite"),
+        ("ada.corruption_weights", (1,), "paths"),
+        ("pad", 33, "from 0 to image_size"),
+        ("image_size", 4097, "at most 4096"),
+        ("cpu_devices", 1025, "at most 1024"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_compiled(field, value, said):
@@ -714,8 +718,7 @@ import test_train
 from ada_jax import checkpoint, winograd
 # Four devices have too few images each for winograd, whose rounding one device would have alone.
 winograd.pays = lambda *_: False
-# Rounding grows with every step: 2e-6 at the second, past 1e-4 at the third. With batch statistics
-# of each device's own the parameters differ by 2e-4 at the second, the first that moves them.
+# Rounding grows with every step, and the second is the first that moves the parameters.
 config = test_train.tiny(cross_replica_bn=True, learning_rate=0.001)
 state, _ = test_train.first_steps(config, steps=2)
 checkpoint.save_weights(sys.argv[2], {"params": state.params, "net": state.net_state}, {})
@@ -730,10 +733,13 @@ def test_one_device_and_four_train_alike(tmp_path):
         subprocess.run(
             [sys.executable, "-c", _DEVICES, str(devices), str(files[-1])], cwd=ROOT, check=True
         )
-    one, four = (checkpoint.load_weights(path)[0] for path in files)
-    # Rounding, of which AdA's sign steps make more: 1.3e-5 with JAX 0.10.1 on AVX-512. With
-    # statistics of one device alone it would be 6e-4.
-    chex.assert_trees_all_close(one, four, atol=5e-5)
+    one, four = (
+        np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(checkpoint.load_weights(path)[0])])
+        for path in files
+    )
+    # AdA's sign steps turn the rounding of single weights into 1e-5 to 4e-4, depending on the
+    # CPU, so all are taken together: 5e-5, and 3.4e-3 with the statistics of each device alone.
+    assert np.linalg.norm(four - one) < 4e-4 * np.linalg.norm(one)
 
 
 def test_evaluation_counts_every_example_once():
