@@ -13,7 +13,7 @@ LOCAL = [
     "etils[epath]>=1.12",
     "grain>=0.2.12",
     "imagecorruptions>=1.1.2",
-    "matplotlib>=3.8",
+    "matplotlib>=3.8.4",
     "mlxtend>=0.23",
     "orbax-checkpoint>=0.11.32",
     "scikit-image>=0.24",
@@ -24,9 +24,9 @@ TENSORFLOW = [
     "google-cloud-storage>=2.18",
     "importlib_resources>=6.4",
     "tensorboard>=2.19",
-    "tensorflow-cpu>=2.19; platform_machine == 'x86_64'",
-    "tensorflow>=2.19; platform_machine != 'x86_64'",
-    "tensorflow-datasets>=4.9.8",
+    "tensorflow-cpu>=2.21; platform_machine == 'x86_64'",
+    "tensorflow>=2.21; platform_machine != 'x86_64'",
+    "tensorflow-datasets>=4.9.10",
 ]
 
 
@@ -83,7 +83,7 @@ setuptools.setup(
     cmdclass={"build_py": BuildWithCommit, "sdist": SdistWithCommit},
     python_requires=">=3.11",
     install_requires=[
-        "absl-py>=2.1",
+        "absl-py>=2.3.1",
         "chex>=0.1.91",
         "dm-haiku>=0.0.16",
         # 0.10.2 computes wrong values on CPUs: https://github.com/jax-ml/jax/issues/39103.
@@ -95,7 +95,7 @@ setuptools.setup(
         "optax>=0.2.5",
         "pillow>=10",
         "safetensors>=0.5",
-        "scipy>=1.13",
+        "scipy>=1.14",
         "tqdm>=4.66",  # Progress of evaluations.
     ],
     extras_require={
