@@ -21,6 +21,7 @@ WEIGHTS = pathlib.Path(__file__).parent / "weights"
 PRESETS = {
     "edsr_baseline_x4": {"blocks": 16, "features": 64, "scale": 4},
     "edsr_baseline": {"blocks": 16, "features": 64, "scale": 1},
+    "edsr_medium": {"blocks": 8, "features": 32, "scale": 1},
     "edsr_small": {"blocks": 4, "features": 16, "scale": 1},
     "cae": None,
 }

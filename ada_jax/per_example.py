@@ -7,10 +7,9 @@ and the TPU compiler turns it into a dense convolution over all pairs of example
 so code that is written for one example takes the fast path under `jax.vmap` by itself. It has first
 derivatives in reverse mode, `jax.grad` and `jax.vjp`, and no others.
 
-* one kernel per example: XLA's convolution forward; the backward pass builds the patches of the
-  output's gradient once and takes both gradients from them by one matrix product each. On a CPU
-  this runs as a loop over the examples, each small enough to stay in cache; elsewhere, chosen
-  when the program is lowered, as batched matrix products.
+* one kernel per example: on a CPU a loop over the examples, each small enough to stay in cache;
+  its backward pass builds the patches of the output's gradient once and takes both gradients from
+  them by one matrix product each. Elsewhere, when the program is lowered, what `CHOSEN` names.
 * a shared kernel: XLA's convolution and gradients, but on a CPU the kernel's gradient by the same
   patches, group by group. Give it all images as one batch: under `jax.vmap` over images the
   backward pass makes one kernel gradient for each.
@@ -19,7 +18,9 @@ On a CPU both take 3x3 kernels of many channels by `winograd` instead, which is 
 """
 
 import functools
+import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -143,13 +144,20 @@ def _gradients_op(stride: int, padding: int) -> Callable:
 @functools.cache
 def _many_op(stride: int, padding: int, gradients: bool) -> Callable:
     """N kernels on N groups of images; further `jax.vmap` axes are merged into N."""
-    lowerings = (cpu_gradients, patch_gradients) if gradients else (cpu_forward, plain_forward)
+
+    def of_one(f):
+        return lambda args: f(*args, stride, padding)
+
+    cpu = of_one(cpu_gradients if gradients else cpu_forward)
+    chosen = {
+        platform: jax.vmap(of_one(LOWERINGS[names[gradients]][gradients]))
+        for platform, names in CHOSEN.items()
+    }
 
     @custom_vmap
     def many(*args):
-        cpu, default = (lambda args, f=f: f(*args, stride, padding) for f in lowerings)
         return lax.platform_dependent(
-            args, cpu=lambda args: sharding.map_examples(cpu, args), default=jax.vmap(default)
+            args, cpu=lambda args: sharding.map_examples(cpu, args), **chosen
         )
 
     @many.def_vmap
@@ -208,6 +216,41 @@ def plain_gradients(
 ) -> tuple[jax.Array, jax.Array]:
     """Its gradients (dx, dw) as XLA has them."""
     return jax.vjp(lambda x, w: plain_forward(x, w, stride, padding), x, w)[1](dy)
+
+
+def patch_forward(x: jax.Array, w: jax.Array, stride: int, padding: int) -> jax.Array:
+    """The convolution by one patch matrix and one matrix product."""
+    kernel = w.shape[:2]
+    y = patches(x, kernel, stride, padding) @ w.reshape(-1, w.shape[-1])
+    return y.reshape(len(x), *_output_size(x, kernel, stride, padding), -1)
+
+
+def shifted_forward(x: jax.Array, w: jax.Array, stride: int, padding: int) -> jax.Array:
+    """The convolution by one matrix product per tap of the kernel, summed in float32."""
+    kh, kw, _, out = w.shape
+    taps = _taps(x, (kh, kw), stride, padding)
+    products = (
+        jnp.matmul(tap, w[i // kw, i % kw], preferred_element_type=jnp.float32)
+        for i, tap in enumerate(taps)
+    )
+    zero = jnp.zeros((*taps[0].shape[:3], out), jnp.float32)
+    return sum(products, zero).astype(jnp.result_type(x, w))
+
+
+def shifted_gradients(
+    x: jax.Array, w: jax.Array, dy: jax.Array, stride: int, padding: int
+) -> tuple[jax.Array, jax.Array]:
+    """Its gradients (dx, dw) by two matrix products per tap, summed in float32."""
+    kh, kw = w.shape[:2]
+    dw = [
+        jnp.einsum("ghwc,ghwo->co", tap, dy, preferred_element_type=jnp.float32)
+        for tap in _taps(x, (kh, kw), stride, padding)
+    ]
+    dw = jnp.stack(dw).reshape(w.shape).astype(w.dtype)
+    if stride == 1 and kh == kw and padding < kh:
+        mirrored = jnp.swapaxes(w[::-1, ::-1], 2, 3)
+        return shifted_forward(dy, mirrored, 1, kh - 1 - padding), dw
+    return jax.vjp(lambda x: shifted_forward(x, w, stride, padding), x)[1](dy)[0], dw
 
 
 def patch_gradients(
@@ -282,14 +325,19 @@ def grouped_kernel_gradient(
 
 def patches(x: jax.Array, kernel: tuple[int, int], stride: int, padding: int) -> jax.Array:
     """Patch matrix [G * h * w, kh * kw * C] of the zero-padded images, one row per output pixel."""
-    (kh, kw), channels = kernel, x.shape[-1]
-    h, w = _output_size(x, kernel, stride, padding)
+    return jnp.concatenate(_taps(x, kernel, stride, padding), -1).reshape(
+        -1, math.prod(kernel) * x.shape[-1]
+    )
+
+
+def _taps(x: jax.Array, kernel: tuple[int, int], stride: int, padding: int) -> list[jax.Array]:
+    """What each of the kernel's taps meets, [G,h,w,C] each, row by row."""
+    (kh, kw), (h, w) = kernel, _output_size(x, kernel, stride, padding)
     x = jnp.pad(x, [(0, 0), (padding, padding), (padding, padding), (0, 0)])
     rows, columns = (h - 1) * stride + 1, (w - 1) * stride + 1
-    taps = [
+    return [
         x[:, i : i + rows : stride, j : j + columns : stride] for i in range(kh) for j in range(kw)
     ]
-    return jnp.concatenate(taps, -1).reshape(-1, kh * kw * channels)
 
 
 def _output_size(
@@ -301,3 +349,43 @@ def _output_size(
 def _mirror(dw: jax.Array) -> jax.Array:
     """[C,kh,kw,O] of mirrored taps to [kh,kw,C,O]."""
     return dw[:, ::-1, ::-1].transpose(1, 2, 0, 3)
+
+
+# ------------------------------------------------------- what runs one kernel per example where
+
+
+def channels_by_8(lowering: Callable[..., Any]) -> Callable[..., Any]:
+    """A lowering with all channels filled up to multiples of 8, as tensor cores want them."""
+
+    def filled(x, w, *rest):
+        (*dy, stride, padding), (inputs, outputs) = rest, w.shape[2:]
+        x, w = _fill(x, -inputs % 8), _fill(w, -inputs % 8, -outputs % 8)
+        out = lowering(x, w, *(_fill(a, -outputs % 8) for a in dy), stride, padding)
+        if not dy:
+            return out[..., :outputs]
+        return out[0][..., :inputs], out[1][..., :inputs, :outputs]
+
+    return filled
+
+
+def _fill(a: jax.Array, *channels: int) -> jax.Array:
+    """Adds so many zeros at the end of the last axes."""
+    return jnp.pad(a, [(0, 0)] * (a.ndim - len(channels)) + [(0, n) for n in channels])
+
+
+# (forward, gradients) for one example's images and kernel.
+LOWERINGS = {
+    "grouped": (plain_forward, plain_gradients),
+    "patches": (patch_forward, patch_gradients),
+    "shifted": (shifted_forward, shifted_gradients),
+}
+LOWERINGS |= {
+    f"{name}, channels by 8": (channels_by_8(forward), channels_by_8(gradients))
+    for name, (forward, gradients) in LOWERINGS.items()
+}
+# By platform as `lax.platform_dependent` names them: which lowering forward, which for gradients.
+CHOSEN = {
+    # TPU v3 and v5e by `ada_jax.plan`: grouped gradients become dense over all pairs of examples.
+    # No GPU has been measured: `python -m ada_jax.benchmark --rows=lowerings` does it there.
+    "default": ("grouped", "patches"),
+}

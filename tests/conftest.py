@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import contextlib
 import io
 import os
 import pathlib
@@ -38,6 +39,15 @@ def compiled_programs_are_dropped() -> Iterator[None]:
     yield
     if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MOST_MAPS:
         jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def float32_is_float32(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Keeps an accelerator from multiplying in TF32 or bfloat16 where a test is about numerics."""
+    with contextlib.ExitStack() as stack:
+        if request.node.get_closest_marker("accelerator"):
+            stack.enter_context(jax.default_matmul_precision("highest"))
+        yield
 
 
 def photograph(number: int, size: tuple[int, int] | None = None) -> bytes:

@@ -450,6 +450,7 @@ def test_a_microbatch_gets_what_it_would_get_as_a_batch():
 # ------------------------------------------------------------------------------- a golden step
 
 
+@pytest.mark.accelerator
 def test_a_golden_step():
     """Renew the numbers when the method or the order of its random draws changes on purpose, never
     to make a difference go away that nobody can explain."""

@@ -85,6 +85,7 @@ def assert_equal_reports(first: attacks.Report, second: attacks.Report):
 each_norm = pytest.mark.parametrize("norm", ["linf", pytest.param("l2", marks=pytest.mark.slow)])
 
 
+@pytest.mark.accelerator
 @each_norm
 def test_it_finds_the_exact_robust_accuracy_of_a_linear_classifier(norm):
     report = attacked(norm)

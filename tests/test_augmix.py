@@ -68,6 +68,7 @@ def levels_of(name: str) -> np.ndarray:
     return np.float32(np.unique(np.clip(np.concatenate([edges - 1e-3, edges + 1e-3]), 0.1, 3)))
 
 
+@pytest.mark.accelerator
 @pytest.mark.parametrize("name", EVERY)
 def test_every_operation_is_pillows_at_every_level(name, images):
     levels = np.resize(levels_of(name), len(images))
@@ -95,6 +96,7 @@ def test_the_vectorised_program_equals_the_cpus(images):
     )
 
 
+@pytest.mark.accelerator
 def test_other_sizes_are_pillows_too():
     image = skimage.data.astronaut()[100:140, 200:248]
     for name in ("rotate", "translate_x", "translate_y", "equalize", "sharpness"):

@@ -164,3 +164,54 @@ def test_the_transposed_convolution_equals_xla_and_is_batched_over_kernels(bias)
         strict=True,
     ):
         np.testing.assert_allclose(f, a, atol=1e-4)
+
+
+def exact(x, w, dy, stride, padding):
+    """The convolution of [N,G,H,W,C] and its gradients (y, dx, dw), by NumPy in float64."""
+    x, w, dy = (np.asarray(a, np.float64) for a in (x, w, dy))
+    k, border = w.shape[1], [(0, 0)] * 2 + [(padding, padding)] * 2 + [(0, 0)]
+    padded = np.pad(x, border)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (k, k), (2, 3))
+    windows = windows[:, :, ::stride, ::stride]  # [N,G,h,w,C,k,k]
+    y = np.einsum("nghwcij,nijco->nghwo", windows, w)
+    dw = np.einsum("nghwcij,nghwo->nijco", windows, dy)
+    dx, (rows, columns) = np.zeros_like(padded), dy.shape[2:4]
+    for i, j in np.ndindex(k, k):
+        at = np.s_[:, :, i : i + stride * rows : stride, j : j + stride * columns : stride]
+        dx[at] += np.einsum("nghwo,nco->nghwc", dy, w[:, i, j])
+    crop = np.s_[padding : -padding or None]
+    return y, dx[:, :, crop, crop], dw
+
+
+# The relative error in the mean of squares: of float32, and of bfloat16.
+TYPES = {"float32": 1e-6, "bfloat16": 1e-2}
+
+
+@pytest.mark.accelerator
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("name", ["chosen", *per_example.LOWERINGS])
+@pytest.mark.parametrize(
+    ("channels", "size", "k", "stride", "padding"),
+    [((3, 64), 32, 3, 1, 1), ((64, 3), 32, 3, 1, 1), ((5, 7), 9, 3, 2, 1), ((5, 12), 8, 2, 1, 0)],
+)
+def test_every_lowering_is_as_exact_as_its_type(channels, size, k, stride, padding, name, kind):
+    inputs, outputs = channels
+    x, w = random(3, 1, size, size, inputs), random(3, k, k, inputs, outputs, seed=1)
+    out = (size + 2 * padding - k) // stride + 1
+    dy = random(3, 1, out, out, outputs, seed=2)
+    x, w, dy = (a.astype(kind) for a in (x, w, dy))
+    knobs = {"stride": stride, "padding": padding}
+
+    @jax.jit
+    def found(x, w, dy):
+        if name == "chosen":
+            conv = jax.vmap(lambda x, w: per_example.conv2d(x, w, **knobs))
+            return value_and_gradients(conv, x, w, dy)
+        forward, gradients = per_example.LOWERINGS[name]
+        y = jax.vmap(lambda *a: forward(*a, stride, padding))(x, w)
+        return y, *jax.vmap(lambda *a: gradients(*a, stride, padding))(x, w, dy)
+
+    for value, expected in zip(found(x, w, dy), exact(x, w, dy, stride, padding), strict=True):
+        assert value.dtype == kind and value.shape == expected.shape
+        error = np.linalg.norm(np.asarray(value, np.float64) - expected)
+        assert error < TYPES[kind] * np.linalg.norm(expected)

@@ -123,6 +123,7 @@ def test_leaves_and_examples_start_differently():
 # ------------------------------------------------------------------------------- project
 
 
+@pytest.mark.accelerator
 @quick
 @given(seeds, nus, st.floats(1e-6, 1e6))
 def test_project_lands_inside_every_ball(seed, nu, scale):
@@ -151,6 +152,7 @@ def test_project_shortens_outside_points_along_their_ray(seed):
             np.testing.assert_allclose(p[i], expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.accelerator
 def test_project_gives_the_nearest_point_that_scipy_finds():
     point, radius = np.array([[0.5, -0.7, 1.1, 0.2]]), 0.3
     best = scipy.optimize.minimize(
@@ -223,6 +225,7 @@ def test_no_gradient_makes_no_step(step):
 # ------------------------------------------------------------------------------- the rest
 
 
+@pytest.mark.accelerator
 def test_norms_are_numpys():
     delta = random_tree(0, EXAMPLES)
     chex.assert_trees_all_close(

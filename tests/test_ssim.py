@@ -80,6 +80,7 @@ def every_pair() -> tuple[np.ndarray, np.ndarray]:
 # ------------------------------------------------------------------------------- SSIM
 
 
+@pytest.mark.accelerator
 @pytest.mark.parametrize("kind", CORRUPTIONS)
 def test_ssim_equals_scikit_image(kind):
     clean, corrupted = pairs(kind)
@@ -180,6 +181,7 @@ def test_the_result_lies_on_the_ray_between_the_images(rule):
     np.testing.assert_allclose(images, blend, atol=1e-6)
 
 
+@pytest.mark.accelerator
 @pytest.mark.parametrize("rule", ssim.ROOT_RULES)
 @pytest.mark.parametrize("threshold", [0.3, 0.6])
 def test_gamma_equals_a_literal_statement_in_numpy(rule, threshold):
