@@ -19,7 +19,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from ada_jax import errors, hosts, paths
+from ada_jax import devices, errors, hosts, paths
 from ada_jax.errors import UserError
 
 # Exit statuses after SIGTERM and Ctrl-C: state saved, start the same command to go on.
@@ -137,6 +137,13 @@ def start(main: Callable[[list[str]], int | None], *, computes: bool = False) ->
             status = 1
         except OSError as error:
             status = _complain(_cannot(error))
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            status = _complain(
+                f"The device has too little memory ({str(error).splitlines()[0][:200]}): see that "
+                "nothing else uses it; make config.ada.microbatch or config.batch_size smaller."
+            )
         except KeyboardInterrupt:
             print("Ctrl-C: the same command goes on.", file=sys.stderr, flush=True)
             status = CTRL_C
@@ -283,6 +290,9 @@ def set_up_devices(cpu_devices: int, compilation_cache: str) -> None:
     Args:
       cpu_devices: devices that a CPU is split into; 0 leaves it one. No effect on TPU and GPU.
       compilation_cache: folder of compiled programs, '' for none; '~' is the home folder.
+
+    Raises:
+      UserError: JAX does not find the machine's GPU, and cpu_devices is 0.
     """
     jax.config.update("jax_enable_x64", False)  # JAX_ENABLE_X64=1 would only make optimisers slow.
     if cpu_devices:
@@ -291,6 +301,12 @@ def set_up_devices(cpu_devices: int, compilation_cache: str) -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(compilation_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     _keep_freed_memory()
+    try:
+        devices.check_gpu()
+    except UserError as error:
+        if not cpu_devices:
+            raise
+        logging.warning("%s", error)  # A config for CPUs.
 
 
 class StopSignal:

@@ -1,11 +1,68 @@
-"""Arrays on all local devices, one leading axis for `jax.pmap`."""
+"""The local devices: whether JAX finds the GPU, and arrays on all of them for `jax.pmap`."""
 
+import importlib.util
+import pathlib
+import re
 from typing import Any
 
 import jax
 import numpy as np
 
+from ada_jax.errors import UserError
+
 AXIS = "devices"
+_LEAST_DRIVERS = {"cuda13": 580, "cuda12": 525}  # of NVIDIA, for JAX's plugin for this CUDA
+
+
+def check_gpu(dev: pathlib.Path = pathlib.Path("/dev")) -> None:
+    """Checks that JAX runs on the NVIDIA GPU that the machine has.
+
+    Args:
+      dev: the folder of device files.
+
+    Raises:
+      UserError: JAX runs on the CPU, unasked, or the platform that was asked for does not start.
+    """
+    try:
+        backend = jax.default_backend()
+    except RuntimeError as error:
+        platforms = jax.config.jax_platforms
+        raise UserError(
+            f"JAX_PLATFORMS={platforms} does not start ({str(error).splitlines()[0]}): "
+            f"{_advice() if 'cuda' in str(platforms) else 'leave it unset.'}"
+        ) from error
+    asked = jax.config.jax_platforms
+    if backend == "cpu" and not asked and any(dev.glob("nvidia[0-9]*")):
+        raise UserError(
+            f"The machine has an NVIDIA GPU, and JAX runs on the CPU: {_advice()} "
+            "JAX_PLATFORMS=cpu takes the CPU."
+        )
+
+
+def _advice(version: pathlib.Path = pathlib.Path("/proc/driver/nvidia/version")) -> str:
+    """What to do that JAX finds the GPU."""
+    plugins = [cuda for cuda in _LEAST_DRIVERS if _has_plugin(cuda)]
+    found = re.search(r" (\d+)\.\d+", version.read_text()) if version.exists() else None
+    driver = int(found[1]) if found else 0
+    if not plugins:
+        return "install JAX for CUDA by ending the installation with -e '.[cuda]'."
+    if found and driver < (least := min(_LEAST_DRIVERS[cuda] for cuda in plugins)):
+        return f"the driver {driver} is too old for JAX ({least} is needed): update it."
+    return "`python -c 'import jax; jax.devices(\"cuda\")'` says why CUDA does not start."
+
+
+def _has_plugin(cuda: str) -> bool:
+    try:
+        return importlib.util.find_spec(f"jax_plugins.xla_{cuda}") is not None
+    except ModuleNotFoundError:  # There are no plugins.
+        return False
+
+
+def device_memory() -> int | None:
+    """Bytes that a program may use on each local device; None where JAX does not know, on CPUs."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    limits = [s["bytes_limit"] for s in stats if "bytes_limit" in s]
+    return min(limits) if len(limits) == len(stats) else None
 
 
 def shard(batch: dict[str, Any]) -> dict[str, Any]:

@@ -42,7 +42,7 @@ from ada_jax import (
     perturbation,
     ssim,
 )
-from ada_jax.devices import AXIS, replicate, shard, unreplicate
+from ada_jax.devices import AXIS, device_memory, replicate, shard, unreplicate
 from ada_jax.errors import UserError, require_extra
 
 METHODS = ("ada", "nominal", "pgd")
@@ -528,6 +528,28 @@ def build(config: ml_collections.ConfigDict) -> Parts:
     )
 
 
+def check_memory(parts: Parts) -> None:
+    """Checks that the devices have memory for the perturbations, before anything is compiled.
+
+    Raises:
+      UserError: they have not.
+    """
+    per_device, there = parts.config.batch_size // jax.device_count(), device_memory()
+    if not parts.nets or there is None:
+        return
+    numbers = max(sum(a.size for a in jax.tree.leaves(net.theta)) for net in parts.nets)
+    one = 3 * 4 * numbers  # float32: delta, its gradient and the next delta
+    attacked = parts.config.ada.microbatch or per_device
+    if one * attacked > there:
+        fits = [n for n in range(1, attacked + 1) if attacked % n == 0 and 2 * n * one <= there]
+        fix = f"{fits[-1]} or less" if fits else "1, or take a smaller config.ada.corruption_net"
+        raise UserError(
+            f"config.ada.microbatch={parts.config.ada.microbatch} attacks {attacked} examples at "
+            f"once on each device: their perturbations take {one * attacked / 2**30:.1f} GiB at "
+            f"least, and a device has {there / 2**30:.1f}. Set it to {fix}."
+        )
+
+
 def with_weights(state: TrainState, parts: Parts, path: str) -> TrainState:
     """The state before the first step with a trained classifier's weights; see `load_variables`.
 
@@ -583,6 +605,7 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> int | None:
     hosts.check_shared(workdir)
     parts = build(config)
     data.check_held_out(parts.train_set, parts.eval_set, config.train_split, config.eval_split)
+    check_memory(parts)
     with hosts.alone_in(f"--workdir={workdir}", workdir):
         return run(parts, workdir)
 

@@ -1,0 +1,90 @@
+"""A machine whose GPU JAX does not find, or whose memory is too small."""
+
+import jax
+import pytest
+import test_train
+
+from ada_jax import cli, devices, train
+from ada_jax.errors import UserError
+
+
+@pytest.fixture
+def gpu_machine(tmp_path, monkeypatch):
+    """Device files of a GPU, and no word of which platform to use."""
+    (tmp_path / "nvidia0").touch()
+    (tmp_path / "nvidiactl").touch()
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    before = jax.config.jax_platforms
+    jax.config.update("jax_platforms", None)
+    yield tmp_path
+    jax.config.update("jax_platforms", before)
+
+
+def test_a_gpu_without_the_plugin_is_told(gpu_machine, monkeypatch):
+    monkeypatch.setattr(devices, "_has_plugin", lambda cuda: False)
+    with pytest.raises(UserError, match=r"has an NVIDIA GPU.*-e '\.\[cuda\]'.*JAX_PLATFORMS=cpu"):
+        devices.check_gpu(gpu_machine)
+
+
+@pytest.mark.parametrize(
+    ("plugin", "driver", "said"),
+    [
+        ("cuda13", "535.183.01", "the driver 535 is too old for JAX (580 is needed)"),
+        ("cuda12", "470.57.02", "the driver 470 is too old for JAX (525 is needed)"),
+        ("cuda12", "535.183.01", "says why CUDA does not start"),
+        ("cuda13", None, "says why CUDA does not start"),
+    ],
+)
+def test_why_the_plugin_does_not_start(tmp_path, monkeypatch, plugin, driver, said):
+    monkeypatch.setattr(devices, "_has_plugin", lambda cuda: cuda == plugin)
+    version = tmp_path / "version"
+    if driver:
+        version.write_text(f"NVRM version: NVIDIA UNIX x86_64 Kernel Module  {driver}  Sun May 12")
+    assert said in devices._advice(version)
+
+
+def test_a_cpu_is_a_cpu(gpu_machine):
+    (gpu_machine / "nvidia0").unlink()  # A driver, but no GPU for this container.
+    devices.check_gpu(gpu_machine)
+
+
+def test_a_platform_that_does_not_start_is_told(monkeypatch):
+    def fail():
+        raise RuntimeError("Unable to initialize backend 'cuda'\n(a long story)")
+
+    monkeypatch.setattr(jax, "default_backend", fail)
+    with pytest.raises(UserError, match=r"JAX_PLATFORMS.*Unable to initialize backend 'cuda'\)"):
+        devices.check_gpu()
+
+
+def test_configs_for_cpus_only_warn(monkeypatch):
+    def complain():
+        raise UserError("The machine has an NVIDIA GPU.")
+
+    monkeypatch.setattr(devices, "check_gpu", complain)
+    monkeypatch.setattr(jax.config, "update", lambda name, value: None)
+    cli.set_up_devices(2, "")
+    with pytest.raises(UserError, match="NVIDIA"):
+        cli.set_up_devices(0, "")
+
+
+def test_perturbations_that_do_not_fit_are_told_before_anything_is_compiled(monkeypatch):
+    parts = train.build(test_train.tiny())
+    train.check_memory(parts)  # A CPU does not say.
+    numbers = sum(a.size for a in jax.tree.leaves(parts.nets[0].theta))
+    monkeypatch.setattr(train, "device_memory", lambda: 12 * numbers * 9)
+    with pytest.raises(UserError, match=r"attacks 16 examples at once.*Set it to 4 or less"):
+        train.check_memory(parts)
+    monkeypatch.setattr(train, "device_memory", lambda: 12 * numbers * 16)
+    train.check_memory(parts)
+
+
+def test_a_full_device_is_one_sentence(monkeypatch, capsys):
+    def main(argv):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.")
+
+    monkeypatch.setattr(cli.app, "run", lambda guarded, flags_parser: guarded(["x"]))
+    with pytest.raises(SystemExit) as left:
+        cli.start(main)
+    assert left.value.code == 2
+    assert "too little memory (RESOURCE_EXHAUSTED" in capsys.readouterr().err
