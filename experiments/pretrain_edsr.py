@@ -12,7 +12,8 @@ The shipped edsr_small was trained on CIFAR-10's training images, the last 5,000
     python -m ada_jax.pretrain --config=experiments/pretrain_edsr.py --config.dataset=cifar10 \\
         --config.train_split='train[:45000]' --config.eval_split='train[45000:]'
 
-What to expect: 7 minutes on two CPU cores; PSNR 57.6 dB and SSIM 0.9999 on the held-out images.
+What to expect: 7 minutes on two CPU cores; PSNR 57.6 dB and SSIM 0.9999 on the held-out images. The
+shipped edsr_medium was trained by the same with ':edsr_medium': 6,000 steps, PSNR 61.3 dB.
 """
 
 import ml_collections
@@ -68,6 +69,8 @@ def _config(preset: str) -> ml_collections.ConfigDict:
     config.keep_checkpoints = 2
     config.compilation_cache = "~/.cache/ada_jax"
 
+    if config.corruption_net == "edsr_medium":
+        config.train_steps = 6000
     if config.corruption_net.startswith("edsr_baseline"):
         baseline(config)
     return config

@@ -217,7 +217,7 @@ def photographs() -> jax.Array:
 
 
 def test_the_default_corruption_network_is_shipped_and_nothing_without_a_name():
-    assert set(SHIPPED) == {"edsr_small", "edsr_baseline_x4", "cae"}
+    assert set(SHIPPED) == {"edsr_small", "edsr_medium", "edsr_baseline_x4", "cae"}
     assert set(SHIPPED) <= set(corruption_nets.names())
     sizes = [path.stat().st_size for path in corruption_nets.WEIGHTS.iterdir()]
     assert max(sizes) < 6e6
@@ -225,7 +225,8 @@ def test_the_default_corruption_network_is_shipped_and_nothing_without_a_name():
 
 @pytest.mark.parametrize(
     ("name", "enlarge", "least"),
-    [("edsr_small", 1, 0.98), ("edsr_baseline_x4", 1, 0.98), ("cae", 1, 0.75), ("cae", 2, 0.88)],
+    [("edsr_small", 1, 0.98), ("edsr_medium", 1, 0.98), ("edsr_baseline_x4", 1, 0.98)]
+    + [("cae", 1, 0.75), ("cae", 2, 0.88)],
 )
 def test_shipped_weights_are_nearly_the_identity_on_photographs(name, enlarge, least):
     net = corruption_nets.make(name, enlarge=enlarge)

@@ -18,6 +18,7 @@ import pytest
 from ada_jax import cli, sweep
 from ada_jax.checkpoint import save_weights
 from ada_jax.errors import UserError
+from experiments import cifar10
 
 ROOT = pathlib.Path(__file__).parents[1]
 TABLE_1 = "experiments/sweeps/table1.py"
@@ -115,6 +116,17 @@ def test_table_1_at_the_small_preset_repeats_four_rows():
 def test_a_row_of_table_1_has_the_same_name_alone(words, expected):
     points = sweep.read(f"{TABLE_1}:{words}")
     assert [point.name for point in points] == expected
+
+
+def test_the_gpu_s_rows_are_table_1_s_and_the_most_telling_come_first():
+    base, points = sweep._load("experiments/sweeps/gpu.py")
+    names = sweep.names(points, base)
+    assert names[:4] == [f"{r},gpu-seed0" for r in ("nominal", "ada", "augmix", "ada+augmix")]
+    assert {p["config"] for p in points} == {f"{base}:{row},gpu" for row in cifar10.ROWS}
+    points = sweep.read("experiments/sweeps/gpu.py:ada,nominal,seeds=2")
+    assert [point.name[-5:] for point in points] == ["seed0", "seed0", "seed1", "seed1"]
+    with pytest.raises(UserError, match="The word 'small' is unknown"):
+        sweep.read("experiments/sweeps/gpu.py:small")
 
 
 def test_radius_keeps_off_the_images_that_the_table_is_measured_on():

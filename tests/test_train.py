@@ -73,7 +73,7 @@ def run(workdir, *flags: str, **kwargs) -> subprocess.CompletedProcess:
 # ------------------------------------------------------------------------ config and schedule
 
 
-@pytest.mark.parametrize("small", ["", ",small"])
+@pytest.mark.parametrize("small", ["", ",small", ",gpu"])
 @pytest.mark.parametrize("row", ["", "random", "linf_at", "l2_at", *cifar10.ROWS])
 def test_every_preset_is_valid(row, small):
     for experiment in (cifar10, finetune):
