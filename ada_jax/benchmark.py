@@ -1,17 +1,21 @@
 """Measures the package's hot paths on this machine, all in one process.
 
-python -m ada_jax.benchmark [--rows=conv,inner,step,augment,memory,scaling] [--cpu_devices=2]
+python -m ada_jax.benchmark [--rows=peak,conv,inner,step,augment,memory,scaling] [--cpu_devices=2]
+python -m ada_jax.benchmark --rows=peak,conv,inner,step --peer=torch   # on a GPU, with '.[torch]'
 
 Every row gives useful work per second, counted as the floating-point operations of ordinary direct
-convolutions, and its share of the speed of a large float32 matrix product measured in between.
+convolutions, and its share of the speed of a large matrix product of the same type measured in
+between: float32 on a CPU, bfloat16 on a GPU or a TPU, where the batches are larger too.
 """
 
 import concurrent.futures
 import functools
+import importlib.util
+import os
 import runpy
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,13 +38,97 @@ from ada_jax import (
 )
 from ada_jax.errors import UserError
 
-ROWS = ("conv", "inner", "step", "augment", "memory", "scaling")
-_SECONDS = 3.0  # measured per row
+ROWS = ("peak", "conv", "inner", "step", "augment", "memory", "scaling")
 
 Timing = tuple[float, float]  # best seconds per call, seconds to compile
+Row = tuple[str, float, float, str, float]  # title, flops, seconds, rate, seconds to compile
 
 
-def measure(f: Callable[..., Any], *args: Any, seconds: float = _SECONDS) -> Timing:
+class Scale(NamedTuple):
+    """How large the measured problems are.
+
+    Attributes:
+      dtype: type of convolutions.
+      matmul: size of the matrix product that rows are compared with.
+      copied: bytes of the copied array.
+      conv: (examples, pixels, input channels, output channels) of convolutions.
+      inner: (corruption network, classifier, batch).
+      words: of experiments/cifar10.py, for training steps.
+      batch: of training steps; 0 is the config's.
+      rendered: images for DeepAugment to render.
+      memory: (batch, batch with microbatches, microbatch) for the first of `inner`.
+      seconds: how long a row is measured.
+    """
+
+    dtype: str
+    matmul: int
+    copied: int
+    conv: tuple[tuple[int, int, int, int], ...]
+    inner: tuple[tuple[str, str, int], ...]
+    words: tuple[str, ...]
+    batch: int
+    rendered: int
+    memory: tuple[int, int, int]
+    seconds: float
+
+
+SCALES = {
+    "cpu": Scale(
+        dtype="float32",
+        matmul=2048,
+        copied=2**28,
+        conv=((16, 32, 64, 64), (64, 32, 16, 16)),
+        inner=(
+            ("edsr_baseline", "preact_resnet18", 16),
+            ("edsr_baseline_x4", "preact_resnet50", 8),
+            ("cae", "preact_resnet18", 16),
+            ("edsr_small", "preact_resnet20", 64),
+            ("edsr_small", "resnet9", 64),
+            ("cae", "resnet9", 16),
+        ),
+        words=("nominal,small", "augmix,small", "small"),
+        batch=0,
+        rendered=4000,
+        memory=(16, 256, 16),
+        seconds=3.0,
+    ),
+    "accelerator": Scale(
+        dtype="bfloat16",
+        matmul=8192,
+        copied=2**31,
+        conv=tuple(
+            (256 if pixels == 32 else 16, pixels, *channels)
+            for pixels in (32, 128)
+            for channels in ((3, 64), (64, 64), (64, 256), (64, 3))
+        ),
+        inner=(
+            ("edsr_baseline", "preact_resnet18", 256),
+            ("edsr_medium", "preact_resnet18", 256),
+            ("edsr_baseline_x4", "preact_resnet50", 32),
+        ),
+        words=("nominal,gpu", "augmix,gpu", "ada,gpu"),
+        batch=0,
+        rendered=4000,
+        memory=(256, 256, 64),
+        seconds=0.3,
+    ),
+    # To rehearse on a CPU what a GPU will run.
+    "tiny": Scale(
+        dtype="bfloat16",
+        matmul=256,
+        copied=2**20,
+        conv=((2, 8, 3, 16), (2, 8, 16, 16)),
+        inner=(("edsr_small", "resnet9", 2),),
+        words=("nominal,small", "small"),
+        batch=4,
+        rendered=300,
+        memory=(2, 4, 2),
+        seconds=0.1,
+    ),
+}
+
+
+def measure(f: Callable[..., Any], *args: Any, seconds: float) -> Timing:
     """Compiles and times a function of arrays, as one program per device.
 
     Args:
@@ -73,67 +161,68 @@ def forward_flops(f: Callable[..., Any], *shapes: Any) -> float:
     return costs.useful_flops(jax.make_jaxpr(f)(*shapes))
 
 
-def peak() -> float:
-    """Speed of a float32 matrix product of size 2048 over all devices, in flop/s."""
-    a = jnp.ones((jax.local_device_count(), 2048, 2048))
-    seconds, _ = measure(lambda a: a @ a, a)
-    return len(a) * 2 * 2048**3 / seconds
+def peak(scale: Scale, dtype: str, precision: str = "default") -> float:
+    """Speed of a matrix product over all devices, in flop/s."""
+    a = jnp.ones((jax.local_device_count(), scale.matmul, scale.matmul), dtype)
+    seconds, _ = measure(lambda a: jnp.matmul(a, a, precision=precision), a, seconds=scale.seconds)
+    return len(a) * 2 * scale.matmul**3 / seconds
 
 
 # ------------------------------------------------------------------------ rows
 
 
-def conv_rows() -> Iterator[tuple[str, float, float, str, float]]:
-    """Per-example 3x3 convolution, 16 examples, 32x32, 64 to 64 channels, by each lowering."""
-    for channels, examples in ((64, 16), (16, 64)):
+def peak_rows(scale: Scale) -> Iterator[Row]:
+    """Matrix products by type and precision, and a copy, which reads and writes."""
+    flops = jax.local_device_count() * 2 * scale.matmul**3
+    kinds = {"float32": "highest", "float32 by default": "default", "bfloat16": "default"}
+    for name, precision in kinds.items():
+        seconds = flops / peak(scale, name.partition(" ")[0], precision)
+        yield f"matrix product {scale.matmul}, {name}", flops, seconds, "", 0.0
+    a = jnp.ones((jax.local_device_count(), scale.copied // 4))
+    seconds, compilation = measure(lambda a: a + 1, a, seconds=scale.seconds)
+    rate = f"{2 * a.nbytes / seconds / 1e9:.0f} GB/s"
+    yield f"copy of {a.nbytes / 2**20:.0f} MiB", 0.0, seconds, rate, compilation
+
+
+def conv_rows(scale: Scale) -> Iterator[Row]:
+    """Per-example 3x3 convolution by each lowering."""
+    for examples, pixels, inputs, outputs in scale.conv:
         random = np.random.default_rng(0).normal
-        x = jnp.asarray(random(size=(examples, 1, 32, 32, channels)), jnp.float32)
-        w = jnp.asarray(random(size=(examples, 3, 3, channels, channels)), jnp.float32)
-        flops = 2 * 9 * channels**2 * 32 * 32 * examples
-        for name, conv in lowerings():
-            title = f"{channels} channels, {name}"
-            seconds, compilation = measure(conv, x, w)
-            yield f"conv forward, {title}", flops, seconds, "", compilation
-
-            def gradient(x, w, conv=conv):
-                y, transpose = jax.vjp(conv, x, w)
-                return transpose(y)
-
-            seconds, compilation = measure(gradient, x, w)
-            yield f"conv fwd + gradient, {title}", 3 * flops, seconds, "", compilation
-
-
-def lowerings() -> list[tuple[str, Callable[..., jax.Array]]]:
-    """Ways to convolve [N,1,H,W,C] with one kernel [N,3,3,C,O] each."""
-    plain = functools.partial(per_example.plain_forward, stride=1, padding=1)
-
-    def matmul(x, w):
-        patches = jax.vmap(lambda x: per_example.patches(x, (3, 3), 1, 1))(x)
-        return (patches @ w.reshape(len(w), -1, w.shape[-1])).reshape(*x.shape[:-1], w.shape[-1])
-
-    return [
-        ("jax.vmap of XLA's", jax.vmap(plain)),
-        ("lax.map of XLA's", lambda x, w: jax.lax.map(lambda a: plain(*a), (x, w))),
-        ("patches + batched matmul", matmul),
-        ("ada_jax.per_example", jax.vmap(per_example.conv2d)),
-    ]
+        x = jnp.asarray(random(size=(examples, 1, pixels, pixels, inputs)), scale.dtype)
+        w = jnp.asarray(random(size=(examples, 3, 3, inputs, outputs)), scale.dtype)
+        dy = jnp.asarray(random(size=(examples, 1, pixels, pixels, outputs)), scale.dtype)
+        flops = 2 * 9 * inputs * outputs * pixels**2 * examples
+        title = f"{examples} x {pixels}x{pixels}, {inputs} to {outputs} channels"
+        aligned = inputs % 8 == outputs % 8 == 0
+        for name, forward, gradients in lowerings():
+            if aligned and "by 8" in name:
+                continue  # there is nothing to fill up
+            seconds, compilation = measure(forward, x, w, seconds=scale.seconds)
+            yield f"conv forward, {title}, {name}", flops, seconds, "", compilation
+            seconds, compilation = measure(gradients, x, w, dy, seconds=scale.seconds)
+            yield f"conv gradients, {title}, {name}", 2 * flops, seconds, "", compilation
 
 
-INNER = (
-    # corruption network, classifier, batch
-    ("edsr_baseline", "preact_resnet18", 16),
-    ("edsr_baseline_x4", "preact_resnet50", 8),
-    ("cae", "preact_resnet18", 16),
-    ("edsr_small", "preact_resnet20", 64),
-    ("edsr_small", "resnet9", 64),
-    ("cae", "resnet9", 16),
-)
+def lowerings() -> Iterator[tuple[str, Callable[..., Any], Callable[..., Any]]]:
+    """Ways to convolve [N,1,H,W,C] with one kernel [N,3,3,C,O] each, and their gradients."""
+
+    def batched(f):
+        return jax.vmap(lambda *args: f(*args, 1, 1))
+
+    def mapped(f):
+        return lambda *args: jax.lax.map(lambda args: f(*args, 1, 1), args)
+
+    for name, pair in per_example.LOWERINGS.items():
+        yield name, *map(batched, pair)
+    yield "lax.map", *map(mapped, per_example.LOWERINGS["grouped"])
+    conv = jax.vmap(per_example.conv2d)
+    yield "ada_jax.per_example", conv, lambda x, w, dy: jax.vjp(conv, x, w)[1](dy)
 
 
-def inner_rows(steps: int = 5) -> Iterator[tuple[str, float, float, str, float]]:
+def inner_rows(scale: Scale, steps: int = 5) -> Iterator[Row]:
     """Inner maximisation, in example-steps per second."""
-    for name, classifier, batch in INNER:
-        net, logits_fn, x, y = problem(name, classifier, batch)
+    for name, classifier, batch in scale.inner:
+        net, logits_fn, x, y = problem(name, classifier, batch, scale.dtype)
         flops = attack_flops(net, logits_fn) * batch * steps
 
         def attack(x, y, net=net, logits_fn=logits_fn):
@@ -142,18 +231,35 @@ def inner_rows(steps: int = 5) -> Iterator[tuple[str, float, float, str, float]]
             delta, _ = ada.maximise(keys, x, loss_fn, net, nu=0.015, steps=steps)
             return delta
 
-        seconds, compilation = measure(attack, x, y)
+        seconds, compilation = measure(attack, x, y, seconds=scale.seconds)
         rate = f"{batch * steps / seconds:.0f} example-steps/s"
         title = f"inner maximisation, {name} + {classifier}, batch {batch}"
         yield title, flops, seconds, rate, compilation
 
 
-def problem(name: str, classifier: str, batch: int) -> tuple[Any, ...]:
+def peer_rows(scale: Scale, rows: str) -> Iterator[Row]:
+    """The same in PyTorch: the inner maximisation, or the nominal training step."""
+    from ada_jax import benchmark_torch
+
+    batch, steps = scale.inner[0][2], 5
+    net, logits_fn, x, _ = problem("edsr_baseline", "preact_resnet18", batch, scale.dtype)
+    if rows == "inner":
+        flops = attack_flops(net, logits_fn) * batch * steps
+        found = benchmark_torch.inner_rows(batch, scale.dtype, steps, scale.seconds)
+    else:
+        flops = 3 * forward_flops(logits_fn, x[:1]) * batch
+        found = benchmark_torch.step_rows(batch, scale.dtype, scale.seconds)
+    for title, seconds, rate, compilation in found:
+        yield title, flops, seconds, rate, compilation
+
+
+def problem(name: str, classifier: str, batch: int, dtype: str) -> tuple[Any, ...]:
     """A corruption network without training, a random classifier and a random batch."""
     architecture = corruption_nets.architecture(name)
-    net = corruption_nets.CorruptionNet(architecture.apply, architecture.init(jax.random.key(0)))
+    apply = corruption_nets.cast(architecture.apply, dtype)
+    net = corruption_nets.CorruptionNet(apply, architecture.init(jax.random.key(0)))
     x = jax.random.uniform(jax.random.key(1), (batch, 32, 32, 3))
-    model = classifiers.make(classifier, 10)
+    model = classifiers.make(classifier, 10, compute_dtype=dtype)
     init = jax.jit(model.init, static_argnames="is_training")
     params, state = init(jax.random.key(2), x[:2], is_training=True)
 
@@ -180,14 +286,15 @@ def cifar10(words: str) -> Any:
     return runpy.run_path(str(paths.EXPERIMENTS / "cifar10.py"))["get_config"](words)
 
 
-def step_rows() -> Iterator[tuple[str, float, float, str, float]]:
-    """The whole training step of cifar10.py:small, nominal, with AugMix and with AdA."""
-    for words in ("nominal,small", "augmix,small", "small"):
-        config = cifar10(words)
+def step_rows(scale: Scale) -> Iterator[Row]:
+    """The whole training step of experiments/cifar10.py, nominal, with AugMix and with AdA."""
+    for words in scale.words:
+        config = cifar10(words).unlock()
+        config.batch_size = scale.batch or config.batch_size
         images = jax.random.uniform(jax.random.key(0), (config.batch_size, 32, 32, 3))
         labels = jnp.arange(config.batch_size) % 10
         one_step, model, state, nets = first_step(config, images)
-        seconds, compilation = measure(one_step, images, labels)
+        seconds, compilation = measure(one_step, images, labels, seconds=scale.seconds)
         logits_fn = functools.partial(
             model.apply, state.params, state.net_state, None, is_training=False
         )
@@ -216,7 +323,7 @@ def first_step(config: Any, images: jax.Array) -> tuple[Any, ...]:
     return one_step, model, state, nets
 
 
-def augment_rows() -> Iterator[tuple[str, float, float, str, float]]:
+def augment_rows(scale: Scale) -> Iterator[Row]:
     """AugMix of a batch, and DeepAugment's renderings."""
     batch = 128
     x = jax.random.uniform(jax.random.key(0), (batch, 32, 32, 3))
@@ -224,9 +331,10 @@ def augment_rows() -> Iterator[tuple[str, float, float, str, float]]:
     def mix(x, seed):
         return augmix.augment_and_mix(jax.random.key(seed[0]), x)
 
-    seconds, compilation = measure(mix, x, np.arange(jax.local_device_count()))
+    devices = np.arange(jax.local_device_count())
+    seconds, compilation = measure(mix, x, devices, seconds=scale.seconds)
     yield f"AugMix, batch {batch}", 0.0, seconds, f"{1e3 * seconds:.1f} ms", compilation
-    images = np.random.default_rng(0).integers(0, 256, (4000, 32, 32, 3), np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (scale.rendered, 32, 32, 3), np.uint8)
     for name, enlarge in (("edsr_small", 1), ("cae", 1), ("cae", 2)):
         theta = jax.tree.map(np.asarray, corruption_nets.make(name).theta)
         blocks = deepaugment.generate(name, theta, images, seed=0, copy=0, enlarge=enlarge)
@@ -234,16 +342,18 @@ def augment_rows() -> Iterator[tuple[str, float, float, str, float]]:
         next(blocks)
         compilation = time.perf_counter() - start
         start, count = time.perf_counter(), 0
-        while (seconds := time.perf_counter() - start) < _SECONDS and count < len(images) - 100:
+        while (seconds := time.perf_counter() - start) < scale.seconds and count < len(
+            images
+        ) - 100:
             count += len(next(blocks))
         rate = f"{count / seconds:.0f} images/s"
         enlarged = ", enlarged twice" if enlarge == 2 else ""
         yield f"DeepAugment, {name}{enlarged}", 0.0, seconds, rate, compilation
 
 
-def memory_rows() -> Iterator[str]:
+def memory_rows(scale: Scale) -> Iterator[str]:
     """Temporary memory of the inner maximisation with and without microbatches."""
-    net, logits_fn, _, _ = problem(*INNER[0])
+    net, logits_fn, _, _ = problem(*scale.inner[0], scale.dtype)
 
     def temporary(batch, microbatch):
         def attack(x, y):
@@ -262,16 +372,20 @@ def memory_rows() -> Iterator[str]:
         analysis = jax.jit(attack).lower(x, y).compile().memory_analysis()
         return analysis.temp_size_in_bytes / 2**20
 
-    whole, split = temporary(16, None), temporary(256, 16)
+    one, other, microbatch = scale.memory
+    whole, split = temporary(one, None), temporary(other, microbatch)
+    name, classifier, _ = scale.inner[0]
     yield (
-        f"memory of the inner maximisation, EDSR 16x64 + preact_resnet18: {whole:.0f} MiB at batch "
-        f"16; {split:.0f} MiB at batch 256 with microbatch=16, {split / whole:.2f} times as much"
+        f"memory of the inner maximisation, {name} + {classifier}: {whole:.0f} MiB at batch {one}; "
+        f"{split:.0f} MiB at batch {other} with microbatch={microbatch}, {split / whole:.2f} times "
+        "as much"
     )
 
 
-def scaling_rows(per_device: int = 64, rounds: int = 5) -> Iterator[str]:
+def scaling_rows(scale: Scale, rounds: int = 5) -> Iterator[str]:
     """Steps of 1, 2, 4, ... devices as one program, against as many that know of no other."""
-    for words in ("nominal,small", "small"):
+    per_device = scale.batch or 64
+    for words in (scale.words[0], scale.words[-1]):
         config = cifar10(words)
         images = jax.random.uniform(jax.random.key(0), (per_device, 32, 32, 3))
         labels = jnp.arange(per_device) % 10
@@ -318,33 +432,56 @@ class Together:
 def main(argv: list[str]) -> None:
     """Prints the table."""
     del argv
-    chosen = flags.FLAGS.rows
-    if unknown := set(chosen) - set(ROWS):
+    f = flags.FLAGS
+    if unknown := set(f.rows) - set(ROWS):
         raise UserError(f"--rows={','.join(unknown)} is unknown: choose from {', '.join(ROWS)}.")
-    cli.set_up_devices(flags.FLAGS.cpu_devices, "")
+    if f.peer:
+        if importlib.util.find_spec("torch") is None:
+            raise UserError("--peer=torch needs PyTorch: install it by -e '.[torch]'.")
+        # So that PyTorch has memory beside JAX, which would take three quarters at once.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    cli.set_up_devices(f.cpu_devices, "")
+    scale = SCALES[f.scale or ("cpu" if jax.default_backend() == "cpu" else "accelerator")]
     device = jax.devices()[0].device_kind
     print(f"{jax.local_device_count()} devices ({device}), jax {jax.__version__}\n")
-    rows = {"conv": conv_rows, "inner": inner_rows, "step": step_rows, "augment": augment_rows}
-    timed = [name for name in rows if name in chosen]
-    if timed:
-        print("| what | speed | Gflop/s | share of sgemm | compile s |")
+    timed = {
+        "peak": peak_rows,
+        "conv": conv_rows,
+        "inner": inner_rows,
+        "step": step_rows,
+        "augment": augment_rows,
+    }
+    chosen = [name for name in timed if name in f.rows]
+    if chosen:
+        print("| what | speed | Gflop/s | share of the matrix product | compile s |")
         print("|---|---|---|---|---|")
-    for name in timed:
-        sgemm = peak()
-        print(f"| sgemm 2048 | | {sgemm / 1e9:.0f} | 100% | |", flush=True)
-        for title, flops, seconds, rate, compilation in rows[name]():
-            speed, share = flops / seconds, 100 * flops / seconds / sgemm
-            rate = rate or f"{1e3 * seconds:.1f} ms"
-            counted = f"{speed / 1e9:.0f} | {share:.1f}%" if flops else "|"
-            print(f"| {title} | {rate} | {counted} | {compilation:.1f} |", flush=True)
+    for name in chosen:
+        reference = peak(scale, scale.dtype)
+        title = f"matrix product {scale.matmul}, {scale.dtype}"
+        print(f"| {title} | | {reference / 1e9:.0f} | 100% | |", flush=True)
+        for row in timed[name](scale):
+            print_row(row, reference)
+        if f.peer and name in ("inner", "step"):
+            for row in peer_rows(scale, name):
+                print_row(row, reference)
     sentences = {"memory": memory_rows, "scaling": scaling_rows}
-    for name in (n for n in ROWS if n in chosen and n in sentences):
+    for name in (n for n in ROWS if n in f.rows and n in sentences):
         print()
-        for line in sentences[name]():
+        for line in sentences[name](scale):
             print(line, flush=True)
+
+
+def print_row(row: Row, reference: float) -> None:
+    """Prints a line of the table; `reference` is what its share is of, in flop/s."""
+    title, flops, seconds, rate, compilation = row
+    speed, rate = flops / seconds, rate or f"{1e3 * seconds:.1f} ms"
+    counted = f"{speed / 1e9:.0f} | {100 * speed / reference:.1f}%" if speed > 0 else "|"
+    print(f"| {title} | {rate} | {counted} | {compilation:.1f} |", flush=True)
 
 
 if __name__ == "__main__":
     flags.DEFINE_list("rows", list(ROWS), "Which rows: " + ", ".join(ROWS) + ".")
     flags.DEFINE_integer("cpu_devices", 2, "Devices that a CPU is split into.")
+    flags.DEFINE_enum("peer", None, ["torch"], "Also measure the same in PyTorch.")
+    flags.DEFINE_enum("scale", None, list(SCALES), "How large; by default as the device is.")
     cli.start(main, computes=True)

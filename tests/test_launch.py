@@ -212,6 +212,8 @@ def test_a_printed_command_is_the_one_that_runs(cloud):
         ("sweep_tpu.py --commands=/no --vms=1 --zone=z --type=t", "cannot be read"),
         ("sweep_tpu.py --commands=/dev/null --vms=1 --zone=z --type=t", "no commands to run"),
         ("slurm.sbatch", "The command is missing"),
+        ("gpu_study.sh --minutes=5", "The flag --out is missing"),
+        ("gpu_study.sh --out=x --minutes=soon", "--minutes=soon must be a whole number"),
     ],
 )
 def test_a_mistake_costs_one_sentence_and_status_2(cloud, line, sentence):
@@ -758,3 +760,71 @@ def test_the_container_is_not_roots_and_trains():
     assert "USER ada" in lines and lines.index("USER ada") < lines.index("COPY --chown=ada . .")
     assert "RUN pip install --no-cache-dir -r requirements.txt -e '.[cuda]'" in lines
     assert lines[-1] == 'ENTRYPOINT ["python", "-m", "ada_jax.train"]'
+
+
+# One GPU.
+
+STUDY = r"""#!/usr/bin/env bash
+[ "$1" != -c ] || exit 1 # there is no PyTorch
+printf '%s\x1f' "$@" >>"$CALLS"
+printf '\n' >>"$CALLS"
+case " $* " in
+  *" ada_jax.sweep "*gpu.py:ada*) exit "${ADA:-0}" ;;
+  *" ada_jax.sweep "*) mkdir -p "$OUT/results" && touch "$OUT/results/x.json" ;;
+  *" pytest "*) exit "${TESTS:-0}" ;;
+  *" ada_jax.report "*) echo "the report" ;;
+esac
+"""
+
+
+@pytest.fixture
+def study(tmp_path):
+    """Runs gpu_study.sh with a stub python; returns what was printed and what was called."""
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python"
+    python.write_text(STUDY)
+    python.chmod(0o755)
+
+    def run(*words, status=0, **variables):
+        calls = tmp_path / "calls"
+        calls.write_text("")
+        done = subprocess.run(
+            [LAUNCH / "gpu_study.sh", "--minutes=9", f"--out={tmp_path / 'out'}", *words],
+            env=os.environ
+            | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "OUT": str(tmp_path / "out")}
+            | {"CALLS": str(calls)}
+            | variables,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == status, done.stdout + done.stderr
+        return done.stdout, [line.split("\x1f")[:-1] for line in calls.read_text().splitlines()]
+
+    return run
+
+
+def test_a_gpu_study_does_all_of_it_once(study):
+    printed, calls = study("--", "--config.dataset=npz", "--config.data_dir=/a b.npz")
+    assert "the report" in printed
+    modules = [call[1] for call in calls]
+    assert modules[:2] == ["pytest", "ada_jax.benchmark"] and modules[-1] == "ada_jax.report"
+    swept = [call for call in calls if call[1] == "ada_jax.sweep"]
+    rows = [call[2].rpartition(":")[2] for call in swept]
+    assert rows[:4] == ["nominal", "ada", "augmix", "ada+augmix"] and len(rows) == 6
+    assert all("--config.data_dir=/a b.npz" in call for call in swept)
+    made = next(call for call in calls if call[1] == "ada_jax.deepaugment")
+    assert made[-2:] == ["--config.dataset=npz", "--config.data_dir=/a b.npz"]
+    again = [call[1] for call in study()[1]]
+    assert "pytest" not in again and "ada_jax.benchmark" not in again
+
+
+def test_a_gpu_study_says_what_failed_and_goes_on(study):
+    printed, calls = study(status=1, TESTS="1", ADA="3")
+    assert "tests: not passed" in printed and "ada: failed" in printed
+    assert calls[-1][1] == "ada_jax.report"
+
+
+def test_a_gpu_study_ends_where_its_time_is_up(study):
+    printed, calls = study(ADA="143")
+    assert "ada: the time is up" in printed
+    assert [call[1] for call in calls if call[1] == "ada_jax.sweep"] == ["ada_jax.sweep"] * 2

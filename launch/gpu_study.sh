@@ -1,0 +1,91 @@
+#!/usr/bin/env bash
+# What one GPU tells in a given time: the numerics' tests, the benchmark (beside PyTorch where it is
+# installed), then rows of the paper's table 1 by experiments/cifar10.py:ROW,gpu.
+#
+#   launch/gpu_study.sh --minutes=10 --out=DIR
+#   launch/gpu_study.sh --minutes=10 --out=DIR -- --config.dataset=npz --config.data_dir=/DIR/FILE.npz
+#   launch/gpu_study.sh --minutes=10 --out=DIR --rehearsal    # tiny sizes, on a CPU
+#
+# What follows -- are flags of every training. The same command goes on where the time was up. DIR
+# has tests.log, benchmark.md, results/ROW.json after each row, report.md and the runs' folders.
+set -euo pipefail
+# shellcheck source=launch/common.sh
+. "$(dirname "$0")/common.sh"
+
+minutes='' out='' rehearsal=''
+parse "minutes out" "rehearsal" "$@"
+[ -n "$out" ] || complain "The flag --out is missing: see ${0##*/} --help."
+[[ $minutes =~ ^[1-9][0-9]*$ ]] || complain "--minutes=$minutes must be a whole number from 1 on."
+end=$((SECONDS + 60 * minutes - 15)) # the rest is for the report
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+cd "$(dirname "$0")/.."
+
+rows=(nominal ada augmix ada+augmix deepaugment+augmix ada+deepaugment+augmix)
+scale=accelerator
+flags=(${command[@]+"${command[@]}"})
+if [ -n "$rehearsal" ]; then
+  export JAX_PLATFORMS=cpu
+  rows=(nominal ada)
+  scale=tiny
+  flags=(--config.dataset=mnist5k '--config.train_split=train[:64]' '--config.eval_split=test[:40]'
+    --config.batch_size=16 --config.eval_batch_size=40 --config.epochs=0 --config.train_steps=4
+    --config.classifier=resnet9 "--config.ada.corruption_net=('edsr_small',)" "${flags[@]}")
+fi
+
+limited() { # Runs a command until it ends or the time is up, when it can still save.
+  local left=$((end - SECONDS))
+  [ $left -gt 0 ] || return 143
+  timeout --kill-after=60 --signal=TERM $left "$@"
+}
+
+status=0
+if [ ! -e "$out/tests_passed" ]; then
+  echo "tests: $out/tests.log"
+  if limited python -m pytest -q -m accelerator -p no:cacheprovider tests >"$out/tests.log" 2>&1; then
+    touch "$out/tests_passed"
+  else
+    echo "tests: not passed" && status=1
+  fi
+  tail -n 1 "$out/tests.log"
+fi
+
+if [ ! -e "$out/benchmark_done" ]; then
+  echo "benchmark: $out/benchmark.md"
+  peer=()
+  if python -c 'import torch' 2>/dev/null; then peer=(--peer=torch); fi
+  if limited python -m ada_jax.benchmark --rows=peak,conv,inner,step,augment,memory --scale=$scale \
+    ${peer[@]+"${peer[@]}"} >"$out/benchmark.md" 2>"$out/benchmark.log"; then
+    touch "$out/benchmark_done"
+  else
+    echo "benchmark: not finished, see $out/benchmark.log" && status=1
+  fi
+fi
+
+for row in "${rows[@]}"; do
+  own=()
+  if [[ $row == *deepaugment* ]]; then
+    own=(--config.deepaugment.dir="$out/deepaugment")
+    data=()
+    for flag in ${flags[@]+"${flags[@]}"}; do
+      case $flag in --config.dataset=* | --config.data_dir=* | --config.train_split=*) data+=("$flag") ;; esac
+    done
+    limited python -m ada_jax.deepaugment --config=experiments/deepaugment.py:gpu \
+      --out="$out/deepaugment" ${data[@]+"${data[@]}"} >>"$out/deepaugment.log" 2>&1 || break
+  fi
+  ended=0
+  limited python -m ada_jax.sweep --sweep="experiments/sweeps/gpu.py:$row" --out="$out/runs" \
+    --collect="$out/results" ${flags[@]+"${flags[@]}"} ${own[@]+"${own[@]}"} \
+    >"$out/$row.log" 2>&1 || ended=$?
+  case $ended in
+    0) echo "$row: done after $SECONDS s" ;;
+    124 | 143) echo "$row: the time is up, and the same command goes on" && break ;;
+    *) echo "$row: failed, see $out/$row.log" && status=1 ;;
+  esac
+done
+
+if compgen -G "$out/results/*.json" >/dev/null; then
+  python -m ada_jax.report "$out"/results/*.json >"$out/report.md"
+  cat "$out/report.md"
+fi
+exit $status
