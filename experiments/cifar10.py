@@ -16,8 +16,8 @@ After the colon a row of the paper's table 1, its words joined by '+', and a pre
 
 What to expect: the paper reports 3.8% clean error and 12.5% mean corruption error for AdA. A full
 run is about 3e18 floating-point operations: it wants a TPU slice or several GPUs (a v3-8 has the
-HBM for it; see the README for the compiler's own figures). ':small' takes about forty minutes on
-two cores. ':gpu' has not been timed: its rows with AdA are 1.4e16 floating-point operations.
+HBM for it; see launch/README.md for the compiler's own figures). ':small' takes about forty minutes
+on two cores. ':gpu' has not been timed; with AdA it is 1.4e16 floating-point operations.
 
 Without the official test set (CIFAR-10 prepared from its training images only) add
     --config.train_split='train[:45000]' --config.eval_split='train[45000:]'

@@ -27,8 +27,9 @@ such squares of 224 pixels, are resized whole; on the fly the squares are corrup
 too, but not saved as JPEG between.
 
 ImageNet comes through TFDS, prepared once from the two archives of image-net.org; so does
-ImageNet-C for `--config.eval_c_dir=tfds`, a set for each corruption and severity. The README says
-how. A folder of the same images (train/CLASS/*.JPEG beside val/CLASS/*.JPEG) works as well:
+ImageNet-C for `--config.eval_c_dir=tfds`, a set for each corruption and severity. README.md
+beside this file says how. A folder of the same images (train/CLASS/*.JPEG beside
+val/CLASS/*.JPEG) works as well:
     --config.dataset=folder --config.data_dir=FOLDER --config.eval_split=val
 It is evaluated on whole central squares, and corrupted at the size that is trained on.
 """

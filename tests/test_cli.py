@@ -211,3 +211,14 @@ def test_the_home_folder_is_meant_by_every_flag(monkeypatch):
         assert cli._at_home(f"{flag}=~/a=~") == f"{flag}=/home/me/a=~"
     assert cli._at_home("--config=~/c.py:a,b") == "--config=/home/me/c.py:a,b"
     assert cli._at_home("--name=a~") == "--name=a~" and cli._at_home("--flag") == "--flag"
+
+
+def test_the_package_lists_its_commands():
+    done = subprocess.run(
+        [sys.executable, "-m", "ada_jax"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    listed = re.findall(r"^python -m ada_jax\.(\w+) +\w", done.stdout, re.MULTILINE)
+    sources = {p.stem: p.read_text() for p in (ROOT / "ada_jax").glob("[!_]*.py")}
+    assert sorted(listed) == sorted(
+        n for n, text in sources.items() if "__main__" in text and n != "cli"
+    )

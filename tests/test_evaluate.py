@@ -23,7 +23,7 @@ from ada_jax.errors import UserError
 from experiments import quickstart
 
 ROOT = pathlib.Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "ada_jax" / "README.md").read_text()
 
 
 def images(count: int = 24, *, side: int = 16, seed: int = 0) -> data.Dataset:
