@@ -61,8 +61,11 @@ def edsr(theta: Theta, delta: Theta, images: Tensor) -> Tensor:
     """
 
     def conv(name: str, h: Tensor) -> Tensor:
-        w, b = (p + d for p, d in zip(theta[name], delta[name], strict=True))
-        return F.conv2d(h, w.flatten(0, 1), b.flatten(), padding=1, groups=len(images))
+        (w, b), (dw, db) = theta[name], delta[name]
+        w = (w + dw).flatten(0, 1)
+        # Flattened first: torch.compile on a CPU fails where a bias is a view of a sum.
+        b = b.repeat(len(images)) + db.flatten()
+        return F.conv2d(h, w, b, padding=1, groups=len(images))
 
     # Filled on the device: a copy of the mean from the host would wait for the device.
     mean = torch.cat([images.new_full((1, 1, 1), value) for value in _MEAN])
