@@ -182,6 +182,7 @@ def test_corruption_errors_and_adversarial_augment_count_classes_anew():
 # ------------------------------------------------------------------------------- frameworks
 
 
+@pytest.mark.slow
 def test_flax_modules():
     nnx = pytest.importorskip("flax.nnx")
     model = nnx.Linear(PIXELS, CLASSES, rngs=nnx.Rngs(0))

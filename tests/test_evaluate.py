@@ -668,6 +668,7 @@ def run(*flags: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_the_binary_evaluates_random_weights(tmp_path):
     out = tmp_path / "results.json"
     config = ["--config=experiments/quickstart.py", "--config.compilation_cache="]

@@ -54,6 +54,7 @@ SQUARE = functools.partial(attacks.square, queries=5)
 # ------------------------------------------------------------------------ types
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float64, np.float16, jnp.bfloat16])
 def test_images_of_any_floating_type_become_float32(dtype):
     x = X if dtype != jnp.bfloat16 else np.float32(X.astype(jnp.bfloat16))

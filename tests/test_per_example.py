@@ -26,7 +26,7 @@ def value_and_gradients(f, x, w, dy):
     return y, *transpose(dy)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     kernel=st.sampled_from([(1, 0), (2, 0), (3, 0), (3, 1), (5, 2)]),
     stride=st.sampled_from([1, 2]),

@@ -608,6 +608,7 @@ def test_a_run_of_an_older_version_goes_on_and_gets_the_fingerprint_of_now(tmp_p
     assert evaluate.metadata(tmp_path)["class_names"] == about["class_names"]
 
 
+@pytest.mark.slow
 def test_a_run_does_not_go_on_with_other_labels_where_256_examples_agree(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (400, 32, 32, 3), np.uint8)
     config = tiny(method="nominal", epochs=0.05, dataset="npz", data_dir=str(tmp_path / "x.npz"))
@@ -899,6 +900,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(uninterrupted):
     assert f"Going on from step {step} ".encode() in seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_during_the_last_step_is_not_forgotten(number, tmp_path, monkeypatch):
     config, make = tiny(method="nominal", epochs=0.0, train_steps=2), train.compile_update_step

@@ -18,7 +18,7 @@ def close(a, b):
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * np.asarray(b).std())
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     images=st.integers(1, 5),
     size=st.tuples(st.integers(3, 13), st.integers(3, 13)),
