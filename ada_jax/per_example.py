@@ -386,6 +386,6 @@ LOWERINGS |= {
 # By platform as `lax.platform_dependent` names them: which lowering forward, which for gradients.
 CHOSEN = {
     # TPU v3 and v5e by `ada_jax.plan`: grouped gradients become dense over all pairs of examples.
-    # No GPU has been measured: `python -m ada_jax.benchmark --rows=lowerings` does it there.
+    # No GPU has been measured: `python -m ada_jax.benchmark --rows=conv` does it there.
     "default": ("grouped", "patches"),
 }

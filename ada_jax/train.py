@@ -542,7 +542,11 @@ def check_memory(parts: Parts) -> None:
     attacked = parts.config.ada.microbatch or per_device
     if one * attacked > there:
         fits = [n for n in range(1, attacked + 1) if attacked % n == 0 and 2 * n * one <= there]
-        fix = f"{fits[-1]} or less" if fits else "1, or take a smaller config.ada.corruption_net"
+        fix = (
+            f"{fits[-1]}, or a smaller divisor"
+            if fits
+            else "1, or take a smaller config.ada.corruption_net"
+        )
         raise UserError(
             f"config.ada.microbatch={parts.config.ada.microbatch} attacks {attacked} examples at "
             f"once on each device: their perturbations take {one * attacked / 2**30:.1f} GiB at "

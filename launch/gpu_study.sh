@@ -30,7 +30,7 @@ if [ -n "$rehearsal" ]; then
   scale=tiny
   flags=(--config.dataset=mnist5k '--config.train_split=train[:64]' '--config.eval_split=test[:40]'
     --config.batch_size=16 --config.eval_batch_size=40 --config.epochs=0 --config.train_steps=4
-    --config.classifier=resnet9 "--config.ada.corruption_net=('edsr_small',)" "${flags[@]}")
+    --config.classifier=resnet9 "--config.ada.corruption_net=('edsr_small',)" ${flags[@]+"${flags[@]}"})
 fi
 
 limited() { # Runs a command until it ends or the time is up, when it can still save.
@@ -42,7 +42,7 @@ limited() { # Runs a command until it ends or the time is up, when it can still 
 status=0
 if [ ! -e "$out/tests_passed" ]; then
   echo "tests: $out/tests.log"
-  if limited python -m pytest -q -m accelerator -p no:cacheprovider tests >"$out/tests.log" 2>&1; then
+  if limited python3 -m pytest -q -m accelerator -p no:cacheprovider tests >"$out/tests.log" 2>&1; then
     touch "$out/tests_passed"
   else
     echo "tests: not passed" && status=1
@@ -53,8 +53,8 @@ fi
 if [ ! -e "$out/benchmark_done" ]; then
   echo "benchmark: $out/benchmark.md"
   peer=()
-  if python -c 'import torch' 2>/dev/null; then peer=(--peer=torch); fi
-  if limited python -m ada_jax.benchmark --rows=peak,conv,inner,step,augment,memory --scale=$scale \
+  if python3 -c 'import torch' 2>/dev/null; then peer=(--peer=torch); fi
+  if limited python3 -m ada_jax.benchmark --rows=peak,conv,inner,step,augment,memory --scale=$scale \
     ${peer[@]+"${peer[@]}"} >"$out/benchmark.md" 2>"$out/benchmark.log"; then
     touch "$out/benchmark_done"
   else
@@ -63,20 +63,21 @@ if [ ! -e "$out/benchmark_done" ]; then
 fi
 
 for row in "${rows[@]}"; do
-  own=()
+  own=() ended=0
   if [[ $row == *deepaugment* ]]; then
     own=(--config.deepaugment.dir="$out/deepaugment")
     data=()
     for flag in ${flags[@]+"${flags[@]}"}; do
       case $flag in --config.dataset=* | --config.data_dir=* | --config.train_split=*) data+=("$flag") ;; esac
     done
-    limited python -m ada_jax.deepaugment --config=experiments/deepaugment.py:gpu \
-      --out="$out/deepaugment" ${data[@]+"${data[@]}"} >>"$out/deepaugment.log" 2>&1 || break
+    limited python3 -m ada_jax.deepaugment --config=experiments/deepaugment.py:gpu \
+      --out="$out/deepaugment" ${data[@]+"${data[@]}"} >"$out/$row.log" 2>&1 || ended=$?
   fi
-  ended=0
-  limited python -m ada_jax.sweep --sweep="experiments/sweeps/gpu.py:$row" --out="$out/runs" \
-    --collect="$out/results" ${flags[@]+"${flags[@]}"} ${own[@]+"${own[@]}"} \
-    >"$out/$row.log" 2>&1 || ended=$?
+  if [ $ended = 0 ]; then
+    limited python3 -m ada_jax.sweep --sweep="experiments/sweeps/gpu.py:$row" --out="$out/runs" \
+      --collect="$out/results" ${flags[@]+"${flags[@]}"} ${own[@]+"${own[@]}"} \
+      >"$out/$row.log" 2>&1 || ended=$?
+  fi
   case $ended in
     0) echo "$row: done after $SECONDS s" ;;
     124 | 143) echo "$row: the time is up, and the same command goes on" && break ;;
@@ -85,7 +86,7 @@ for row in "${rows[@]}"; do
 done
 
 if compgen -G "$out/results/*.json" >/dev/null; then
-  python -m ada_jax.report "$out"/results/*.json >"$out/report.md"
+  python3 -m ada_jax.report "$out"/results/*.json >"$out/report.md"
   cat "$out/report.md"
 fi
 exit $status

@@ -73,7 +73,9 @@ def test_perturbations_that_do_not_fit_are_told_before_anything_is_compiled(monk
     train.check_memory(parts)  # A CPU does not say.
     numbers = sum(a.size for a in jax.tree.leaves(parts.nets[0].theta))
     monkeypatch.setattr(train, "device_memory", lambda: 12 * numbers * 9)
-    with pytest.raises(UserError, match=r"attacks 16 examples at once.*Set it to 4 or less"):
+    with pytest.raises(
+        UserError, match=r"attacks 16 examples at once.*Set it to 4, or a smaller divisor"
+    ):
         train.check_memory(parts)
     monkeypatch.setattr(train, "device_memory", lambda: 12 * numbers * 16)
     train.check_memory(parts)

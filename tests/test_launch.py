@@ -769,6 +769,7 @@ STUDY = r"""#!/usr/bin/env bash
 printf '%s\x1f' "$@" >>"$CALLS"
 printf '\n' >>"$CALLS"
 case " $* " in
+  *" ada_jax.deepaugment "*) exit "${RENDER:-0}" ;;
   *" ada_jax.sweep "*gpu.py:ada*) exit "${ADA:-0}" ;;
   *" ada_jax.sweep "*) mkdir -p "$OUT/results" && touch "$OUT/results/x.json" ;;
   *" pytest "*) exit "${TESTS:-0}" ;;
@@ -781,7 +782,7 @@ esac
 def study(tmp_path):
     """Runs gpu_study.sh with a stub python; returns what was printed and what was called."""
     (tmp_path / "bin").mkdir()
-    python = tmp_path / "bin" / "python"
+    python = tmp_path / "bin" / "python3"
     python.write_text(STUDY)
     python.chmod(0o755)
 
@@ -822,6 +823,9 @@ def test_a_gpu_study_says_what_failed_and_goes_on(study):
     printed, calls = study(status=1, TESTS="1", ADA="3")
     assert "tests: not passed" in printed and "ada: failed" in printed
     assert calls[-1][1] == "ada_jax.report"
+    printed, calls = study(status=1, RENDER="1")
+    assert "deepaugment+augmix: failed" in printed
+    assert len([call for call in calls if call[1] == "ada_jax.sweep"]) == 4
 
 
 def test_a_gpu_study_ends_where_its_time_is_up(study):
