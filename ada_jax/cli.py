@@ -171,6 +171,8 @@ def _is_ours_or_warning(record: python_logging.LogRecord) -> bool:
     """Leaves out what libraries tell about themselves: orbax alone logs forty lines a save."""
     if "orbax" in record.pathname:  # Its errors, hundreds of lines each, are raised as well.
         return record.levelno == python_logging.WARNING
+    if record.name == "asyncio":  # Saving's errors that nobody has asked for; one is raised.
+        return False
     libraries = ("grain", "jax/_src")
     return record.levelno >= python_logging.WARNING or not any(
         n in record.pathname for n in libraries

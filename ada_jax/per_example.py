@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from ada_jax import sharding, winograd
+from ada_jax import sharding, triton_conv, winograd
 
 _ROWS = 4096  # rows of one patch matrix: enough for a good matrix product, few enough for the cache
 
@@ -253,6 +253,24 @@ def shifted_gradients(
     return jax.vjp(lambda x: shifted_forward(x, w, stride, padding), x)[1](dy)[0], dw
 
 
+def triton_forward(x: jax.Array, w: jax.Array, stride: int, padding: int) -> jax.Array:
+    """The convolution by a Triton kernel where it fits, else by taps."""
+    if not triton_conv.fits(x, w, stride, padding):
+        return shifted_forward(x, w, stride, padding)
+    f = functools.partial(triton_conv.forward, padding=padding)
+    return lax.platform_dependent(x, w, cpu=functools.partial(f, interpret=True), default=f)
+
+
+def triton_gradients(
+    x: jax.Array, w: jax.Array, dy: jax.Array, stride: int, padding: int
+) -> tuple[jax.Array, jax.Array]:
+    """Its gradients (dx, dw) by Triton kernels where they fit, else by taps."""
+    if not triton_conv.fits(x, w, stride, padding):
+        return shifted_gradients(x, w, dy, stride, padding)
+    f = functools.partial(triton_conv.gradients, padding=padding)
+    return lax.platform_dependent(x, w, dy, cpu=functools.partial(f, interpret=True), default=f)
+
+
 def patch_gradients(
     x: jax.Array, w: jax.Array, dy: jax.Array, stride: int, padding: int
 ) -> tuple[jax.Array, jax.Array]:
@@ -383,6 +401,7 @@ LOWERINGS |= {
     f"{name}, channels by 8": (channels_by_8(forward), channels_by_8(gradients))
     for name, (forward, gradients) in LOWERINGS.items()
 }
+LOWERINGS["triton"] = (triton_forward, triton_gradients)  # fills up by itself
 # By platform as `lax.platform_dependent` names them: which lowering forward, which for gradients.
 CHOSEN = {
     # TPU v3 and v5e by `ada_jax.plan`: grouped gradients become dense over all pairs of examples.
