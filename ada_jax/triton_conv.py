@@ -5,8 +5,6 @@ size. A program of these kernels keeps what it accumulates on the chip and reads
 through the caches, so that device memory is read about once.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
