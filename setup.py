@@ -8,6 +8,7 @@ from setuptools.command.build_py import build_py
 from setuptools.command.sdist import sdist
 
 ROOT = pathlib.Path(__file__).parent
+ROOMS = ["nets", "augment", "attacks", "corruptions", "data", "evaluation", "run", "report"]
 # For binaries that train: input, checkpoints, pictures, data sets that come with packages.
 LOCAL = [
     "etils[epath]>=1.12",
@@ -74,10 +75,16 @@ setuptools.setup(
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=["ada_jax", "ada_jax.attacks", "ada_jax.experiments", "ada_jax.experiments.sweeps"],
+    packages=[
+        "ada_jax",
+        *(f"ada_jax.{room}" for room in ROOMS),
+        "ada_jax.experiments",
+        "ada_jax.experiments.sweeps",
+    ],
     package_dir={"ada_jax.experiments": "experiments"},
     package_data={
-        "ada_jax": ["weights/*.safetensors", "commit.txt"],
+        "ada_jax": ["commit.txt"],
+        "ada_jax.nets": ["weights/*.safetensors"],
         "ada_jax.experiments": ["results/published.json"],
     },
     cmdclass={"build_py": BuildWithCommit, "sdist": SdistWithCommit},

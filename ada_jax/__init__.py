@@ -1,8 +1,31 @@
 """AdversarialAugment (AdA) in JAX: classifiers that survive image corruptions."""
 
-from ada_jax.ada import adversarial_augment
-from ada_jax.corruption_nets import CorruptionNet
-from ada_jax.corruption_nets import make as make_corruption_net
-from ada_jax.errors import UserError
+import importlib
+from typing import Any
 
-__all__ = ["CorruptionNet", "UserError", "adversarial_augment", "make_corruption_net"]
+_HOMES = {
+    "CorruptionNet": "ada_jax.ada",
+    "UserError": "ada_jax.errors",
+    "adversarial_augment": "ada_jax.ada",
+    "augment_and_mix": "ada_jax.augment.augmix",
+    "autoattack": "ada_jax.attacks",
+    "conv2d": "ada_jax.nets.per_example",
+    "corrupt": "ada_jax.corruptions",
+    "corruption_errors": "ada_jax.evaluation.scoring",
+    "load_classifier": "ada_jax.evaluation.scoring",
+    "make_corruption_net": "ada_jax.nets.corruption_nets",
+}
+__all__ = [*_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what is asked for, so that `ada_jax.report` starts without JAX."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ada_jax' has no attribute {name!r}")
+    own = {"make_corruption_net": "make"}.get(name, name)
+    value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), own)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

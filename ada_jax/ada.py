@@ -5,15 +5,29 @@ Source: Calian et al., "Defending Against Image Corruptions Through Adversarial 
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ada_jax import guards, keys, losses, perturbation, sharding, ssim
-from ada_jax.corruption_nets import CorruptionNet
+from ada_jax import checks, keys, losses, perturbation, sharding, ssim
 from ada_jax.errors import UserError
+
+
+class CorruptionNet(NamedTuple):
+    """An image-to-image network c_theta.
+
+    Attributes:
+      apply: `apply(theta, x, key) -> [B,H,W,C]`, x [B,H,W,C] in [0,1], output near [0,1] but not
+        clipped; deterministic networks ignore the key.
+      theta: parameters, a nested dict of float32 arrays.
+    """
+
+    apply: Callable[..., jax.Array]
+    theta: dict
+
 
 PyTree = object
 LogitsFn = Callable[[jax.Array], jax.Array]
@@ -70,13 +84,13 @@ def adversarial_augment(
       UserError: a parameter, an image or a label out of its range. Of what is traced, in `jax.jit`,
         none can be raised: an image is NaN if it or its label was out of range.
     """
-    x, y = guards.as_images(jnp.asarray(x)), jnp.asarray(y)
+    x, y = checks.as_images(jnp.asarray(x)), jnp.asarray(y)
     _check(net, x, nu, steps, step_rule, step_scale, ssim_threshold, root_rule, microbatch)
-    classes = guards.check_labels(y, x, logits_fn, microbatch)
-    few = guards.first(x, microbatch)
-    logits_fn = guards.float32_logits(logits_fn, few, gradients=steps != 0)
+    classes = checks.check_labels(y, x, logits_fn, microbatch)
+    few = checks.first(x, microbatch)
+    logits_fn = checks.float32_logits(logits_fn, few, gradients=steps != 0)
     net = net._replace(theta=jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), net.theta))
-    x, y = guards.poisoned(x, y, classes), y.astype(jnp.int32)
+    x, y = checks.poisoned(x, y, classes), y.astype(jnp.int32)
     # One key per example makes the draw independent of the batch around it and of `microbatch`.
     example_keys = keys.of_batch(key, x)
     knobs = {"nu": nu, "step_scale": step_scale, "ssim_threshold": ssim_threshold}
@@ -170,7 +184,7 @@ def maximise(
       'on_surface'.
     """
     x, net = lax.stop_gradient(x), net._replace(theta=lax.stop_gradient(net.theta))
-    loss_fn = guards.detached(loss_fn, x)
+    loss_fn = checks.detached(loss_fn, x)
     radii = perturbation.radii(net.theta, nu)
     step = perturbation.STEP_RULES[step_rule]
 
@@ -236,13 +250,13 @@ def _check(net, x, nu, steps, step_rule, step_scale, ssim_threshold, root_rule, 
             f"The corruption network makes no image of {list(x.shape[1:])} from one ({rendered}): "
             "take one for images of this shape."
         )
-    if not 0 <= guards.number("nu", nu, 0.0) < np.inf:
+    if not 0 <= checks.number("nu", nu, 0.0) < np.inf:
         raise UserError(
             f"nu={nu} is negative or not finite: a radius is 0 or more (the paper's is 0.015)."
         )
-    if not 0 < guards.number("step_scale", step_scale, 1.0) < np.inf:
+    if not 0 < checks.number("step_scale", step_scale, 1.0) < np.inf:
         raise UserError(f"step_scale={step_scale} must be positive (the paper's is 0.25).")
-    threshold = guards.number("ssim_threshold", ssim_threshold, 0.0)
+    threshold = checks.number("ssim_threshold", ssim_threshold, 0.0)
     if not -1 <= threshold < 1:
         raise UserError(f"ssim_threshold={ssim_threshold} must be in [-1, 1), where -1 is off.")
     if threshold > -1 and not ssim.fits(x):
@@ -250,7 +264,7 @@ def _check(net, x, nu, steps, step_rule, step_scale, ssim_threshold, root_rule, 
             f"ssim_threshold={ssim_threshold} needs images of at least {ssim.WINDOW}x{ssim.WINDOW} "
             f"pixels, and these are {x.shape[1]}x{x.shape[2]}: set it to -1, which is off."
         )
-    guards.check_integers(0, steps=steps, microbatch=microbatch or 0)
+    checks.check_integers(0, steps=steps, microbatch=microbatch or 0)
     if step_rule not in perturbation.STEP_RULES:
         known = ", ".join(perturbation.STEP_RULES)
         raise UserError(f"step_rule={step_rule!r} is unknown: choose one of {known}.")

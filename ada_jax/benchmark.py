@@ -22,21 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from ada_jax import (
-    ada,
-    augmix,
-    classifiers,
-    cli,
-    corruption_nets,
-    costs,
-    deepaugment,
-    evaluate,
-    losses,
-    paths,
-    per_example,
-    train,
-)
+from ada_jax import ada, losses, paths, training
+from ada_jax.augment import augmix, rendering
 from ada_jax.errors import UserError
+from ada_jax.evaluation import scoring
+from ada_jax.nets import classifiers, corruption_nets, per_example
+from ada_jax.run import cli, costs, setup
 
 ROWS = ("peak", "conv", "inner", "step", "augment", "memory", "scaling")
 
@@ -141,7 +132,7 @@ def measure(f: Callable[..., Any], *args: Any, seconds: float) -> Timing:
       of compilation.
     """
     devices = jax.local_device_count()
-    mapped = jax.pmap(f, axis_name=train.AXIS)
+    mapped = jax.pmap(f, axis_name=devices.AXIS)
     args = [a.reshape(devices, -1, *a.shape[1:]) for a in args]
     args = jax.pmap(lambda *a: a)(*args)
     start = time.perf_counter()
@@ -257,7 +248,7 @@ def problem(name: str, classifier: str, batch: int, dtype: str) -> tuple[Any, ..
     """A corruption network without training, a random classifier and a random batch."""
     architecture = corruption_nets.architecture(name)
     apply = corruption_nets.cast(architecture.apply, dtype)
-    net = corruption_nets.CorruptionNet(apply, architecture.init(jax.random.key(0)))
+    net = ada.CorruptionNet(apply, architecture.init(jax.random.key(0)))
     x = jax.random.uniform(jax.random.key(1), (batch, 32, 32, 3))
     model = classifiers.make(classifier, 10, compute_dtype=dtype)
     init = jax.jit(model.init, static_argnames="is_training")
@@ -269,13 +260,13 @@ def problem(name: str, classifier: str, batch: int, dtype: str) -> tuple[Any, ..
     return net, logits_fn, x, jnp.arange(batch) % 10
 
 
-def attack_flops(net: corruption_nets.CorruptionNet, logits_fn: Callable[..., Any]) -> float:
+def attack_flops(net: ada.CorruptionNet, logits_fn: Callable[..., Any]) -> float:
     """Operations of one step for one example: 3 passes of the network, 2 of the classifier."""
     x = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     return 3 * net_flops(net) + 2 * forward_flops(logits_fn, x)
 
 
-def net_flops(net: corruption_nets.CorruptionNet) -> float:
+def net_flops(net: ada.CorruptionNet) -> float:
     """Operations of a corruption network's forward pass for one image of 32x32."""
     x = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     return forward_flops(net.apply, net.theta, x, jax.random.key(0))
@@ -310,11 +301,13 @@ def step_rows(scale: Scale) -> Iterator[Row]:
 
 def first_step(config: Any, images: jax.Array) -> tuple[Any, ...]:
     """A config's first update of one device's images and labels; its model, state and networks."""
-    model = evaluate.make_classifier(config, 10)
-    optimizer = train.make_optimizer(config, train.learning_rate_schedule(config, 100.0, 1000))
-    nets = train.make_corruption_nets(config.ada) if config.method == "ada" else ()
-    state = train.initial_state(model, optimizer, jax.random.key(0), images[:8])
-    step = train.make_update_step(config, model, [net.apply for net in nets], optimizer)
+    model = scoring.make_classifier(config, 10)
+    optimizer = training.make_optimizer(
+        config, training.learning_rate_schedule(config, 100.0, 1000)
+    )
+    nets = setup.make_corruption_nets(config.ada) if config.method == "ada" else ()
+    state = training.initial_state(model, optimizer, jax.random.key(0), images[:8])
+    step = training.make_update_step(config, model, [net.apply for net in nets], optimizer)
     thetas = tuple(net.theta for net in nets)
 
     def one_step(x, y):
@@ -337,7 +330,7 @@ def augment_rows(scale: Scale) -> Iterator[Row]:
     images = np.random.default_rng(0).integers(0, 256, (scale.rendered, 32, 32, 3), np.uint8)
     for name, enlarge in (("edsr_small", 1), ("cae", 1), ("cae", 2)):
         theta = jax.tree.map(np.asarray, corruption_nets.make(name).theta)
-        blocks = deepaugment.generate(name, theta, images, seed=0, copy=0, enlarge=enlarge)
+        blocks = rendering.generate(name, theta, images, seed=0, copy=0, enlarge=enlarge)
         start = time.perf_counter()
         next(blocks)
         compilation = time.perf_counter() - start
@@ -414,7 +407,7 @@ class Together:
         for devices in groups:
             placed = [jnp.broadcast_to(a, (len(devices), *a.shape)) for a in args]
             placed = jax.pmap(lambda *a: a, devices=devices)(*placed)
-            mapped = jax.pmap(f, axis_name=train.AXIS, devices=devices)
+            mapped = jax.pmap(f, axis_name=devices.AXIS, devices=devices)
             self._programs.append(functools.partial(mapped.lower(*placed).compile(), *placed))
         self._threads = concurrent.futures.ThreadPoolExecutor(len(groups))
         self.seconds()

@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ada_jax import classifiers, corruption_nets
+from ada_jax.nets import classifiers, corruption_nets, edsr
 
 Theta = dict[str, tuple[Tensor, Tensor]]  # name of a convolution: kernel [O,C,3,3], bias [O]
 Row = tuple[str, float, str, float]  # title, seconds per call, rate, seconds of the first call
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]  # torch.compile, or nothing
 
-_MEAN = corruption_nets.DIV2K_MEAN.tolist()
+_MEAN = edsr.DIV2K_MEAN.tolist()
 _TINY = 1e-30
 
 

@@ -8,388 +8,40 @@ it was stopped, makes more copies, and may be started several times at once, als
 with a common file system: each process takes the next shard that no other has.
 """
 
-import dataclasses
-import functools
-import hashlib
-import json
-import math
 import os
-import zlib
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import tqdm
 from absl import flags, logging
 from ml_collections import config_flags
 
-from ada_jax import (
-    checkpoint,
-    cli,
-    corruption_nets,
-    corruptions,
-    data,
-    distortions,
-    figures,
-    locks,
-    npy_files,
-    paths,
-)
+from ada_jax.data import rendered_set, sources
 from ada_jax.errors import UserError, require_extra
-
-# By network; raised whenever the same seed gives other images than before.
-RECIPES = dict.fromkeys(corruption_nets.names(), 1) | {"cae": 2}
-_SHEET_IMAGES, _SHEET_COPIES = 8, 3
-
-
-# ------------------------------------------------------------------------ rendering
-
-
-def generate(
-    net: str,
-    theta: distortions.Theta,
-    images: Any,
-    *,
-    seed: int,
-    copy: int,
-    group: int = 20,
-    quirks: bool = False,
-    enlarge: int = 1,
-    start: int = 0,
-    stop: int | None = None,
-) -> Iterator[np.ndarray]:
-    """Renders a data set once through distorted networks, group by group, over all devices.
-
-    What becomes of an image depends on the seed, the network, the copy and the image's position in
-    the whole set, not on the devices.
-
-    Args:
-      net: a name of `corruption_nets.names()`.
-      theta: its trained parameters.
-      images: [N,H,W,3] uint8, or what gives such arrays when indexed with positions [n].
-      seed: of all draws.
-      copy: which of several independent renderings, from 0.
-      group: images that share a distortion of the weights (the published code's mean is 20).
-      quirks: follow the published code also where it does other than it says.
-      enlarge: as for `corruption_nets.make`.
-      start: the first position to render, a multiple of `group`.
-      stop: the position after the last; None is N.
-
-    Yields:
-      Consecutive rendered images [n,H,W,3] uint8, cut off, not rounded, as published.
-    """
-    stop = len(images) if stop is None else stop
-    if start % group:
-        raise ValueError(f"start={start} is not a multiple of group={group}.")
-    is_cae = corruption_nets.PRESETS[net] is None
-    devices = jax.local_device_count()
-
-    def distorted(index):
-        rng = np.random.default_rng([seed, zlib.crc32(net.encode()), copy, index])
-        if is_cae:
-            return distortions.distort_cae(rng, theta)
-        return distortions.distort_edsr(rng, theta, quirks=quirks)
-
-    run = _renderer(is_cae, quirks, enlarge)
-    for first in range(start, stop, group * devices):
-        # The last groups are filled up with the last image, so that all have one shape.
-        position = first + np.arange(group * devices)
-        x = images[np.minimum(position, stop - 1)].reshape(devices, group, *images.shape[1:])
-        indices = first // group + np.arange(devices)
-        thetas = jax.tree.map(lambda *a: np.stack(a), *(distorted(int(i)) for i in indices))
-        rendered = run(thetas, x, position.reshape(devices, group), seed, copy)
-        yield np.asarray(rendered).reshape(-1, *images.shape[1:])[: stop - first]
-
-
-@functools.cache  # One compiled program for all copies and shards.
-def _renderer(is_cae: bool, quirks: bool, enlarge: int) -> Any:
-    one = functools.partial(distortions.render_edsr, quirks=quirks)
-    apply = corruption_nets.enlarged(distortions.render_cae if is_cae else one, enlarge)
-
-    def render(theta, x, position, seed, copy):
-        root = jax.random.fold_in(jax.random.key(seed), copy)
-        key = jax.vmap(lambda i: jax.random.fold_in(root, i))(position)
-        y = apply(theta, x.astype(jnp.float32) / 255, key)
-        return (255 * jnp.clip(y, 0, 1)).astype(jnp.uint8)
-
-    return jax.pmap(render, axis_name="devices", in_axes=(0, 0, 0, None, None))
-
-
-# ------------------------------------------------------------------------ writing a set
-
-
-def write_set(
-    dataset: data.Dataset, out: str | os.PathLike[str], config: ml_collections.ConfigDict
-) -> bool:
-    """Writes every image as every network renders it, `config.copies` times.
-
-    NET_copyCC_SSS.npy is [n,H,W,3] uint8, shard SSS of n = config.shard_images (the last: fewer).
-
-    Args:
-      dataset: the clean images; their order counts.
-      out: folder of the set, made if need be.
-      config: that of experiments/deepaugment.py.
-
-    Returns:
-      Whether all of it is there; if not, other processes are at work on the rest.
-
-    Raises:
-      UserError: if a field does not fit, or the folder has anything else in it.
-    """
-    validate(config)
-    corruption_nets.check_sizes("config.nets", config.nets, config.enlarge, dataset.image_shape)
-    out = paths.local(f"--out={out}", out)
-    fields = zip(config.nets, config.weights, config.enlarge, strict=True)
-    nets = {
-        name: (jax.tree.map(np.asarray, corruption_nets.make(name, path or None).theta), factor)
-        for name, path, factor in fields
-    }
-    with locks.hold(f"--out={out}", locks.of_folder(out), wait=True):
-        npy_files.check_folder(out)
-        former = {"data_sha256": data.sampled_fingerprint(dataset)}
-        npy_files.agree(out, _manifest(dataset, nets, config), former)
-    shards = _shards(dataset, tuple(nets), range(config.copies), config.shard_images)
-    missing = [s for s in shards if not npy_files.is_whole(out / s.file, s.shape)]
-    npy_files.check_space(out, sum(math.prod(s.shape) for s in missing))
-    total, todo = (sum(s.shape[0] for s in some) for some in (shards, missing))
-    images = _Images(dataset)
-    with tqdm.tqdm(total=total, initial=total - todo, unit="image") as progress:
-        for shard in missing:
-            with locks.claim(locks.of_file(out / shard.file)) as ours:
-                if not ours or npy_files.is_whole(out / shard.file, shard.shape):
-                    continue
-                theta, enlarge = nets[shard.net]
-                progress.set_description(f"{shard.net}, copy {shard.copy + 1}")
-                blocks = generate(
-                    shard.net,
-                    theta,
-                    images,
-                    seed=config.seed,
-                    copy=shard.copy,
-                    group=config.group,
-                    quirks=config.quirks,
-                    enlarge=enlarge,
-                    start=shard.start,
-                    stop=shard.start + shard.shape[0],
-                )
-                blocks = npy_files.counted(blocks, progress)
-                npy_files.write(out / shard.file, np.uint8, shard.shape, blocks)
-    return all(npy_files.is_whole(out / s.file, s.shape) for s in shards)
-
-
-def validate(config: ml_collections.ConfigDict) -> None:
-    """Finds what is wrong with a config before anything is loaded.
-
-    Raises:
-      UserError: a field out of its range; the sentence names the field, its value and the fix.
-    """
-    nets, known = tuple(config.nets), corruption_nets.names()
-    if not nets or len(set(nets)) < len(nets) or not set(nets) <= set(known):
-        raise UserError(f"config.nets={nets} must be different ones of {', '.join(known)}.")
-    for field in ("weights", "enlarge"):
-        if len(config[field]) != len(nets):
-            raise UserError(
-                f"config.{field}={tuple(config[field])} must have one value for each of "
-                f"config.nets={nets}."
-            )
-    if not all(isinstance(n, int) and n >= 1 for n in config.enlarge):
-        raise UserError(f"config.enlarge={tuple(config.enlarge)} must be whole factors from 1.")
-    for field in ("copies", "group", "shard_images"):
-        if config[field] < 1:
-            raise UserError(f"config.{field}={config[field]} must be 1 or more.")
-    if config.shard_images % config.group:
-        raise UserError(
-            f"config.shard_images={config.shard_images} must be a multiple of "
-            f"config.group={config.group}, whose images share a distortion."
-        )
-    if not 0 <= config.seed < 2**32:
-        raise UserError(f"config.seed={config.seed} must be in 0..2**32-1.")
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Images:
-    """The images of a data set as uint8, by positions."""
-
-    dataset: data.Dataset
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (len(self.dataset), *self.dataset.image_shape)
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, positions: np.ndarray) -> np.ndarray:
-        return corruptions.as_uint8(data.gather(self.dataset, positions)["image"])
-
-
-@dataclasses.dataclass(frozen=True)
-class _Shard:
-    net: str
-    copy: int
-    start: int  # position of the first image
-    shape: tuple[int, ...]
-    file: str
-
-
-def _shards(
-    dataset: data.Dataset, nets: Sequence[str], copies: Sequence[int], size: int
-) -> list[_Shard]:
-    """All files of a set, copy by copy."""
-    starts = range(0, len(dataset), size)
-    return [
-        _Shard(
-            net,
-            copy,
-            start,
-            (min(size, len(dataset) - start), *dataset.image_shape),
-            f"{net}_copy{copy:02d}_{start // size:03d}.npy",
-        )
-        for copy in copies
-        for net in nets
-        for start in starts
-    ]
-
-
-def _manifest(
-    dataset: data.Dataset, nets: dict[str, Any], config: ml_collections.ConfigDict
-) -> dict[str, Any]:
-    """What the set is made of; the number of copies is not part of it and may grow."""
-    return {
-        "kind": "deepaugment",
-        "data": dataset.name,
-        "data_sha256": dataset.fingerprint,
-        "images": len(dataset),
-        "nets": {
-            name: {"weights_sha256": checkpoint.digest(theta), "enlarge": enlarge}
-            for name, (theta, enlarge) in nets.items()
-        },
-        "seed": config.seed,
-        "group": config.group,
-        "quirks": config.quirks,
-        "shard_images": config.shard_images,
-        "recipe": max(RECIPES[name] for name in nets),
-    }
-
-
-# ------------------------------------------------------------------------ reading a set
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Copy:
-    """One rendering of all images: `[i]` is [H,W,3] uint8, from memory-mapped shards."""
-
-    shards: tuple[np.ndarray, ...]
-    size: int
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        return self.shards[i // self.size][i % self.size]
-
-
-class RenderedSet(NamedTuple):
-    """A set that is whole.
-
-    Attributes:
-      copies: of each network; every one gives [H,W,3] uint8 for a position.
-      digest: names what the set was made of.
-    """
-
-    copies: dict[str, tuple[_Copy, ...]]
-    digest: str
-
-
-def open_set(folder: str | os.PathLike[str], dataset: data.Dataset, copies: int) -> RenderedSet:
-    """Opens a set made by `write_set`, memory-mapped.
-
-    Args:
-      folder: of the set.
-      dataset: the clean images that it must have been made of.
-      copies: how many of its copies to take.
-
-    Returns:
-      The set.
-
-    Raises:
-      UserError: the set is missing, made from other images, or has fewer copies.
-    """
-    where = f"config.deepaugment.dir={os.fspath(folder)!r}"
-    manifest, folder = read_manifest(folder), paths.local(where, folder)
-    if not data.recognises(dataset, manifest["data_sha256"]):
-        raise UserError(
-            f"{where} was made from {manifest['images']} other images ({manifest['data']}) than "
-            f"the {len(dataset)} of config.train_split: make a set of these with "
-            "python -m ada_jax.deepaugment, or name another folder."
-        )
-    size = manifest["shard_images"]
-    opened = {}
-    for net in manifest["nets"]:
-        shards = _shards(dataset, [net], range(copies), size)
-        lacking = [s for s in shards if not npy_files.is_whole(folder / s.file, s.shape)]
-        if lacking:
-            raise UserError(
-                f"{where} has {lacking[0].copy} whole copies of {net} and "
-                f"config.deepaugment.copies={copies} are wanted ({lacking[0].file} is missing): "
-                f"run python -m ada_jax.deepaugment with --copies={copies}, which goes on."
-            )
-        arrays = [np.load(folder / s.file, mmap_mode="r", allow_pickle=False) for s in shards]
-        count = len(shards) // copies
-        opened[net] = tuple(
-            _Copy(tuple(arrays[c * count : (c + 1) * count]), size) for c in range(copies)
-        )
-    manifest.pop("data")  # a name only
-    text = json.dumps(manifest, sort_keys=True)
-    return RenderedSet(opened, hashlib.sha256(text.encode()).hexdigest())
-
-
-def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """What `write_set` says of a set.
-
-    Raises:
-      UserError: there is none, or one of a newer recipe.
-    """
-    where = f"config.deepaugment.dir={os.fspath(folder)!r}"
-    folder = paths.local(where, folder)
-    try:
-        manifest = paths.read_json(folder / "manifest.json")
-        # Sets of a former recipe are no longer added to, but whole ones can still be trained on.
-        if manifest["kind"] == "deepaugment" and manifest["recipe"] <= max(RECIPES.values()):
-            return manifest
-        found = f"a set of kind {manifest['kind']!r}, recipe {manifest['recipe']}"
-    except FileNotFoundError:
-        found = "no set (manifest.json is missing)"
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        found = f"a manifest.json that cannot be read ({error!r})"
-    raise UserError(
-        f"{where} has {found}: make one with python -m ada_jax.deepaugment "
-        f"--config=experiments/deepaugment.py --out={folder}, or name its folder."
-    )
-
+from ada_jax.report import figures
+from ada_jax.run import cli
 
 # ------------------------------------------------------------------------ the binary
 
 
 def main(config: ml_collections.ConfigDict, out: str) -> None:
     """Writes the set and a contact sheet of it."""
-    validate(config)
+    rendered_set.validate(config)
     require_extra("The contact sheet", "matplotlib")
     cli.set_up_devices(config.cpu_devices, config.compilation_cache)
-    dataset = data.load(
+    dataset = sources.load(
         config.dataset,
         config.train_split,
         data_dir=config.data_dir or None,
         image_size=config.image_size,
     )
-    if not write_set(dataset, out, config):
+    if not rendered_set.write_set(dataset, out, config):
         logging.info("Other processes are still at work on what is missing in %s.", out)
         return
-    count = min(_SHEET_IMAGES, len(dataset))
-    opened = open_set(out, dataset, config.copies).copies
-    columns = {"clean": _Images(dataset)[np.arange(count)]}
+    count = min(rendered_set.SHEET_IMAGES, len(dataset))
+    opened = rendered_set.open_set(out, dataset, config.copies).copies
+    columns = {"clean": rendered_set.Images(dataset)[np.arange(count)]}
     for net, copies in opened.items():
-        for c, copy in enumerate(copies[:_SHEET_COPIES]):
+        for c, copy in enumerate(copies[: rendered_set.SHEET_COPIES]):
             columns[f"{net} {c + 1}"] = np.stack([copy[i] for i in range(count)])
     sheet = os.path.join(out, "sheet.png")
     figures.contact_sheet(sheet, columns)

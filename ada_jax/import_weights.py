@@ -22,8 +22,10 @@ import jax
 import numpy as np
 from absl import flags
 
-from ada_jax import checkpoint, cli, corruption_nets, paths
+from ada_jax import paths
 from ada_jax.errors import UserError
+from ada_jax.nets import corruption_nets, edsr, weight_files
+from ada_jax.run import cli
 
 StateDict = dict[str, np.ndarray]
 _NETWORKS = ("edsr", *corruption_nets.names())
@@ -80,7 +82,7 @@ def to_torch(preset: str, theta: Mapping[str, Any]) -> StateDict:
     if preset != "cae":
         for shift, factor in _SHIFT.items():
             state[f"{shift}.weight"] = np.eye(3, dtype=np.float32)[:, :, None, None]
-            state[f"{shift}.bias"] = np.float32(factor * corruption_nets.DIV2K_MEAN)
+            state[f"{shift}.bias"] = np.float32(factor * edsr.DIV2K_MEAN)
     return state
 
 
@@ -162,7 +164,7 @@ def _is_up(name: str) -> bool:
 def _check_mean_shift(shifts: StateDict) -> None:
     for name, array in shifts.items():
         layer, _, kind = name.partition(".")
-        expected = _SHIFT[layer] * corruption_nets.DIV2K_MEAN
+        expected = _SHIFT[layer] * edsr.DIV2K_MEAN
         if kind == "weight":
             expected = np.eye(3)[:, :, None, None]
         if not np.allclose(array, expected, rtol=2**-9):  # what bfloat16 rounds
@@ -217,7 +219,7 @@ def read_torch(path: str | os.PathLike[str]) -> StateDict:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): name the file.") from error
     if start[8:] == b"{" or os.fspath(path).endswith(".safetensors"):
-        return checkpoint.read_safetensors(os.fspath(path))[0]
+        return weight_files.read_safetensors(os.fspath(path))[0]
     if not start.startswith((b"PK", b"\x80")):
         raise UserError(
             f"{path} is neither a PyTorch nor a safetensors file (it starts with {start!r}): fetch "
@@ -288,7 +290,7 @@ def import_file(network: str, source: str, out: str) -> str:
         "imported_from": os.path.basename(source),
         "imported_sha256": hashlib.sha256(content).hexdigest(),
     }
-    digest = checkpoint.save_weights(out, theta, metadata)
+    digest = weight_files.save_weights(out, theta, metadata)
     leaves = jax.tree.leaves(theta)
     count = sum(leaf.size for leaf in leaves)
     return f"{out}: {preset}, {count:,} numbers in {len(leaves)} leaves, digest {digest[:16]}"

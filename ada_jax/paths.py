@@ -220,6 +220,11 @@ def write(path: AnyPath, content: str | bytes) -> None:
         at(path).write_bytes(content)  # One upload, which counts once it is complete.
 
 
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Writes a JSON file whole or not at all; NaN and infinity, which JSON lacks, are errors."""
+    write(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
 def _write_file(path: pathlib.Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

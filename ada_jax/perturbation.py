@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ada_jax import guards, sharding
+from ada_jax import checks, sharding
 
 PyTree = object
 
@@ -23,7 +23,7 @@ def radii(theta: PyTree, nu: float) -> PyTree:
     Returns:
       Tree of float32 scalars.
     """
-    nu = guards.float32(nu)
+    nu = checks.float32(nu)
     return jax.tree.map(lambda a: nu * jnp.linalg.norm(a.astype(jnp.float32).ravel()), theta)
 
 
@@ -106,13 +106,13 @@ def sign_step(gradient: PyTree, radii: PyTree, scale: float) -> PyTree:
 
     Source: paper, appendix A (scale = 1/4).
     """
-    eta = guards.float32(scale) * median_radius(radii)
+    eta = checks.float32(scale) * median_radius(radii)
     return jax.tree.map(lambda g: eta * jnp.sign(g), gradient)
 
 
 def l2_step(gradient: PyTree, radii: PyTree, scale: float) -> PyTree:
     """Ascent step along the gradient, of length scale * radius in every leaf of every example."""
-    scale = guards.float32(scale)
+    scale = checks.float32(scale)
     return jax.tree.map(
         lambda g, n, r: g * _along(scale * r / jnp.maximum(n, _TINY), g),
         gradient,

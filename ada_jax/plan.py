@@ -38,8 +38,12 @@ import jax.numpy as jnp
 import ml_collections
 from absl import flags
 
-from ada_jax import cli, corruption_nets, costs, evaluate, logbook, paths, tables, train
+from ada_jax import paths, sharding, training
 from ada_jax.errors import UserError
+from ada_jax.evaluation import scoring
+from ada_jax.nets import corruption_nets
+from ada_jax.report import tables
+from ada_jax.run import cli, config_checks, costs
 
 
 class Chip(NamedTuple):
@@ -154,10 +158,10 @@ def step_of(config: ml_collections.ConfigDict, batch_size: int) -> Step:
       The step, with the shapes of one device.
     """
     size = config.image_size
-    schedule = train.learning_rate_schedule(config, steps_per_epoch=100, total_steps=1000)
+    schedule = training.learning_rate_schedule(config, steps_per_epoch=100, total_steps=1000)
     _, num_classes = _SIZES.get(config.dataset, _SIZES_OF_OTHERS)
-    classifier = evaluate.make_classifier(config, num_classes)
-    optimizer = train.make_optimizer(config, schedule)
+    classifier = scoring.make_classifier(config, num_classes)
+    optimizer = training.make_optimizer(config, schedule)
     nets = [
         corruption_nets.architecture(name)
         for name in (config.ada.corruption_net if config.method == "ada" else ())
@@ -165,7 +169,7 @@ def step_of(config: ml_collections.ConfigDict, batch_size: int) -> Step:
     key = jax.eval_shape(lambda: jax.random.key(0))
 
     def initial_state(key):
-        return train.initial_state(classifier, optimizer, key, jnp.zeros((1, size, size, 3)))
+        return training.initial_state(classifier, optimizer, key, jnp.zeros((1, size, size, 3)))
 
     batch = {
         "image": jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8),
@@ -176,13 +180,13 @@ def step_of(config: ml_collections.ConfigDict, batch_size: int) -> Step:
         corruption_nets.enlarged(net.apply, enlarge)
         for net, enlarge in zip(nets, config.ada.corruption_enlarge, strict=False)
     ]
-    update = train.make_update_step(config, classifier, applies, optimizer)
+    update = training.make_update_step(config, classifier, applies, optimizer)
     return Step(update, (jax.eval_shape(initial_state, key), thetas, batch, key))
 
 
 def useful_flops(step: Step, cores: int) -> float:
     """What the step needs on one core, see `costs.useful_flops`."""
-    jaxpr = jax.make_jaxpr(step.update, axis_env=[(train.AXIS, cores)])(*step.arguments)
+    jaxpr = jax.make_jaxpr(step.update, axis_env=[(sharding.AXIS, cores)])(*step.arguments)
     return costs.useful_flops(jaxpr)
 
 
@@ -191,7 +195,7 @@ def compile_step(step: Step, devices: Sequence[jax.Device]) -> jax.stages.Compil
     *mapped, key = step.arguments
     mapped = jax.tree.map(lambda a: jax.ShapeDtypeStruct((len(devices), *a.shape), a.dtype), mapped)
     update = jax.pmap(
-        step.update, train.AXIS, in_axes=(0, 0, 0, None), donate_argnums=0, devices=devices
+        step.update, devices.AXIS, in_axes=(0, 0, 0, None), donate_argnums=0, devices=devices
     )
     return update.lower(*mapped, key).compile()
 
@@ -217,7 +221,7 @@ def measure(
     Raises:
       UserError: a topology or a batch size that does not work.
     """
-    train.validate_devices(config, cores_of(topology))
+    config_checks.validate_devices(config, cores_of(topology))
     chip, devices = chip_of(topology), devices_of(topology)
     cores = len(devices)
     step = step_of(config, config.batch_size // cores)
@@ -419,9 +423,9 @@ def main(
         raise UserError(
             f"--examples={examples} must be 1 or more, and --hours_price={price} 0 or more."
         )
-    train.validate(config)
+    config_checks.validate(config)
     for name in names:
-        train.validate_devices(config, cores_of(name))
+        config_checks.validate_devices(config, cores_of(name))
     results = _read(json_path) if json_path else []
     planned = []
     for name in names:
@@ -435,7 +439,7 @@ def main(
         if not figures["fits"]:
             print(f"error: {refusal(figures)}", file=sys.stderr, flush=True)
         if json_path:
-            logbook.write_json(json_path, results)
+            paths.write_json(json_path, results)
     if len(results) > 1:
         print("\n" + tables.markdown(comparison(results)))
     return None if all(f["fits"] for f in planned) else 1

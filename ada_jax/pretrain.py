@@ -20,8 +20,12 @@ import numpy as np
 import optax
 from absl import logging
 
-from ada_jax import checkpoint, cli, corruption_nets, data, keys, locks, logbook, paths, ssim
+from ada_jax import keys, locks, paths, ssim
+from ada_jax import results as results_files
+from ada_jax.data import batching, core, sources, tfds_sets
 from ada_jax.errors import UserError, require_extra
+from ada_jax.nets import cae, corruption_nets, edsr, layers, weight_files
+from ada_jax.run import checkpoint, cli, logbook
 
 PHOTOS = {  # scikit-image's colour photographs that come inside its package
     "train": ("astronaut", "coffee", "rocket", "stereo_motorcycle"),
@@ -53,7 +57,7 @@ class TrainState(NamedTuple):
 
 def make_update_step(
     config: ml_collections.ConfigDict,
-    net: corruption_nets.Architecture,
+    net: layers.Architecture,
     optimizer: optax.GradientTransformation,
 ) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]:
     """Makes the update: patches -> loss of reconstruction and super-resolution -> Adam -> metrics.
@@ -80,7 +84,7 @@ def make_update_step(
         return loss, metrics | {"loss": loss}
 
     def update_step(state, batch, key):
-        x = data.to_float(batch["image"])
+        x = batching.to_float(batch["image"])
         step_key = jax.random.fold_in(key, state.step)
         example_keys = keys.of_positions(step_key, 0, len(x))
         patch_keys, noise_keys = jnp.moveaxis(jax.vmap(jax.random.split)(example_keys), 1, 0)
@@ -100,12 +104,12 @@ def make_update_step(
     return update_step
 
 
-def super_resolves(config: ml_collections.ConfigDict, net: corruption_nets.Architecture) -> bool:
+def super_resolves(config: ml_collections.ConfigDict, net: layers.Architecture) -> bool:
     """Whether super-resolution is part of the loss."""
     return net.scale > 1 and config.sr_weight > 0
 
 
-def examples(config: ml_collections.ConfigDict, net: corruption_nets.Architecture) -> int:
+def examples(config: ml_collections.ConfigDict, net: layers.Architecture) -> int:
     """Images a step takes: those to reconstruct, then those to super-resolve."""
     return config.batch_size + (config.sr_batch_size if super_resolves(config, net) else 0)
 
@@ -121,7 +125,7 @@ def super_resolve(theta: dict, fine: jax.Array, scale: int) -> jax.Array:
     Returns:
       [B,H,W,3], near `fine` in a trained network; not clipped.
     """
-    return corruption_nets.edsr_apply(theta, reduce(fine, scale))
+    return edsr.edsr_apply(theta, reduce(fine, scale))
 
 
 def reduce(x: jax.Array, scale: int) -> jax.Array:
@@ -188,7 +192,7 @@ def learning_rate_schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
 
 
 def initial_state(
-    net: corruption_nets.Architecture, optimizer: optax.GradientTransformation, key: jax.Array
+    net: layers.Architecture, optimizer: optax.GradientTransformation, key: jax.Array
 ) -> TrainState:
     """The state before the first step."""
     theta = net.init(key)
@@ -199,12 +203,12 @@ def initial_state(
 
 
 def make_eval_step(
-    config: ml_collections.ConfigDict, net: corruption_nets.Architecture
+    config: ml_collections.ConfigDict, net: layers.Architecture
 ) -> Callable[[dict, Batch], Metrics]:
     """Makes `eval_step(theta, batch)`: sums over the examples, padding masked out."""
 
     def eval_step(theta, batch):
-        images, mask = data.to_float(batch["image"]), batch["mask"]
+        images, mask = batching.to_float(batch["image"]), batch["mask"]
         x = centre(images, config.patch)
         y = jnp.clip(net.apply(theta, x, jax.random.key(0)), 0, 1)
         values = {"examples": jnp.ones_like(mask), "psnr": psnr(y, x), "ssim": ssim.ssim(y, x)}
@@ -219,7 +223,7 @@ def make_eval_step(
 
 
 def evaluate(
-    eval_step: Callable[[dict, Batch], Metrics], theta: dict, dataset: data.Dataset, batch_size: int
+    eval_step: Callable[[dict, Batch], Metrics], theta: dict, dataset: core.Dataset, batch_size: int
 ) -> dict[str, float]:
     """Quality on the centres of clean images; every image counts once.
 
@@ -233,7 +237,7 @@ def evaluate(
       'examples', mean 'psnr' in dB and mean 'ssim' of the reconstruction; where super-resolution
       is trained also its 'sr_psnr', and 'bicubic_psnr' for comparison.
     """
-    sums = [eval_step(theta, b) for b in data.eval_batches(dataset, batch_size=batch_size)]
+    sums = [eval_step(theta, b) for b in batching.eval_batches(dataset, batch_size=batch_size)]
     total = {name: sum(float(s[name]) for s in sums) for name in sums[0]}
     count = total["examples"]
     return {name: v if name == "examples" else v / count for name, v in total.items()}
@@ -262,7 +266,7 @@ def psnr(a: jax.Array, b: jax.Array) -> jax.Array:
 # ------------------------------------------------------------------------ the data
 
 
-def load_images(config: ml_collections.ConfigDict, split: str, *, size: int) -> data.Dataset:
+def load_images(config: ml_collections.ConfigDict, split: str, *, size: int) -> core.Dataset:
     """Loads a split of the config's images.
 
     Args:
@@ -279,13 +283,13 @@ def load_images(config: ml_collections.ConfigDict, split: str, *, size: int) -> 
     data_dir = config.data_dir or None
     if config.dataset in ("photos", "div2k"):
         photos = config.dataset == "photos"
-        images = map(photo, PHOTOS[split]) if photos else data.div2k_images(split, data_dir)
+        images = map(photo, PHOTOS[split]) if photos else tfds_sets.div2k_images(split, data_dir)
         side = 2 * size if split.startswith("train") else size
         found = [tiles(image, side=side, step=size, most=config.tiles) for image in images]
         images = np.concatenate(found)
         labels = np.zeros(len(images), np.int32)
-        return data.from_arrays(images, labels, class_names=("photo",), name=config.dataset)
-    dataset = data.load(config.dataset, split, data_dir=data_dir, image_size=config.image_size)
+        return core.from_arrays(images, labels, class_names=("photo",), name=config.dataset)
+    dataset = sources.load(config.dataset, split, data_dir=data_dir, image_size=config.image_size)
     if min(dataset.image_shape[:2]) < size:
         height, width, _ = dataset.image_shape
         raise UserError(
@@ -348,7 +352,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
         require(config[field] in known, field, f"is unknown: choose one of {', '.join(known)}")
 
     one_of("corruption_net", corruption_nets.names())
-    one_of("dataset", ("photos", "div2k", *data.NAMES))
+    one_of("dataset", ("photos", "div2k", *sources.NAMES))
     one_of("schedule", SCHEDULES)
     one_of("loss", tuple(LOSSES))
     one_of("store_dtype", STORE_DTYPES)
@@ -375,7 +379,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
         f"is too small to measure SSIM: take {ssim.WINDOW} pixels or more",
     )
     require(
-        config.corruption_net != "cae" or corruption_nets.fits_cae(config.patch),
+        config.corruption_net != "cae" or cae.fits_cae(config.patch),
         "patch",
         "does not fit the CAE: take a multiple of 4 of at least 12 pixels",
     )
@@ -394,9 +398,9 @@ class Parts(NamedTuple):
     """What a run is made of; nothing here changes during training."""
 
     config: ml_collections.ConfigDict
-    train_set: data.Dataset
-    eval_set: data.Dataset
-    net: corruption_nets.Architecture
+    train_set: core.Dataset
+    eval_set: core.Dataset
+    net: layers.Architecture
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
 
@@ -424,7 +428,7 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> int | None:
     paths.check_bucket(f"--workdir={workdir}", workdir)
     cli.set_up_devices(0, config.compilation_cache)
     parts = build(config)
-    data.check_held_out(parts.train_set, parts.eval_set, config.train_split, config.eval_split)
+    core.check_held_out(parts.train_set, parts.eval_set, config.train_split, config.eval_split)
     with locks.hold(f"--workdir={workdir}", locks.of_folder(workdir)):
         return run(parts, workdir)
 
@@ -437,14 +441,14 @@ def run(parts: Parts, workdir: str) -> int | None:
 
     checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints)
     expect = identity(config) | {"training data": parts.train_set.fingerprint}
-    former = {"training data": data.sampled_fingerprint(parts.train_set)}
+    former = {"training data": core.sampled_fingerprint(parts.train_set)}
     restored = checkpoints.restore(state, expect, former)
     extra = {"pending": []}
     if restored:
         state, extra, step = restored
         logging.info("Going on from step %d of %s.", step, workdir)
     extra["expect"] = expect
-    logbook.write_json(os.path.join(workdir, "config.json"), config.to_dict())
+    paths.write_json(os.path.join(workdir, "config.json"), config.to_dict())
     log = logbook.Logbook(workdir, int(state.step))
 
     started = time.monotonic()
@@ -488,7 +492,7 @@ def train(
     update_step = jax.jit(update_step, donate_argnums=0)
     eval_step = jax.jit(make_eval_step(config, parts.net))
     state = jax.tree.map(jnp.array, state)  # copies: the step donates its argument
-    batches = data.train_batches(
+    batches = batching.train_batches(
         parts.train_set, batch_size=batch_size, seed=config.seed, start_step=step
     )
     timer = logbook.Timer(step, total_steps, batch_size)
@@ -564,7 +568,7 @@ def finish(parts: Parts, workdir: str, state: TrainState, seconds: float) -> Non
         **{k: round(v, 5) for k, v in quality.items()},
     }
     path = os.path.join(workdir, f"{name}.safetensors")
-    digest = checkpoint.save_weights(path, stored, metadata)
+    digest = weight_files.save_weights(path, stored, metadata)
     leaves = jax.tree.leaves(stored)
     rows = [
         ("network", f"{name}, {sum(a.size for a in leaves):,} numbers in {len(leaves)} leaves"),
@@ -572,7 +576,7 @@ def finish(parts: Parts, workdir: str, state: TrainState, seconds: float) -> Non
         ("held out", f"{quality['examples']:.0f} patches of {config.dataset}"),
         ("weights", f"{path}, {len(paths.read(path)) / 1e6:.2f} MB"),
         ("sha256 of the arrays", digest[:16]),
-        ("time", logbook.clock(seconds)),
+        ("time", results_files.clock(seconds)),
     ]
     if "sr_psnr" in quality:
         psnrs = f"PSNR {quality['sr_psnr']:.2f} dB, bicubic {quality['bicubic_psnr']:.2f} dB"

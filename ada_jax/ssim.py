@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ada_jax import guards
+from ada_jax import checks
 from ada_jax.errors import UserError
 
 WINDOW, SIGMA = 11, 1.5  # Gaussian window of Wang et al. (2004), pixels
@@ -72,7 +72,7 @@ def line_search(
       'ssim_before' and 'changed' (1 where the line search acted).
     """
     clean, corrupted = clean.astype(jnp.float32), corrupted.astype(jnp.float32)
-    threshold = guards.float32(threshold)
+    threshold = checks.float32(threshold)
     values = _along_ray(clean, corrupted, jnp.asarray(GAMMAS))  # [B,9]
     changed = values[:, -1] < threshold
     if rule == "interpolated":

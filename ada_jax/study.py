@@ -18,25 +18,14 @@ import tqdm
 from absl import flags
 from jax import lax
 
-from ada_jax import (
-    ada,
-    checkpoint,
-    cli,
-    corruption_nets,
-    corruptions,
-    data,
-    evaluate,
-    figures,
-    guards,
-    locks,
-    logbook,
-    losses,
-    paths,
-    perturbation,
-    pretrain,
-    ssim,
-)
+from ada_jax import ada, checks, evaluate, locks, losses, paths, perturbation, pretrain, ssim
+from ada_jax.corruptions import functions, parameter_tables
+from ada_jax.data import core, sources
 from ada_jax.errors import UserError, renamed, require_extra
+from ada_jax.evaluation import scoring
+from ada_jax.nets import corruption_nets, weight_files
+from ada_jax.report import figures
+from ada_jax.run import cli
 
 RADII = ("0.0075", "0.009375", "0.015", "0.03", "0.06")
 PAPER = {"edsr": (0.91, 0.26), "cae": (0.84, 0.16)}  # mean and deviation over all corruptions
@@ -45,9 +34,7 @@ PAPER = {"edsr": (0.91, 0.26), "cae": (0.84, 0.16)}  # mean and deviation over a
 # ------------------------------------------------------------------------ the measurements
 
 
-def random_ssim(
-    net: corruption_nets.CorruptionNet, key: jax.Array, x: jax.Array, nu: float
-) -> jax.Array:
+def random_ssim(net: ada.CorruptionNet, key: jax.Array, x: jax.Array, nu: float) -> jax.Array:
     """SSIM between images and what randomly perturbed networks render of them (figure 1b).
 
     Args:
@@ -64,7 +51,7 @@ def random_ssim(
 
 
 def attacked_ssim(
-    net: corruption_nets.CorruptionNet,
+    net: ada.CorruptionNet,
     logits_fn: ada.LogitsFn,
     key: jax.Array,
     x: jax.Array,
@@ -93,7 +80,7 @@ def attacked_ssim(
 
 
 def reconstruct(
-    net: corruption_nets.CorruptionNet,
+    net: ada.CorruptionNet,
     key: jax.Array,
     x: jax.Array,
     target: jax.Array,
@@ -170,7 +157,7 @@ def in_batches(f: Callable[..., jax.Array], *arrays: np.ndarray, batch_size: int
 
 
 def study_ssim(
-    nets: dict[str, corruption_nets.CorruptionNet],
+    nets: dict[str, ada.CorruptionNet],
     x: np.ndarray,
     settings: dict[str, Any],
     batch_size: int,
@@ -208,7 +195,7 @@ def study_ssim(
 
 
 def study_reconstruct(
-    nets: dict[str, corruption_nets.CorruptionNet],
+    nets: dict[str, ada.CorruptionNet],
     images: np.ndarray,
     settings: dict[str, Any],
     batch_size: int,
@@ -252,7 +239,7 @@ def corrupted(name: str, images: np.ndarray, seed: int) -> np.ndarray:
     out = np.empty_like(images)
     for severity in range(1, 6):
         chosen = np.flatnonzero(severities == severity)
-        out[chosen] = corruptions.corrupt(name, severity, images[chosen], seed, indices=chosen)
+        out[chosen] = functions.corrupt(name, severity, images[chosen], seed, indices=chosen)
     return out
 
 
@@ -318,13 +305,13 @@ def load_images(
             pretrain.tiles(pretrain.photo(name), side=32, step=32, most=4096)
             for name in pretrain.PHOTOS["test"]
         ]
-        source = data.from_arrays(
+        source = core.from_arrays(
             np.concatenate(tiles), np.zeros(sum(map(len, tiles)), int), class_names=("photo",)
         )
     else:
-        source = data.load(dataset, split, data_dir=data_dir or None)
+        source = sources.load(dataset, split, data_dir=data_dir or None)
     if class_names:
-        source = data.renumbered(source, class_names)
+        source = core.renumbered(source, class_names)
     if len(source) < count:
         raise UserError(
             f"--examples={count} is more than the {len(source)} images of --dataset={dataset}: "
@@ -375,14 +362,14 @@ def _run(argv: list[str], locked: contextlib.ExitStack) -> None:
     f = flags.FLAGS
     if len(argv) != 2 or argv[1] not in ("ssim", "reconstruct"):
         raise UserError("Name one study: python -m ada_jax.study ssim, or reconstruct.")
-    study, known = argv[1], (*corruptions.NAMES, *corruptions.EXTRA)
+    study, known = argv[1], (*parameter_tables.NAMES, *parameter_tables.EXTRA)
     if unknown := sorted(set(f.corruptions) - set(known)):
         raise UserError(f"--corruptions={unknown[0]} is unknown: choose from {', '.join(known)}.")
-    guards.check_integers(
+    checks.check_integers(
         1,
         **{f"--{n}": f[n].value for n in ("batch_size", "examples", "cpu_devices", "steps")},
     )
-    guards.check_integers(0, **{"--attack_steps": f.attack_steps})
+    checks.check_integers(0, **{"--attack_steps": f.attack_steps})
     if f.batch_size % f.cpu_devices:
         raise UserError(
             f"--batch_size={f.batch_size} is not divisible by --cpu_devices={f.cpu_devices}."
@@ -396,14 +383,14 @@ def _run(argv: list[str], locked: contextlib.ExitStack) -> None:
     require_extra("The study's figure", "matplotlib")
     cli.set_up_devices(f.cpu_devices, "~/.cache/ada_jax")
     nets = {name: corruption_nets.make(name) for name in f.nets}
-    class_names = evaluate.metadata(f.workdir).get("class_names") if f.workdir else None
+    class_names = scoring.metadata(f.workdir).get("class_names") if f.workdir else None
     images, labels, classes = load_images(
         f.dataset, f.split, f.data_dir, f.examples, f.seed, class_names
     )
     corruption_nets.check_sizes("--nets", f.nets, [1] * len(f.nets), images.shape[1:])
     common = {"dataset": f.dataset, "split": f.split, "examples": f.examples, "seed": f.seed}
-    common["nets"] = {name: checkpoint.digest(net.theta) for name, net in nets.items()}
-    common["images"] = checkpoint.digest({"images": images, "labels": labels})
+    common["nets"] = {name: weight_files.digest(net.theta) for name, net in nets.items()}
+    common["images"] = weight_files.digest({"images": images, "labels": labels})
     json_path, png_path = (os.path.join(f.out, f"{study}.{kind}") for kind in ("json", "png"))
     locked.enter_context(locks.hold(f"--out={f.out}", locks.of_folder(f.out)))
 
@@ -411,15 +398,15 @@ def _run(argv: list[str], locked: contextlib.ExitStack) -> None:
         settings = common | {"radii": f.radii, "workdir": f.workdir, "attack_steps": f.attack_steps}
         attack = None
         if f.workdir:
-            attack = evaluate.load_classifier(f.workdir, classes), labels
+            attack = scoring.load_classifier(f.workdir, classes), labels
         results = study_ssim(nets, _to_float(images), settings, f.batch_size, attack)
-        logbook.write_json(json_path, {"settings": settings, "results": results})
+        paths.write_json(json_path, {"settings": settings, "results": results})
         figures.ssim_densities(png_path, results)
         table = ssim_table(results)
     else:
         settings = common | {"corruptions": f.corruptions, "steps": f.steps}
         settings["learning_rate"] = f.learning_rate
-        save = lambda r: logbook.write_json(json_path, {"settings": settings, "results": r})  # noqa: E731
+        save = lambda r: paths.write_json(json_path, {"settings": settings, "results": r})  # noqa: E731
         results = read_results(json_path, settings)
         results = study_reconstruct(nets, images, settings, f.batch_size, results, save)
         # In the order asked for, which the file does not keep.
@@ -442,7 +429,9 @@ if __name__ == "__main__":
     flags.DEFINE_list("radii", list(RADII), "ssim: relative radii.")
     flags.DEFINE_string("workdir", "", "ssim: a run whose classifier AdA attacks; '' is at random.")
     flags.DEFINE_integer("attack_steps", 10, "ssim: steps of AdA.")
-    flags.DEFINE_list("corruptions", list(corruptions.NAMES), "reconstruct: which corruptions.")
+    flags.DEFINE_list(
+        "corruptions", list(parameter_tables.NAMES), "reconstruct: which corruptions."
+    )
     flags.DEFINE_integer("steps", 50, "reconstruct: steps of Adam.")
     flags.DEFINE_float("learning_rate", 1e-3, "reconstruct: of Adam.")
     cli.start(main, computes=True)

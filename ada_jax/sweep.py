@@ -36,8 +36,13 @@ import ml_collections
 from absl import flags, logging
 from ml_collections import config_flags
 
-from ada_jax import checkpoint, cli, data, locks, logbook, paths, report, tables, train
+from ada_jax import locks, paths
+from ada_jax import results as results_files
+from ada_jax.data import sources
 from ada_jax.errors import UserError
+from ada_jax.nets import weight_files
+from ada_jax.report import grouping, paper_tables, tables
+from ada_jax.run import cli, config_checks, setup
 
 _TRAIN = ("-m", "ada_jax.train")
 _POLL_SECONDS = 0.2
@@ -227,7 +232,7 @@ def load_config(arguments: list[str]) -> dict[str, Any]:
         raise UserError(f"--config={file} is not a file: name one from the current folder.")
     try:
         values(["ada_jax.train", *arguments])
-        train.validate(values.config)
+        config_checks.validate(values.config)
     except (KeyError, AttributeError) as error:
         raise UserError(cli.unknown_field(error)) from error
     except (flags.Error, ValueError, TypeError) as error:
@@ -258,11 +263,14 @@ def _look(point: Point, out: str) -> tuple[dict[str, Any], str]:
     workdir = os.path.join(out, point.name)
     try:
         results = dict(paths.read_json(os.path.join(workdir, "results.json")))
-        _, weights = checkpoint.load_weights(os.path.join(workdir, "classifier.safetensors"))
+        _, weights = weight_files.load_weights(os.path.join(workdir, "classifier.safetensors"))
     except (OSError, ValueError, TypeError):  # A UserError is a ValueError.
         return {}, "results or weights are missing or damaged"
     config = point.config
-    now, then = logbook.comparable(config), logbook.comparable(results.get("config") or {})
+    now, then = (
+        results_files.comparable(config),
+        results_files.comparable(results.get("config") or {}),
+    )
     others = sorted(k for k in now | then if (k, now.get(k)) not in then.items())
     if others:
         return results, f"the results are of another config, with another {', '.join(others)}"
@@ -271,7 +279,7 @@ def _look(point: Point, out: str) -> tuple[dict[str, Any], str]:
     if changed := _changed_data(config, results):
         return results, f"the images of config.{changed} have changed since"
     attacked = config["method"] == "ada" and config["figure_examples"]
-    nets = train.net_labels(config["ada"]) if attacked else ()
+    nets = config_checks.net_labels(config["ada"]) if attacked else ()
     wanted = [_MEANS.get(name, name) for name in config["eval_sets"]]
     missing = [name for name in wanted if name not in results]
     missing += [f"ada.{net}" for net in nets if net not in results.get("ada", {})]
@@ -280,7 +288,7 @@ def _look(point: Point, out: str) -> tuple[dict[str, Any], str]:
 
 def _changed_data(config: dict[str, Any], results: dict[str, Any]) -> str:
     """The split whose images are no longer those of the results; '' where it cannot be told."""
-    found = logbook.flat(results)
+    found = results_files.flat(results)
     known = {
         "train_split": (found.get("training.data"), bool(config.get("crop_scale"))),
         "eval_split": (found.get("data.fingerprint"), False),
@@ -299,7 +307,7 @@ def _fingerprint(
     split: str, dataset: str, data_dir: str | None, image_size: int, encoded: bool
 ) -> str | None:
     try:
-        return data.load(
+        return sources.load(
             dataset, split, data_dir=data_dir, image_size=image_size, encoded=encoded
         ).fingerprint
     except UserError:
@@ -363,7 +371,7 @@ def _unfinished(points: Sequence[Point], out: str) -> list[Point]:
     waiting = [point for point in points if not found[point.name]]
     for point in waiting:
         try:
-            train.check_files(ml_collections.ConfigDict(point.config))
+            setup.check_files(ml_collections.ConfigDict(point.config))
         except UserError as error:
             raise UserError(f"The point {point.name}: {error}") from error
     logging.info("%d of %d points to run", len(waiting), len(points))
@@ -466,9 +474,13 @@ def _errors(results: dict[str, Any]) -> str:
 
 def show_report(files: Sequence[str]) -> None:
     """Prints tables 1 and 3 and the list of `python -m ada_jax.report FILES`."""
-    results = [result for file in files for result in report.read(file)]
-    ours = report.rows(results)
-    made = report.table_1(ours, []), report.table_3(ours, []), report.table_list(results, [])
+    results = [result for file in files for result in results_files.read(file)]
+    ours = grouping.rows(results)
+    made = (
+        paper_tables.table_1(ours, []),
+        paper_tables.table_3(ours, []),
+        paper_tables.table_list(results, []),
+    )
     print("\n\n".join(map(tables.markdown, made)), flush=True)
 
 

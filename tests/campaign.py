@@ -47,6 +47,9 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from ada_jax import results as results_files
+from ada_jax.nets import classifiers
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 QUICKSTART = ROOT / "experiments" / "quickstart.py"
 PARTS = ("kills", "malformed", "settings", "full")
@@ -291,9 +294,8 @@ def end(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _lasting(record: dict[str, Any]) -> dict[str, Any]:
-    from ada_jax import logbook
 
-    return {k: v for k, v in logbook.flat(record).items() if k not in PASSING}
+    return {k: v for k, v in results_files.flat(record).items() if k not in PASSING}
 
 
 def difference(one: dict[str, Any], other: dict[str, Any]) -> str:
@@ -710,7 +712,6 @@ def preload() -> None:
     for module in modules:
         with contextlib.suppress(ModuleNotFoundError):
             importlib.import_module(module)
-    from ada_jax import classifiers
 
     # Tracing resnet9 is most of what a tiny run does: one block takes a third of it.
     block = {"block": classifiers._basic_block, "widths": (8,), "depths": (1,)}

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ada_jax import ada, corruption_nets, losses, perturbation, ssim
-from ada_jax.corruption_nets import CorruptionNet
+from ada_jax import ada, losses, perturbation, ssim
+from ada_jax.ada import CorruptionNet
 from ada_jax.errors import UserError
+from ada_jax.nets import corruption_nets, edsr
 
 BATCH, SIZE, CLASSES, NU = 4, 16, 5, 0.05
 PIXELS = SIZE * SIZE * 3
@@ -25,7 +26,7 @@ seeds = st.integers(0, 2**31 - 1)
 
 def make_net(blocks: int, features: int) -> CorruptionNet:
     """A small EDSR that is nearly the identity: its skip path is, and its body adds a little."""
-    architecture = corruption_nets.edsr(blocks=blocks, features=features, scale=1)
+    architecture = edsr.edsr(blocks=blocks, features=features, scale=1)
     rng = np.random.default_rng(0)
     random = lambda a: jnp.float32(0.02 * rng.normal(size=a.shape))  # noqa: E731
     theta = jax.tree.map(random, jax.eval_shape(architecture.init, jax.random.key(0)))

@@ -13,7 +13,8 @@ import numpy as np
 import optax
 import pytest
 
-from ada_jax import attacks, classifiers, losses
+from ada_jax import attacks, losses
+from ada_jax.nets import classifiers
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("pyautoattack")

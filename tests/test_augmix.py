@@ -7,7 +7,7 @@ import pytest
 import skimage.data
 from PIL import Image, ImageEnhance, ImageOps
 
-from ada_jax import augmix
+from ada_jax.augment import augmix
 from ada_jax.errors import UserError
 
 EVERY = (*augmix.OPS, *augmix.EXTRA_OPS)

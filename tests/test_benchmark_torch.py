@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ada_jax import ada, classifiers, corruption_nets, losses
+from ada_jax import ada, losses
+from ada_jax.nets import classifiers, corruption_nets, edsr
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[torch]'")
 
@@ -51,7 +52,7 @@ def problem() -> tuple:
     """A small network, perturbations of a twentieth of its leaves' norms, images and labels."""
     # NumPy's numbers: JAX would compile a program for each leaf.
     rng = np.random.default_rng(0)
-    architecture = corruption_nets.edsr(**SMALL)
+    architecture = edsr.edsr(**SMALL)
     shapes = jax.eval_shape(architecture.init, jax.random.key(0))
     theta = jax.tree.map(lambda a: rng.uniform(-0.2, 0.2, a.shape).astype(np.float32), shapes)
 
@@ -59,7 +60,7 @@ def problem() -> tuple:
         d = rng.normal(size=(EXAMPLES, *leaf.shape)).astype(np.float32)
         return d * np.float32(0.05 * np.linalg.norm(leaf) / leaf.size**0.5)
 
-    net = corruption_nets.CorruptionNet(architecture.apply, theta)
+    net = ada.CorruptionNet(architecture.apply, theta)
     delta = jax.tree.map(perturb, theta)
     keys = jax.random.split(jax.random.key(1), EXAMPLES)
     x = rng.uniform(size=(EXAMPLES, 16, 16, 3)).astype(np.float32)

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 import ada_jax
-from ada_jax import attacks, evaluate
+from ada_jax import attacks
 from ada_jax.errors import UserError
+from ada_jax.evaluation import scoring
 
 BATCH, SIZE, CLASSES = 4, 12, 4  # SSIM needs 11 pixels.
 PIXELS = SIZE * SIZE * 3
@@ -166,7 +167,7 @@ def test_corruption_errors_and_adversarial_augment_count_classes_anew():
 
     def measure():
         names = ("brightness",)
-        found = evaluate.corruption_errors(trainer.logits, pictures, np.asarray(y), names=names)
+        found = scoring.corruption_errors(trainer.logits, pictures, np.asarray(y), names=names)
         return found["clean"]["error"]
 
     for call in (augment, measure):

@@ -19,12 +19,15 @@ import numpy as np
 import optax
 import pytest
 import safetensors.numpy
+from absl import logging
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ada_jax import checkpoint
-from ada_jax.checkpoint import Checkpoints, digest, load_weights, save_weights
 from ada_jax.errors import NotFiniteError, UserError
+from ada_jax.nets import weight_files
+from ada_jax.nets.weight_files import digest, load_weights, save_weights
+from ada_jax.run.checkpoint import Checkpoints
+from tests.conftest import ROOT
 
 DTYPES = ("float32", "bfloat16", "float16", "float64", "int8", "int32", "int64", "uint32", "bool")
 WEIGHTS = {"net/~/conv": {"w": np.arange(12, dtype=np.float32).reshape(3, 4)}, "b": np.ones(2)}
@@ -235,7 +238,7 @@ def test_weights_of_another_program_are_read_where_they_fit(tmp_path, metadata, 
     tree, got_metadata = load_weights(path, like)
     assert tree["a"]["w"].dtype == np.float32 and tree["n"].dtype == np.int32
     assert np.all(tree["a"]["w"] == 1.5) and tree["n"] == 3 and got_metadata == {}
-    assert checkpoint.metadata(path) == {}
+    assert weight_files.metadata(path) == {}
     with pytest.raises(UserError, match=r"1 of 2 .* python -m ada_jax\.import_weights"):
         load_weights(path, {"a": {"w": np.ones((3, 2))}, "n": 7})
 
@@ -273,7 +276,7 @@ def test_missing_weights(tmp_path):
 def test_nan_in_a_well_formed_file_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "w.safetensors"
     with monkeypatch.context() as unchecked:
-        unchecked.setattr(checkpoint, "_first_not_finite", lambda flat: None)
+        unchecked.setattr(weight_files, "_first_not_finite", lambda flat: None)
         save_weights(path, {"a": np.array([np.nan])}, {})
     with pytest.raises(UserError, match="NaN or infinity in 'a'"):
         load_weights(path)
@@ -441,9 +444,7 @@ def test_each_damaged_file_gives_right_values_or_the_step_before(two_steps, tmp_
             target = run / source.relative_to(two_steps)
             target.unlink() if bad is None else target.write_bytes(bad)
             with pytest.MonkeyPatch.context() as patch, opened(run) as checkpoints:
-                patch.setattr(
-                    checkpoint.logging, "warning", lambda text, *a: warnings.append(text % a)
-                )
+                patch.setattr(logging, "warning", lambda text, *a: warnings.append(text % a))
                 state, extra, step = checkpoints.restore(make_state(0), EXPECT)
             assert_same(state, make_state(step))
             assert extra == {"expect": EXPECT, "seen": step * 10}
@@ -552,7 +553,7 @@ def test_a_kill_in_the_middle_of_a_save_leaves_the_one_before(tmp_path):
     run = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path)],
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
-        cwd=pathlib.Path(checkpoint.__file__).parents[1],
+        cwd=ROOT,
         capture_output=True,
         text=True,
     )
@@ -602,9 +603,8 @@ def test_unfinished_and_damaged_steps_in_a_bucket_give_the_one_before(cloud):
 
 
 def test_importing_does_not_import_orbax():
-    code = "import ada_jax.checkpoint, sys; sys.exit('orbax' in sys.modules)"
-    folder = pathlib.Path(checkpoint.__file__).parents[1]
-    assert subprocess.run([sys.executable, "-c", code], cwd=folder).returncode == 0
+    code = "import ada_jax.run.checkpoint, sys; sys.exit('orbax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_metadata_on_disk_is_plain_json(workdir, tmp_path):

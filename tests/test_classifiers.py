@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ada_jax import classifiers
 from ada_jax.errors import UserError
+from ada_jax.nets import classifiers
 
 PARAMETERS = {
     "preact_resnet20": 272_282,

@@ -13,8 +13,8 @@ from collections.abc import Callable
 import ml_collections
 import pytest
 
-from ada_jax import cli
 from ada_jax.errors import UserError
+from ada_jax.run import cli
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")

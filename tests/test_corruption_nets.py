@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from ada_jax import checkpoint, corruption_nets, per_example, ssim
+from ada_jax import ssim
 from ada_jax.errors import UserError
+from ada_jax.nets import cae, corruption_nets, edsr, layers, per_example, weight_files
 
 SCALES = [1, 2, 4]
 
@@ -32,7 +33,7 @@ def random_theta(init, seed: int = 0):
 
 
 def small(scale: int, seed: int = 0):
-    net = corruption_nets.edsr(blocks=2, features=4, scale=scale)
+    net = edsr.edsr(blocks=2, features=4, scale=scale)
     return net, random_theta(net.init, seed)
 
 
@@ -57,7 +58,7 @@ def test_every_convolution_has_a_kernel_and_a_bias(scale, convolutions):
 
 
 def test_random_parameters_fill_the_range_of_their_fan_in_and_follow_their_key():
-    init = jax.jit(corruption_nets.edsr(blocks=1, features=32, scale=1).init)
+    init = jax.jit(edsr.edsr(blocks=1, features=32, scale=1).init)
     theta, again, other = (init(jax.random.key(seed)) for seed in (0, 0, 1))
     chex.assert_trees_all_equal(theta, again)
     for name, conv in theta.items():
@@ -71,7 +72,7 @@ def test_random_parameters_fill_the_range_of_their_fan_in_and_follow_their_key()
 
 
 def test_the_cae_has_42_leaves_and_2241859_parameters():
-    leaves = jax.tree.leaves(jax.eval_shape(corruption_nets.cae_init, jax.random.key(0)))
+    leaves = jax.tree.leaves(jax.eval_shape(cae.cae_init, jax.random.key(0)))
     assert (len(leaves), sum(leaf.size for leaf in leaves)) == (42, 2_241_859)
 
 
@@ -82,7 +83,7 @@ def test_the_cae_has_42_leaves_and_2241859_parameters():
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3))
 def test_pixel_shuffle_follows_pytorchs_order(height, width, channels):
     x = np.arange(2 * height * width * 4 * channels).reshape(2, height, width, 4 * channels)
-    y = np.asarray(corruption_nets.pixel_shuffle(x))
+    y = np.asarray(edsr.pixel_shuffle(x))
     assert y.shape == (2, 2 * height, 2 * width, channels)
     for b, h, w, c in np.ndindex(2, height, width, channels):
         for i, j in np.ndindex(2, 2):
@@ -116,7 +117,7 @@ def straightforward_edsr(theta, x, blocks: int, upsamplers: int):
 def test_edsr_equals_a_straightforward_statement(scale, upsamplers):
     _, theta = small(scale)
     x = images(2, 7, 10, 3)
-    y = jax.jit(corruption_nets.edsr_apply)(theta, x)
+    y = jax.jit(edsr.edsr_apply)(theta, x)
     assert y.shape == (2, 7 * scale, 10 * scale, 3)
     np.testing.assert_allclose(y, straightforward_edsr(theta, x, 2, upsamplers), atol=2e-5)
 
@@ -133,7 +134,7 @@ def test_the_output_has_the_inputs_size_even_if_it_is_odd(scale):
 def test_the_output_is_brought_back_by_pillows_bicubic_filter(scale):
     net, theta = small(scale)
     x = images(1, 13, 10, 3)
-    large = np.asarray(jax.jit(corruption_nets.edsr_apply)(theta, x))[0]
+    large = np.asarray(jax.jit(edsr.edsr_apply)(theta, x))[0]
     expected = [
         PIL.Image.fromarray(channel).resize((10, 13), PIL.Image.Resampling.BICUBIC)
         for channel in large.transpose(2, 0, 1)
@@ -157,7 +158,7 @@ def test_large_images_have_the_gradient_of_the_straightforward_statement():
     """One image of 132x160 pixels (at four times the scale) is more than one group of patches."""
     _, theta = small(4)
     x, direction = images(2, 33, 40, 3), images(2, 132, 160, 3, seed=1) / 1e4
-    ours = lambda t: (corruption_nets.edsr_apply(t, x) * direction).sum()  # noqa: E731
+    ours = lambda t: (edsr.edsr_apply(t, x) * direction).sum()  # noqa: E731
     reference = lambda t: (straightforward_edsr(t, x, 2, 2) * direction).sum()  # noqa: E731
     chex.assert_trees_all_close(
         jax.jit(jax.grad(ours))(theta), jax.jit(jax.grad(reference))(theta), rtol=1e-3, atol=1e-3
@@ -187,7 +188,7 @@ def test_a_missing_file_is_named(tmp_path):
 def test_weights_of_ones_own_are_loaded(tmp_path):
     theta = random_theta(corruption_nets.architecture("edsr_small").init)
     path = str(tmp_path / "mine.safetensors")
-    checkpoint.save_weights(path, theta, {})
+    weight_files.save_weights(path, theta, {})
     net = corruption_nets.make("edsr_small", path)
     chex.assert_trees_all_equal(net.theta, theta)
     x = images(1, 12, 12, 3)
@@ -197,7 +198,7 @@ def test_weights_of_ones_own_are_loaded(tmp_path):
 
 def test_weights_of_another_network_are_refused(tmp_path):
     path = str(tmp_path / "other.safetensors")
-    checkpoint.save_weights(path, small(1)[1], {})
+    weight_files.save_weights(path, small(1)[1], {})
     with pytest.raises(UserError, match="does not fit"):
         corruption_nets.make("edsr_small", path)
 
@@ -240,19 +241,19 @@ def test_shipped_weights_are_nearly_the_identity_on_photographs(name, enlarge, l
 
 @pytest.fixture(scope="module")
 def cae_theta():
-    return corruption_nets.cae_init(jax.random.key(0))
+    return cae.cae_init(jax.random.key(0))
 
 
 @pytest.mark.parametrize("size", [(32, 32), (48, 40)])
 def test_the_cae_keeps_sizes_and_has_two_bits_a_pixel(cae_theta, size):
     x = images(2, *size, 3)
-    latent = corruption_nets.cae_encode(cae_theta, x)
+    latent = cae.cae_encode(cae_theta, x)
     assert latent.shape == (2, size[0] // 4, size[1] // 4, 32)
-    bits = corruption_nets.binarise(jax.random.key(1), latent)
+    bits = cae.binarise(jax.random.key(1), latent)
     np.testing.assert_allclose(np.abs(bits), 1, atol=1e-6)
-    y = corruption_nets.cae_decode(cae_theta, bits)
+    y = cae.cae_decode(cae_theta, bits)
     assert y.shape == x.shape
-    whole = corruption_nets.cae().apply(cae_theta, x, jax.random.key(1))
+    whole = cae.cae().apply(cae_theta, x, jax.random.key(1))
     np.testing.assert_allclose(whole, y, atol=1e-6)
 
 
@@ -267,7 +268,7 @@ def test_the_joined_layers_of_the_cae_equal_one_after_the_other(cae_theta):
         return per_example.conv2d(wide, conv["w"], conv["b"], padding=0)
 
     y, transpose = jax.vjp(separate, up, conv, x)
-    joined, joined_transpose = jax.vjp(corruption_nets._conv_after_up, up, conv, x)
+    joined, joined_transpose = jax.vjp(layers.conv_after_up, up, conv, x)
     chex.assert_trees_all_close(
         (joined, joined_transpose(y)), (y, transpose(y)), rtol=1e-4, atol=1e-4
     )
@@ -276,7 +277,7 @@ def test_the_joined_layers_of_the_cae_equal_one_after_the_other(cae_theta):
 def test_sizes_that_the_cae_cannot_halve_twice_are_refused(cae_theta):
     for height, width in ((30, 32), (32, 33), (8, 32), (4, 4)):  # 8x8 came out as one grey
         with pytest.raises(UserError, match=r"multiples of 4 and at least 12, not \("):
-            corruption_nets.cae_encode(cae_theta, images(1, height, width, 3))
+            cae.cae_encode(cae_theta, images(1, height, width, 3))
 
 
 @pytest.mark.parametrize(
@@ -311,14 +312,10 @@ def test_factors_that_enlarge_nothing_are_refused(enlarge):
 
 def test_bits_have_the_latent_as_their_mean_and_pass_gradients_straight_through():
     latent = jnp.linspace(-1, 1, 5)
-    draw = jax.vmap(corruption_nets.binarise, (0, None))(
-        jax.random.split(jax.random.key(0), 4000), latent
-    )
+    draw = jax.vmap(cae.binarise, (0, None))(jax.random.split(jax.random.key(0), 4000), latent)
     np.testing.assert_allclose(draw.mean(0), latent, atol=0.05)
     assert (draw[:, 0] == -1).all() and (draw[:, -1] == 1).all()
-    gradient = jax.grad(
-        lambda e: jnp.sum(e * 0 + 3 * corruption_nets.binarise(jax.random.key(0), e))
-    )
+    gradient = jax.grad(lambda e: jnp.sum(e * 0 + 3 * cae.binarise(jax.random.key(0), e)))
     np.testing.assert_allclose(gradient(latent), 3)
 
 
@@ -326,7 +323,7 @@ def test_bits_have_the_latent_as_their_mean_and_pass_gradients_straight_through(
 def test_the_cae_per_example_equals_one_at_a_time(cae_theta):
     x, keys = images(2, 12, 16, 3), jax.random.split(jax.random.key(3), 2)
     thetas = jax.tree.map(lambda a: jnp.stack([a, 0.5 * a]), cae_theta)
-    one = lambda theta, x, key: corruption_nets.cae().apply(theta, x[None], key)[0]  # noqa: E731
+    one = lambda theta, x, key: cae.cae().apply(theta, x[None], key)[0]  # noqa: E731
     together = jax.jit(jax.vmap(one))(thetas, x, keys)
     for i in range(2):
         alone = one(jax.tree.map(lambda a, i=i: a[i], thetas), x[i], keys[i])

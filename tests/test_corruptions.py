@@ -14,6 +14,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,8 +29,11 @@ import skimage.filters
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ada_jax import corruptions, data, locks, npy_files, ssim
-from ada_jax.corruptions import EXTRA, NAMES, corrupt
+from ada_jax import locks, ssim
+from ada_jax.corruptions import __main__, c_folder, functions, parameter_tables
+from ada_jax.corruptions.functions import corrupt
+from ada_jax.corruptions.parameter_tables import EXTRA, NAMES
+from ada_jax.data import core, sources
 from ada_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -83,7 +87,7 @@ def assert_nearly_equal(a: np.ndarray, b: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("table", corruptions.TABLES)
+@pytest.mark.parametrize("table", parameter_tables.TABLES)
 def test_any_size_gives_bytes_of_the_same_shape(name, table):
     for shape in [(2, 8, 8, 3), (3, 41, 13, 3), (1, 65, 96, 3)]:
         x = noise_image(0, *shape)
@@ -97,11 +101,11 @@ def test_any_size_gives_bytes_of_the_same_shape(name, table):
 
 
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("table", corruptions.TABLES)
+@pytest.mark.parametrize("table", parameter_tables.TABLES)
 def test_an_image_does_not_depend_on_its_neighbours(monkeypatch, name, table):
     x = photographs()
     whole = [corrupt(name, s, x, 7, table=table) for s in (2, 3, 5)]
-    monkeypatch.setattr(corruptions, "_CHUNK_PIXELS", 3 * 32 * 32)
+    monkeypatch.setattr(functions, "_CHUNK_PIXELS", 3 * 32 * 32)
     rng = np.random.default_rng(0)
     for severity, expected in zip((2, 3, 5), whole, strict=True):
         np.testing.assert_array_equal(corrupt(name, severity, x, 7, table=table), expected)
@@ -112,8 +116,8 @@ def test_an_image_does_not_depend_on_its_neighbours(monkeypatch, name, table):
 
 @pytest.mark.parametrize("name", sorted(set(ALL) - set(FIXED)))
 def test_every_seed_index_and_severity_has_its_own_numbers(monkeypatch, name):
-    table = {name: corruptions.TABLES["cifar"][name][2:3] * 5}
-    monkeypatch.setitem(corruptions.TABLES, "same", table)
+    table = {name: parameter_tables.TABLES["cifar"][name][2:3] * 5}
+    monkeypatch.setitem(parameter_tables.TABLES, "same", table)
     x = np.repeat(photographs(1), 4, 0)
     results = [
         corrupt(name, severity, x, seed, table="same")
@@ -126,7 +130,7 @@ def test_every_seed_index_and_severity_has_its_own_numbers(monkeypatch, name):
     np.testing.assert_array_equal(corrupt(name, 1, x, 0, table="same"), results[0])
 
 
-@pytest.mark.parametrize("table", corruptions.TABLES)
+@pytest.mark.parametrize("table", parameter_tables.TABLES)
 @pytest.mark.parametrize(
     "name",
     [
@@ -154,7 +158,7 @@ def test_severities_are_ever_further_from_clean(name, table):
 
 def test_the_tables_name_every_corruption_at_five_severities():
     assert (len(NAMES), len(EXTRA)) == (15, 4)
-    for table in corruptions.TABLES.values():
+    for table in parameter_tables.TABLES.values():
         assert set(table) == set(ALL)
         assert all(len(parameters) == 5 for parameters in table.values())
 
@@ -205,7 +209,7 @@ def test_images_of_another_kind_are_refused(images):
 def test_noise_has_the_moments_of_its_definition():
     x = np.full((40, 32, 32, 3), 100, np.uint8)
     for severity in range(1, 6):
-        c = {n: corruptions.TABLES["cifar"][n][severity - 1] for n in ALL}
+        c = {n: parameter_tables.TABLES["cifar"][n][severity - 1] for n in ALL}
         spread = {
             "gaussian_noise": 255 * c["gaussian_noise"],
             "speckle_noise": 100 * c["speckle_noise"],
@@ -220,7 +224,7 @@ def test_noise_has_the_moments_of_its_definition():
 
 def test_impulse_noise_is_half_salt_half_pepper():
     x = np.full((40, 32, 32, 3), 100, np.uint8)
-    for severity, share in enumerate(corruptions.TABLES["cifar"]["impulse_noise"], 1):
+    for severity, share in enumerate(parameter_tables.TABLES["cifar"]["impulse_noise"], 1):
         result = corrupt("impulse_noise", severity, x)
         assert set(np.unique(result)) == {0, 100, 255}
         for value in (0, 255):
@@ -233,33 +237,31 @@ def test_impulse_noise_is_half_salt_half_pepper():
 @pytest.mark.parametrize("severity", range(1, 6))
 def test_gaussian_blur_is_scikit_images(severity):
     x = photographs()
-    sigma = corruptions.TABLES["cifar"]["gaussian_blur"][severity - 1]
+    sigma = parameter_tables.TABLES["cifar"]["gaussian_blur"][severity - 1]
     expected = [skimage.filters.gaussian(image / 255, sigma, channel_axis=-1) for image in x]
     assert_nearly_equal(corrupt("gaussian_blur", severity, x), cut_off(255 * np.stack(expected)))
 
 
 def test_defocus_kernels():
     plus = np.float64([[0, 1, 0], [1, 1, 1], [0, 1, 0]]) / 5
-    np.testing.assert_allclose(corruptions._disk(1.5, 0.1), np.full((3, 3), 1 / 9), atol=1e-6)
-    kernel = corruptions._disk(1, 0.2)
+    np.testing.assert_allclose(functions._disk(1.5, 0.1), np.full((3, 3), 1 / 9), atol=1e-6)
+    kernel = functions._disk(1, 0.2)
     np.testing.assert_allclose(kernel, np.pad(plus, (len(kernel) - 3) // 2), atol=1e-5)
     for (radius, sigma), middle in {(0.3, 0.4): 0.9192, (0.4, 0.5): 0.7870}.items():
         taps = [(1 - middle) / 2, middle, (1 - middle) / 2]
-        np.testing.assert_allclose(
-            corruptions._disk(radius, sigma), np.outer(taps, taps), atol=1e-4
-        )
-    assert corruptions._disk(10, 0.5).shape == (21, 21)
+        np.testing.assert_allclose(functions._disk(radius, sigma), np.outer(taps, taps), atol=1e-4)
+    assert functions._disk(10, 0.5).shape == (21, 21)
 
 
-@pytest.mark.parametrize("table", corruptions.TABLES)
+@pytest.mark.parametrize("table", parameter_tables.TABLES)
 @pytest.mark.parametrize("severity", range(1, 6))
 def test_defocus_kernels_are_normalised_before_their_blur_only(table, severity):
-    radius, sigma = corruptions.TABLES[table]["defocus_blur"][severity - 1]
+    radius, sigma = parameter_tables.TABLES[table]["defocus_blur"][severity - 1]
     half, reach = (8, 1) if radius <= 8 else (radius, 2)
     x, y = np.meshgrid(*2 * [np.arange(-half, half + 1)])
     disk = np.float32(x**2 + y**2 <= radius**2)
     disk /= disk.sum()
-    ours = corruptions._disk(radius, sigma)
+    ours = functions._disk(radius, sigma)
     ours = np.pad(ours, (len(disk) - len(ours)) // 2)
     expected = scipy.ndimage.gaussian_filter(disk, sigma, mode="mirror", radius=reach)
     np.testing.assert_allclose(ours, expected, atol=1e-7)
@@ -272,7 +274,7 @@ def test_imagenets_strongest_defocus_blurs_brighten_as_published():
     grey = np.full((1, 48, 48, 3), 200, np.uint8)
     values = [np.unique(corrupt("defocus_blur", s, grey, table="imagenet")) for s in range(1, 6)]
     assert values == [200, 200, 200, 202, 202]
-    sums = [corruptions._disk(radius, 0.5).sum() for radius in (6, 8, 10)]
+    sums = [functions._disk(radius, 0.5).sum() for radius in (6, 8, 10)]
     np.testing.assert_allclose(sums, [1, 1.0130, 1.0108], atol=1e-4)
 
 
@@ -285,7 +287,7 @@ def test_zoom_is_scipys_of_the_middle(factor, size):
     enlarged = scipy.ndimage.zoom(x[top : top + shown, top : top + shown], factor, order=1)
     trim = (len(enlarged) - size) // 2
     expected = enlarged[trim : trim + size, trim : trim + size]
-    np.testing.assert_allclose(corruptions._zoom(x, factor), expected, atol=1e-5)
+    np.testing.assert_allclose(functions._zoom(x, factor), expected, atol=1e-5)
 
 
 @quick
@@ -293,7 +295,7 @@ def test_zoom_is_scipys_of_the_middle(factor, size):
 def test_glass_blur_displaces_like_the_loop(seed, delta):
     h, w = 11, 13
     shifts = np.random.default_rng(seed).integers(-delta, delta, (2, h, w, 2))
-    for one, result in zip(shifts, corruptions._displaced(shifts, delta), strict=True):
+    for one, result in zip(shifts, functions._displaced(shifts, delta), strict=True):
         expected = np.arange(h * w).reshape(h, w)
         for y in range(h - delta, delta, -1):
             for x in range(w - delta, delta, -1):
@@ -308,7 +310,7 @@ def test_motion_blur_is_the_sum_along_the_line(seed, degrees, c):
     radius, sigma = c
     h, w = 9, 12
     image = np.random.default_rng(seed).integers(0, 256, (h, w), np.uint8)
-    result = corruptions._motion(image[None, None], radius, sigma, np.float32([degrees]))[0, 0]
+    result = functions._motion(image[None, None], radius, sigma, np.float32([degrees]))[0, 0]
     angle = math.radians(np.float32(degrees))
     weights = [math.exp(-(i**2) / (2 * sigma**2)) for i in range(2 * radius + 1)]
     for y, x in [(0, 0), (4, 5), (8, 11), (3, 9)]:
@@ -342,7 +344,7 @@ def test_plasma_is_the_diamond_square_algorithm():
                 z[y, x] = mean(sides) + wibble**2 * u[0, y, x]
         step, wibble = half, wibble / decay
     expected = (z - z.min()) / (z.max() - z.min())
-    np.testing.assert_allclose(corruptions._plasma(u, decay)[0], expected, atol=1e-9)
+    np.testing.assert_allclose(functions._plasma(u, decay)[0], expected, atol=1e-9)
 
 
 def test_fog_keeps_the_brightest_value_in_reach():
@@ -359,16 +361,16 @@ def test_snow_and_frost_only_brighten_dark_images():
 
 
 def test_frost_reads_photographs_and_no_code():
-    assert [p.name for p in corruptions.frost_files()] == [
+    assert [p.name for p in functions.frost_files()] == [
         "frost1.png",
         "frost2.png",
         "frost3.png",
         "frost4.jpg",
         "frost5.jpg",
     ]
-    sizes = [t.shape[:2] for t in corruptions._frost_textures(0.2, 32, 32)]
+    sizes = [t.shape[:2] for t in functions._frost_textures(0.2, 32, 32)]
     assert sizes == [(120, 180), (63, 112), (63, 112), (70, 105), (99, 132)]
-    for texture in corruptions._frost_textures(1, 400, 700):
+    for texture in functions._frost_textures(1, 400, 700):
         assert texture.shape[0] > 400
         assert texture.shape[1] > 700
     assert "imagecorruptions" not in sys.modules
@@ -376,11 +378,11 @@ def test_frost_reads_photographs_and_no_code():
 
 def test_frost_without_its_photographs_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    corruptions._frost_textures.cache_clear()
+    functions._frost_textures.cache_clear()
     with pytest.raises(UserError, match="pip install --no-deps imagecorruptions"):
         corrupt("frost", 1, photographs())
     with pytest.raises(UserError, match="leave frost out"):
-        corruptions.write_set(dataset(), tmp_path / "set")
+        c_folder.write_set(dataset(), tmp_path / "set")
     assert not (tmp_path / "set").exists()
 
 
@@ -389,38 +391,38 @@ def test_spatters_parts_are_opencvs():
     rng = np.random.default_rng(0)
     layers = scipy.ndimage.gaussian_filter(rng.normal(0.65, 0.2, (50, 32, 40)), 1, axes=(1, 2))
     x = np.where(layers < 0.69, 0, 255 * layers).astype(np.uint8)
-    edges = corruptions._edges(x)
+    edges = functions._edges(x)
     np.testing.assert_array_equal(edges, [cv2.Canny(image, 50, 150) > 0 for image in x])
     far = [cv2.distanceTransform(np.uint8(~image), cv2.DIST_L2, 5) for image in edges]
-    np.testing.assert_allclose(corruptions._distance(edges), far, atol=0.6)
-    assert np.abs(corruptions._distance(edges) - far).mean() < 1e-3
+    np.testing.assert_allclose(functions._distance(edges), far, atol=0.6)
+    assert np.abs(functions._distance(edges) - far).mean() < 1e-3
     expected = [cv2.equalizeHist(image) for image in x]
-    np.testing.assert_allclose(corruptions._equalised(x), expected, atol=1)
+    np.testing.assert_allclose(functions._equalised(x), expected, atol=1)
 
 
 def test_without_edges_the_distance_is_infinite():
     edges = np.zeros((3, 8, 8), bool)
-    assert np.all(np.isinf(corruptions._distance(edges)))
+    assert np.all(np.isinf(functions._distance(edges)))
     edges[1, 2, 3] = True
-    result = corruptions._distance(edges)
+    result = functions._distance(edges)
     assert np.all(np.isinf(result[[0, 2]]))
     assert result[1, 2, 3] == 0
     assert result[1, 2, 5] == 2
 
 
 def test_spatter_without_a_drop_changes_nothing():
-    assert not corruptions._water(np.zeros((2, 9, 9), np.float32), 0.5).any()
+    assert not functions._water(np.zeros((2, 9, 9), np.float32), 0.5).any()
 
 
 # ------------------------------------------------------------------------------- colour and form
 
 
 @quick
-@given(seeds, st.integers(1, 5), st.sampled_from(sorted(corruptions.TABLES)))
+@given(seeds, st.integers(1, 5), st.sampled_from(sorted(parameter_tables.TABLES)))
 def test_brightness_and_saturation_are_those_of_hsv(seed, severity, table):
     x = noise_image(seed, 2, 9, 9, 3)
     hsv = skimage.color.rgb2hsv(x)
-    c = {n: corruptions.TABLES[table][n][severity - 1] for n in ("brightness", "saturate")}
+    c = {n: parameter_tables.TABLES[table][n][severity - 1] for n in ("brightness", "saturate")}
     brighter, stronger = hsv.copy(), hsv.copy()
     brighter[..., 2] = np.clip(hsv[..., 2] + c["brightness"], 0, 1)
     factor, offset = c["saturate"]
@@ -435,7 +437,7 @@ def test_brightness_and_saturation_are_those_of_hsv(seed, severity, table):
 @given(seeds, st.integers(1, 5))
 def test_contrast_draws_towards_the_mean_of_each_channel(seed, severity):
     x = noise_image(seed, 2, 9, 11, 3)
-    factor = corruptions.TABLES["cifar"]["contrast"][severity - 1]
+    factor = parameter_tables.TABLES["cifar"]["contrast"][severity - 1]
     mean = x.astype(float).mean((1, 2), keepdims=True)
     assert_nearly_equal(corrupt("contrast", severity, x), cut_off(mean + factor * (x - mean)))
 
@@ -446,7 +448,7 @@ def test_sampling_is_scipys(seed, repeat_edge):
     rng = np.random.default_rng(seed)
     x = rng.integers(0, 256, (2, 9, 12, 3), np.uint8)
     down, right = rng.uniform(-30, 40, (2, 2, 9, 12)).astype(np.float32)
-    result = corruptions._sample(x, down, right, repeat_edge)
+    result = functions._sample(x, down, right, repeat_edge)
     for n in range(2):
         for c in range(3):
             expected = scipy.ndimage.map_coordinates(
@@ -461,12 +463,12 @@ def test_sampling_is_scipys(seed, repeat_edge):
 def test_the_affine_map_moves_its_three_corners_by_the_jitter():
     jitter = np.zeros((1, 3, 2))
     jitter[0, :, 0], jitter[0, :, 1] = 2, -1  # to the right and up
-    down, right = corruptions._affine(32, 32, jitter)
+    down, right = functions._affine(32, 32, jitter)
     rows, columns = np.indices((32, 32))
     np.testing.assert_allclose(down[0], rows + 1, atol=1e-5)
     np.testing.assert_allclose(right[0], columns - 2, atol=1e-5)
     jitter = np.random.default_rng(0).integers(-3, 4, (5, 3, 2))
-    down, right = corruptions._affine(32, 32, jitter)
+    down, right = functions._affine(32, 32, jitter)
     for n in range(5):
         for corner, move in zip([(26, 26), (26, 6), (6, 6)], jitter[n], strict=True):
             x, y = np.add(corner, move)
@@ -500,12 +502,12 @@ def test_reference_of_fixed_corruptions(reference, name):
 def test_reference_of_motion_blur_is_ours_at_some_angle(reference):
     angles = np.arange(-45, 45.5, 0.5, np.float32)
     for severity in range(1, 6):
-        c = corruptions.TABLES["cifar"]["motion_blur"][severity - 1]
+        c = parameter_tables.TABLES["cifar"]["motion_blur"][severity - 1]
         shares = []
         authors = reference["motion_blur"][severity - 1]
         for clean, theirs in zip(reference["clean"], authors, strict=True):
             planes = np.repeat(np.moveaxis(clean, -1, 0)[None], len(angles), 0)
-            ours = np.moveaxis(corruptions._motion(planes, *c, angles), 1, -1)
+            ours = np.moveaxis(functions._motion(planes, *c, angles), 1, -1)
             shares.append(np.mean(np.abs(ours.astype(int) - theirs) <= 1, (1, 2, 3)).max())
         near = np.mean(shares)
         print(f"| motion_blur {severity}, best of {len(angles)} angles | within 1 {near:.3%} |")
@@ -537,13 +539,13 @@ def test_reference_of_random_corruptions(reference, name):
 # ------------------------------------------------------------------------------------ the set
 
 
-def dataset(n: int = 10, seed: int = 0) -> data.Dataset:
+def dataset(n: int = 10, seed: int = 0) -> core.Dataset:
     labels = (np.arange(n) + seed) % 3
-    return data.from_arrays(noise_image(seed, n, 16, 12, 3), labels, class_names=list("abc"))
+    return core.from_arrays(noise_image(seed, n, 16, 12, 3), labels, class_names=list("abc"))
 
 
 def write(out, names=("gaussian_noise", "contrast"), **keywords):
-    corruptions.write_set(keywords.pop("dataset", dataset()), out, names=names, **keywords)
+    c_folder.write_set(keywords.pop("dataset", dataset()), out, names=names, **keywords)
 
 
 def read(path):
@@ -552,7 +554,7 @@ def read(path):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_set_has_the_published_layout(monkeypatch, tmp_path, processes):
-    monkeypatch.setattr(corruptions, "_BLOCK_PIXELS", 4 * 16 * 12)
+    monkeypatch.setattr(c_folder, "_BLOCK_PIXELS", 4 * 16 * 12)
     write(tmp_path / "set", seed=3, table="imagenet", processes=processes)
     assert sorted(p.name for p in (tmp_path / "set").iterdir()) == [
         "contrast.npy",
@@ -573,7 +575,7 @@ def test_the_set_has_the_published_layout(monkeypatch, tmp_path, processes):
 
 def test_floating_point_images_are_rounded_to_bytes(tmp_path):
     whole = dataset()
-    floats = data.from_arrays(whole.source.images / 255, whole.source.labels, class_names="abc")
+    floats = core.from_arrays(whole.source.images / 255, whole.source.labels, class_names="abc")
     write(tmp_path / "bytes")
     write(tmp_path / "floats", dataset=floats)
     for name in ("contrast.npy", "labels.npy"):
@@ -592,7 +594,7 @@ def test_a_stopped_set_goes_on(monkeypatch, tmp_path):
             raise KeyboardInterrupt
         return corrupt(name, *arguments, **keywords)
 
-    monkeypatch.setattr(corruptions, "corrupt", stop)
+    monkeypatch.setattr(functions, "corrupt", stop)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "set")
     assert sorted(p.name for p in (tmp_path / "set").glob("*.npy")) == ["gaussian_noise.npy"]
@@ -635,7 +637,7 @@ def test_other_versions_are_not_mixed(tmp_path):
 
 
 def test_only_imagenets_former_recipe_is_not_gone_on_with(tmp_path):
-    for table in corruptions.TABLES:
+    for table in parameter_tables.TABLES:
         write(tmp_path / table, ["contrast"], table=table)
         path = tmp_path / table / "manifest.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"recipe": 1}))
@@ -700,8 +702,8 @@ def test_two_at_once_are_refused(tmp_path):
 
 
 def test_a_full_disk_is_said_before_work_begins(monkeypatch, tmp_path):
-    usage = npy_files.shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(npy_files.shutil, "disk_usage", lambda path: usage)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match="GB free: make room"):
         write(tmp_path)
 
@@ -724,7 +726,7 @@ def test_mistakes_in_the_data_name_the_flags(monkeypatch, tmp_path, arguments, m
     monkeypatch.chdir(tmp_path)
     np.savez("some.npz", images=photographs(3), labels=np.arange(3))
     with pytest.raises(UserError, match=message):
-        corruptions._load(*arguments)
+        __main__._load(*arguments)
 
 
 def test_ctrl_c_costs_one_line_with_several_processes_too(tmp_path):
@@ -766,7 +768,7 @@ def test_a_killed_command_goes_on_and_a_mistake_has_status_2(tmp_path):
         "elastic_transform.npy.partial",
         "manifest.json",
     ]
-    clean = data.load("npz", "all", data_dir=tmp_path / "some.npz")
+    clean = sources.load("npz", "all", data_dir=tmp_path / "some.npz")
     write(tmp_path / "set", ["elastic_transform"], dataset=clean)
     last = corrupt("elastic_transform", 5, images[-5:], indices=np.arange(2395, 2400))
     np.testing.assert_array_equal(read(tmp_path / "set/elastic_transform.npy")[-5:], last)

@@ -6,6 +6,7 @@ import hashlib
 import io
 import itertools
 import os
+import pathlib
 import time
 
 import grain
@@ -16,7 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageOps
 
-from ada_jax import corruptions, data, photographs
+from ada_jax.augment import cropping
+from ada_jax.corruptions import __main__
+from ada_jax.data import batching, core, photographs, sources, tfds_sets
 from ada_jax.errors import UserError
 from tests.conftest import photograph
 
@@ -25,7 +28,7 @@ def numbered(size, classes=3, name="numbered"):
     """A set whose image i has all pixels i, so that a mix-up of images and indices shows."""
     images = np.broadcast_to(np.arange(size, dtype=np.uint8)[:, None, None, None], (size, 4, 5, 3))
     names = [str(c) for c in range(classes)]
-    return data.from_arrays(images, np.arange(size) % classes, class_names=names, name=name)
+    return core.from_arrays(images, np.arange(size) % classes, class_names=names, name=name)
 
 
 def take(batches, count):
@@ -48,7 +51,7 @@ def assert_batches_equal(got, want):
 
 def test_batch_holds_the_examples_it_names():
     dataset = numbered(20)
-    for batch in take(data.train_batches(dataset, batch_size=8, seed=0), 5):
+    for batch in take(batching.train_batches(dataset, batch_size=8, seed=0), 5):
         assert {key: value.dtype for key, value in batch.items()} == {
             "image": np.uint8,
             "label": np.int32,
@@ -73,28 +76,28 @@ def test_sources_are_drawn_uniformly_copies_too_and_each_keeps_its_position():
     dataset = numbered(40)
     renderings = [[Rendering(50 * (1 + 2 * s + c)) for c in range(2)] for s in range(2)]
     settings = {"batch_size": 40, "seed": 0, "renderings": renderings}
-    batches = take(data.train_batches(dataset, **settings), 30)
+    batches = take(batching.train_batches(dataset, **settings), 30)
     values = np.concatenate([b["image"][:, 0, 0, 0].astype(int) - b["index"] for b in batches])
     shares = [np.mean(values == 50 * v) for v in range(5)]
     np.testing.assert_allclose(shares, [1 / 3, *[1 / 6] * 4], atol=0.04)
     assert_batches_equal(
-        take(data.train_batches(dataset, start_step=3, **settings), 2), batches[3:5]
+        take(batching.train_batches(dataset, start_step=3, **settings), 2), batches[3:5]
     )
     halves = [
-        take(data.train_batches(dataset, process_index=i, process_count=2, **settings), 1)[0]
+        take(batching.train_batches(dataset, process_index=i, process_count=2, **settings), 1)[0]
         for i in range(2)
     ]
     both = np.concatenate([half["image"] for half in halves])
     np.testing.assert_array_equal(both, batches[0]["image"])
-    only = next(data.train_batches(dataset, clean_too=False, **settings))
+    only = next(batching.train_batches(dataset, clean_too=False, **settings))
     assert np.all(only["image"][:, 0, 0, 0] - only["index"] >= 50)
 
 
 def test_renderings_of_floating_point_images_are_scaled():
     images = np.full((8, 4, 5, 3), 0.5, np.float32)
-    dataset = data.from_arrays(images, np.arange(8) % 2)
+    dataset = core.from_arrays(images, np.arange(8) % 2)
     batch = next(
-        data.train_batches(dataset, batch_size=8, seed=0, renderings=[[Rendering(102)]] * 9)
+        batching.train_batches(dataset, batch_size=8, seed=0, renderings=[[Rendering(102)]] * 9)
     )
     rendered = batch["image"][:, 0, 0, 0] != 0.5
     assert rendered.any()
@@ -104,24 +107,24 @@ def test_renderings_of_floating_point_images_are_scaled():
 
 def test_a_source_decoded_on_demand_gives_the_same_batches(monkeypatch, tmp_path):
     write_folder(tmp_path, {"a": 6, "b": 6})
-    in_memory = data.load("folder", "all", data_dir=tmp_path, image_size=8)
-    monkeypatch.setattr(data, "_MEMORY_LIMIT", 0)
-    on_demand = data.load("folder", "all", data_dir=tmp_path, image_size=8)
-    assert isinstance(in_memory.source, data.ArraySource)
-    assert not isinstance(on_demand.source, data.ArraySource)
+    in_memory = sources.load("folder", "all", data_dir=tmp_path, image_size=8)
+    monkeypatch.setattr(core, "_MEMORY_LIMIT", 0)
+    on_demand = sources.load("folder", "all", data_dir=tmp_path, image_size=8)
+    assert isinstance(in_memory.source, core.ArraySource)
+    assert not isinstance(on_demand.source, core.ArraySource)
     want, got = (
-        take(data.train_batches(d, batch_size=4, seed=1), 4) for d in (in_memory, on_demand)
+        take(batching.train_batches(d, batch_size=4, seed=1), 4) for d in (in_memory, on_demand)
     )
     assert_batches_equal(got, want)
 
 
 def test_seed_decides_and_threads_do_not():
     dataset = numbered(50)
-    want = take(data.train_batches(dataset, batch_size=8, seed=3), 9)
+    want = take(batching.train_batches(dataset, batch_size=8, seed=3), 9)
     for threads in (0, 1, 3):
-        got = data.train_batches(dataset, batch_size=8, seed=3, num_threads=threads)
+        got = batching.train_batches(dataset, batch_size=8, seed=3, num_threads=threads)
         assert_batches_equal(take(got, 9), want)
-    other = take(data.train_batches(dataset, batch_size=8, seed=4), 9)
+    other = take(batching.train_batches(dataset, batch_size=8, seed=4), 9)
     assert not np.array_equal(indices(other), indices(want))
 
 
@@ -139,10 +142,10 @@ def test_any_start_and_any_number_of_processes_give_the_same_steps(
     dataset, batch_size = numbered(size), local * processes
     if batch_size > size:
         return
-    running = take(data.train_batches(dataset, batch_size=batch_size, seed=seed), start + 3)
+    running = take(batching.train_batches(dataset, batch_size=batch_size, seed=seed), start + 3)
     parts = [
         take(
-            data.train_batches(
+            batching.train_batches(
                 dataset,
                 batch_size=batch_size,
                 seed=seed,
@@ -164,24 +167,24 @@ def test_any_start_and_any_number_of_processes_give_the_same_steps(
 @pytest.mark.parametrize("batch_size", [1, 5, 7, 24])
 def test_every_epoch_is_another_permutation(batch_size):
     size = 24
-    batches = take(data.train_batches(numbered(size), batch_size=batch_size, seed=0), 4 * size)
+    batches = take(batching.train_batches(numbered(size), batch_size=batch_size, seed=0), 4 * size)
     epochs = indices(batches)[: 4 * size].reshape(4, size)
     np.testing.assert_array_equal(np.sort(epochs), np.broadcast_to(np.arange(size), (4, size)))
     assert len({epoch.tobytes() for epoch in epochs}) == 4
-    neighbour = indices(take(data.train_batches(numbered(size), batch_size=24, seed=1), 4))
+    neighbour = indices(take(batching.train_batches(numbered(size), batch_size=24, seed=1), 4))
     # Neighbouring seeds must not share an epoch either.
     assert not {e.tobytes() for e in epochs} & {e.tobytes() for e in neighbour.reshape(4, size)}
 
 
 def test_the_order_is_the_one_of_earlier_releases():
     # Golden: when this changes, a resumed run no longer sees the data it would have seen.
-    batches = take(data.train_batches(numbered(10), batch_size=5, seed=42, start_step=1), 2)
+    batches = take(batching.train_batches(numbered(10), batch_size=5, seed=42, start_step=1), 2)
     np.testing.assert_array_equal(indices(batches), [7, 3, 1, 8, 9, 3, 1, 2, 9, 5])
 
 
 def test_a_late_start_is_as_quick_as_an_early_one():
     began = time.perf_counter()
-    next(data.train_batches(numbered(100), batch_size=10, seed=0, start_step=10**8))
+    next(batching.train_batches(numbered(100), batch_size=10, seed=0, start_step=10**8))
     assert time.perf_counter() - began < 1
 
 
@@ -194,9 +197,9 @@ def test_bad_batch_sizes_and_seeds_are_refused():
         ({"batch_size": 8, "seed": 2**32}, "config.seed = 4294967296"),
     ):
         with pytest.raises(UserError, match=message):
-            data.train_batches(numbered(20), **arguments)
+            batching.train_batches(numbered(20), **arguments)
     with pytest.raises(UserError, match=r"multiple of 2"):
-        data.eval_batches(numbered(20), batch_size=9, process_count=2)
+        batching.eval_batches(numbered(20), batch_size=9, process_count=2)
 
 
 # --------------------------------------------------------------------------- evaluation batches
@@ -207,7 +210,7 @@ def test_bad_batch_sizes_and_seeds_are_refused():
 def test_evaluation_counts_every_example_once(size, batch_size, processes):
     parts = [
         list(
-            data.eval_batches(
+            batching.eval_batches(
                 numbered(size),
                 batch_size=batch_size,
                 process_index=process,
@@ -241,7 +244,7 @@ def crops(image, pad, flip):
 @pytest.mark.parametrize(("pad", "flip"), [(0, False), (0, True), (2, False), (1, True)])
 def test_crop_and_flip_reach_exactly_what_numpy_says(pad, flip):
     image = np.random.default_rng(0).uniform(0.1, 1, (6, 5, 3)).astype(np.float32)
-    got = data.random_crop_flip(jax.random.key(0), np.stack([image] * 800), pad=pad, flip=flip)
+    got = cropping.random_crop_flip(jax.random.key(0), np.stack([image] * 800), pad=pad, flip=flip)
     allowed = [x.tobytes() for x in crops(image, pad, flip)]
     counts = np.bincount([allowed.index(np.asarray(x).tobytes()) for x in got])
     expected = 800 / len(allowed)
@@ -251,21 +254,21 @@ def test_crop_and_flip_reach_exactly_what_numpy_says(pad, flip):
 
 def test_crop_and_flip_follow_the_key_and_choose_per_example():
     x = np.random.default_rng(0).uniform(size=(8, 32, 32, 3)).astype(np.float32)
-    first = data.random_crop_flip(jax.random.key(0), x)
-    np.testing.assert_array_equal(first, data.random_crop_flip(jax.random.key(0), x))
-    assert not np.array_equal(first, data.random_crop_flip(jax.random.key(1), x))
-    same = data.random_crop_flip(jax.random.key(0), np.broadcast_to(x[:1], x.shape))
+    first = cropping.random_crop_flip(jax.random.key(0), x)
+    np.testing.assert_array_equal(first, cropping.random_crop_flip(jax.random.key(0), x))
+    assert not np.array_equal(first, cropping.random_crop_flip(jax.random.key(1), x))
+    same = cropping.random_crop_flip(jax.random.key(0), np.broadcast_to(x[:1], x.shape))
     assert len({np.asarray(image).tobytes() for image in same}) > 4
 
 
 def test_to_float():
     pixels = np.arange(256, dtype=np.uint8)
-    got = data.to_float(pixels)
+    got = batching.to_float(pixels)
     assert got.dtype == np.float32 and got[-1] == 1
     np.testing.assert_allclose(got, pixels / 255, atol=1e-7)
-    np.testing.assert_array_equal(data.to_float(got), got)
+    np.testing.assert_array_equal(batching.to_float(got), got)
     with pytest.raises(AssertionError):
-        data.to_float(np.zeros(3, np.int32))
+        batching.to_float(np.zeros(3, np.int32))
 
 
 # -------------------------------------------------------------------------------------- splits
@@ -286,36 +289,36 @@ def test_to_float():
     ],
 )
 def test_slices(split, start, stop):
-    assert data._split_name(split, ("train",)) == "train"
-    assert data._positions(split, 40) == slice(start, stop)
+    assert core.split_name(split, ("train",)) == "train"
+    assert core.positions(split, 40) == slice(start, stop)
 
 
 @pytest.mark.parametrize("split", ["", "train[", "train[3]", "train[1:2:3]", "train[5.5%:]", "a+b"])
 def test_a_split_that_cannot_be_read_is_refused(split):
     with pytest.raises(UserError, match=r"cannot be understood"):
-        data._split_name(split, ("train",))
+        core.split_name(split, ("train",))
 
 
 @pytest.mark.parametrize("split", ["train[:0]", "train[30:20]", "train[:41]", "train[-41:]"])
 def test_a_slice_outside_or_empty_is_refused(split):
     with pytest.raises(UserError, match=r"of 40 examples"):
-        data._positions(split, 40)
+        core.positions(split, 40)
 
 
 def test_unknown_names_are_refused():
     with pytest.raises(UserError, match=r"config.dataset = 'cifar11'.*'mnist5k', 'cifar10'"):
-        data.load("cifar11", "train")
+        sources.load("cifar11", "train")
     with pytest.raises(UserError, match=r"names the split 'valid'.*'train', 'test'"):
-        data.load("mnist5k", "valid")
+        sources.load("mnist5k", "valid")
     with pytest.raises(UserError, match=r"config.image_size = 64"):
-        data.load("mnist5k", "train", image_size=64)
+        sources.load("mnist5k", "train", image_size=64)
 
 
 # ------------------------------------------------------------------------------------- mnist5k
 
 
 def test_mnist5k():
-    train, test = data.load("mnist5k", "train"), data.load("mnist5k", "test")
+    train, test = sources.load("mnist5k", "train"), sources.load("mnist5k", "test")
     assert (len(train), len(test), train.num_classes) == (4500, 500, 10)
     assert train.image_shape == test.image_shape == (32, 32, 3)
     assert train.source.images.dtype == np.uint8
@@ -323,7 +326,7 @@ def test_mnist5k():
     both = np.concatenate([train.source.images, test.source.images])
     assert not both[:, :2].any() and not both[:, :, -2:].any() and both.max() == 255
     assert len(np.unique(both.reshape(5000, -1), axis=0)) > 4990  # No example in both.
-    image, label = data.load("mnist5k", "train[10:12]").source[1]
+    image, label = sources.load("mnist5k", "train[10:12]").source[1]
     np.testing.assert_array_equal(image, train.source.images[11])
     assert label == train.source.labels[11] and type(label) is int
 
@@ -333,7 +336,7 @@ def test_mnist5k():
 
 def test_cifar10_missing_says_how_to_get_it(tmp_path):
     with pytest.raises(UserError, match=r"tfds.data_source\('cifar10'.*--config.data_dir="):
-        data.load("cifar10", "train", data_dir=tmp_path)
+        sources.load("cifar10", "train", data_dir=tmp_path)
 
 
 def test_cifar10_prepared_without_random_access(tmp_path):
@@ -342,7 +345,7 @@ def test_cifar10_prepared_without_random_access(tmp_path):
     info = '{"name": "cifar10", "version": "3.0.2", "fileFormat": "tfrecord"}'
     (folder / "dataset_info.json").write_text(info)
     with pytest.raises(UserError, match=r"without random access.*TFRECORD"):
-        data.load("cifar10", "train", data_dir=tmp_path)
+        sources.load("cifar10", "train", data_dir=tmp_path)
 
 
 def test_cifar10_download_that_fails(monkeypatch, tmp_path):
@@ -353,7 +356,7 @@ def test_cifar10_download_that_fails(monkeypatch, tmp_path):
 
     monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", no_network)
     with pytest.raises(UserError, match=r"could not be downloaded \(no network\)"):
-        data.load("cifar10", "train", data_dir=tmp_path, download=True)
+        sources.load("cifar10", "train", data_dir=tmp_path, download=True)
 
 
 @pytest.mark.skipif(
@@ -361,16 +364,16 @@ def test_cifar10_download_that_fails(monkeypatch, tmp_path):
     reason="TFDS_DATA_DIR names no directory with a prepared cifar10",
 )
 def test_cifar10():
-    dataset = data.load("cifar10", "train[45000:45300]")
+    dataset = sources.load("cifar10", "train[45000:45300]")
     assert (len(dataset), dataset.num_classes, dataset.image_shape) == (300, 10, (32, 32, 3))
     assert dataset.class_names[3] == "cat"
     assert set(dataset.source.labels) == set(range(10))
     assert 110 < dataset.source.images.mean() < 130  # The set's mean is 120.7.
-    last, label = data.load("cifar10", "train[45299:45300]").source[0]
+    last, label = sources.load("cifar10", "train[45299:45300]").source[0]
     np.testing.assert_array_equal(last, dataset.source.images[-1])
     assert label == dataset.source.labels[-1]
     with pytest.raises(UserError, match=r"names the split 'validation'.*'train'"):
-        data.load("cifar10", "validation")
+        sources.load("cifar10", "validation")
 
 
 # -------------------------------------------------------------------------------------- folder
@@ -391,7 +394,7 @@ def colours(dataset):
 def test_folder_divides_itself(tmp_path):
     write_folder(tmp_path, {"cat": 100, "dog": 100})
     train, test, everything = (
-        data.load("folder", split, data_dir=tmp_path, image_size=4)
+        sources.load("folder", split, data_dir=tmp_path, image_size=4)
         for split in ("train", "test", "all")
     )
     assert train.class_names == ("cat", "dog") and train.image_shape == (4, 4, 3)
@@ -401,12 +404,14 @@ def test_folder_divides_itself(tmp_path):
     np.testing.assert_array_equal(
         everything.source.images[:, 0, 0, 1], 10 * everything.source.labels
     )
-    head = data.load("folder", "all[:20]", data_dir=tmp_path, image_size=4)
+    head = sources.load("folder", "all[:20]", data_dir=tmp_path, image_size=4)
     assert set(head.source.labels) == {0, 1}  # A slice has both classes.
     np.testing.assert_array_equal(head.source.images, everything.source.images[:20])
     # What is held out stays held out when files are added.
     Image.new("RGB", (9, 7), (255, 0, 0)).save(tmp_path / "cat" / "new.png")
-    assert colours(data.load("folder", "test", data_dir=tmp_path)) - colours(test) <= {(255, 0, 0)}
+    assert colours(sources.load("folder", "test", data_dir=tmp_path)) - colours(test) <= {
+        (255, 0, 0)
+    }
 
 
 def test_the_division_and_order_of_a_folder_are_those_of_earlier_releases(tmp_path):
@@ -419,7 +424,7 @@ def test_the_division_and_order_of_a_folder_are_those_of_earlier_releases(tmp_pa
         ("test", [name for name in ordered if name in held_out]),
         ("train", [name for name in ordered if name not in held_out]),
     ):
-        source = data.load("folder", split, data_dir=tmp_path, encoded=True).source
+        source = sources.load("folder", split, data_dir=tmp_path, encoded=True).source
         assert [str(path.relative_to(tmp_path)) for path, _ in source.records] == want
 
 
@@ -427,29 +432,29 @@ def test_folder_with_splits_of_its_own(tmp_path):
     write_folder(tmp_path / "train", {"a": 3, "b": 4})
     write_folder(tmp_path / "val", {"a": 2, "b": 1})
     (tmp_path / "val" / ".cache").mkdir()
-    sizes = [len(data.load("folder", s, data_dir=tmp_path)) for s in ("train", "val", "test")]
+    sizes = [len(sources.load("folder", s, data_dir=tmp_path)) for s in ("train", "val", "test")]
     assert sizes == [7, 3, 3]
     with pytest.raises(UserError, match=r"names the split 'all'.*'train', 'test', 'val'"):
-        data.load("folder", "all", data_dir=tmp_path)
+        sources.load("folder", "all", data_dir=tmp_path)
     write_folder(tmp_path / "val", {"c": 1})
     with pytest.raises(UserError, match=r"the classes 'c', which its neighbour 'train' lacks"):
-        data.load("folder", "val", data_dir=tmp_path)
+        sources.load("folder", "val", data_dir=tmp_path)
 
 
 def test_a_test_set_may_lack_classes_and_a_training_set_may_not(tmp_path):
     write_folder(tmp_path / "train", {"a": 3, "b": 4, "c": 2})
     write_folder(tmp_path / "test", {"b": 2})
     (tmp_path / "test" / "c").mkdir()
-    found = data.load("folder", "test", data_dir=tmp_path)
+    found = sources.load("folder", "test", data_dir=tmp_path)
     assert found.class_names == ("a", "b", "c") and found.source.labels.tolist() == [1, 1]
     for path in (tmp_path / "test" / "b").iterdir():
         path.unlink()
     with pytest.raises(UserError, match=r"test' has no image"):
-        data.load("folder", "test", data_dir=tmp_path)
+        sources.load("folder", "test", data_dir=tmp_path)
     for path in (tmp_path / "train" / "c").iterdir():
         path.unlink()
     with pytest.raises(UserError, match=r"the class '.*c' has no image"):
-        data.load("folder", "train", data_dir=tmp_path)
+        sources.load("folder", "train", data_dir=tmp_path)
 
 
 def test_folder_crops_the_centre_and_resizes(tmp_path):
@@ -458,7 +463,7 @@ def test_folder_crops_the_centre_and_resizes(tmp_path):
     (tmp_path / "a").mkdir()
     Image.fromarray(pixels).save(tmp_path / "a" / "wide.BMP")
     (tmp_path / "a" / "notes.txt").write_text("not an image")
-    dataset = data.load("folder", "all", data_dir=tmp_path, image_size=8)
+    dataset = sources.load("folder", "all", data_dir=tmp_path, image_size=8)
     image = dataset.source.images[list(dataset.source.labels).index(0)]
     square = Image.fromarray(np.ascontiguousarray(pixels[:, 5:25]))
     np.testing.assert_array_equal(image, square.resize((8, 8), Image.Resampling.BICUBIC))
@@ -468,13 +473,13 @@ def test_folder_turns_grey_and_alpha_into_rgb(tmp_path):
     for name, mode, colour in (("a", "L", 77), ("b", "RGBA", (1, 2, 3, 128))):
         (tmp_path / name).mkdir()
         Image.new(mode, (8, 8), colour).save(tmp_path / name / "x.png")
-    dataset = data.load("folder", "all", data_dir=tmp_path, image_size=8)
+    dataset = sources.load("folder", "all", data_dir=tmp_path, image_size=8)
     assert colours(dataset) == {(77, 77, 77), (1, 2, 3)}
 
 
 def test_folder_mistakes(tmp_path):
     def load(root, split="all"):
-        return data.load("folder", split, data_dir=root)
+        return sources.load("folder", split, data_dir=root)
 
     with pytest.raises(UserError, match=r"config.data_dir is not set"):
         load(None)
@@ -514,7 +519,7 @@ def test_every_format_that_pillow_writes_is_read(tmp_path):
         name.parent.mkdir(exist_ok=True)
         image = Image.fromarray(pixels[i % 6])
         (image.convert("L") if suffix == ".pgm" else image).save(name)
-    dataset = data.load("folder", "all", data_dir=tmp_path, image_size=32)
+    dataset = sources.load("folder", "all", data_dir=tmp_path, image_size=32)
     assert len(dataset) == len(suffixes)
     want = [Image.open(tmp_path / "ab"[i % 2] / f"x{s}") for i, s in enumerate(suffixes)]
     assert {np.asarray(image.convert("RGB")).tobytes() for image in want} == {
@@ -525,10 +530,10 @@ def test_every_format_that_pillow_writes_is_read(tmp_path):
 def test_files_that_need_other_programs_are_not_opened(tmp_path):
     write_folder(tmp_path, {"a": 2, "b": 2})
     Image.new("RGB", (8, 8)).save(tmp_path / "a" / "x.eps")
-    assert len(data.load("folder", "all", data_dir=tmp_path)) == 4
+    assert len(sources.load("folder", "all", data_dir=tmp_path)) == 4
     (tmp_path / "a" / "x.eps").rename(tmp_path / "a" / "x.png")
     with pytest.raises(UserError, match=r"x.png' cannot be read \(cannot identify"):
-        data.load("folder", "all", data_dir=tmp_path)
+        sources.load("folder", "all", data_dir=tmp_path)
 
 
 def test_photographs_are_turned_as_their_exif_says(tmp_path):
@@ -541,14 +546,14 @@ def test_photographs_are_turned_as_their_exif_says(tmp_path):
             path.parent.mkdir(exist_ok=True)
             Image.fromarray(pixels).save(path, exif=exif, lossless=True)
     held, kept = (
-        data.load("folder", "all", data_dir=tmp_path, image_size=16, encoded=encoded)
+        sources.load("folder", "all", data_dir=tmp_path, image_size=16, encoded=encoded)
         for encoded in (False, True)
     )
     assert len({image.tobytes() for image in held.source.images}) == 8 * 2  # And those of JPEG.
     crops = kept.source.random_crops(
         range(40), [np.random.RandomState(0)] * 40, scale=(1, 1), ratio=(1, 1)
     )
-    flags = corruptions._load("folder", "all", str(tmp_path), 16)
+    flags = __main__._load("folder", "all", str(tmp_path), 16)
     for i, (path, _) in enumerate(kept.source.records):
         with Image.open(path) as file:
             want = ImageOps.exif_transpose(file).convert("RGB")
@@ -562,7 +567,7 @@ def test_an_image_with_damaged_exif_is_read_as_it_lies(tmp_path):
     write_folder(tmp_path, {"a": 1, "b": 1})
     for damaged in (b"Exif\0\0nothing of the kind", b"Exif\0\0II*\0\xff\xff\xff\xff", b"\xff"):
         Image.new("RGB", (8, 8), (9, 9, 9)).save(tmp_path / "a" / "x.jpg", exif=damaged)
-        assert (9, 9, 9) in colours(data.load("folder", "all", data_dir=tmp_path))
+        assert (9, 9, 9) in colours(sources.load("folder", "all", data_dir=tmp_path))
 
 
 def test_the_first_of_several_frames_counts(tmp_path):
@@ -570,7 +575,7 @@ def test_the_first_of_several_frames_counts(tmp_path):
     for name in ("a/x.gif", "b/x.tif"):
         (tmp_path / name).parent.mkdir()
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
-    assert colours(data.load("folder", "all", data_dir=tmp_path)) == {(60, 0, 0)}
+    assert colours(sources.load("folder", "all", data_dir=tmp_path)) == {(60, 0, 0)}
 
 
 def test_a_transparent_colour_of_a_palette_stays_the_colour(tmp_path):
@@ -579,7 +584,7 @@ def test_a_transparent_colour_of_a_palette_stays_the_colour(tmp_path):
     for name in ("a/x.gif", "b/x.png"):
         (tmp_path / name).parent.mkdir()
         image.save(tmp_path / name, transparency=1)
-    assert colours(data.load("folder", "all", data_dir=tmp_path)) == {(10, 20, 30)}
+    assert colours(sources.load("folder", "all", data_dir=tmp_path)) == {(10, 20, 30)}
 
 
 @pytest.mark.parametrize(
@@ -595,14 +600,14 @@ def test_more_than_8_bits_are_refused_in_every_format(tmp_path, suffix, pixels):
     write_folder(tmp_path, {"a": 1, "b": 1})
     Image.fromarray(pixels).save(tmp_path / "a" / f"deep{suffix}")
     with pytest.raises(UserError, match=rf"deep{suffix}' has more than 8 bits a channel \(mode"):
-        data.load("folder", "all", data_dir=tmp_path)
+        sources.load("folder", "all", data_dir=tmp_path)
 
 
 def test_a_pgm_of_16_bits_is_refused(tmp_path):
     write_folder(tmp_path, {"a": 1, "b": 1})
     (tmp_path / "a" / "deep.pgm").write_bytes(b"P5 8 8 65535\n" + 64 * b"\x0b\xb8")
     with pytest.raises(UserError, match=r"deep.pgm' has more than 8 bits a channel \(mode"):
-        data.load("folder", "all", data_dir=tmp_path)
+        sources.load("folder", "all", data_dir=tmp_path)
 
 
 @pytest.mark.parametrize("value", [0, 1])
@@ -611,7 +616,7 @@ def test_images_of_0_and_1_in_a_folder_are_refused(tmp_path, value):
         (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
         Image.new("RGB", (8, 8), (0, value, 0)).save(tmp_path / "ab"[i % 2] / f"{i}.png")
     with pytest.raises(UserError, match=r"config.data_dir = .* without a pixel above 1"):
-        data.load("folder", "all", data_dir=tmp_path)
+        sources.load("folder", "all", data_dir=tmp_path)
 
 
 def test_one_line_says_what_was_left_out(tmp_path, caplog):
@@ -624,7 +629,7 @@ def test_one_line_says_what_was_left_out(tmp_path, caplog):
         (tmp_path / name).mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "loose.png")
     for split in ("train", "test", "all"):
-        dataset = data.load("folder", split, data_dir=tmp_path)
+        dataset = sources.load("folder", split, data_dir=tmp_path)
     assert (dataset.class_names, len(dataset)) == (("a", "b"), 60)
     (message,) = [r.getMessage() for r in caplog.records if str(tmp_path) in r.getMessage()]
     head, _, kinds = message.rstrip(".").partition(" left out what is not an image in a class's ")
@@ -640,16 +645,16 @@ def test_usual_names_of_splits(tmp_path, train, held_out):
     write_folder(tmp_path / train, {"a": 3, "b": 4})
     write_folder(tmp_path / held_out, {"a": 2, "b": 1})
     for split in ("train", train, train.lower()):
-        assert len(data.load("folder", split, data_dir=tmp_path)) == 7
+        assert len(sources.load("folder", split, data_dir=tmp_path)) == 7
     for split in ("test", held_out, held_out.lower()):
-        assert len(data.load("folder", split, data_dir=tmp_path)) == 3
+        assert len(sources.load("folder", split, data_dir=tmp_path)) == 3
 
 
 def test_each_of_several_held_out_folders_goes_by_its_name(tmp_path, caplog):
     for i, name in enumerate(("train", "Test", "val", "extra")):
         write_folder(tmp_path / name, {"a": 1 + i, "b": 1})
     for split, size in (("train", 2), ("test", 3), ("Test", 3), ("val", 4)):
-        assert len(data.load("folder", split, data_dir=tmp_path)) == size
+        assert len(sources.load("folder", split, data_dir=tmp_path)) == size
     assert [r.getMessage() for r in caplog.records if str(tmp_path) in r.getMessage()] == [
         f"{str(tmp_path)!r}: left out the folders 'extra', which are not splits."
     ]
@@ -658,7 +663,7 @@ def test_each_of_several_held_out_folders_goes_by_its_name(tmp_path, caplog):
 def test_layouts_that_need_another_name(tmp_path):
     def refused(root, message):
         with pytest.raises(UserError, match=message) as error:
-            data.load("folder", "train", data_dir=root)
+            sources.load("folder", "train", data_dir=root)
         assert "remove" not in str(error.value) and "delete" not in str(error.value)
 
     write_folder(tmp_path / "x", {"train/a": 2, "train/b": 2})
@@ -676,16 +681,16 @@ def test_layouts_that_need_another_name(tmp_path):
     )
     # Folders of images named so are classes.
     write_folder(tmp_path / "v", {"bus": 20, "train": 20})
-    assert data.load("folder", "train", data_dir=tmp_path / "v").class_names == ("bus", "train")
+    assert sources.load("folder", "train", data_dir=tmp_path / "v").class_names == ("bus", "train")
 
 
 def test_an_unreadable_image_of_a_large_folder_is_named_by_the_iterator(monkeypatch, tmp_path):
     write_folder(tmp_path, {"a": 2, "b": 2})
     (tmp_path / "b" / "0001.png").write_bytes(b"not a picture")
-    monkeypatch.setattr(data, "_MEMORY_LIMIT", 0)
-    dataset = data.load("folder", "all", data_dir=tmp_path)
+    monkeypatch.setattr(core, "_MEMORY_LIMIT", 0)
+    dataset = sources.load("folder", "all", data_dir=tmp_path)
     with pytest.raises(UserError, match=r"0001.png' cannot be read"):
-        list(data.eval_batches(dataset, batch_size=4))
+        list(batching.eval_batches(dataset, batch_size=4))
 
 
 # ---------------------------------------------------------------------------------- photographs
@@ -712,12 +717,12 @@ def folder(tmp_path):
 
 def test_imagenet_is_read_as_tfds_prepared_it(imagenet):
     train, held_out = (
-        data.load("imagenet2012", split, data_dir=imagenet, image_size=32)
+        sources.load("imagenet2012", split, data_dir=imagenet, image_size=32)
         for split in ("train[:20]", "validation")
     )
     assert (len(train), len(held_out), train.num_classes) == (20, 8, 1000)
     assert train.image_shape == (32, 32, 3) and train.class_names[1] == "n01443537"
-    batches = list(data.eval_batches(held_out, batch_size=4))
+    batches = list(batching.eval_batches(held_out, batch_size=4))
     labels = np.concatenate([batch["label"] for batch in batches])
     assert sorted(labels) == list(range(8))
     for image, label in zip(np.concatenate([b["image"] for b in batches]), labels, strict=True):
@@ -725,7 +730,7 @@ def test_imagenet_is_read_as_tfds_prepared_it(imagenet):
 
 
 def test_imagenet_c_is_read_as_tfds_prepared_it(imagenet):
-    fog = data.imagenet2012_corrupted("fog", 3, imagenet, image_size=32)
+    fog = tfds_sets.imagenet2012_corrupted("fog", 3, imagenet, image_size=32)
     assert (len(fog), fog.name) == (8, "imagenet2012_corrupted/fog_3")
     for image, label in (fog.source[i] for i in range(8)):
         whole = Image.open(io.BytesIO(photograph(label, (224, 224))))
@@ -734,8 +739,8 @@ def test_imagenet_c_is_read_as_tfds_prepared_it(imagenet):
 
 
 def test_photographs_at_another_size(imagenet):
-    small = data.load("imagenet2012", "validation", data_dir=imagenet, image_size=32)
-    large = data.resized(small, 48)
+    small = sources.load("imagenet2012", "validation", data_dir=imagenet, image_size=32)
+    large = tfds_sets.resized(small, 48)
     assert large.image_shape == (48, 48, 3)
     image, label = large.source[2]
     np.testing.assert_array_equal(image, square(label, 48, share=0.875))
@@ -743,12 +748,12 @@ def test_photographs_at_another_size(imagenet):
 
 def test_imagenet_mistakes(imagenet, tmp_path):
     def load(split="train", data_dir=imagenet, image_size=128):
-        return data.load("imagenet2012", split, data_dir=data_dir, image_size=image_size)
+        return sources.load("imagenet2012", split, data_dir=data_dir, image_size=image_size)
 
     with pytest.raises(UserError, match=r"builder\('imagenet2012', .*manual_dir='ARCHIVES'"):
         load(data_dir=tmp_path)
     with pytest.raises(UserError, match=r"builder\('imagenet2012_corrupted/snow_2'"):
-        data.imagenet2012_corrupted("snow", 2, imagenet)
+        tfds_sets.imagenet2012_corrupted("snow", 2, imagenet)
     with pytest.raises(UserError, match=r"'test'.*choose from 'train', 'validation'"):
         load("test")
     for size in (31, 1024):
@@ -762,7 +767,7 @@ def test_imagenet_mistakes(imagenet, tmp_path):
 def changed(dataset, change):
     images, labels = dataset.source.images.copy(), dataset.source.labels.copy()
     change(images, labels)
-    return dataclasses.replace(dataset, source=data.ArraySource(images, labels))
+    return dataclasses.replace(dataset, source=core.ArraySource(images, labels))
 
 
 def others_labels(_, labels):
@@ -779,18 +784,18 @@ def one_pixel(images, _):
 def test_every_label_and_pixel_is_part_of_a_fingerprint(change):
     dataset = numbered(2000)
     other = changed(dataset, change)
-    assert data.sampled_fingerprint(other) == data.sampled_fingerprint(dataset)
+    assert core.sampled_fingerprint(other) == core.sampled_fingerprint(dataset)
     assert other.fingerprint != dataset.fingerprint
     assert changed(dataset, lambda *_: None).fingerprint == dataset.fingerprint
-    assert data.recognises(other, data.sampled_fingerprint(dataset))  # Of an older version.
-    assert not data.recognises(other, dataset.fingerprint)
+    assert core.recognises(other, core.sampled_fingerprint(dataset))  # Of an older version.
+    assert not core.recognises(other, dataset.fingerprint)
     renamed = dataclasses.replace(dataset, class_names=("a", "b", "c"))
     assert renamed.fingerprint != dataset.fingerprint
 
 
 def test_files_that_are_kept_encoded_count_by_name_label_and_content(folder):
     def fingerprint(split="all"):
-        kept = data.load("folder", split, data_dir=folder, image_size=16, encoded=True)
+        kept = sources.load("folder", split, data_dir=folder, image_size=16, encoded=True)
         return kept.fingerprint
 
     whole, path = fingerprint(), folder / "a" / "2.JPEG"
@@ -805,17 +810,17 @@ def test_files_that_are_kept_encoded_count_by_name_label_and_content(folder):
 
 
 def test_of_files_beyond_the_limit_evenly_spread_ones_are_read(folder, monkeypatch):
-    kept = data.load("folder", "all", data_dir=folder, image_size=16, encoded=True)
+    kept = sources.load("folder", "all", data_dir=folder, image_size=16, encoded=True)
     sizes = [path.stat().st_size for path, _ in kept.source.records]
-    monkeypatch.setattr(data, "_CONTENTS_LIMIT", -(-sum(sizes) // 4))
+    monkeypatch.setattr(core, "_CONTENTS_LIMIT", -(-sum(sizes) // 4))
     read = []
-    monkeypatch.setattr(data.pathlib.Path, "read_bytes", lambda path: read.append(path.name) or b"")
+    monkeypatch.setattr(pathlib.Path, "read_bytes", lambda path: read.append(path.name) or b"")
     assert kept.fingerprint and read == [path.name for path, _ in kept.source.records[::4]]
 
 
 def test_photographs_of_tfds_count_by_shards_slice_and_some_contents(imagenet):
     def fingerprint(split, **changes):
-        return data.load("imagenet2012", split, data_dir=imagenet, **changes).fingerprint
+        return sources.load("imagenet2012", split, data_dir=imagenet, **changes).fingerprint
 
     first = fingerprint("validation[:4]")
     assert first == fingerprint("validation[:4]") != fingerprint("validation[4:]")
@@ -826,29 +831,29 @@ def test_labels_are_renumbered_as_the_classifier_s_classes():
     dataset = dataclasses.replace(numbered(9), class_names=("cat", "dog", "owl"))
     names = ("owl", "ant", "cat", "dog")
     numbers = np.array([2, 3, 0])[dataset.source.labels]
-    found = data.renumbered(dataset, names)
+    found = core.renumbered(dataset, names)
     assert (found.class_names, found.num_classes) == (names, 4)
     np.testing.assert_array_equal(found.source.labels, numbers)
     encoded = dataclasses.replace(dataset, source=list(dataset.source))
-    batch = data.gather(data.renumbered(encoded, names), np.arange(9))
+    batch = batching.gather(core.renumbered(encoded, names), np.arange(9))
     np.testing.assert_array_equal(batch["label"], numbers)
-    assert data.renumbered(encoded, names).source[4][1] == numbers[4]
+    assert core.renumbered(encoded, names).source[4][1] == numbers[4]
     with pytest.raises(
         UserError, match=r"has the class\(es\) 'owl', .* on 'bird_owl', 'cat', 'dog'"
     ):
-        data.renumbered(dataset, ("bird_owl", "cat", "dog"))
+        core.renumbered(dataset, ("bird_owl", "cat", "dog"))
 
 
 def test_classes_without_names_count_by_number():
     dataset = numbered(9)  # '0', '1', '2'
-    named = data.renumbered(dataset, ("cat", "dog", "owl"))
+    named = core.renumbered(dataset, ("cat", "dog", "owl"))
     assert named.class_names == ("cat", "dog", "owl")
     np.testing.assert_array_equal(named.source.labels, dataset.source.labels)
-    assert data.renumbered(named, dataset.class_names).class_names == dataset.class_names
-    fewer = data.renumbered(dataset, tuple("0123"))
+    assert core.renumbered(named, dataset.class_names).class_names == dataset.class_names
+    fewer = core.renumbered(dataset, tuple("0123"))
     assert fewer.num_classes == 4 and fewer.source.labels.max() == 2
     with pytest.raises(UserError, match="'0', '1', '2'"):
-        data.renumbered(dataset, ("cat", "dog", "owl", "ant"))
+        core.renumbered(dataset, ("cat", "dog", "owl", "ant"))
 
 
 def halves(path, dataset):
@@ -867,8 +872,8 @@ def test_images_that_are_evaluated_and_trained_on_are_found(tmp_path, dataset):
     where = halves(tmp_path, dataset)
 
     def check(*splits):
-        loaded = [data.load(dataset, split, **where) for split in splits]
-        data.check_held_out(*loaded, *splits)
+        loaded = [sources.load(dataset, split, **where) for split in splits]
+        core.check_held_out(*loaded, *splits)
 
     check("train", "test")
     check("all[:20]", "all[20:]")
@@ -876,14 +881,14 @@ def test_images_that_are_evaluated_and_trained_on_are_found(tmp_path, dataset):
         UserError, match=r"^5 of the 20 images of config.eval_split='all\[20:\]' are"
     ):
         check("all[:25]", "all[20:]")
-    held_out = len(data.load(dataset, "test", **where))
+    held_out = len(sources.load(dataset, "test", **where))
     with pytest.raises(UserError, match=rf"^{held_out} of the {held_out} images"):
         check("all", "test")
 
 
 def test_equal_images_are_logged_where_they_are_few_and_refused_where_they_are_most(caplog):
     train_set, eval_set = numbered(50), numbered(40)
-    check = functools.partial(data.check_held_out, train_split="train", eval_split="test")
+    check = functools.partial(core.check_held_out, train_split="train", eval_split="test")
     with pytest.raises(UserError, match="40 of the 40"):
         check(train_set, eval_set)
     few = changed(eval_set, lambda images, _: images[2:].__iadd__(100))
@@ -894,20 +899,20 @@ def test_equal_images_are_logged_where_they_are_few_and_refused_where_they_are_m
 def test_a_missing_split_is_not_replaced_by_training_images():
     said = r"train_split='train\[:45000\]' with eval_split='train\[45000:\]'\."
     with pytest.raises(UserError, match=said):
-        data._split_name("test", {"train": 50000}, 45000)
+        core.split_name("test", {"train": 50000}, 45000)
     with pytest.raises(UserError, match=r"'train\[:90%\]' with eval_split='train\[90%:\]'"):
-        data._split_name("val", ("train", "test"))
+        core.split_name("val", ("train", "test"))
 
 
 @pytest.mark.parametrize("name", ["imagenet2012", "folder"])
 def test_random_crops_are_a_function_of_seed_and_step(name, imagenet, folder):
     root, split = (imagenet, "train") if name == "imagenet2012" else (folder, "all")
-    dataset = data.load(name, split, data_dir=root, image_size=32, encoded=True)
-    want = take(data.train_batches(dataset, **CROPS), 8)
-    assert_batches_equal(take(data.train_batches(dataset, num_threads=0, **CROPS), 8), want)
-    assert_batches_equal(take(data.train_batches(dataset, start_step=5, **CROPS), 3), want[5:])
+    dataset = sources.load(name, split, data_dir=root, image_size=32, encoded=True)
+    want = take(batching.train_batches(dataset, **CROPS), 8)
+    assert_batches_equal(take(batching.train_batches(dataset, num_threads=0, **CROPS), 8), want)
+    assert_batches_equal(take(batching.train_batches(dataset, start_step=5, **CROPS), 3), want[5:])
     parts = [
-        take(data.train_batches(dataset, process_index=i, process_count=2, **CROPS), 2)
+        take(batching.train_batches(dataset, process_index=i, process_count=2, **CROPS), 2)
         for i in range(2)
     ]
     together = [{k: np.concatenate([a[k], b[k]]) for k in a} for a, b in zip(*parts, strict=True)]
@@ -924,20 +929,22 @@ def test_random_crops_are_a_function_of_seed_and_step(name, imagenet, folder):
 def test_a_crop_of_everything_is_the_central_square(folder):
     for i in range(24):
         (folder / "ab"[i % 2] / f"{i}.JPEG").write_bytes(photograph(i, (50, 50)))
-    dataset = data.load("folder", "all", data_dir=folder, image_size=16, encoded=True)
+    dataset = sources.load("folder", "all", data_dir=folder, image_size=16, encoded=True)
     settings = {"batch_size": 8, "seed": 0}
-    whole = data.train_batches(dataset, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), **settings)
-    assert_batches_equal(take(whole, 2), take(data.train_batches(dataset, **settings), 2))
+    whole = batching.train_batches(
+        dataset, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), **settings
+    )
+    assert_batches_equal(take(whole, 2), take(batching.train_batches(dataset, **settings), 2))
 
 
 def test_a_folder_is_kept_encoded_only_where_that_is_asked_for(folder):
-    held = data.load("folder", "all", data_dir=folder, image_size=16)
-    kept = data.load("folder", "all", data_dir=folder, image_size=16, encoded=True)
-    assert isinstance(held.source, data.ArraySource) and isinstance(kept.source, photographs.Source)
+    held = sources.load("folder", "all", data_dir=folder, image_size=16)
+    kept = sources.load("folder", "all", data_dir=folder, image_size=16, encoded=True)
+    assert isinstance(held.source, core.ArraySource) and isinstance(kept.source, photographs.Source)
 
 
 def test_batches_ahead_are_bounded_in_bytes(monkeypatch):
-    monkeypatch.setattr(data, "_AHEAD_LIMIT", 3 * 8 * 4 * 5 * 3)
+    monkeypatch.setattr(batching, "_AHEAD_LIMIT", 3 * 8 * 4 * 5 * 3)
     asked = []
 
     def options(num_threads, prefetch_buffer_size):
@@ -946,7 +953,7 @@ def test_batches_ahead_are_bounded_in_bytes(monkeypatch):
 
     original = grain.ReadOptions
     monkeypatch.setattr(grain, "ReadOptions", options)
-    data.train_batches(numbered(20), batch_size=8, seed=0, num_threads=16)
+    batching.train_batches(numbered(20), batch_size=8, seed=0, num_threads=16)
     assert asked == [(3, 3)]
 
 
@@ -969,7 +976,7 @@ def test_npz_with_splits(tmp_path):
         test_images=PIXELS[:3] / 255,
         test_labels=np.array([3, 3, 3], np.uint8),
     )
-    train, test = (data.load("npz", split, data_dir=path) for split in ("train[5:]", "test"))
+    train, test = (sources.load("npz", split, data_dir=path) for split in ("train[5:]", "test"))
     np.testing.assert_array_equal(train.source.images, PIXELS[5:])
     np.testing.assert_array_equal(train.source.labels, LABELS[5:])
     assert test.source.images.dtype == np.float32 and test.num_classes == train.num_classes == 4
@@ -980,7 +987,7 @@ def test_npz_with_splits(tmp_path):
 def test_npz_divides_itself(tmp_path):
     path = save(tmp_path / "set.npz", images=PIXELS[..., 0], labels=LABELS)
     train, test, everything = (
-        data.load("npz", split, data_dir=path) for split in ("train", "test", "all")
+        sources.load("npz", split, data_dir=path) for split in ("train", "test", "all")
     )
     np.testing.assert_array_equal(everything.source.images, PIXELS[..., :1].repeat(3, axis=-1))
     assert (len(train), len(test)) == (18, 2)
@@ -1027,22 +1034,22 @@ def test_npz_divides_itself(tmp_path):
 def test_npz_mistakes(tmp_path, arrays, message):
     path = save(tmp_path / "set.npz", **arrays)
     with pytest.raises(UserError, match=f"config.data_dir = .*set.npz.*{message}"):
-        data.load("npz", "train", data_dir=path)
+        sources.load("npz", "train", data_dir=path)
 
 
 def test_npz_in_other_shapes_and_types(tmp_path):
     path = save(tmp_path / "plain.npz", images=PIXELS[..., 0], labels=LABELS)
-    want = data.load("npz", "all", data_dir=path)
+    want = sources.load("npz", "all", data_dir=path)
     for i, labels in enumerate((LABELS[:, None], LABELS.astype(float), LABELS[:, None] * 1.0)):
         path = save(tmp_path / f"{i}.npz", images=PIXELS[..., :1], labels=labels)
-        got = data.load("npz", "all", data_dir=path)
+        got = sources.load("npz", "all", data_dir=path)
         assert got.fingerprint == want.fingerprint
 
 
 @pytest.mark.parametrize(("size", "held_out"), [(2, 1), (3, 1), (4, 1), (5, 1), (15, 1), (16, 2)])
 def test_a_small_npz_has_an_example_in_each_split(tmp_path, size, held_out):
     path = save(tmp_path / "set.npz", images=PIXELS[:size], labels=np.arange(size) % 2)
-    train, test = (data.load("npz", split, data_dir=path) for split in ("train", "test"))
+    train, test = (sources.load("npz", split, data_dir=path) for split in ("train", "test"))
     assert (len(train), len(test)) == (size - held_out, held_out)
     # From five images on the division is the one of earlier releases.
     if size >= 5:
@@ -1051,27 +1058,27 @@ def test_a_small_npz_has_an_example_in_each_split(tmp_path, size, held_out):
 
 
 def test_a_few_images_may_be_black():
-    assert len(data.from_arrays(PIXELS[:4] // 128, LABELS[:4])) == 4
+    assert len(core.from_arrays(PIXELS[:4] // 128, LABELS[:4])) == 4
 
 
 def test_npz_files_that_are_none(tmp_path):
     path = tmp_path / "set.npz"
     with pytest.raises(UserError, match=r"config.data_dir is not set"):
-        data.load("npz", "train")
+        sources.load("npz", "train")
     with pytest.raises(UserError, match=r"set.npz' does not exist: write"):
-        data.load("npz", "train", data_dir=path)
+        sources.load("npz", "train", data_dir=path)
     save(path, images=PIXELS, labels=LABELS)
     whole = path.read_bytes()
     for broken in (b"", b"nothing of the kind", whole[:-40]):
         path.write_bytes(broken)
         with pytest.raises(UserError, match=r"set.npz' cannot be read"):
-            data.load("npz", "train", data_dir=path)
+            sources.load("npz", "train", data_dir=path)
     with path.open("wb") as file:
         np.save(file, PIXELS)
     with pytest.raises(UserError, match=r"holds a single array"):
-        data.load("npz", "train", data_dir=path)
+        sources.load("npz", "train", data_dir=path)
 
 
 def test_from_arrays_refuses_labels_beyond_its_classes():
     with pytest.raises(UserError, match=r"the label 3 and only 2 classes"):
-        data.from_arrays(PIXELS, LABELS, class_names=["a", "b"])
+        core.from_arrays(PIXELS, LABELS, class_names=["a", "b"])

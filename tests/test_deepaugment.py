@@ -9,13 +9,15 @@ import jax
 import numpy as np
 import pytest
 
-from ada_jax import corruption_nets, data, deepaugment
+from ada_jax.augment import rendering
+from ada_jax.data import core, rendered_set
 from ada_jax.errors import UserError
+from ada_jax.nets import corruption_nets
 from experiments import deepaugment as experiment
 
 ROOT = pathlib.Path(__file__).parents[1]
 IMAGES = np.random.default_rng(0).integers(0, 256, (9, 16, 16, 3), np.uint8)
-DATASET = data.from_arrays(IMAGES, np.arange(9) % 3, name="noise")
+DATASET = core.from_arrays(IMAGES, np.arange(9) % 3, name="noise")
 THETA = jax.tree.map(np.asarray, corruption_nets.make("edsr_small").theta)
 
 
@@ -28,7 +30,7 @@ def config(**changes):
 
 def rendered(images=IMAGES, **changes):
     arguments = {"seed": 0, "copy": 0, "group": 4} | changes
-    return np.concatenate(list(deepaugment.generate("edsr_small", THETA, images, **arguments)))
+    return np.concatenate(list(rendering.generate("edsr_small", THETA, images, **arguments)))
 
 
 def whole(opened, copy=0):
@@ -46,18 +48,18 @@ def test_the_set_does_not_depend_on_the_batch_around_an_image():
 
 
 def test_a_set_is_written_in_shards_grows_and_is_opened(tmp_path):
-    assert deepaugment.write_set(DATASET, tmp_path, config())
+    assert rendered_set.write_set(DATASET, tmp_path, config())
     assert len(list(tmp_path.glob("*.npy"))) == 3
-    first = deepaugment.open_set(tmp_path, DATASET, 1)
+    first = rendered_set.open_set(tmp_path, DATASET, 1)
     np.testing.assert_array_equal(whole(first), rendered(group=2))
-    assert deepaugment.write_set(DATASET, tmp_path, config(copies=2))
-    grown = deepaugment.open_set(tmp_path, DATASET, 2)
+    assert rendered_set.write_set(DATASET, tmp_path, config(copies=2))
+    grown = rendered_set.open_set(tmp_path, DATASET, 2)
     np.testing.assert_array_equal(whole(grown), whole(first))
     assert (whole(grown, 1) != whole(grown)).any() and grown.digest == first.digest
 
 
 def test_a_stopped_set_goes_on(tmp_path, monkeypatch):
-    generate, calls = deepaugment.generate, []
+    generate, calls = rendering.generate, []
 
     def stop(*args, **kwargs):
         calls.append(kwargs["start"])
@@ -65,20 +67,20 @@ def test_a_stopped_set_goes_on(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return generate(*args, **kwargs)
 
-    monkeypatch.setattr(deepaugment, "generate", stop)
+    monkeypatch.setattr(rendering, "generate", stop)
     with pytest.raises(KeyboardInterrupt):
-        deepaugment.write_set(DATASET, tmp_path, config())
+        rendered_set.write_set(DATASET, tmp_path, config())
     with pytest.raises(UserError, match="0 whole copies of edsr_small"):
-        deepaugment.open_set(tmp_path, DATASET, 1)
-    assert deepaugment.write_set(DATASET, tmp_path, config()) and calls == [0, 4, 4, 8]
+        rendered_set.open_set(tmp_path, DATASET, 1)
+    assert rendered_set.write_set(DATASET, tmp_path, config()) and calls == [0, 4, 4, 8]
     monkeypatch.undo()
     np.testing.assert_array_equal(
-        whole(deepaugment.open_set(tmp_path, DATASET, 1)), rendered(group=2)
+        whole(rendered_set.open_set(tmp_path, DATASET, 1)), rendered(group=2)
     )
 
 
 def test_another_process_s_shard_is_left_to_it(tmp_path):
-    deepaugment.write_set(DATASET, tmp_path, config())
+    rendered_set.write_set(DATASET, tmp_path, config())
     shard = tmp_path / "edsr_small_copy00_001.npy"
     shard.unlink()
     hold = (
@@ -88,55 +90,55 @@ def test_another_process_s_shard_is_left_to_it(tmp_path):
     command = [sys.executable, "-c", hold, str(shard)]
     other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"
-    assert not deepaugment.write_set(DATASET, tmp_path, config()) and not shard.exists()
+    assert not rendered_set.write_set(DATASET, tmp_path, config()) and not shard.exists()
     other.communicate("")
-    assert deepaugment.write_set(DATASET, tmp_path, config()) and shard.exists()
+    assert rendered_set.write_set(DATASET, tmp_path, config()) and shard.exists()
 
 
 def test_a_set_in_the_home_folder_is_opened(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    deepaugment.write_set(DATASET, "~/set", config())
+    rendered_set.write_set(DATASET, "~/set", config())
     assert (tmp_path / "set" / "manifest.json").exists()
-    assert len(deepaugment.open_set("~/set", DATASET, 1).copies) == len(config().nets)
+    assert len(rendered_set.open_set("~/set", DATASET, 1).copies) == len(config().nets)
 
 
 def test_a_set_of_an_older_version_is_opened_and_grows(tmp_path):
-    deepaugment.write_set(DATASET, tmp_path, config())
+    rendered_set.write_set(DATASET, tmp_path, config())
     path = tmp_path / "manifest.json"
     manifest = json.loads(path.read_text())
     assert manifest["data_sha256"] == DATASET.fingerprint
-    path.write_text(json.dumps(manifest | {"data_sha256": data.sampled_fingerprint(DATASET)}))
-    before = deepaugment.open_set(tmp_path, DATASET, 1).digest
-    assert deepaugment.write_set(DATASET, tmp_path, config(copies=2))
-    assert deepaugment.open_set(tmp_path, DATASET, 2).digest == before
+    path.write_text(json.dumps(manifest | {"data_sha256": core.sampled_fingerprint(DATASET)}))
+    before = rendered_set.open_set(tmp_path, DATASET, 1).digest
+    assert rendered_set.write_set(DATASET, tmp_path, config(copies=2))
+    assert rendered_set.open_set(tmp_path, DATASET, 2).digest == before
 
 
 def test_sets_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(UserError, match="no set"):
-        deepaugment.open_set(tmp_path / "none", DATASET, 1)
-    deepaugment.write_set(DATASET, tmp_path, config())
+        rendered_set.open_set(tmp_path / "none", DATASET, 1)
+    rendered_set.write_set(DATASET, tmp_path, config())
     with pytest.raises(UserError, match=r"1 whole copies.*copies=10 are wanted"):
-        deepaugment.open_set(tmp_path, DATASET, 10)
-    reversed_set = data.from_arrays(IMAGES[::-1], np.arange(9) % 3)
+        rendered_set.open_set(tmp_path, DATASET, 10)
+    reversed_set = core.from_arrays(IMAGES[::-1], np.arange(9) % 3)
     with pytest.raises(UserError, match="made from 9 other images"):
-        deepaugment.open_set(tmp_path, reversed_set, 1)
+        rendered_set.open_set(tmp_path, reversed_set, 1)
     for changes in ({"seed": 1}, {"quirks": True}, {"group": 4}, {"shard_images": 8}):
         with pytest.raises(UserError, match="has a set whose"):
-            deepaugment.write_set(DATASET, tmp_path, config(**changes))
+            rendered_set.write_set(DATASET, tmp_path, config(**changes))
     manifest = tmp_path / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"kind": "corruptions"}))
     with pytest.raises(UserError, match="kind 'corruptions'"):
-        deepaugment.open_set(tmp_path, DATASET, 1)
+        rendered_set.open_set(tmp_path, DATASET, 1)
     manifest.write_text("[")
     with pytest.raises(UserError, match="cannot be read"):
-        deepaugment.open_set(tmp_path, DATASET, 1)
+        rendered_set.open_set(tmp_path, DATASET, 1)
 
 
 def test_sizes_are_checked_for_all_networks_before_any_is_rendered(tmp_path):
-    dataset = data.from_arrays(np.zeros((4, 33, 47, 3), np.uint8), np.arange(4))
+    dataset = core.from_arrays(np.zeros((4, 33, 47, 3), np.uint8), np.arange(4))
     both = config(nets=("edsr_small", "cae"), weights=("", ""), enlarge=(1, 2))
     with pytest.raises(UserError, match=r"config\.nets=.* 'cae'\) does not fit images of 33x47"):
-        deepaugment.write_set(dataset, tmp_path / "set", both)
+        rendered_set.write_set(dataset, tmp_path / "set", both)
     assert not (tmp_path / "set").exists()
 
 
@@ -145,20 +147,20 @@ def unrendered(net, theta, images, *, start, stop, **fields):
 
 
 def test_a_set_of_the_cae_s_former_recipe_is_trained_on_but_not_added_to(tmp_path, monkeypatch):
-    monkeypatch.setattr(deepaugment, "generate", unrendered)
+    monkeypatch.setattr(rendering, "generate", unrendered)
     both = config(nets=("edsr_small", "cae"), weights=("", ""), enlarge=(1, 1))
     for name, fields in (("edsr", config()), ("both", both)):
-        deepaugment.write_set(DATASET, tmp_path / name, fields)
+        rendered_set.write_set(DATASET, tmp_path / name, fields)
         path = tmp_path / name / "manifest.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"recipe": 1}))
-        assert len(deepaugment.open_set(tmp_path / name, DATASET, 1).copies) == len(fields.nets)
+        assert len(rendered_set.open_set(tmp_path / name, DATASET, 1).copies) == len(fields.nets)
     both.copies = 2
-    assert deepaugment.write_set(DATASET, tmp_path / "edsr", config(copies=2))
+    assert rendered_set.write_set(DATASET, tmp_path / "edsr", config(copies=2))
     with pytest.raises(UserError, match="recipe is 1, and this one would have 2"):
-        deepaugment.write_set(DATASET, tmp_path / "both", both)
+        rendered_set.write_set(DATASET, tmp_path / "both", both)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"recipe": 3}))
     with pytest.raises(UserError, match="recipe 3"):
-        deepaugment.open_set(tmp_path / "both", DATASET, 1)
+        rendered_set.open_set(tmp_path / "both", DATASET, 1)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +177,7 @@ def test_a_set_of_the_cae_s_former_recipe_is_trained_on_but_not_added_to(tmp_pat
 )
 def test_mistakes_name_the_field(field, value):
     with pytest.raises(UserError, match=f"config.{field}"):
-        deepaugment.validate(config(**{field: value}))
+        rendered_set.validate(config(**{field: value}))
 
 
 @pytest.mark.slow

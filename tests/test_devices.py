@@ -3,9 +3,10 @@
 import jax
 import pytest
 import test_train
+from absl import app
 
-from ada_jax import cli, devices, train
 from ada_jax.errors import UserError
+from ada_jax.run import cli, devices, setup
 
 
 @pytest.fixture
@@ -69,23 +70,23 @@ def test_configs_for_cpus_only_warn(monkeypatch):
 
 
 def test_perturbations_that_do_not_fit_are_told_before_anything_is_compiled(monkeypatch):
-    parts = train.build(test_train.tiny())
-    train.check_memory(parts)  # A CPU does not say.
+    parts = setup.build(test_train.tiny())
+    setup.check_memory(parts)  # A CPU does not say.
     numbers = sum(a.size for a in jax.tree.leaves(parts.nets[0].theta))
-    monkeypatch.setattr(train, "device_memory", lambda: 12 * numbers * 9)
+    monkeypatch.setattr(devices, "device_memory", lambda: 12 * numbers * 9)
     with pytest.raises(
         UserError, match=r"attacks 16 examples at once.*Set it to 4, or a smaller divisor"
     ):
-        train.check_memory(parts)
-    monkeypatch.setattr(train, "device_memory", lambda: 12 * numbers * 16)
-    train.check_memory(parts)
+        setup.check_memory(parts)
+    monkeypatch.setattr(devices, "device_memory", lambda: 12 * numbers * 16)
+    setup.check_memory(parts)
 
 
 def test_a_full_device_is_one_sentence(monkeypatch, capsys):
     def main(argv):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.")
 
-    monkeypatch.setattr(cli.app, "run", lambda guarded, flags_parser: guarded(["x"]))
+    monkeypatch.setattr(app, "run", lambda guarded, flags_parser: guarded(["x"]))
     with pytest.raises(SystemExit) as left:
         cli.start(main)
     assert left.value.code == 2

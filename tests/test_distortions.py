@@ -10,20 +10,22 @@ import pytest
 import scipy.signal
 import scipy.stats
 
-from ada_jax import corruption_nets, distortions
+from ada_jax.augment import distortions
+from ada_jax.nets import cae
+from ada_jax.nets import edsr as edsr_net
 
 BLOCKS, FEATURES = 4, 6
 
 
 @pytest.fixture
 def edsr():
-    net = corruption_nets.edsr(blocks=BLOCKS, features=FEATURES, scale=1)
+    net = edsr_net.edsr(blocks=BLOCKS, features=FEATURES, scale=1)
     return jax.tree.map(np.array, net.init(jax.random.key(0)))
 
 
 @pytest.fixture(scope="module")
 def cae_theta():
-    return jax.tree.map(np.array, corruption_nets.cae_init(jax.random.key(0)))
+    return jax.tree.map(np.array, cae.cae_init(jax.random.key(0)))
 
 
 def oihw(w):
@@ -368,8 +370,8 @@ def test_head_features_are_exchanged_dropped_negated_or_left():
 
 def bodies(theta, h, quirks):
     """Everything the body may come to, by name of the distortion."""
-    block = functools.partial(corruption_nets.edsr_block, theta)
-    close = functools.partial(corruption_nets.edsr_body_end, theta)
+    block = functools.partial(edsr.edsr_block, theta)
+    close = functools.partial(edsr.edsr_body_end, theta)
     first = block(1, block(0, h))
 
     def rest(x):

@@ -1,6 +1,7 @@
 """The evaluation: counts that do not depend on devices, resuming, refusals, and the mCE."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import re
@@ -17,21 +18,27 @@ import safetensors.numpy
 from ml_collections import ConfigDict
 from PIL import Image
 
-from ada_jax import checkpoint, corruptions, data, evaluate, photographs, train
-from ada_jax.devices import replicate
+from ada_jax import evaluate, sharding, training
+from ada_jax import results as results_files
+from ada_jax.corruptions import c_folder, functions, parameter_tables
+from ada_jax.data import batching, core, photographs, sources, tfds_sets
 from ada_jax.errors import UserError
+from ada_jax.evaluation import image_sets, scoring
+from ada_jax.nets import weight_files
+from ada_jax.run import checkpoint
+from ada_jax.sharding import replicate
 from experiments import quickstart
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "ada_jax" / "README.md").read_text()
 
 
-def images(count: int = 24, *, side: int = 16, seed: int = 0) -> data.Dataset:
+def images(count: int = 24, *, side: int = 16, seed: int = 0) -> core.Dataset:
     """Smooth random images of four classes."""
     rng = np.random.RandomState(seed)
     coarse = rng.randint(0, 256, (count, side // 4, side // 4, 3))
     pixels = coarse.repeat(4, axis=1).repeat(4, axis=2).astype(np.uint8)
-    return data.from_arrays(pixels, rng.randint(0, 4, count), class_names="abcd", name="blocks")
+    return core.from_arrays(pixels, rng.randint(0, 4, count), class_names="abcd", name="blocks")
 
 
 def classifier() -> hk.TransformedWithState:
@@ -60,19 +67,19 @@ def config_with(**changes) -> ConfigDict:
     return config.lock()
 
 
-def sets_of(clean: data.Dataset, *names: str, **changes) -> evaluate.Sets:
-    return evaluate.open_sets(config_with(**changes), clean, names)
+def sets_of(clean: core.Dataset, *names: str, **changes) -> image_sets.Sets:
+    return image_sets.open_sets(config_with(**changes), clean, names)
 
 
-def results_of(clean: data.Dataset, sets: evaluate.Sets, digest: str = "d", **changes) -> dict:
+def results_of(clean: core.Dataset, sets: image_sets.Sets, digest: str = "d", **changes) -> dict:
     settings = {"name": "test", "step": 3, "weights_digest": digest}
     return evaluate.new_results(config_with(**changes), clean=clean, source=sets.source, **settings)
 
 
-def counts(sets: evaluate.Sets, batch_size: int = 10) -> dict:
+def counts(sets: image_sets.Sets, batch_size: int = 10) -> dict:
     """(examples, wrong) of every cell."""
-    step = evaluate.map_eval_step(classifier())
-    measured = evaluate.measure(step, replicate(variables()), sets.datasets, batch_size)
+    step = scoring.map_eval_step(classifier())
+    measured = scoring.measure(step, replicate(variables()), sets.datasets, batch_size)
     return {" ".join(map(str, cell)): (c["examples"], c["wrong"]) for cell, c in measured}
 
 
@@ -83,19 +90,19 @@ def test_counts_agree_with_a_loop_over_the_corrupted_images():
     clean, (params, state) = images(), variables()
 
     def wrong(pixels):
-        x = data.to_float(pixels)
+        x = batching.to_float(pixels)
         logits = logits_of(params, state, x)
         return 24, int(np.sum(np.argmax(logits, -1) != clean.source.labels))
 
     found = counts(sets_of(clean, "clean", "c", "extra"))
     assert list(found) == ["clean 0"] + [
         f"{name} {severity}"
-        for name in corruptions.NAMES + corruptions.EXTRA
+        for name in parameter_tables.NAMES + parameter_tables.EXTRA
         for severity in (1, 2, 3, 4, 5)
     ]
     assert found["clean 0"] == wrong(clean.source.images)
     for name, severity in (("fog", 5), ("snow", 2), ("saturate", 4)):
-        corrupted = corruptions.corrupt(name, severity, clean.source.images, 0)
+        corrupted = functions.corrupt(name, severity, clean.source.images, 0)
         assert found[f"{name} {severity}"] == wrong(corrupted)
     assert len(set(found.values())) > 5
 
@@ -113,8 +120,8 @@ print(json.dumps([t.counts(sets, batch_size) for batch_size in (100, 128)]))
 @pytest.mark.slow
 def test_one_device_and_four_and_any_batch_size_count_the_same():
     found = []
-    for devices in (1, 4):
-        command = [sys.executable, "-c", _DEVICES, str(devices)]
+    for count in (1, 4):
+        command = [sys.executable, "-c", _DEVICES, str(count)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         found += json.loads(done.stdout)
     assert [examples for examples, _ in found[0].values()] == [131] * 76
@@ -123,7 +130,7 @@ def test_one_device_and_four_and_any_batch_size_count_the_same():
 
 def test_any_function_is_measured_under_the_corruptions():
     clean, of = images(), variables()
-    found = evaluate.corruption_errors(
+    found = scoring.corruption_errors(
         lambda x: logits_of(*of, x), clean.source.images, clean.source.labels, batch_size=10
     )
     grid = counts(sets_of(clean, "clean", "c"))
@@ -137,8 +144,8 @@ def test_any_function_is_measured_under_the_corruptions():
 def test_the_readme_s_measurement_runs(monkeypatch, capsys):
     (block,) = re.findall(r"```python\n(from ada_jax import cor.*?)```", README, re.DOTALL)
     clean, runs = images(), []
-    monkeypatch.setattr(evaluate, "load_classifier", runs.append)
-    monkeypatch.setattr(evaluate, "metadata", lambda run: {"class_names": [run]})
+    monkeypatch.setattr(scoring, "load_classifier", runs.append)
+    monkeypatch.setattr(scoring, "metadata", lambda run: {"class_names": [run]})
     given = {"logits_fn": lambda x: x.mean((1, 2)) @ jnp.eye(3, 4)}
     exec(block, given | {"images": clean.source.images, "labels": clean.source.labels})
     assert runs == ["runs/quickstart"]
@@ -162,11 +169,11 @@ def test_what_cannot_be_measured_is_refused(changes, said):
     given = {"images": clean.source.images, "labels": clean.source.labels}
     given |= {"logits_fn": lambda x: jnp.zeros((len(x), 4))}
     with pytest.raises(UserError, match=said):
-        evaluate.corruption_errors(**given | changes)
+        scoring.corruption_errors(**given | changes)
 
 
 def test_padding_that_is_not_finite_does_not_count():
-    step = jax.pmap(evaluate.make_eval_step(logits_of), evaluate.AXIS)
+    step = jax.pmap(scoring.make_eval_step(logits_of), sharding.AXIS)
     batch = {
         "image": np.float32([[np.zeros((16, 16, 3)), np.full((16, 16, 3), np.nan)]]),
         "label": np.int32([[0, 0]]),
@@ -179,9 +186,9 @@ def test_padding_that_is_not_finite_does_not_count():
 
 def test_a_subset_takes_the_first_examples_corrupted_as_in_the_whole_set():
     clean, config = images(), config_with(corruption_seed=3)
-    part = evaluate.open_sets(config, clean, ("extra",), 5).datasets["spatter", 2]
-    whole = corruptions.corrupt("spatter", 2, clean.source.images, 3)
-    batch = next(data.eval_batches(part, batch_size=8))
+    part = image_sets.open_sets(config, clean, ("extra",), 5).datasets["spatter", 2]
+    whole = functions.corrupt("spatter", 2, clean.source.images, 3)
+    batch = next(batching.eval_batches(part, batch_size=8))
     assert len(part) == 5
     np.testing.assert_array_equal(batch["image"][:5], whole[:5])
     np.testing.assert_array_equal(batch["label"][:5], clean.source.labels[:5])
@@ -194,7 +201,7 @@ def test_a_subset_takes_the_first_examples_corrupted_as_in_the_whole_set():
 def written(tmp_path_factory) -> pathlib.Path:
     """The four extra corruptions of `images()`, by the package's own writer."""
     folder = tmp_path_factory.mktemp("blocks-C")
-    corruptions.write_set(images(), folder, names=corruptions.EXTRA, seed=7)
+    c_folder.write_set(images(), folder, names=parameter_tables.EXTRA, seed=7)
     return folder
 
 
@@ -224,11 +231,11 @@ def test_a_published_folder_in_its_own_order_and_either_spelling(folder):
     (folder / "spatter.npy").rename(folder / "elastic.npy")
     order = np.random.RandomState(0).permutation(24)
     clean = images()
-    shuffled = data.ArraySource(clean.source.images[order], clean.source.labels[order])
+    shuffled = core.ArraySource(clean.source.images[order], clean.source.labels[order])
     clean = dataclasses.replace(clean, source=shuffled)
     config = config_with(eval_c_dir=str(folder))
     names = ["elastic_transform", "saturate"]
-    datasets, source = evaluate._from_folder(config, clean, names, 24)
+    datasets, source = c_folder.from_folder(config, clean, names, 24)
     assert set(source.pop("files")) == {"labels", *names}
     assert source == {"kind": "npy", "folder": str(folder)}
     image, label = datasets["elastic_transform", 4].source[5]
@@ -305,15 +312,15 @@ def tfds_asked(monkeypatch) -> list:
         asked.append((name, split, data_dir))
         return [{"image": b"", "label": i % 10} for i in range(20)]
 
-    monkeypatch.setattr(data, "_tfds_records", records)
+    monkeypatch.setattr(tfds_sets, "_tfds_records", records)
     black = np.zeros((32, 32, 3), np.uint8)
-    monkeypatch.setattr(data, "_decode_tfds", lambda record: (black, record["label"]))
+    monkeypatch.setattr(tfds_sets, "_decode_tfds", lambda record: (black, record["label"]))
     return asked
 
 
-def ten_classes(count: int) -> data.Dataset:
+def ten_classes(count: int) -> core.Dataset:
     pixels = np.full((count, 32, 32, 3), 9, np.uint8)
-    return data.from_arrays(pixels, np.arange(count) % 10, name="dark")
+    return core.from_arrays(pixels, np.arange(count) % 10, name="dark")
 
 
 def test_tfds_is_asked_by_its_own_names(tfds_asked):
@@ -322,9 +329,9 @@ def test_tfds_is_asked_by_its_own_names(tfds_asked):
     assert len(sets.datasets) == len(tfds_asked) == len(names) == 95
     assert {"cifar10_corrupted/frosted_glass_blur_3", "cifar10_corrupted/elastic_5"} <= names
     assert set(tfds_asked) == {(name, "test", "there") for name in names}
-    batch = next(data.eval_batches(sets.datasets["glass_blur", 3], batch_size=25))
+    batch = next(batching.eval_batches(sets.datasets["glass_blur", 3], batch_size=25))
     assert batch["mask"].sum() == 20 and batch["label"][13] == 3
-    assert data.cifar10_corrupted("elastic", 1).name == "cifar10_corrupted/elastic_1"
+    assert tfds_sets.cifar10_corrupted("elastic", 1).name == "cifar10_corrupted/elastic_1"
 
 
 def cut_header(path: pathlib.Path) -> None:
@@ -338,10 +345,10 @@ def test_cifar10_1_is_measured(tfds_asked, tmp_path):
     assert tfds_asked == [("cifar10_1/v6", "test", None)]
     step = jax.pmap(lambda p, s, b: jax.lax.psum(always_zero(b), "d"), "d")
     results = results_of(clean, sets)
-    results = evaluate.complete(results, tmp_path / "r", step, ({}, {}), sets.datasets, 8)
+    results = scoring.complete(results, tmp_path / "r", step, ({}, {}), sets.datasets, 8)
     assert results["cifar10_1"] == {"examples": 20, "wrong": 18, "error": 90.0}
     assert results["clean"] == {"examples": 12, "wrong": 10, "error": 1000 / 12, "loss": 0.0}
-    assert ("CIFAR-10.1 v6 error", "90.00% of 20 images") in evaluate.rows(results)
+    assert ("CIFAR-10.1 v6 error", "90.00% of 20 images") in results_files.rows(results)
 
 
 @pytest.mark.parametrize("names", [{"c"}, {"cifar10_1"}])
@@ -370,11 +377,11 @@ def test_tfds_s_sets_are_refused_for_other_data(tfds_asked, names):
 
 
 @pytest.fixture
-def held_out(imagenet) -> data.Dataset:
-    return data.load("imagenet2012", "validation", data_dir=imagenet, image_size=32)
+def held_out(imagenet) -> core.Dataset:
+    return sources.load("imagenet2012", "validation", data_dir=imagenet, image_size=32)
 
 
-def imagenet_sets(clean: data.Dataset, root: pathlib.Path, c_dir: str) -> evaluate.Sets:
+def imagenet_sets(clean: core.Dataset, root: pathlib.Path, c_dir: str) -> image_sets.Sets:
     fields = {"dataset": "imagenet2012", "image_size": 32, "corruption_table": "imagenet"}
     return sets_of(clean, "c", data_dir=str(root), eval_c_dir=c_dir, **fields)
 
@@ -383,19 +390,19 @@ def test_imagenet_is_corrupted_on_the_fly_at_the_size_of_imagenet_c(held_out, im
     sets = imagenet_sets(held_out, imagenet, c_dir="")
     assert sets.source["pixels"] == 224 and sets.source["table"] == "imagenet"
     image, label = sets.datasets["pixelate", 4].source[3]
-    original, same_label = data.resized(held_out, 224).source[3]
-    corrupted = corruptions.corrupt("pixelate", 4, original[None], table="imagenet")
+    original, same_label = tfds_sets.resized(held_out, 224).source[3]
+    corrupted = functions.corrupt("pixelate", 4, original[None], table="imagenet")
     np.testing.assert_array_equal(image, photographs.shrunk(corrupted, 32)[0])
     assert label == same_label and image.shape == (32, 32, 3)
 
 
 def test_imagenet_c_comes_from_tfds(held_out, imagenet, monkeypatch):
-    monkeypatch.setitem(evaluate._CORRUPTIONS, "c", ("fog",))
+    monkeypatch.setitem(image_sets._CORRUPTIONS, "c", ("fog",))
     sets = imagenet_sets(held_out, imagenet, c_dir="tfds")
     assert list(sets.datasets) == [("fog", severity) for severity in range(1, 6)]
     assert len(set(sets.source.pop("files").values())) == 5
     assert sets.source == {"kind": "tfds"}
-    batch = next(data.eval_batches(sets.datasets["fog", 2], batch_size=8))
+    batch = next(batching.eval_batches(sets.datasets["fog", 2], batch_size=8))
     assert sorted(batch["label"]) == list(range(8)) and batch["image"].shape == (8, 32, 32, 3)
     half = dataclasses.replace(held_out, source=range(4))
     with pytest.raises(UserError, match="has 8 images, and there are 4 clean ones"):
@@ -404,22 +411,22 @@ def test_imagenet_c_comes_from_tfds(held_out, imagenet, monkeypatch):
 
 def test_alexnet_s_own_errors_are_an_mce_of_100(held_out):
     def grid(factor: float) -> dict:
-        errors = {name: 100 * factor * e for name, e in corruptions.ALEXNET_ERRORS.items()}
+        errors = {name: 100 * factor * e for name, e in parameter_tables.ALEXNET_ERRORS.items()}
         return {
-            name: [{"severity": s, "error": error} for s in corruptions.SEVERITIES]
+            name: [{"severity": s, "error": error} for s in parameter_tables.SEVERITIES]
             for name, error in errors.items()
         }
 
-    assert evaluate.alexnet_mce(grid(1.0)) == pytest.approx(100)
+    assert results_files.alexnet_mce(grid(1.0)) == pytest.approx(100)
     results = {"data": {"name": "imagenet2012"}, "corruptions": grid(0.5)}
-    results |= evaluate._means(results)
+    results |= results_files.means_of(results)
     assert results["mce_alexnet"] == pytest.approx(50)
-    shown = dict(evaluate.rows(results))
+    shown = dict(results_files.rows(results))
     assert shown["mCE, AlexNet's errors as 100%"] == "50.00%"
     assert shown["mCE, un-normalised"] == "39.45%"  # half of the 15 errors' mean
-    assert evaluate.alexnet_mce(grid(1.0) | {"fog": []}) is None
+    assert results_files.alexnet_mce(grid(1.0) | {"fog": []}) is None
     others = results | {"data": {"name": "cifar10"}}
-    assert "mce_alexnet" not in evaluate._means(others)
+    assert "mce_alexnet" not in results_files.means_of(others)
 
 
 # ------------------------------------------------------------------------ results
@@ -427,7 +434,7 @@ def test_alexnet_s_own_errors_are_an_mce_of_100(held_out):
 
 def test_an_interrupted_evaluation_goes_on_with_what_is_missing(tmp_path):
     clean, path = images(), tmp_path / "results.json"
-    sets, step, calls = sets_of(clean, "clean", "extra"), evaluate.map_eval_step(classifier()), []
+    sets, step, calls = sets_of(clean, "clean", "extra"), scoring.map_eval_step(classifier()), []
 
     def failing(*args):
         calls.append(1)
@@ -436,8 +443,8 @@ def test_an_interrupted_evaluation_goes_on_with_what_is_missing(tmp_path):
         return step(*args)
 
     def run(a_step, path):
-        results = evaluate.with_earlier(results_of(clean, sets), path)
-        return evaluate.complete(
+        results = results_files.with_earlier(results_of(clean, sets), path)
+        return scoring.complete(
             results, path, a_step, replicate(variables()), sets.datasets, batch_size=12
         )
 
@@ -461,9 +468,9 @@ def test_an_interrupted_evaluation_goes_on_with_what_is_missing(tmp_path):
 def test_what_is_measured_later_leaves_the_run_s_own_commit_and_config(tmp_path):
     clean, path = images(), tmp_path / "results.json"
     first = results_of(clean, sets_of(clean, "clean"))
-    evaluate.write(path, first | {"commit": "before"})
+    results_files.write(path, first | {"commit": "before"})
     first["config"]["eval_sets"] = ["other"]
-    later = evaluate.with_earlier(first, path)
+    later = results_files.with_earlier(first, path)
     assert later["commit"] == "before" and later["config"] != first["config"]
 
 
@@ -494,25 +501,25 @@ def test_a_results_file_that_does_not_fit_is_refused(tmp_path, text, said):
     path.write_text(text)
     results = results_of(images(), sets_of(images(), "extra"))
     with pytest.raises(UserError, match=said) as error:
-        evaluate.with_earlier(results, path)
+        results_files.with_earlier(results, path)
     assert str(path) in str(error.value) and "--out" in str(error.value)
     path.write_text(json.dumps(earlier(ada={"cae": {"error": 5.0}})))
-    kept = evaluate.with_earlier(results, path)
+    kept = results_files.with_earlier(results, path)
     assert kept["corruptions"]["spatter"][0]["wrong"] == 6
     assert kept["ada"] == {"cae": {"error": 5.0}}
     path.write_text(json.dumps(earlier(weights_digest="other")))
     with pytest.raises(UserError, match="weights_digest"):
-        evaluate.with_earlier(results, path)
-    assert evaluate.with_earlier(results, path, replace=True) == results
+        results_files.with_earlier(results, path)
+    assert results_files.with_earlier(results, path, replace=True) == results
 
 
 def test_results_of_other_images_of_the_same_name_and_number_are_refused(tmp_path):
     path, clean = tmp_path / "results.json", images()
     path.write_text(json.dumps(earlier()))
-    arrays = data.ArraySource(255 - clean.source.images, clean.source.labels)
+    arrays = core.ArraySource(255 - clean.source.images, clean.source.labels)
     other = dataclasses.replace(clean, source=arrays)
     with pytest.raises(UserError, match="fingerprint"):
-        evaluate.with_earlier(results_of(other, sets_of(other, "extra")), path)
+        results_files.with_earlier(results_of(other, sets_of(other, "extra")), path)
 
 
 def test_results_of_other_labels_are_refused_also_where_256_examples_agree(tmp_path):
@@ -520,10 +527,14 @@ def test_results_of_other_labels_are_refused_also_where_256_examples_agree(tmp_p
     path.write_text(json.dumps(results_of(clean, sets_of(clean, "clean"))))
     labels = clean.source.labels.copy()
     labels[2] = (labels[2] + 1) % 4
-    other = dataclasses.replace(clean, source=data.ArraySource(clean.source.images, labels))
-    assert data.sampled_fingerprint(other) == data.sampled_fingerprint(clean)
+    other = dataclasses.replace(clean, source=core.ArraySource(clean.source.images, labels))
+    assert core.sampled_fingerprint(other) == core.sampled_fingerprint(clean)
     with pytest.raises(UserError, match="fingerprint"):
-        evaluate.with_earlier(results_of(other, sets_of(other, "clean")), path, clean=other)
+        results_files.with_earlier(
+            results_of(other, sets_of(other, "clean")),
+            path,
+            recognises=functools.partial(core.recognises, other),
+        )
 
 
 def test_results_of_an_older_version_are_recognised_and_get_the_fingerprint_of_now(tmp_path):
@@ -531,44 +542,50 @@ def test_results_of_an_older_version_are_recognised_and_get_the_fingerprint_of_n
     results = results_of(clean, sets_of(clean, "extra"))
     old = earlier()
     del old["class_names"]
-    old["data"]["fingerprint"] = data.sampled_fingerprint(clean)
+    old["data"]["fingerprint"] = core.sampled_fingerprint(clean)
     path.write_text(json.dumps(old))
-    kept = evaluate.with_earlier(results, path, clean=clean)
+    kept = results_files.with_earlier(
+        results, path, recognises=functools.partial(core.recognises, clean)
+    )
     assert kept["data"] == results["data"] and kept["corruptions"] == old["corruptions"]
     assert kept["class_names"] == list("abcd")
     other = images(seed=1)
     with pytest.raises(UserError, match="fingerprint"):
-        evaluate.with_earlier(results_of(other, sets_of(other, "extra")), path, clean=other)
+        results_files.with_earlier(
+            results_of(other, sets_of(other, "extra")),
+            path,
+            recognises=functools.partial(core.recognises, other),
+        )
 
 
 def test_a_folder_of_corrupted_images_counts_by_its_content(folder, tmp_path_factory):
     path, clean = tmp_path_factory.mktemp("results") / "results.json", images()
 
     def results(where=folder, *names):
-        names = names or corruptions.EXTRA
+        names = names or parameter_tables.EXTRA
         config = config_with(eval_c_dir=str(where))
-        _, source = evaluate._from_folder(config, clean, names, len(clean))
-        return results_of(clean, evaluate.Sets({}, source))
+        _, source = c_folder.from_folder(config, clean, names, len(clean))
+        return results_of(clean, image_sets.Sets({}, source))
 
     first = results(folder, "spatter", "saturate")
     assert set(first["corruption_source"]["files"]) == {"labels", "spatter", "saturate"}
     path.write_text(json.dumps(first))
     moved = folder.rename(folder.with_name(folder.name + "-moved"))
-    kept = evaluate.with_earlier(results(moved), path)
+    kept = results_files.with_earlier(results(moved), path)
     files = kept["corruption_source"]["files"]
-    assert set(files) == {"labels", *corruptions.EXTRA}
+    assert set(files) == {"labels", *parameter_tables.EXTRA}
     spoil(moved, "speckle_noise.npy", lambda a: 255 - a)  # Is not measured yet.
-    evaluate.with_earlier(results(moved), path)
+    results_files.with_earlier(results(moved), path)
     spoil(moved, "spatter.npy", lambda a: 255 - a)
     with pytest.raises(UserError, match=r"corruption_source\.files\.spatter"):
-        evaluate.with_earlier(results(moved), path)
+        results_files.with_earlier(results(moved), path)
     del first["corruption_source"]["files"]  # As older versions wrote it: the path counts.
     path.write_text(json.dumps(first))
     with pytest.raises(UserError, match=r"corruption_source\.folder"):
-        evaluate.with_earlier(results(moved), path)
+        results_files.with_earlier(results(moved), path)
     moved.rename(folder)
-    kept = evaluate.with_earlier(results(), path)
-    assert set(kept["corruption_source"]["files"]) == {"labels", *corruptions.EXTRA}
+    kept = results_files.with_earlier(results(), path)
+    assert set(kept["corruption_source"]["files"]) == {"labels", *parameter_tables.EXTRA}
 
 
 # Errors of "AdA + DeepAugment(10x) + AugMix" on CIFAR-10-C, as RobustBench publishes them.
@@ -594,11 +611,11 @@ jpeg_compression 6.35 7.19 7.78 8.34 9.48
 def test_mce_of_the_published_grid():
     lines = [line.split() for line in PUBLISHED.strip().splitlines()]
     grid = {name: [{"error": float(e)} for e in errors] for name, *errors in lines}
-    assert tuple(grid) == corruptions.NAMES
-    assert evaluate.mean_error(grid, corruptions.NAMES) == pytest.approx(7.829, abs=5e-4)
+    assert tuple(grid) == parameter_tables.NAMES
+    assert results_files.mean_error(grid, parameter_tables.NAMES) == pytest.approx(7.829, abs=5e-4)
     grid["fog"].pop()
-    assert evaluate.mean_error(grid, corruptions.NAMES) is None
-    assert evaluate.mean_error({}, corruptions.NAMES) is None
+    assert results_files.mean_error(grid, parameter_tables.NAMES) is None
+    assert results_files.mean_error({}, parameter_tables.NAMES) is None
 
 
 # ------------------------------------------------------------------------ weights
@@ -609,36 +626,36 @@ def test_variables_come_from_the_weights_file_else_from_the_newest_good_checkpoi
     checkpoints = checkpoint.Checkpoints(tmp_path, keep=2)
     for step in (4, 8):
         scaled = jax.tree.map(lambda a, s=step: s * a, params)
-        train_state = train.TrainState(jnp.int32(step), scaled, state, {"momentum": params})
+        train_state = training.TrainState(jnp.int32(step), scaled, state, {"momentum": params})
         checkpoints.save(step, train_state, {"expect": {"config.name": "other"}}, wait=True)
     checkpoints.close()
-    found = evaluate.load_variables(config_with(), classifier(), shape, tmp_path)
+    found = scoring.load_variables(config_with(), classifier(), shape, tmp_path)
     chex.assert_trees_all_equal(found, (scaled, state, 8))
     for path in (tmp_path / "checkpoints" / "8").rglob("*"):
         path.write_bytes(b"") if path.is_file() else None
-    found = evaluate.load_variables(config_with(), classifier(), shape, tmp_path)
+    found = scoring.load_variables(config_with(), classifier(), shape, tmp_path)
     chex.assert_trees_all_equal(found[1:], (state, 4))
     assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"4", "8"}
     file = tmp_path / "classifier.safetensors"
-    checkpoint.save_weights(file, {"params": params, "state": state}, {"step": 9})
+    weight_files.save_weights(file, {"params": params, "state": state}, {"step": 9})
     for path in (tmp_path, file):
         chex.assert_trees_all_equal(
-            evaluate.load_variables(config_with(), classifier(), shape, path),
+            scoring.load_variables(config_with(), classifier(), shape, path),
             (params, state, 9),
         )
     with pytest.raises(UserError, match="does not fit this network"):
-        evaluate.load_variables(config_with(), classifier(), (8, 8, 3), file)
+        scoring.load_variables(config_with(), classifier(), (8, 8, 3), file)
 
 
 def test_a_classifier_that_another_program_saved_in_half_precision_is_evaluated(tmp_path):
     (params, state), file = variables(), tmp_path / "weights.safetensors"
-    checkpoint.save_weights(file, {"params": params, "state": state}, {})
+    weight_files.save_weights(file, {"params": params, "state": state}, {})
     halves = {
         name: a.astype(np.float16) if a.dtype == np.float32 else a
         for name, a in safetensors.numpy.load_file(file).items()
     }
     file.write_bytes(safetensors.numpy.save(halves, {"format": "pt"}))
-    found = evaluate.load_variables(config_with(), classifier(), (16, 16, 3), file)
+    found = scoring.load_variables(config_with(), classifier(), (16, 16, 3), file)
     chex.assert_trees_all_equal_dtypes(found[:2], (params, state))
     chex.assert_trees_all_close(found[:2], (params, state), rtol=1e-3, atol=1e-6)
 
@@ -646,17 +663,17 @@ def test_a_classifier_that_another_program_saved_in_half_precision_is_evaluated(
 def test_weights_of_images_normalised_otherwise_are_refused(tmp_path):
     (params, state), file = variables(), tmp_path / "weights.safetensors"
     metadata = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
-    checkpoint.save_weights(file, {"params": params, "state": state}, metadata)
+    weight_files.save_weights(file, {"params": params, "state": state}, metadata)
     same = config_with(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
-    evaluate.load_variables(same, classifier(), (16, 16, 3), file)
+    scoring.load_variables(same, classifier(), (16, 16, 3), file)
     other = config_with(mean=(0.5, 0.5, 0.5), std=(1.0, 1.0, 1.0))
     with pytest.raises(UserError, match=r"config\.std=\(0\.25, 0\.25, 0\.25\), and .*\(1\.0"):
-        evaluate.load_variables(other, classifier(), (16, 16, 3), file)
+        scoring.load_variables(other, classifier(), (16, 16, 3), file)
 
 
 def test_a_folder_without_weights_is_refused(tmp_path):
     with pytest.raises(UserError, match="nor an undamaged checkpoint"):
-        evaluate.load_variables(config_with(), classifier(), (16, 16, 3), tmp_path)
+        scoring.load_variables(config_with(), classifier(), (16, 16, 3), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -721,7 +738,7 @@ def test_json_with_nan_is_not_read(tmp_path):
     path = tmp_path / "config.json"
     path.write_text('{"name": "run", "mean": [NaN, 0.5, 0.5]}')
     with pytest.raises(UserError, match="it has NaN, which is not JSON"):
-        evaluate.config_of_run(str(tmp_path))
+        scoring.config_of_run(str(tmp_path))
 
 
 @pytest.mark.slow

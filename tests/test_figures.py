@@ -7,7 +7,7 @@ import matplotlib
 import numpy as np
 import pytest
 
-from ada_jax import figures
+from ada_jax.report import figures
 
 NAMES = ("$5_to_$10", r"a\$b$c", r"\frac", "$$", os.fsdecode(b"caf\xe9"), "a\nb", "^%&#{}", "")
 

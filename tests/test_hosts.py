@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import skimage.data
 
-from ada_jax import checkpoint, locks
+from ada_jax import locks
+from ada_jax.nets import weight_files
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -80,7 +81,7 @@ def run_one(workdir, flags):
 
 
 def assert_same_end(one, other):
-    trees = [checkpoint.load_weights(w / "classifier.safetensors")[0] for w in (one, other)]
+    trees = [weight_files.load_weights(w / "classifier.safetensors")[0] for w in (one, other)]
     chex.assert_trees_all_close(*(tree["params"] for tree in trees), atol=1e-5)
     # Averages of activations, which amplify what the parameters differ by.
     chex.assert_trees_all_close(*(tree["state"] for tree in trees), atol=1e-3)

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from ada_jax import corruption_nets, import_weights
+from ada_jax import import_weights
 from ada_jax.errors import UserError
+from ada_jax.nets import corruption_nets
 
 THETA = jax.tree.map(np.asarray, corruption_nets.make("edsr_small").theta)
 

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ada_jax import corruption_nets, import_weights
+from ada_jax import import_weights
 from ada_jax.errors import UserError
+from ada_jax.nets import cae, corruption_nets, edsr
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[torch]'")
 import safetensors.torch  # noqa: E402
@@ -137,7 +138,7 @@ def test_an_imported_edsr_is_pytorchs_within_1e_4_of_255(tmp_path, preset, size)
     net = corruption_nets.make(preset, weights=imported(tmp_path, "edsr", module))
     with torch.no_grad():
         expected = nhwc(module(255 * nchw(x)))
-    ours = 255 * corruption_nets.edsr_apply(net.theta, jnp.asarray(x))
+    ours = 255 * edsr.edsr_apply(net.theta, jnp.asarray(x))
     np.testing.assert_allclose(ours, expected, atol=1e-4 * 255)
 
 
@@ -147,11 +148,11 @@ def test_an_imported_cae_is_pytorchs_within_1e_5_for_the_same_bits(tmp_path, tor
     theta = corruption_nets.make("cae", weights=imported(tmp_path, "cae", torch_cae)).theta
     with torch.no_grad():
         latent = nhwc(torch_cae.encode(nchw(x)))
-        ours = corruption_nets.cae_encode(theta, jnp.asarray(x))
+        ours = cae.cae_encode(theta, jnp.asarray(x))
         np.testing.assert_allclose(ours, latent, atol=1e-5)
-        bits = np.asarray(corruption_nets.binarise(jax.random.key(0), ours))
+        bits = np.asarray(cae.binarise(jax.random.key(0), ours))
         expected = nhwc(torch_cae.decode(nchw(bits)))
-    np.testing.assert_allclose(corruption_nets.cae_decode(theta, bits), expected, atol=1e-5)
+    np.testing.assert_allclose(cae.cae_decode(theta, bits), expected, atol=1e-5)
 
 
 # ------------------------------------------------------------------- files

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from ada_jax import logbook
+from ada_jax import paths
 from ada_jax.errors import UserError
+from ada_jax.run import logbook
 
 
 def test_a_resumed_log_drops_what_will_be_written_again_and_a_torn_last_line(tmp_path):
@@ -57,9 +58,9 @@ def test_a_loss_that_is_not_finite_names_its_step():
 
 def test_json_is_written_whole(tmp_path):
     path = tmp_path / "a.json"
-    logbook.write_json(path, {"b": 1})
+    paths.write_json(path, {"b": 1})
     with pytest.raises(TypeError):
-        logbook.write_json(path, {"b": object()})
+        paths.write_json(path, {"b": object()})
     assert json.loads(path.read_text()) == {"b": 1}
 
 

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from ada_jax import classifiers, losses
+from ada_jax import losses
 from ada_jax.errors import UserError
+from ada_jax.nets import classifiers
 
 EXAMPLES, CLASSES = 3, 5
 FLOATS = st.floats(-50, 50, width=32, allow_subnormal=False)

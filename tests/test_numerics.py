@@ -7,18 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ada_jax import (
-    CorruptionNet,
-    adversarial_augment,
-    attacks,
-    augmix,
-    evaluate,
-    figures,
-    logbook,
-    worst_case,
-)
+from ada_jax import CorruptionNet, adversarial_augment, attacks, paths, sharding
 from ada_jax.attacks import geometry, loops
+from ada_jax.augment import augmix
+from ada_jax.data import core
 from ada_jax.errors import NotFiniteError, UserError
+from ada_jax.evaluation import scoring, worst_case
+from ada_jax.report import figures
+from ada_jax.run import logbook
 
 KEY = jax.random.key(0)
 X = np.float32(np.random.default_rng(0).uniform(0.3, 0.7, (12, 5, 5, 3)))
@@ -106,7 +102,7 @@ def test_integer_logits_are_enough_without_gradients():
     images = np.uint8(np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3)))
     whole = lambda x: jnp.int32(255 * x.mean((1, 2)))  # noqa: E731
     y = np.argmax(np.int32((images / np.float32(255)).mean((1, 2)) * 255), -1)
-    found = evaluate.corruption_errors(whole, images, y, names=["fog"])
+    found = scoring.corruption_errors(whole, images, y, names=["fog"])
     assert found["clean"]["wrong"] == 0
 
 
@@ -148,7 +144,7 @@ def test_targeted_attacks_with_few_classes_find_the_exact_robust_accuracy(classe
 @pytest.mark.slow
 @pytest.mark.parametrize("classes", [2, 3])
 def test_table_2_has_results_for_few_classes(classes, tmp_path):
-    dataset = evaluate.data.from_arrays(
+    dataset = core.from_arrays(
         np.uint8(255 * X), labels(classes), class_names=[str(i) for i in range(classes)]
     )
     few = functools.partial(linear, classes=classes)
@@ -184,7 +180,7 @@ def test_small_images_pass_where_the_line_search_is_off():
 
 def test_small_images_have_an_error_under_ada(monkeypatch):
     monkeypatch.setattr(worst_case.corruption_nets, "make", lambda name: NET)
-    dataset = evaluate.data.from_arrays(np.uint8(255 * X), Y, class_names=["a", "b", "c"])
+    dataset = core.from_arrays(np.uint8(255 * X), Y, class_names=["a", "b", "c"])
     (cell,) = under_ada(linear, dataset)["under_ada"]
     assert cell["error"] < 100 and "ssim" not in cell
 
@@ -219,11 +215,11 @@ def test_logits_that_are_not_finite_are_no_class(value):
     images[:2] = 20
     bad = lambda x: jnp.where(x.mean((1, 2, 3))[:, None] < 0.5, value, x.mean((1, 2)) * 0)  # noqa: E731
     with pytest.raises(UserError, match="NaN or infinity for 2 of 6 clean images"):
-        evaluate.corruption_errors(bad, images, np.zeros(6, int), names=["fog"])
+        scoring.corruption_errors(bad, images, np.zeros(6, int), names=["fog"])
 
 
 def test_the_evaluation_step_counts_them_as_wrong():
-    step = jax.pmap(evaluate.make_eval_step(lambda x: x[:, 0, 0]), evaluate.AXIS)
+    step = jax.pmap(scoring.make_eval_step(lambda x: x[:, 0, 0]), sharding.AXIS)
     pixels = jnp.float32([[jnp.nan, 0, 0], [1, 0, 0], [0, 1, 0], [jnp.nan] * 3])
     batch = {
         "image": pixels[:, None, None],
@@ -277,14 +273,14 @@ def test_autoattack_tells_of_them():
 
 def test_an_error_under_ada_is_no_number_of_nan(monkeypatch):
     monkeypatch.setattr(worst_case.corruption_nets, "make", lambda name: NET)
-    dataset = evaluate.data.from_arrays(np.uint8(255 * X), Y, class_names=["a", "b", "c"])
+    dataset = core.from_arrays(np.uint8(255 * X), Y, class_names=["a", "b", "c"])
     with pytest.raises(UserError, match=r"NaN or infinity for .* images of AdA's attack"):
         under_ada(broken_where_dark, dataset)
 
 
 def test_no_json_holds_nan(tmp_path):
     with pytest.raises(ValueError):
-        logbook.write_json(tmp_path / "a.json", {"error": float("nan")})
+        paths.write_json(tmp_path / "a.json", {"error": float("nan")})
     assert not (tmp_path / "a.json").exists()
     with pytest.raises(NotFiniteError, match=r"With ada_loss_end inf the run .* at step 3"):
         logbook.finite([{"loss": 1.0, "ada_loss_end": np.inf}], 3, advice="rest")

@@ -16,7 +16,11 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from ada_jax import data, errors, logbook, paths
+from ada_jax import errors, paths
+from ada_jax.data import batching
+from ada_jax.evaluation import scoring
+from ada_jax.nets import weight_files
+from ada_jax.run import logbook
 
 ROOT = pathlib.Path(__file__).parents[1]
 TENSORFLOW = ("tensorflow", "tensorflow_datasets", "tensorboard")
@@ -109,18 +113,16 @@ def finished_run(workdir: pathlib.Path) -> None:
     """What a finished run of a random classifier leaves for `load_classifier`."""
     import jax
 
-    from ada_jax import checkpoint, evaluate
-
     config = runpy.run_path(str(ROOT / "experiments/quickstart.py"))["get_config"]("nominal")
-    classifier = evaluate.make_classifier(config, 10)
+    classifier = scoring.make_classifier(config, 10)
     images = np.zeros((1, 32, 32, 3), np.float32)
     params, state = jax.eval_shape(
         lambda key: classifier.init(key, images, is_training=True), jax.random.key(0)
     )
     tree = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), {"params": params, "state": state})
     metadata = {"classes": 10, "mean": list(config.mean), "std": list(config.std)}
-    logbook.write_json(workdir / "config.json", config.to_dict())
-    checkpoint.save_weights(workdir / "classifier.safetensors", tree, metadata)
+    paths.write_json(workdir / "config.json", config.to_dict())
+    weight_files.save_weights(workdir / "classifier.safetensors", tree, metadata)
 
 
 @pytest.mark.slow
@@ -191,7 +193,9 @@ def test_no_module_asks_for_what_is_deprecated(tmp_path):
 
 def test_evaluation_makes_its_batches_ahead_and_in_order():
     asked = []
-    batches = data._in_threads(lambda i: asked.append(i) or i, range(20), num_threads=3, ahead=4)
+    batches = batching._in_threads(
+        lambda i: asked.append(i) or i, range(20), num_threads=3, ahead=4
+    )
     assert not asked
     assert next(batches) == 0 and len(asked) <= 4
     assert list(batches) == list(range(1, 20)) and sorted(asked) == list(range(20))
@@ -203,7 +207,7 @@ def test_a_batch_that_cannot_be_made_stops_an_evaluation():
             raise errors.UserError("A torn image.")
         return i
 
-    made = data._in_threads(batch, range(9), num_threads=2, ahead=3)
+    made = batching._in_threads(batch, range(9), num_threads=2, ahead=3)
     with pytest.raises(errors.UserError, match="torn"):
         list(made)
 

@@ -6,8 +6,9 @@ import time
 
 import pytest
 
-from ada_jax import figures, paths
+from ada_jax import paths
 from ada_jax.errors import UserError
+from ada_jax.report import figures
 
 
 @pytest.fixture(params=["here", pytest.param("in a bucket", marks=pytest.mark.slow)])

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ada_jax import per_example, triton_conv
+from ada_jax.nets import per_example, triton_conv
 
 
 def reference(x, w, stride, padding):

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ada_jax import photographs
+from ada_jax.data import photographs
 
 
 @given(

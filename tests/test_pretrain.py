@@ -11,8 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ada_jax import checkpoint, cli, corruption_nets, data, logbook, pretrain
+from ada_jax import pretrain
+from ada_jax.data import batching, core
 from ada_jax.errors import UserError
+from ada_jax.nets import corruption_nets, layers, weight_files
+from ada_jax.run import cli, logbook
 
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
 TINY = {
@@ -59,7 +62,7 @@ def get_config(preset="tiny", **fields):
 
 
 def weights_of(workdir, preset="tiny"):
-    return checkpoint.load_weights(workdir / f"{preset}.safetensors")
+    return weight_files.load_weights(workdir / f"{preset}.safetensors")
 
 
 def arrays_equal(a, b):
@@ -80,7 +83,7 @@ def test_updates_lower_the_loss():
     update_step = jax.jit(pretrain.make_update_step(config, parts.net, parts.optimizer))
     first = state = pretrain.initial_state(parts.net, parts.optimizer, jax.random.key(0))
     count = pretrain.examples(config, parts.net)
-    batch = next(data.train_batches(parts.train_set, batch_size=count, seed=0))
+    batch = next(batching.train_batches(parts.train_set, batch_size=count, seed=0))
     batch = {"image": batch["image"]}
 
     seen = []
@@ -134,7 +137,7 @@ def test_float16_weights_load_as_float32(tmp_path, capsys):
     assert json.loads((tmp_path / "config.json").read_text())["train_steps"] == 2
 
     path = tmp_path / "tiny.safetensors"
-    stored, about = checkpoint.load_weights(path)
+    stored, about = weight_files.load_weights(path)
     net = corruption_nets.make("tiny", weights=str(path))
     assert {a.dtype.name for a in jax.tree.leaves(stored)} == {"float16"}
     assert {a.dtype.name for a in jax.tree.leaves(net.theta)} == {"float32"}
@@ -152,8 +155,8 @@ def test_float16_weights_load_as_float32(tmp_path, capsys):
 def test_evaluation_counts_every_image_once():
     config = get_config()
     images = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), np.uint8)
-    dataset = data.from_arrays(images, np.zeros(5, int), class_names=("photo",))
-    net = corruption_nets.Architecture(None, lambda theta, x, key=None: x + theta, 1)
+    dataset = core.from_arrays(images, np.zeros(5, int), class_names=("photo",))
+    net = layers.Architecture(None, lambda theta, x, key=None: x + theta, 1)
     eval_step = jax.jit(pretrain.make_eval_step(config, net))
     quality = pretrain.evaluate(eval_step, jnp.float32(0), dataset, batch_size=3)
     assert quality == pytest.approx({"examples": 5, "psnr": 100, "ssim": 1})
@@ -258,7 +261,7 @@ def test_the_cae_learns_from_its_bits_and_is_measured():
     parts = pretrain.build(config)
     state = pretrain.initial_state(parts.net, parts.optimizer, jax.random.key(0))
     update_step = jax.jit(pretrain.make_update_step(config, parts.net, parts.optimizer))
-    batch = next(data.train_batches(parts.train_set, batch_size=4, seed=0))
+    batch = next(batching.train_batches(parts.train_set, batch_size=4, seed=0))
     seen = []
     for _ in range(4):
         state, metrics = update_step(state, {"image": batch["image"]}, jax.random.key(1))

@@ -16,11 +16,13 @@ import PIL.Image
 import pytest
 import scipy.stats
 
-from ada_jax import corruptions, figures, gallery, report, tables
+from ada_jax import results as results_files
+from ada_jax.corruptions import parameter_tables
 from ada_jax.errors import UserError
-from ada_jax.tables import Cell, Table
+from ada_jax.report import charts, figures, grouping, paper_tables, tables, web_page
+from ada_jax.report.tables import Cell, Table
 
-ALL = report.NAMES + report.EXTRA
+ALL = results_files.NAMES + results_files.EXTRA
 
 # The paper's table 3 where it agrees with the means of RobustBench's grid, as the specification
 # of this package has them: clean error, mCE, then the 15 in the standard order.
@@ -42,7 +44,10 @@ def result(name="cifar10_ada_small", seed=0, shift=0.0, names=ALL, **fields):
     }
     mean = lambda names: np.mean([e["error"] for c in names for e in grid[c]])  # noqa: E731
     means = {}
-    for field, needed in (("mce_unnormalised", report.NAMES), ("mean_extra", report.EXTRA)):
+    for field, needed in (
+        ("mce_unnormalised", results_files.NAMES),
+        ("mean_extra", results_files.EXTRA),
+    ):
         if set(needed) <= set(names):
             means[field] = float(mean(needed))
     return {
@@ -73,12 +78,12 @@ def write(path, content):
 
 def read(tmp_path, *contents):
     files = [write(tmp_path / f"{i}.json", content) for i, content in enumerate(contents)]
-    return [r for file in files for r in report.read(str(file))]
+    return [r for file in files for r in results_files.read(str(file))]
 
 
 @pytest.fixture(scope="module")
 def paper():
-    return report.rows(report.read(str(report.PUBLISHED)))
+    return grouping.rows(results_files.read(str(results_files.PUBLISHED)))
 
 
 def cells(table, label):
@@ -90,13 +95,13 @@ def cells(table, label):
 
 
 def test_the_published_grid_has_an_mce_of_7_829():
-    best = json.loads(report.PUBLISHED.read_text())["rows"][0]
+    best = json.loads(results_files.PUBLISHED.read_text())["rows"][0]
     del best["mce_unnormalised"]
-    assert report.flatten("", best)["mce"] == pytest.approx(7.829, abs=5e-4)
+    assert results_files.flatten("", best)["mce"] == pytest.approx(7.829, abs=5e-4)
 
 
 def test_the_papers_table_3_comes_out_of_the_shipped_file(paper):
-    table = report.table_3([], paper)
+    table = paper_tables.table_3([], paper)
     assert len(table.lines) == 7 and len(table.head) == 1 + 2 + 15 + 1
     np.testing.assert_allclose(cells(table, "AdA (paper)"), ADA, atol=1e-9)
     best = cells(table, "AdA + DeepAugment (10x) + AugMix (paper)")
@@ -107,7 +112,7 @@ def test_the_papers_table_3_comes_out_of_the_shipped_file(paper):
 
 
 def test_the_papers_table_1_is_sorted_by_mce_and_leaves_empty_what_is_not_known(paper):
-    table = report.table_1([], paper)
+    table = paper_tables.table_1([], paper)
     found = {line[0].value.removesuffix(" (paper)"): line[2].value for line in table.lines}
     assert list(found.values()) == sorted(found.values()) and len(found) == 10
     assert (found["Nominal"], found["AugMix"], found["AdA + AugMix"]) == (25.17, 13.13, 8.8)
@@ -125,7 +130,7 @@ def test_the_papers_table_1_is_sorted_by_mce_and_leaves_empty_what_is_not_known(
 
 
 def test_cifar10_1_errors_are_of_whole_images_and_mce_never_beats_the_clean_error(paper):
-    for row in json.loads(report.PUBLISHED.read_text())["rows"]:
+    for row in json.loads(results_files.PUBLISHED.read_text())["rows"]:
         if "cifar10_1" in row:
             assert (row["cifar10_1"]["error"] * 20) % 1 == pytest.approx(0, abs=1e-9)
         assert row["clean"]["error"] < row["mce_unnormalised"]
@@ -153,15 +158,15 @@ def test_cifar10_1_errors_are_of_whole_images_and_mce_never_beats_the_clean_erro
     ],
 )
 def test_the_name_and_the_config_say_which_row_of_the_paper_is_meant(name, trained, expected):
-    assert report.method(name, {"method": trained} if trained else {}) == expected
+    assert grouping.method(name, {"method": trained} if trained else {}) == expected
 
 
 # ------------------------------------------------------------------------ our results
 
 
 def test_differences_are_ours_minus_the_papers(tmp_path, paper):
-    ours = report.rows(read(tmp_path, result()))
-    table = report.table_3(ours, paper)
+    ours = grouping.rows(read(tmp_path, result()))
+    table = paper_tables.table_3(ours, paper)
     mine, theirs, minus = (
         cells(table, label) for label in ("cifar10_ada_small", "AdA (paper)", "minus AdA (paper)")
     )
@@ -171,27 +176,27 @@ def test_differences_are_ours_minus_the_papers(tmp_path, paper):
     assert mine[1] == pytest.approx(10 + 7 + 6)
     together = next(g for g in table.groups if g[0][0].value == "cifar10_ada_small")
     assert together[1][0].value == "minus AdA (paper)"
-    assert not any("minus" in li[0].value for li in report.table_3(ours, []).lines)
+    assert not any("minus" in li[0].value for li in paper_tables.table_3(ours, []).lines)
     digits = result(data={"name": "digits", "split": "test", "examples": 1000})
-    other = report.rows(read(tmp_path, digits))
-    assert not any("minus" in li[0].value for li in report.table_3(other, paper).lines)
-    beside = report.table_beside(ours, paper)
+    other = grouping.rows(read(tmp_path, digits))
+    assert not any("minus" in li[0].value for li in paper_tables.table_3(other, paper).lines)
+    beside = paper_tables.table_beside(ours, paper)
     assert beside.head[:5] == [
         *("setup", "clean error", "clean error, paper", "mCE, un-normalised", "mCE, paper")
     ]
     assert [cell.value for cell in beside.lines[0][2:5]] == [3.82, pytest.approx(23), 12.49]
-    assert report.table_beside(other, paper).lines[0][4].value is None
-    listed = report.table_list(read(tmp_path, result()), paper).lines[0]
+    assert paper_tables.table_beside(other, paper).lines[0][4].value is None
+    listed = paper_tables.table_list(read(tmp_path, result()), paper).lines[0]
     assert [tables.text(c) for c in listed[2:5]] == ["23.00", "12.49", "+10.51"]
 
 
 def test_seeds_are_joined_with_mean_and_deviation(tmp_path):
     contents = [result(seed=seed, shift=shift) for seed, shift in ((0, 0), (1, 10), (2, 50))]
-    (row,) = report.rows(read(tmp_path, *contents))
+    (row,) = grouping.rows(read(tmp_path, *contents))
     assert row.seeds == 3 and row.label == "cifar10_ada_small"
     assert row.values["clean"] == pytest.approx(9 + 2)
     assert row.spread["clean"] == pytest.approx(np.std([0, 1, 5], ddof=1))
-    table = report.table_1([row], [])
+    table = paper_tables.table_1([row], [])
     first = [tables.text(cell) for cell in table.lines[0]]
     assert first[-1] == "3" and first[1] == "11.00 ± 2.65"
     records = list(csv.DictReader(io.StringIO(tables.csv(table))))
@@ -204,7 +209,7 @@ def test_other_settings_under_one_name_are_kept_apart_and_said(tmp_path):
     half = result()
     for entry in (e for entries in half["corruptions"].values() for e in entries):
         entry["examples"], entry["wrong"] = 500, entry["wrong"] / 2
-    found = report.rows(read(tmp_path, result(), other, half))
+    found = grouping.rows(read(tmp_path, result(), other, half))
     assert {row.label for row in found} == {
         f"cifar10_ada_small (corrupted={n}, ada.nu={nu})"
         for n, nu in ((1000, 0.02), (1000, 0.03), (500, 0.02))
@@ -219,17 +224,17 @@ def test_other_settings_under_one_name_are_kept_apart_and_said(tmp_path):
 def test_runs_from_before_there_were_crops_are_joined_with_those_after(tmp_path):
     after = result(seed=1)
     after["config"] |= {"crop_scale": [], "crop_ratio": [0.75, 1.3333]}
-    (row,) = report.rows(read(tmp_path, result(), after))
+    (row,) = grouping.rows(read(tmp_path, result(), after))
     assert row.seeds == 2
     after["config"] |= {"crop_scale": [0.08, 1.0]}
-    assert len(report.rows(read(tmp_path, result(), after))) == 2
+    assert len(grouping.rows(read(tmp_path, result(), after))) == 2
 
 
 def test_runs_from_before_all_or_some_were_attacked_are_those_of_all(tmp_path):
     after = result(seed=1)
     for every, rows in ((1, 1), (2, 2)):
         after["config"]["ada"] = {"nu": 0.02, "every": every}
-        assert len(report.rows(read(tmp_path, result(), after))) == rows
+        assert len(grouping.rows(read(tmp_path, result(), after))) == rows
 
 
 @pytest.mark.parametrize("part", ["data", "deepaugment", "corruption_nets", "init_weights"])
@@ -237,12 +242,12 @@ def test_runs_that_were_trained_from_something_else_are_not_seeds(tmp_path, part
     training = {"data": "a" * 64, part: "b" * 64}
     seeds = [result(seed=seed, training=training) for seed in (0, 1)]
     other = result(seed=2, training=training | {part: "c" * 64})
-    found = {row.label: row.seeds for row in report.rows(read(tmp_path, *seeds, other))}
+    found = {row.label: row.seeds for row in grouping.rows(read(tmp_path, *seeds, other))}
     label = f"cifar10_ada_small (training.{part}="
     assert found == {label + "b" * 12 + ")": 2, label + "c" * 12 + ")": 1}
     # Files of older versions say nothing of it.
     old = [result(seed=seed) for seed in (3, 4)]
-    counts = sorted(row.seeds for row in report.rows(read(tmp_path, *seeds, *old)))
+    counts = sorted(row.seeds for row in grouping.rows(read(tmp_path, *seeds, *old)))
     assert counts == [2, 2]
 
 
@@ -251,44 +256,46 @@ def test_runs_that_were_measured_on_other_images_are_not_seeds(tmp_path):
         source = {"kind": "npy", "folder": folder, "files": {"labels": "l" * 64, "fog": fog * 64}}
         return result(seed=seed, corruption_source=source)
 
-    (row,) = report.rows(read(tmp_path, of(0, "a", "x"), of(1, "a", "y")))
+    (row,) = grouping.rows(read(tmp_path, of(0, "a", "x"), of(1, "a", "y")))
     assert row.seeds == 2
-    assert len(report.rows(read(tmp_path, of(0, "a", "x"), of(1, "b", "x")))) == 2
+    assert len(grouping.rows(read(tmp_path, of(0, "a", "x"), of(1, "b", "x")))) == 2
     measured = [
         result(seed=seed, data=result()["data"] | {"fingerprint": digest})
         for seed, digest in enumerate("ab")
     ]
-    assert len(report.rows(read(tmp_path, *measured))) == 2
+    assert len(grouping.rows(read(tmp_path, *measured))) == 2
 
 
 def test_images_that_were_trained_on_are_said_to_be(tmp_path):
-    (row,) = report.rows(read(tmp_path, result(trained_on=400)))
+    (row,) = grouping.rows(read(tmp_path, result(trained_on=400)))
     said = "1000 images of cifar10, split train[45000:], 400 of them TRAINED ON, corrupted on"
     assert row.measured_on.startswith(said)
 
 
 def test_imagenet_has_a_column_relative_to_alexnet_and_others_have_not(tmp_path):
     of_imagenet = result(mce_alexnet=1.0)  # is computed anew
-    table = report.table_1(report.rows(read(tmp_path, of_imagenet)), [])
+    table = paper_tables.table_1(grouping.rows(read(tmp_path, of_imagenet)), [])
     column = table.head.index("mCE, AlexNet's errors as 100%")
-    means = [np.mean([e["error"] for e in of_imagenet["corruptions"][n]]) for n in report.NAMES]
-    expected = np.mean(np.array(means) / list(corruptions.ALEXNET_ERRORS.values()))
+    means = [
+        np.mean([e["error"] for e in of_imagenet["corruptions"][n]]) for n in results_files.NAMES
+    ]
+    expected = np.mean(np.array(means) / list(parameter_tables.ALEXNET_ERRORS.values()))
     assert table.lines[0][column].value == pytest.approx(expected)
-    assert not any("AlexNet" in word for word in report.table_1(report.rows([]), []).head)
+    assert not any("AlexNet" in word for word in paper_tables.table_1(grouping.rows([]), []).head)
 
 
 def test_the_same_result_twice_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"0\.json and .*1\.json have the same .*seed=0"):
-        report.rows(read(tmp_path, result(), result()))
+        grouping.rows(read(tmp_path, result(), result()))
 
 
 def test_sets_that_were_not_evaluated_are_empty_cells(tmp_path):
     bare = {k: v for k, v in result("bare").items() if "corruption" not in k and k[0] != "m"}
-    some = result("some", names=report.NAMES[:4])
+    some = result("some", names=results_files.NAMES[:4])
     whole = result("whole")
     for table in (
-        make(report.rows(read(tmp_path, bare, some, whole)), [])
-        for make in (report.table_1, report.table_3)
+        make(grouping.rows(read(tmp_path, bare, some, whole)), [])
+        for make in (paper_tables.table_1, paper_tables.table_3)
     ):
         assert table.lines[0][0].value == "whole"
         assert cells(table, "bare")[1:] == [None] * (len(table.head) - 3)
@@ -298,12 +305,12 @@ def test_sets_that_were_not_evaluated_are_empty_cells(tmp_path):
     partial = result()
     partial["corruptions"]["fog"].pop()
     del partial["mce_unnormalised"]
-    (row,) = report.rows(read(tmp_path, partial))
+    (row,) = grouping.rows(read(tmp_path, partial))
     assert "fog/1" in row.values and not {"fog", "weather", "mce", "mce/5"} & row.values.keys()
 
 
 def test_every_seed_must_have_a_value_that_is_averaged(tmp_path):
-    (row,) = report.rows(read(tmp_path, result(), result(seed=1, names=report.NAMES)))
+    (row,) = grouping.rows(read(tmp_path, result(), result(seed=1, names=results_files.NAMES)))
     assert "mce" in row.values and "extra" not in row.values
 
 
@@ -316,7 +323,7 @@ def test_formats_escape_what_they_must():
     latex = tables.latex(table)
     assert r"50\% \& x\_1" in latex and r"1.2 $\pm$ 0.5 \\" in latex and r"{lr}" in latex
     assert tables.csv(table) == 'a|b,50% & x_1,"50% & x_1, std"\n<b>_x_|y,1.25,0.5'
-    page = gallery.page("<title>", [table], [])
+    page = web_page.page("<title>", [table], [])
     assert "<b>" not in page and "&lt;b&gt;_x_|y" in page
 
 
@@ -340,12 +347,12 @@ RECORDS = [
 
 
 def test_figure_2_shows_accuracies_averaged_over_severities():
-    steps, accuracies = report.through_training(RECORDS)
+    steps, accuracies = charts.through_training(RECORDS)
     assert steps == [100, 200, 300] and list(accuracies) == ["snow", "fog"]
     np.testing.assert_allclose(accuracies["fog"], [48, 58, 68])
     lacking = [{"step": 50, "kind": "corruptions", "error/frost/1": 3.0}, *RECORDS]
-    assert math.isnan(report.through_training(lacking)[1]["fog"][0])
-    assert report.through_training([]) == ([], {})
+    assert math.isnan(charts.through_training(lacking)[1]["fog"][0])
+    assert charts.through_training([]) == ([], {})
 
 
 def test_figure_2_is_scaled_over_its_columns_and_over_its_rows():
@@ -468,7 +475,7 @@ def test_a_file_that_is_not_as_it_should_be_is_refused_by_name(tmp_path, change,
     change(content)
     file = write(tmp_path / "results.json", content)
     with pytest.raises(UserError) as error:
-        report.read(str(tmp_path))
+        results_files.read(str(tmp_path))
     assert said in str(error.value) and str(error.value).startswith(str(file))
 
 
@@ -503,17 +510,17 @@ def test_folders_without_results_are_left_out(tmp_path):
     (tmp_path / "images").mkdir()
     write(tmp_path / "a run" / "results.json", result())
     named = [str(tmp_path / "a run"), str(tmp_path / "images")]
-    assert report._evaluated(named) == named[:1]
-    assert report._evaluated(named[1:]) == named[1:]  # and is refused by name
+    assert charts.evaluated(named) == named[:1]
+    assert charts.evaluated(named[1:]) == named[1:]  # and is refused by name
 
 
 def test_an_undefended_network_has_the_published_profile():
     """Errors of a published ResNet-20 (8.3% clean error) on a set made by the original code."""
     published = (58, 46, 47, 21, 54, 28, 27, 24, 30, 17, 10, 31, 20, 33, 25)
-    results = report.PUBLISHED.parent / "profile" / "nominal_30epochs_seed0.json"
-    (result,) = report.read(str(results))
-    ours = [result.values[name] for name in report.NAMES]
-    order = [report.NAMES[i] for i in np.argsort(ours)]
+    results = results_files.PUBLISHED.parent / "profile" / "nominal_30epochs_seed0.json"
+    (result,) = results_files.read(str(results))
+    ours = [result.values[name] for name in results_files.NAMES]
+    order = [results_files.NAMES[i] for i in np.argsort(ours)]
     assert order[0] == "brightness" and result.values["clean"] < 11
     assert {*order[-4:]} == {"gaussian_noise", "shot_noise", "impulse_noise", "glass_blur"}
     assert scipy.stats.spearmanr(published, ours).statistic >= 0.9 - 1e-9

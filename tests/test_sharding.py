@@ -20,7 +20,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ada_jax
-from ada_jax import attacks, augmix, per_example
+from ada_jax import attacks
+from ada_jax.augment import augmix
+from ada_jax.nets import per_example
 
 DEVICES, BATCH, SIZE, CLASSES = 4, 8, 12, 4
 Arrays = dict[str, np.ndarray]

@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ada_jax import corruption_nets, figures, ssim, study
+from ada_jax import ssim, study
 from ada_jax.errors import UserError
+from ada_jax.nets import corruption_nets
+from ada_jax.report import figures
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,10 @@ import time
 import numpy as np
 import pytest
 
-from ada_jax import cli, sweep
-from ada_jax.checkpoint import save_weights
+from ada_jax import sweep
 from ada_jax.errors import UserError
+from ada_jax.nets.weight_files import save_weights
+from ada_jax.run import cli
 from experiments import cifar10
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -20,8 +20,13 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from ada_jax import checkpoint, cli, corruption_nets, evaluate, logbook, paths, report, train
+from ada_jax import ada, paths, sharding, train, training
+from ada_jax import results as results_files
+from ada_jax.data import batching, core, rendered_set, sources
 from ada_jax.errors import UserError
+from ada_jax.evaluation import scoring
+from ada_jax.nets import weight_files
+from ada_jax.run import checkpoint, cli, config_checks, logbook, setup
 from experiments import cifar10, finetune, imagenet, quickstart
 from experiments import deepaugment as deepaugment_config
 from tests.conftest import photograph
@@ -77,15 +82,15 @@ def run(workdir, *flags: str, **kwargs) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("row", ["", "random", "linf_at", "l2_at", *cifar10.ROWS])
 def test_every_preset_is_valid(row, small):
     for experiment in (cifar10, finetune):
-        train.validate(experiment.get_config(row + small))
+        config_checks.validate(experiment.get_config(row + small))
 
 
 @pytest.mark.parametrize("small", ["", ",small"])
 @pytest.mark.parametrize("row", ["", "nominal", "augmix", "ada+augmix", "random", "l2_at"])
 def test_every_preset_of_imagenet_is_valid(row, small):
     config = imagenet.get_config(row + small)
-    train.validate(config)
-    train.validate_devices(config, 32)
+    config_checks.validate(config)
+    config_checks.validate_devices(config, 32)
     assert config.dataset == "imagenet2012" and config.name.startswith("imagenet_")
 
 
@@ -108,7 +113,7 @@ def test_crops_that_cannot_be_are_found_before_anything_is_compiled(changes, sai
     config = imagenet.get_config().unlock()
     config.update_from_flattened_dict(changes)
     with pytest.raises(UserError, match=re.escape(said)):
-        train.validate(config)
+        config_checks.validate(config)
 
 
 def test_crops_are_of_a_run_s_identity_only_where_they_are_used(tmp_path):
@@ -118,8 +123,8 @@ def test_crops_are_of_a_run_s_identity_only_where_they_are_used(tmp_path):
     folder = {"dataset": "folder", "data_dir": str(tmp_path), "batch_size": 2, "eval_sets": ()}
     folder |= {"train_split": "all", "eval_split": "all", "method": "nominal"}
     for scale in ((), (0.5, 1.0)):
-        parts = train.build(tiny(**folder, crop_scale=scale))
-        fields = train.identity(parts, (), state=None)
+        parts = setup.build(tiny(**folder, crop_scale=scale))
+        fields = setup.identity(parts, (), state=None)
         # A run from before there were crops must still go on.
         assert {f for f in fields if "crop" in f} == (
             {"config.crop_scale", "config.crop_ratio"} if scale else set()
@@ -175,7 +180,7 @@ def test_the_paper_s_values_are_the_defaults():
 def test_learning_rate_schedule(batch_size):
     config = cifar10.get_config().unlock()
     config.batch_size = batch_size
-    schedule = train.learning_rate_schedule(config, steps_per_epoch=10, total_steps=3000)
+    schedule = training.learning_rate_schedule(config, steps_per_epoch=10, total_steps=3000)
     peak = max(0.1 * batch_size / 256, 0.1)
     expected = [
         peak * min(s / 50, 0.5 * (1 + np.cos(np.pi * max(s - 50, 0) / 2950)))
@@ -237,7 +242,7 @@ def test_learning_rate_schedule(batch_size):
 def test_mistakes_are_found_before_anything_is_compiled(field, value, said):
     config = tiny(**{field: value})
     with pytest.raises(UserError) as error:
-        train.validate(config)
+        config_checks.validate(config)
     assert said in str(error.value)
     assert field.split(".")[-1] in str(error.value) or field == "train_steps"
 
@@ -251,7 +256,7 @@ def test_mistakes_are_found_before_anything_is_compiled(field, value, said):
 )
 def test_data_that_does_not_fit_is_found_before_anything_is_compiled(changes, said):
     with pytest.raises(UserError, match=re.escape(said)):
-        train.build(tiny(**changes))
+        setup.build(tiny(**changes))
 
 
 def test_images_that_a_corruption_network_does_not_take_are_found_before_compiling(tmp_path):
@@ -260,8 +265,8 @@ def test_images_that_a_corruption_network_does_not_take_are_found_before_compili
     fields = {"dataset": "npz", "data_dir": str(tmp_path / "x.npz"), "method": "ada"}
     fields |= {"train_split": "all", "eval_split": "all", "ada.corruption_net": ("cae",)}
     with pytest.raises(UserError, match=r"config\.ada\.corruption_net=.* fit images of 30x30"):
-        train.build(tiny(**fields))
-    train.build(tiny(**fields | {"ada.corruption_enlarge": (2,)}))
+        setup.build(tiny(**fields))
+    setup.build(tiny(**fields | {"ada.corruption_enlarge": (2,)}))
 
 
 @pytest.mark.parametrize(
@@ -276,7 +281,7 @@ def test_images_that_a_corruption_network_does_not_take_are_found_before_compili
 )
 def test_batches_that_the_devices_do_not_divide(changes, said):
     with pytest.raises(UserError, match=re.escape(said)):
-        train.validate_devices(tiny(**changes), devices=2)
+        config_checks.validate_devices(tiny(**changes), devices=2)
 
 
 @pytest.mark.parametrize(
@@ -340,28 +345,26 @@ def test_a_config_file_that_does_not_run_is_told_in_one_sentence(tmp_path, text,
 # ------------------------------------------------------------------------ the step
 
 
-def first_steps(config: ConfigDict, steps: int = 3) -> tuple[train.TrainState, dict]:
+def first_steps(config: ConfigDict, steps: int = 3) -> tuple[training.TrainState, dict]:
     """The state and the metrics after a few steps on the devices there are."""
-    state, metrics = steps_of(train.build(config), steps)
+    state, metrics = steps_of(setup.build(config), steps)
     return state, metrics[-1]
 
 
-def steps_of(parts: train.Parts, steps: int) -> tuple[train.TrainState, list[dict]]:
+def steps_of(parts: setup.Parts, steps: int) -> tuple[training.TrainState, list[dict]]:
     """The state after a few steps, and the metrics of each."""
     config, found = parts.config, []
-    images = train.data.to_float(
-        next(train.data.eval_batches(parts.train_set, batch_size=8))["image"]
-    )
+    images = batching.to_float(next(batching.eval_batches(parts.train_set, batch_size=8))["image"])
     key = jax.random.key(config.seed)
-    state = train.initial_state(parts.classifier, parts.optimizer, key, images)
+    state = training.initial_state(parts.classifier, parts.optimizer, key, images)
     update_step = train.compile_update_step(parts)
     thetas = tuple(net.theta for net in parts.nets)
-    state, thetas = train.replicate(state), train.replicate(thetas)
+    state, thetas = sharding.replicate(state), sharding.replicate(thetas)
     batches = train.train_batches(parts, 0)
     for _ in range(steps):
-        state, metrics = update_step(state, thetas, train.shard(next(batches)), key)
+        state, metrics = update_step(state, thetas, sharding.shard(next(batches)), key)
         found.append({k: float(v[0]) for k, v in metrics.items()})
-    return train.unreplicate(state), found
+    return sharding.unreplicate(state), found
 
 
 @pytest.mark.slow
@@ -374,7 +377,7 @@ def test_the_update_step_compiles_once():
 
     jax.monitoring.register_event_duration_secs_listener(note)
     try:
-        parts, counts = train.build(tiny(method="nominal")), []
+        parts, counts = setup.build(tiny(method="nominal")), []
         for steps in (1, 1, 3):  # The first also compiles what the others find compiled.
             compiled.clear()
             steps_of(parts, steps)
@@ -430,10 +433,8 @@ def test_every_batch_draws_one_of_the_networks():
     nets = {"corruption_net": ("edsr_small",) * 2, "corruption_weights": ("", "")}
     nets |= {"corruption_enlarge": (1, 1), "ssim_threshold": -1.0}
     config = tiny(**{f"ada.{name}": value for name, value in nets.items()})
-    parts = train.build(config)
-    black = corruption_nets.CorruptionNet(
-        lambda theta, x, key: 0 * x * theta["w"], {"w": jnp.ones(())}
-    )
+    parts = setup.build(config)
+    black = ada.CorruptionNet(lambda theta, x, key: 0 * x * theta["w"], {"w": jnp.ones(())})
     parts = parts._replace(nets=(parts.nets[0], black))
     _, metrics = steps_of(parts, steps=10)
     seen = [m["ada_ssim_before"] > 0.8 for m in metrics]
@@ -459,8 +460,8 @@ def rendered_digits(tmp_path_factory):
     config = deepaugment_config.get_config("small").unlock()
     config.update(dataset="mnist5k", train_split="train[:64]", copies=10)
     config.update(nets=("edsr_small",), weights=("",), enlarge=(1,))
-    digits = train.data.load("mnist5k", "train[:64]")
-    assert train.deepaugment.write_set(digits, folder, config)
+    digits = sources.load("mnist5k", "train[:64]")
+    assert rendered_set.write_set(digits, folder, config)
     return str(folder)
 
 
@@ -500,11 +501,11 @@ def test_deepaugment_changes_the_images_and_the_run_s_identity(rendered_digits):
     )
     identities, images = [], []
     for config in (plain, with_set):
-        parts = train.build(config)
+        parts = setup.build(config)
         batch = next(train.train_batches(parts, 0))
         images.append(batch["image"])
-        state = train.TrainState(0, {}, {}, ())
-        identities.append(train.identity(parts, (), state))
+        state = training.TrainState(0, {}, {}, ())
+        identities.append(setup.identity(parts, (), state))
     changed = np.any(images[0] != images[1], axis=(1, 2, 3))
     assert 2 <= changed.sum() <= 14
     added = {"config.deepaugment.copies", "config.deepaugment.clean_too"}
@@ -515,55 +516,53 @@ def test_deepaugment_changes_the_images_and_the_run_s_identity(rendered_digits):
 def test_training_starts_from_trained_weights(tmp_path):
     first = tiny(method="nominal", epochs=0.5)
     assert train.main(first, str(tmp_path / "first")) is None
-    parts = train.build(first)
-    images = train.data.to_float(
-        next(train.data.eval_batches(parts.train_set, batch_size=8))["image"]
-    )
-    state = train.initial_state(parts.classifier, parts.optimizer, jax.random.key(1), images)
-    loaded = train.with_weights(state, parts, str(tmp_path / "first"))
-    trained, _ = checkpoint.load_weights(tmp_path / "first" / "classifier.safetensors")
+    parts = setup.build(first)
+    images = batching.to_float(next(batching.eval_batches(parts.train_set, batch_size=8))["image"])
+    state = training.initial_state(parts.classifier, parts.optimizer, jax.random.key(1), images)
+    loaded = setup.with_weights(state, parts, str(tmp_path / "first"))
+    trained, _ = weight_files.load_weights(tmp_path / "first" / "classifier.safetensors")
     chex.assert_trees_all_equal(loaded.params, trained["params"])
     chex.assert_trees_all_equal(loaded.net_state, trained["state"])
     logits, _ = parts.classifier.apply(
         trained["params"], trained["state"], None, images, is_training=False
     )
     for classes in (None, 10):
-        logits_fn = evaluate.load_classifier(tmp_path / "first", classes)
+        logits_fn = scoring.load_classifier(tmp_path / "first", classes)
         chex.assert_trees_all_equal(logits_fn(images), logits)
     with pytest.raises(UserError, match=r"config\.init_weights="):
-        train.with_weights(state, parts, str(tmp_path / "none"))
-    other = train.build(tiny(method="nominal", classifier="preact_resnet20"))
+        setup.with_weights(state, parts, str(tmp_path / "none"))
+    other = setup.build(tiny(method="nominal", classifier="preact_resnet20"))
     with pytest.raises(UserError, match=r"config\.init_weights="):
-        train.with_weights(state, other, str(tmp_path / "first"))
-    checkpoint.save_weights(tmp_path / "first" / "classifier.safetensors", trained, {"step": 1})
+        setup.with_weights(state, other, str(tmp_path / "first"))
+    weight_files.save_weights(tmp_path / "first" / "classifier.safetensors", trained, {"step": 1})
     with pytest.raises(UserError, match="give num_classes"):
-        evaluate.load_classifier(tmp_path / "first")
+        scoring.load_classifier(tmp_path / "first")
     # Of a run that has not ended there are only checkpoints: not what was asked for.
     (tmp_path / "first" / "classifier.safetensors").unlink()
     with pytest.raises(UserError, match=r"config\.init_weights="):
-        train.with_weights(state, parts, str(tmp_path / "first"))
+        setup.with_weights(state, parts, str(tmp_path / "first"))
 
 
 @pytest.mark.slow
 def test_weights_of_other_classes_are_no_start(tmp_path):
-    parts = train.build(tiny(method="nominal"))
+    parts = setup.build(tiny(method="nominal"))
     parts = parts._replace(
         train_set=dataclasses.replace(parts.train_set, class_names=tuple("abcdefghij"))
     )
     images = jnp.zeros((2, 32, 32, 3))
-    state = train.initial_state(parts.classifier, parts.optimizer, jax.random.key(0), images)
+    state = training.initial_state(parts.classifier, parts.optimizer, jax.random.key(0), images)
     file = str(tmp_path / "w.safetensors")
 
     def save(names):
         tree = {"params": state.params, "state": state.net_state}
-        checkpoint.save_weights(file, tree, {"class_names": list(names)} if names else {})
+        weight_files.save_weights(file, tree, {"class_names": list(names)} if names else {})
 
     for same in ("abcdefghij", "0123456789", ""):  # By name, by number, of an older version.
         save(same)
-        train.with_weights(state, parts, file)
+        setup.with_weights(state, parts, file)
     save("abcdefghji")
     with pytest.raises(UserError, match=r"config\.init_weights=.* on the classes 'a', .*'j', 'i'"):
-        train.with_weights(state, parts, file)
+        setup.with_weights(state, parts, file)
 
 
 def test_training_images_are_not_evaluated_on(tmp_path):
@@ -574,9 +573,9 @@ def test_training_images_are_not_evaluated_on(tmp_path):
 
 def test_runs_that_differ_in_seed_alone_have_one_recipe(tmp_path):
     def described(**changes):
-        parts = train.build(tiny(method="nominal", **changes))
-        state = train.TrainState(0, {"w": jnp.full(1, parts.config.seed)}, {}, ())
-        return train.describe(parts, train.identity(parts, (), state))
+        parts = setup.build(tiny(method="nominal", **changes))
+        state = training.TrainState(0, {"w": jnp.full(1, parts.config.seed)}, {}, ())
+        return setup.describe(parts, setup.identity(parts, (), state))
 
     first, second = (described(seed=seed) for seed in (0, 1))
     assert first == second and first["class_names"] == [str(i) for i in range(10)]
@@ -587,7 +586,7 @@ def test_runs_that_differ_in_seed_alone_have_one_recipe(tmp_path):
     files = []
     for seed, recipe in enumerate([first["recipe"]] * 2 + [other["recipe"]]):
         files.append(str(tmp_path / f"{seed}.safetensors"))
-        checkpoint.save_weights(files[-1], {"w": np.ones(1)}, {"recipe": recipe})
+        weight_files.save_weights(files[-1], {"w": np.ones(1)}, {"recipe": recipe})
     tuned = [described(seed=seed, init_weights=file) for seed, file in enumerate(files)]
     assert tuned[0] == tuned[1] and tuned[0]["training"]["init_weights"] == first["recipe"]
     assert tuned[2]["recipe"] != tuned[0]["recipe"]
@@ -597,22 +596,22 @@ def test_runs_that_differ_in_seed_alone_have_one_recipe(tmp_path):
 def test_a_run_of_an_older_version_goes_on_and_gets_the_fingerprint_of_now(tmp_path, monkeypatch):
     config = tiny(method="nominal", epochs=0.25)
     with monkeypatch.context() as older:
-        older.setattr(train.data.Dataset, "fingerprint", property(train.data.sampled_fingerprint))
+        older.setattr(core.Dataset, "fingerprint", property(core.sampled_fingerprint))
         older.setattr(train, "finish", lambda *_: None)
         assert train.main(config, str(tmp_path)) is None
-    train_set = train.data.load("mnist5k", config.train_split)
+    train_set = sources.load("mnist5k", config.train_split)
     checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
-    old = train.data.sampled_fingerprint(train_set)
+    old = core.sampled_fingerprint(train_set)
     assert checkpoints.latest_extra()["expect"]["training data"] == old
     checkpoints.close()
     assert train.main(config, str(tmp_path)) is None
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["training"] == {"data": train_set.fingerprint}
-    about = evaluate.metadata(tmp_path)
+    about = scoring.metadata(tmp_path)
     assert about["training"] == results["training"] and about["train_split"] == "train[:64]"
     assert about["class_names"] == results["class_names"]
     (tmp_path / "classifier.safetensors").unlink()
-    assert evaluate.metadata(tmp_path)["class_names"] == about["class_names"]
+    assert scoring.metadata(tmp_path)["class_names"] == about["class_names"]
 
 
 @pytest.mark.slow
@@ -624,11 +623,11 @@ def test_a_run_does_not_go_on_with_other_labels_where_256_examples_agree(tmp_pat
     arrays = {"train_images": images, "test_images": images[:20] ^ 1, "test_labels": labels[:20]}
     np.savez(config.data_dir, train_labels=labels, **arrays)
     assert train.main(config, str(tmp_path / "run")) is None
-    before = train.data.load("npz", "train", data_dir=config.data_dir)
+    before = sources.load("npz", "train", data_dir=config.data_dir)
     labels[2] = 3
     np.savez(config.data_dir, train_labels=labels, **arrays)
-    after = train.data.load("npz", "train", data_dir=config.data_dir)
-    assert train.data.sampled_fingerprint(after) == train.data.sampled_fingerprint(before)
+    after = sources.load("npz", "train", data_dir=config.data_dir)
+    assert core.sampled_fingerprint(after) == core.sampled_fingerprint(before)
     with pytest.raises(UserError, match="training data"):
         train.main(config, str(tmp_path / "run"))
 
@@ -655,8 +654,8 @@ def test_results_of_one_run_with_other_bookkeeping(tmp_path):
 
 def test_the_seconds_of_a_resumed_run_are_those_of_all_its_parts():
     config = tiny(method="nominal")
-    parts = train.build(config)
-    done = train.TrainState(np.int32(parts.total_steps), {}, {}, ())
+    parts = setup.build(config)
+    done = training.TrainState(np.int32(parts.total_steps), {}, {}, ())
     saved = []
     checkpoints = types.SimpleNamespace(save=lambda *args, **kwargs: saved.append(args))
     log = types.SimpleNamespace(flush=lambda: None)
@@ -670,30 +669,30 @@ def test_the_seconds_of_a_resumed_run_are_those_of_all_its_parts():
 
 def test_networks_named_twice_have_results_each():
     config = tiny(**{"ada.corruption_net": ("cae", "edsr_small", "cae")})
-    assert train.net_labels(config.ada) == ["cae_1", "edsr_small", "cae_3"]
+    assert config_checks.net_labels(config.ada) == ["cae_1", "edsr_small", "cae_3"]
 
 
 def test_a_microbatch_is_part_of_a_run_where_it_has_its_own_statistics():
     for batch_norm, part in (("batch", True), ("running", False)):
         config = tiny(**{"ada.batch_norm": batch_norm})
-        parts = train.build(config)
-        known = train.identity(parts, (), train.TrainState(0, {}, {}, ()))
+        parts = setup.build(config)
+        known = setup.identity(parts, (), training.TrainState(0, {}, {}, ()))
         assert ("config.ada.microbatch" in known) == part
 
 
 @pytest.mark.slow
 def test_each_second_example_is_attacked_and_the_others_stay_as_they_are():
     config = tiny(**{"ada.batch_norm": "running", "ada.steps": 1})
-    parts = train.build(config)
+    parts = setup.build(config)
     batch = next(train.train_batches(parts, 0))
-    x, y = train.data.to_float(batch["image"]), jnp.asarray(batch["label"])
-    state = train.initial_state(parts.classifier, parts.optimizer, jax.random.key(1), x)
+    x, y = batching.to_float(batch["image"]), jnp.asarray(batch["label"])
+    state = training.initial_state(parts.classifier, parts.optimizer, jax.random.key(1), x)
     thetas = [net.theta for net in parts.nets]
     example_keys = jax.random.split(jax.random.key(2), len(y))
 
     def attacked(every):
         config.ada.every = every
-        attack = train.make_attack(config, parts.classifier, [net.apply for net in parts.nets])
+        attack = training.make_attack(config, parts.classifier, [net.apply for net in parts.nets])
         return jax.jit(attack)(jax.random.key(0), state, thetas, example_keys, x, y)
 
     (all_images, all_metrics), (images, metrics) = attacked(1), attacked(2)
@@ -706,8 +705,8 @@ def test_each_second_example_is_attacked_and_the_others_stay_as_they_are():
 
 def test_the_share_of_attacked_examples_is_part_of_a_run_where_it_is_not_all():
     for every, part in ((1, False), (2, True)):
-        parts = train.build(tiny(**{"ada.every": every}))
-        known = train.identity(parts, (), train.TrainState(0, {}, {}, ()))
+        parts = setup.build(tiny(**{"ada.every": every}))
+        known = setup.identity(parts, (), training.TrainState(0, {}, {}, ()))
         assert ("config.ada.every" in known) == part  # A run from before it must still go on.
 
 
@@ -736,13 +735,15 @@ checkpoint.save_weights(sys.argv[2], {"params": state.params, "net": state.net_s
 @pytest.mark.slow
 def test_one_device_and_four_train_alike(tmp_path):
     files = []
-    for devices in (1, 4):
-        files.append(tmp_path / f"{devices}.safetensors")
+    for count in (1, 4):
+        files.append(tmp_path / f"{count}.safetensors")
         subprocess.run(
-            [sys.executable, "-c", _DEVICES, str(devices), str(files[-1])], cwd=ROOT, check=True
+            [sys.executable, "-c", _DEVICES, str(count), str(files[-1])], cwd=ROOT, check=True
         )
     one, four = (
-        np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(checkpoint.load_weights(path)[0])])
+        np.concatenate(
+            [leaf.ravel() for leaf in jax.tree.leaves(weight_files.load_weights(path)[0])]
+        )
         for path in files
     )
     # AdA's sign steps turn the rounding of single weights into 1e-5 to 4e-4, depending on the
@@ -752,18 +753,16 @@ def test_one_device_and_four_train_alike(tmp_path):
 
 def test_evaluation_counts_every_example_once():
     config = tiny(eval_split="test[:37]")
-    parts = train.build(config)
-    images = train.data.to_float(
-        next(train.data.eval_batches(parts.train_set, batch_size=8))["image"]
-    )
-    state = train.initial_state(parts.classifier, parts.optimizer, jax.random.key(0), images)
-    result = train.clean_error(parts, train.replicate(state))
-    batch = next(train.data.eval_batches(parts.eval_set, batch_size=37))
+    parts = setup.build(config)
+    images = batching.to_float(next(batching.eval_batches(parts.train_set, batch_size=8))["image"])
+    state = training.initial_state(parts.classifier, parts.optimizer, jax.random.key(0), images)
+    result = train.clean_error(parts, sharding.replicate(state))
+    batch = next(batching.eval_batches(parts.eval_set, batch_size=37))
     logits, _ = parts.classifier.apply(
         state.params,
         state.net_state,
         None,
-        train.data.to_float(batch["image"]),
+        batching.to_float(batch["image"]),
         is_training=False,
     )
     assert result["examples"] == 37
@@ -874,7 +873,7 @@ def kill_and_restart(workdir, flags, *, kills: int, moments, signals) -> None:
 def assert_alike(*workdirs) -> None:
     """The same weights, bit for bit, and the same records."""
     chex.assert_trees_all_equal(
-        *(checkpoint.load_weights(w / "classifier.safetensors") for w in workdirs)
+        *(weight_files.load_weights(w / "classifier.safetensors") for w in workdirs)
     )
     one, other = (comparable(w) for w in workdirs)
     assert one == other
@@ -961,7 +960,7 @@ def test_a_run_in_a_bucket_is_stopped_and_ends_as_one_on_this_machine(uninterrup
     assert "Going on from step" in done.stderr and f"of {workdir}" in done.stderr
     assert comparable(workdir) == comparable(whole)
     chex.assert_trees_all_equal(
-        *(checkpoint.load_weights(f"{w}/classifier.safetensors") for w in (whole, workdir))
+        *(weight_files.load_weights(f"{w}/classifier.safetensors") for w in (whole, workdir))
     )
     assert cloud.content(f"{workdir}/adversarial_edsr_small.png").startswith(b"\x89PNG")
 
@@ -972,7 +971,7 @@ def test_a_run_in_a_bucket_is_stopped_and_ends_as_one_on_this_machine(uninterrup
     assert {k: ours[k] for k in ("clean", "corruptions", "weights_digest")} == {
         k: theirs[k] for k in ("clean", "corruptions", "weights_digest")
     }
-    (row,) = report.read(workdir)
+    (row,) = results_files.read(workdir)
     assert row.fields["clean"] == theirs["clean"]
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ada_jax import per_example, winograd
+from ada_jax.nets import per_example, winograd
 
 
 def random(*shape, seed=0):

@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 from test_evaluate import ROOT, classifier, images, variables
 
-from ada_jax import attacks, evaluate, report, worst_case
+from ada_jax import attacks
+from ada_jax import results as results_files
+from ada_jax.evaluation import scoring, worst_case
+from ada_jax.report import grouping, paper_tables
 
 DATASET = images(12, side=32)
 
 
 def logits_fn():
-    return functools.partial(evaluate.apply_classifier, classifier(), *variables(side=32))
+    return functools.partial(scoring.apply_classifier, classifier(), *variables(side=32))
 
 
 def report_of(calls, key, logits_fn, x, y, epsilon, *, norm, attacks, state_dir, **knobs):
@@ -24,8 +27,8 @@ def report_of(calls, key, logits_fn, x, y, epsilon, *, norm, attacks, state_dir,
     calls.append((norm, epsilon, len(x), state_dir))
     assert knobs["programs"] == {} and knobs["batch_size"] == 8
     robust = np.arange(len(x)) % 2 == 0
-    accounts = [worst_case.attacks.Account(name, 6, 0, 0.75, 10, 10, 1.0) for name in attacks]
-    return worst_case.attacks.Report(
+    accounts = [attacks.Account(name, 6, 0, 0.75, 10, 10, 1.0) for name in attacks]
+    return attacks.Report(
         "AutoAttack+multitargeted", norm, epsilon, x, robust, np.array([]), 0.9, 0.5, accounts, []
     )
 
@@ -61,14 +64,14 @@ def test_every_radius_of_table_2_is_measured_once(monkeypatch, tmp_path):
 
 
 def test_table_2_has_the_accuracies_beside_the_paper_s():
-    row = report.Row("ours", "nominal", {"clean": 5.0, "linf 1/255": 30.0, "l2 0.5": 1.0}, {}, 1)
-    paper = report.rows(report.read(str(report.PUBLISHED)))
-    table = report.table_2([row], paper)
+    row = grouping.Row("ours", "nominal", {"clean": 5.0, "linf 1/255": 30.0, "l2 0.5": 1.0}, {}, 1)
+    paper = grouping.rows(results_files.read(str(results_files.PUBLISHED)))
+    table = paper_tables.table_2([row], paper)
     assert "linf 8/255" not in table.head and "linf 1/255" in table.head
     (ours,) = [group for group in table.groups if group[0][0].value == "ours"]
     column = table.head.index("linf 1/255")
     assert ours[0][column].value == 30 and ours[1][column].value == pytest.approx(30 - 24.23)
-    assert not report.table_2([], []).groups
+    assert not paper_tables.table_2([], []).groups
 
 
 @pytest.mark.slow

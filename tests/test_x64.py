@@ -15,21 +15,12 @@ import numpy as np
 import optax
 import pytest
 
-from ada_jax import (
-    ada,
-    attacks,
-    augmix,
-    classifiers,
-    corruption_nets,
-    data,
-    distortions,
-    evaluate,
-    keys,
-    logbook,
-    losses,
-    pretrain,
-    ssim,
-)
+from ada_jax import ada, attacks, keys, losses, pretrain, ssim
+from ada_jax.augment import augmix, cropping, distortions
+from ada_jax.data import batching
+from ada_jax.evaluation import scoring
+from ada_jax.nets import cae, classifiers, edsr
+from ada_jax.run import logbook
 from experiments import pretrain_edsr
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -37,8 +28,8 @@ BATCH, SIDE, CLASSES = 4, 12, 5
 RNG = np.random.default_rng(0)
 X = np.float32(RNG.uniform(0.2, 0.8, (BATCH, SIDE, SIDE, 3)))
 WEIGHTS = np.float32(RNG.normal(size=(SIDE * SIDE * 3, CLASSES)) / 20)
-NET = corruption_nets.edsr(blocks=1, features=4, scale=1)
-SCALED = corruption_nets.edsr(blocks=1, features=4, scale=2)
+NET = edsr.edsr(blocks=1, features=4, scale=1)
+SCALED = edsr.edsr(blocks=1, features=4, scale=2)
 
 
 def classify(x: jax.Array) -> jax.Array:
@@ -59,7 +50,7 @@ def x64() -> Iterator[None]:
 
 def augment(x: Any, y: Any, number: Callable, **knobs: Any) -> Any:
     theta = jax.tree.map(lambda a: np.asarray(a, x.dtype), NET.init(jax.random.key(1)))
-    net = corruption_nets.CorruptionNet(NET.apply, theta)
+    net = ada.CorruptionNet(NET.apply, theta)
     knobs = {"nu": number(0.5), "step_scale": number(0.3), "ssim_threshold": number(0.6)} | knobs
     return ada.adversarial_augment(
         jax.random.key(0), x, y, logits_fn=classify, net=net, steps=2, **knobs
@@ -89,7 +80,7 @@ def errors(x: Any, y: Any, number: Callable) -> Any:
     images = np.uint8(255 * np.repeat(x, 8, 0).repeat(3, 1)[:, :32].repeat(3, 2)[:, :, :32])
     logits_fn = lambda x: x[:, ::7, ::7].reshape(len(x), -1) @ np.ones((75, 3), x.dtype)  # noqa: E731
     labels = np.arange(len(images)) % 3
-    found = evaluate.corruption_errors(logits_fn, images, labels, names=["brightness"])
+    found = scoring.corruption_errors(logits_fn, images, labels, names=["brightness"])
     return [found["clean"], found["corruptions"]]
 
 
@@ -108,7 +99,7 @@ def small_things(x: Any, y: Any, number: Callable) -> Any:
         "losses": [f(logits, y) for f in (losses.cross_entropy, losses.margin)],
         "jsd": losses.jsd(logits, logits[::-1], logits),
         "keys": jax.random.key_data(keys.of_positions(key, 3, 4)),
-        "crops": data.random_crop_flip(key, data.to_float(np.uint8(255 * x))),
+        "crops": cropping.random_crop_flip(key, batching.to_float(np.uint8(255 * x))),
         "patches": pretrain.random_patches(key, jnp.float32(x), size=5),
         "noise": pretrain.add_noise(key, jnp.float32(x), 0.1),
     }
@@ -120,7 +111,7 @@ def distorted_edsr(x: Any, y: Any, number: Callable) -> Any:
 
 
 def distorted_cae(x: Any, y: Any, number: Callable) -> Any:
-    theta = corruption_nets.cae_init(jax.random.key(1))
+    theta = cae.cae_init(jax.random.key(1))
     x = jnp.concatenate([jnp.float32(x)] * 4)  # so that most distortions occur
     return jax.jit(distortions.render_cae)(theta, x, jax.random.key(0))
 

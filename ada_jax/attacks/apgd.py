@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ada_jax import guards, keys, losses
+from ada_jax import checks, keys, losses
 from ada_jax.attacks import geometry, loops
 from ada_jax.attacks.loops import Examples, LogitsFn
 from ada_jax.errors import UserError
@@ -89,9 +89,9 @@ def apgd(
     Raises:
       UserError: an argument is out of range, or there are too few classes for the loss.
     """
-    guards.check_integers(1, steps=steps, restarts=restarts, targets=targets)
+    checks.check_integers(1, steps=steps, restarts=restarts, targets=targets)
     logits_fn, mask, microbatch = loops.prepare(logits_fn, x, mask, microbatch)
-    classes = guards.num_classes(logits_fn, x[:microbatch])
+    classes = checks.num_classes(logits_fn, x[:microbatch])
     runs = restarts * number_of_targets(loss, targets, classes)
     example_keys = keys.of_batch(key, x)
     logits = loops.logits_of(logits_fn, x, mask, microbatch)
@@ -273,7 +273,7 @@ def _checkpoint(
     state: _State, gradient: jax.Array, window: jax.Array, rho: float
 ) -> tuple[_State, jax.Array]:
     """Halves the step and goes back to the best point where the window brought too little."""
-    oscillates = state.increases <= guards.float32(rho) * window
+    oscillates = state.increases <= checks.float32(rho) * window
     stuck = ~state.reduced & (state.loss_best_at_check >= state.loss_best)
     halve = oscillates | stuck
     choose = lambda new, old: jnp.where(geometry.along(halve, new), new, old)  # noqa: E731

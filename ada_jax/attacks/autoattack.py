@@ -20,15 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from ada_jax import guards, keys, paths
+from ada_jax import checks, keys, paths
 from ada_jax.attacks import loops
 from ada_jax.attacks.apgd import apgd
 from ada_jax.attacks.fab import fab
 from ada_jax.attacks.loops import LogitsFn
 from ada_jax.attacks.pgd import multitargeted
 from ada_jax.attacks.square import square
-from ada_jax.devices import AXIS, shard
 from ada_jax.errors import UserError
+from ada_jax.sharding import AXIS, shard
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 # In the order of their keys: an attack draws the same whatever ran before it.
@@ -148,7 +148,7 @@ def autoattack(
       UserError: an argument is out of range, the classifier returns probabilities, has too few
         classes or gives no numbers, or the folder belongs to another call.
     """
-    x, y, constants = guards.as_images(np.asarray(x)), np.asarray(y), constants or {}
+    x, y, constants = checks.as_images(np.asarray(x)), np.asarray(y), constants or {}
     _check(key, logits_fn, x, y, epsilon, norm, attacks, batch_size, microbatch, constants)
     usual = 32 if jax.local_devices()[0].platform == "cpu" else 128
     runner = _Runner(logits_fn, norm, min(batch_size, len(x)), microbatch or usual, programs)
@@ -254,7 +254,7 @@ class _Runner:
 
         out = self._call(name, attack, batch, np.float32(epsilon))
         logits = self.logits(out["images"])
-        not_finite = np.asarray(guards.not_finite(logits))
+        not_finite = np.asarray(checks.not_finite(logits))
         wrong = (np.argmax(logits, -1) != batch["y"]) | not_finite
         broken = wrong & _within(out["images"], batch["x"], epsilon, self.norm)
         passes = [out[name].sum(dtype=np.int64) for name in ("forward", "backward")]
@@ -363,9 +363,9 @@ def _check(key, logits_fn, x, y, epsilon, norm, attacks, batch_size, microbatch,
     if np.size(_key_data(key)) != np.size(_key_data(jax.random.key(0))):
         raise UserError("There are several keys: give one, from which every image gets its own.")
     loops.check(epsilon, norm)
-    guards.check_integers(1, batch_size=batch_size, microbatch=microbatch or 1)
+    checks.check_integers(1, batch_size=batch_size, microbatch=microbatch or 1)
     few = min(microbatch or batch_size, len(x))
-    guards.check_labels(y, x, logits_fn, few)
+    checks.check_labels(y, x, logits_fn, few)
     if isinstance(attacks, str):
         raise UserError(f"attacks={attacks!r} is one name: give several, as ({attacks!r},).")
     for name in (*attacks, *constants):
@@ -380,7 +380,7 @@ def _check(key, logits_fn, x, y, epsilon, norm, attacks, batch_size, microbatch,
             raise UserError(
                 f"constants[{name!r}] has {unknown[0]!r}: choose among {', '.join(sorted(known))}."
             )
-    guards.float32_logits(logits_fn, x[:few], gradients=set(attacks) != {"square"})
+    checks.float32_logits(logits_fn, x[:few], gradients=set(attacks) != {"square"})
 
 
 def _check_classifier(
@@ -388,7 +388,7 @@ def _check_classifier(
 ) -> list[str]:
     """Refuses a classifier that cannot be attacked; returns warnings about one that may not."""
     classes, found = logits.shape[-1], []
-    guards.check_finite(int(guards.not_finite(logits).sum()), len(x), "clean images")
+    checks.check_finite(int(checks.not_finite(logits).sum()), len(x), "clean images")
     if "apgd-dlr" in attacks and classes < 3:
         raise UserError(
             f"The DLR loss needs at least 3 classes and the classifier has {classes}: leave "

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ada_jax import guards, keys
+from ada_jax import checks, keys
 from ada_jax.attacks import geometry, loops
 from ada_jax.attacks.apgd import pick
 from ada_jax.attacks.loops import Examples, LogitsFn
@@ -75,12 +75,12 @@ def fab(
     Raises:
       UserError: an argument is out of range.
     """
-    guards.check_integers(1, steps=steps, restarts=restarts, targets=targets)
+    checks.check_integers(1, steps=steps, restarts=restarts, targets=targets)
     logits_fn, mask, microbatch = loops.prepare(logits_fn, x, mask, microbatch)
-    runs = restarts * min(targets, guards.num_classes(logits_fn, x[:microbatch]) - 1)
+    runs = restarts * min(targets, checks.num_classes(logits_fn, x[:microbatch]) - 1)
     example_keys = keys.of_batch(key, x)
     logits = loops.logits_of(logits_fn, x, mask, microbatch)
-    alpha_max, eta, beta = map(guards.float32, (alpha_max, eta, beta))
+    alpha_max, eta, beta = map(checks.float32, (alpha_max, eta, beta))
     ranking = jnp.argsort(-logits, axis=-1)
     wrong = mask & loops.misclassified(logits, y)
     attackable = mask & ~wrong

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ada_jax import guards, losses, sharding
+from ada_jax import checks, losses, sharding
 from ada_jax.errors import UserError
 
 LogitsFn = Callable[[jax.Array], jax.Array]
@@ -108,7 +108,7 @@ def logits_of(logits_fn: LogitsFn, x: jax.Array, active: jax.Array, microbatch: 
       microbatch: b.
     """
     classify = lambda e, s: s._replace(logits=logits_fn(e["x"]).astype(jnp.float32))  # noqa: E731
-    classes = guards.num_classes(logits_fn, x[:microbatch])
+    classes = checks.num_classes(logits_fn, x[:microbatch])
     start = _Logits(active, jnp.zeros_like(x, shape=(len(x), classes)))
     return on_active(classify, {"x": x}, start, microbatch).logits
 
@@ -120,12 +120,12 @@ def zeros(x: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
 
 def misclassified(logits: jax.Array, y: jax.Array) -> jax.Array:
     """Whether the largest logit is another class's, or no finite number, bool [B]."""
-    return (jnp.argmax(logits, -1) != y) | guards.not_finite(logits)
+    return (jnp.argmax(logits, -1) != y) | checks.not_finite(logits)
 
 
 def margin(logits: jax.Array, y: jax.Array) -> jax.Array:
     """`losses.margin` [B]; infinite where no logit is the largest, which is misclassified."""
-    return jnp.where(guards.not_finite(logits), jnp.inf, losses.margin(logits, y))
+    return jnp.where(checks.not_finite(logits), jnp.inf, losses.margin(logits, y))
 
 
 def attack(function: Callable, gradients: bool = True) -> Callable:
@@ -140,12 +140,12 @@ def attack(function: Callable, gradients: bool = True) -> Callable:
     def on_mesh(key, logits_fn, x, y, epsilon, **knobs):
         check(epsilon, knobs.get("norm", "linf"))
         if (microbatch := knobs.get("microbatch")) is not None:
-            guards.check_integers(1, microbatch=microbatch)
-        x, y = guards.as_images(jnp.asarray(x)), jnp.asarray(y)
-        guards.check_labels(y, x, logits_fn, microbatch)
-        few = guards.first(x, microbatch)
-        logits_fn = guards.float32_logits(logits_fn, few, gradients=gradients)
-        y, knobs["epsilon"] = y.astype(jnp.int32), guards.float32(epsilon)
+            checks.check_integers(1, microbatch=microbatch)
+        x, y = checks.as_images(jnp.asarray(x)), jnp.asarray(y)
+        checks.check_labels(y, x, logits_fn, microbatch)
+        few = checks.first(x, microbatch)
+        logits_fn = checks.float32_logits(logits_fn, few, gradients=gradients)
+        y, knobs["epsilon"] = y.astype(jnp.int32), checks.float32(epsilon)
         arrays = {name: a for name, a in knobs.items() if isinstance(a, jax.Array)}
 
         def run(logits_fn, x, key, y, arrays):
@@ -167,14 +167,14 @@ def prepare(
     microbatch = min(microbatch or len(x), len(x))
     everything = zeros(x, bool) | True
     mask = everything if mask is None else everything & mask
-    return guards.detached(logits_fn, x[:microbatch]), mask, microbatch
+    return checks.detached(logits_fn, x[:microbatch]), mask, microbatch
 
 
 def check(epsilon: jax.Array | float, norm: str) -> None:
     """Raises UserError for a radius or a norm that no attack can work with."""
     if norm not in NORMS:
         raise UserError(f"norm={norm!r} is unknown: choose one of {', '.join(NORMS)}.")
-    radius = guards.number("epsilon", epsilon, 1.0)
+    radius = checks.number("epsilon", epsilon, 1.0)
     if not 0 < radius < np.inf:
         raise UserError(f"epsilon={epsilon} must be positive and finite (8/255 is common in linf).")
     if norm == "linf" and radius > 1:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ada_jax import guards, keys, losses
+from ada_jax import checks, keys, losses
 from ada_jax.attacks import geometry, loops
 from ada_jax.attacks.apgd import dlr, pick
 from ada_jax.attacks.loops import Examples, LogitsFn
@@ -88,11 +88,11 @@ def pgd(
     loss_fns = {"ce": losses.cross_entropy, "dlr": dlr, "margin": losses.margin}
     if loss not in loss_fns:
         raise UserError(f"loss={loss!r} is unknown: choose one of {', '.join(loss_fns)}.")
-    guards.check_integers(1, steps=steps, restarts=restarts)
+    checks.check_integers(1, steps=steps, restarts=restarts)
 
     def rule(i, gradient, memory):
         size = 2.5 * epsilon / steps if step_size is None else step_size
-        return guards.float32(size) * geometry.steepest(gradient, norm), memory
+        return checks.float32(size) * geometry.steepest(gradient, norm), memory
 
     return _attack(
         key,
@@ -161,13 +161,13 @@ def multitargeted(
     adversarial_robustness.
     """
 
-    guards.check_integers(1, steps=steps, restarts=restarts)
+    checks.check_integers(1, steps=steps, restarts=restarts)
 
     def rule(i, gradient, memory):
         size = (
             step_size * jnp.where(i >= steps // 2, 0.1, 1) * jnp.where(i >= steps * 3 // 4, 0.1, 1)
         )
-        return _adam(i, geometry.finite(gradient), memory, guards.float32(size))
+        return _adam(i, geometry.finite(gradient), memory, checks.float32(size))
 
     return _attack(
         key,
@@ -180,7 +180,7 @@ def multitargeted(
         rule=rule,
         memory=(jnp.zeros_like(x), jnp.zeros_like(x)),
         steps=steps,
-        targets=guards.num_classes(logits_fn, x[:microbatch]) - 1,
+        targets=checks.num_classes(logits_fn, x[:microbatch]) - 1,
         restarts=restarts,
         stop_when_broken=stop_when_broken,
         mask=mask,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ada_jax import guards, keys
+from ada_jax import checks, keys
 from ada_jax.attacks import geometry, loops
 from ada_jax.attacks.loops import LogitsFn
 
@@ -73,7 +73,7 @@ def square(
     Raises:
       UserError: an argument is out of range.
     """
-    guards.check_integers(1, queries=queries, restarts=restarts)
+    checks.check_integers(1, queries=queries, restarts=restarts)
     logits_fn, mask, microbatch = loops.prepare(logits_fn, x, mask, microbatch)
     example_keys = keys.of_batch(key, x)
     schedule = sides(queries, x.shape[1:3], norm=norm, p_init=p_init, rescale=rescale_schedule)

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import jmp
 
-from ada_jax import per_example
 from ada_jax.errors import UserError
+from ada_jax.nets import per_example
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2471, 0.2435, 0.2616)

@@ -4,8 +4,9 @@ import base64
 import html
 from typing import NamedTuple
 
-from ada_jax import paths, tables
-from ada_jax.tables import Cell, Table
+from ada_jax import paths
+from ada_jax.report import tables
+from ada_jax.report.tables import Cell, Table
 
 
 class Picture(NamedTuple):

@@ -6,159 +6,25 @@ Source of every algorithm and parameter: Hendrycks & Dietterich (2019), whose pu
 no seed. Here image i of a set always gets the same numbers, whatever else is corrupted beside it.
 """
 
-import collections
-import contextlib
 import dataclasses
 import functools
-import hashlib
 import importlib.metadata
 import importlib.util
 import io
 import math
-import multiprocessing
-import os
 import pathlib
-import signal
-import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent import futures
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import scipy.ndimage
-import tqdm
-from absl import flags
 from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 
-from ada_jax import locks, npy_files, paths
-from ada_jax.errors import UserError, renamed
+from ada_jax.corruptions import parameter_tables
+from ada_jax.errors import UserError
 
-if TYPE_CHECKING:  # Only the binary needs it, and its worker processes start quicker without.
-    from ada_jax import data
-
-NAMES = (
-    "gaussian_noise",
-    "shot_noise",
-    "impulse_noise",
-    "defocus_blur",
-    "glass_blur",
-    "motion_blur",
-    "zoom_blur",
-    "snow",
-    "frost",
-    "fog",
-    "brightness",
-    "contrast",
-    "elastic_transform",
-    "pixelate",
-    "jpeg_compression",
-)
-EXTRA = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
-SEVERITIES = (1, 2, 3, 4, 5)
-
-# Mean errors of AlexNet on ImageNet-C, as shares, in the order of NAMES: Hendrycks & Dietterich
-# (2019) divide by them.
-ALEXNET_ERRORS = dict(
-    zip(
-        NAMES,
-        (
-            *(0.886428, 0.894468, 0.922640),
-            *(0.819880, 0.826268, 0.785948, 0.798360),
-            *(0.866816, 0.826572, 0.819324, 0.564592),
-            *(0.853204, 0.646056, 0.717840, 0.606500),
-        ),
-        strict=True,
-    )
-)
-
-# One entry a severity; what the numbers are, the function of that name says. Lengths in pixels.
-_CIFAR = {
-    "gaussian_noise": (0.04, 0.06, 0.08, 0.09, 0.10),
-    "shot_noise": (500, 250, 100, 75, 50),
-    "impulse_noise": (0.01, 0.02, 0.03, 0.05, 0.07),
-    "defocus_blur": ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)),
-    "glass_blur": ((0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2)),
-    "motion_blur": ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)),
-    "zoom_blur": ((1.06, 0.01), (1.11, 0.01), (1.16, 0.01), (1.21, 0.01), (1.26, 0.01)),
-    "snow": (
-        (0.1, 0.2, 1, 0.6, 8, 3, 0.95),
-        (0.1, 0.2, 1, 0.5, 10, 4, 0.9),
-        (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9),
-        (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85),
-        (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8),
-    ),
-    "frost": ((1, 0.2, 0.2), (1, 0.3, 0.2), (0.9, 0.4, 0.2), (0.85, 0.4, 0.2), (0.75, 0.45, 0.2)),
-    "fog": ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)),
-    "brightness": (0.05, 0.1, 0.15, 0.2, 0.3),
-    "contrast": (0.75, 0.5, 0.4, 0.3, 0.15),
-    "elastic_transform": (
-        (0, 0, 0.08),
-        (0.05, 0.2, 0.07),
-        (0.08, 0.06, 0.06),
-        (0.1, 0.04, 0.05),
-        (0.1, 0.03, 0.03),
-    ),
-    "pixelate": (0.95, 0.9, 0.85, 0.75, 0.65),
-    "jpeg_compression": (80, 65, 58, 50, 40),
-    "speckle_noise": (0.06, 0.1, 0.12, 0.16, 0.2),
-    "gaussian_blur": (0.4, 0.6, 0.7, 0.8, 1),
-    "spatter": (
-        (0.62, 0.1, 0.7, 0.7, 0.5, "water"),
-        (0.65, 0.1, 0.8, 0.7, 0.5, "water"),
-        (0.65, 0.3, 1, 0.69, 0.5, "water"),
-        (0.65, 0.1, 0.7, 0.69, 0.6, "mud"),
-        (0.65, 0.1, 0.5, 0.68, 0.6, "mud"),
-    ),
-    "saturate": ((0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2)),
-}
-_IMAGENET = {
-    "gaussian_noise": (0.08, 0.12, 0.18, 0.26, 0.38),
-    "shot_noise": (60, 25, 12, 5, 3),
-    "impulse_noise": (0.03, 0.06, 0.09, 0.17, 0.27),
-    "defocus_blur": ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5)),
-    "glass_blur": ((0.7, 1, 2), (0.9, 2, 1), (1, 2, 3), (1.1, 3, 2), (1.5, 4, 2)),
-    "motion_blur": ((10, 3), (15, 5), (15, 8), (15, 12), (20, 15)),
-    "zoom_blur": ((1.11, 0.01), (1.16, 0.01), (1.21, 0.02), (1.26, 0.02), (1.31, 0.03)),
-    "snow": (
-        (0.1, 0.3, 3, 0.5, 10, 4, 0.8),
-        (0.2, 0.3, 2, 0.5, 12, 4, 0.7),
-        (0.55, 0.3, 4, 0.9, 12, 8, 0.7),
-        (0.55, 0.3, 4.5, 0.85, 12, 8, 0.65),
-        (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55),
-    ),
-    "frost": ((1, 0.4, 1), (0.8, 0.6, 1), (0.7, 0.7, 1), (0.65, 0.7, 1), (0.6, 0.75, 1)),
-    "fog": ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)),
-    "brightness": (0.1, 0.2, 0.3, 0.4, 0.5),
-    "contrast": (0.4, 0.3, 0.2, 0.1, 0.05),
-    # The authors wrote 244 where they meant the side, 224: the published set has it so.
-    "elastic_transform": tuple(
-        tuple(244 / 224 * share for share in shares)
-        for shares in (
-            (2, 0.7, 0.1),
-            (2, 0.08, 0.2),
-            (0.05, 0.01, 0.02),
-            (0.07, 0.01, 0.02),
-            (0.12, 0.01, 0.02),
-        )
-    ),
-    "pixelate": (0.6, 0.5, 0.4, 0.3, 0.25),
-    "jpeg_compression": (25, 18, 15, 10, 7),
-    "speckle_noise": (0.15, 0.2, 0.35, 0.45, 0.6),
-    "gaussian_blur": (1, 2, 3, 4, 6),
-    "spatter": (
-        (0.65, 0.3, 4, 0.69, 0.6, "water"),
-        (0.65, 0.3, 3, 0.68, 0.6, "water"),
-        (0.65, 0.3, 2, 0.68, 0.5, "water"),
-        (0.65, 0.3, 1, 0.65, 1.5, "mud"),
-        (0.67, 0.4, 1, 0.65, 1.5, "mud"),
-    ),
-    "saturate": ((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2)),
-}
-TABLES = {"cifar": _CIFAR, "imagenet": _IMAGENET}
-
-_SMALLEST = 8  # Side in pixels from which every corruption is defined.
 _CHUNK_PIXELS = 2**16  # Worked on at a time: temporary arrays then stay in the cache.
 
 
@@ -194,15 +60,15 @@ def corrupt(
 
     Source: Hendrycks & Dietterich (2019).
     """
-    _check(name, severity, seed, table)
-    _check_images(images)
+    check(name, severity, seed, table)
+    check_images(images)
     indices = np.arange(len(images)) if indices is None else np.asarray(indices)
     if indices.shape != images.shape[:1] or (indices < 0).any():
         raise UserError(
             f"indices has the shape {list(indices.shape)} and there are {len(images)} images: give "
             "one index an image, at least 0."
         )
-    parameters = TABLES[table][name][severity - 1]
+    parameters = parameter_tables.TABLES[table][name][severity - 1]
     step = max(1, _CHUNK_PIXELS // (images.shape[1] * images.shape[2]))
     result = np.empty(images.shape, np.uint8)
     for start in range(0, len(images), step):
@@ -221,30 +87,37 @@ def _cut_off(values: np.ndarray) -> np.ndarray:
     return np.clip(values + 3e-5, 0, 255).astype(np.uint8)
 
 
-def _check(name: str, severity: int, seed: int, table: str) -> None:
+def check(name: str, severity: int, seed: int, table: str) -> None:
     for what, value in {"name": name, "table": table}.items():
         if not isinstance(value, str):
             raise UserError(f"{what} is {type(value).__name__} and must be a name in quotes.")
-    if name not in NAMES + EXTRA:
-        known = ", ".join(NAMES + EXTRA)
+    if name not in parameter_tables.NAMES + parameter_tables.EXTRA:
+        known = ", ".join(parameter_tables.NAMES + parameter_tables.EXTRA)
         raise UserError(f"The corruption {name!r} is unknown: choose from {known}.")
     whole = lambda a: isinstance(a, int | np.integer) and not isinstance(a, bool)  # noqa: E731
-    if not whole(severity) or severity not in SEVERITIES:
+    if not whole(severity) or severity not in parameter_tables.SEVERITIES:
         raise UserError(f"The severity {severity!r} does not exist: choose it in 1..5.")
-    if table not in TABLES:
-        raise UserError(f"The table {table!r} is unknown: choose from {', '.join(TABLES)}.")
+    if table not in parameter_tables.TABLES:
+        raise UserError(
+            f"The table {table!r} is unknown: choose from {', '.join(parameter_tables.TABLES)}."
+        )
     if not whole(seed) or not 0 <= seed < 2**32:
         raise UserError(f"The seed {seed} is out of range: choose it in 0..{2**32 - 1}.")
 
 
-def _check_images(images: np.ndarray) -> None:
+def check_images(images: np.ndarray) -> None:
     if not isinstance(images, np.ndarray):
         raise UserError(f"The images to corrupt are {type(images).__name__}: give a NumPy array.")
     shape = images.shape
-    if images.dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or min(shape[1:3]) < _SMALLEST:
+    if (
+        images.dtype != np.uint8
+        or len(shape) != 4
+        or shape[3] != 3
+        or min(shape[1:3]) < parameter_tables.SMALLEST
+    ):
         raise UserError(
             f"The images to corrupt have shape {list(shape)} and type {images.dtype}: make them "
-            f"[N, H, W, 3] uint8 with sides of at least {_SMALLEST} pixels."
+            f"[N, H, W, 3] uint8 with sides of at least {parameter_tables.SMALLEST} pixels."
         )
 
 
@@ -805,233 +678,7 @@ _FUNCTIONS: dict[str, Callable[[np.ndarray, Any, _Draws], np.ndarray]] = {
 }
 
 
-# ------------------------------------------------------------------------------- writing a "-C" set
-
-# By table; raised whenever the same seed gives other images than before.
-RECIPES = {"cifar": 1, "imagenet": 2}
-_BLOCK_PIXELS = 2**20  # What a worker process is given at a time.
-
-
-def write_set(
-    dataset: "data.Dataset",
-    out: str | os.PathLike[str],
-    *,
-    names: Sequence[str] = NAMES + EXTRA,
-    severities: Sequence[int] = SEVERITIES,
-    seed: int = 0,
-    table: str = "cifar",
-    processes: int = 1,
-) -> None:
-    """Writes a "-C" set in the published layout, going on where an earlier call was stopped.
-
-    NAME.npy is [S*N, H, W, 3] uint8, one block of N images a severity; labels.npy is [S*N], uint8
-    up to 256 classes. A file gets its name once it is whole, and labels.npy comes last.
-    manifest.json tells what the set was made from, and no other is ever written beside it.
-
-    Args:
-      dataset: the clean images.
-      out: folder of the set, made if need be.
-      names: corruptions.
-      severities: which of 1..5, S of them; the published sets have all.
-      seed: in 0..2**32-1.
-      table: as for `corrupt`.
-      processes: how many work at a time; the images do not depend on it.
-
-    Raises:
-      UserError: if an argument does not fit, or the folder has anything else in it.
-    """
-    names, severities = tuple(dict.fromkeys(names)), tuple(sorted(set(severities)))
-    _check_request(names, severities, seed, table, processes)
-    _check_images(np.empty((0, *dataset.image_shape), np.uint8))
-    out = paths.local(f"--out={out}", out)
-    with locks.hold(f"--out={out}", locks.of_folder(out)):
-        npy_files.check_folder(out)
-        sha256, labels = digest(dataset)
-        npy_files.agree(out, _manifest(dataset, sha256, severities, seed, table))
-        shape = (len(severities) * len(dataset), *dataset.image_shape)
-        todo = [name for name in names if not npy_files.is_whole(out / f"{name}.npy", shape)]
-        labelled = npy_files.is_whole(out / "labels.npy", shape[:1])
-        npy_files.check_space(out, len(todo) * math.prod(shape))
-        done = (len(names) - len(todo)) * shape[0]
-        total = len(names) * shape[0]
-        with (
-            _in_order(processes) as mapped,
-            tqdm.tqdm(total=total, initial=done, unit="image") as progress,
-        ):
-            for name in todo:
-                progress.set_description(name)
-                tasks = _tasks(dataset, name, severities, seed, table)
-                npy_files.write(
-                    out / f"{name}.npy", np.uint8, shape, npy_files.counted(mapped(tasks), progress)
-                )
-        if not labelled:
-            npy_files.write(out / "labels.npy", labels.dtype, shape[:1], [labels] * len(severities))
-
-
-def _check_request(
-    names: Sequence[str], severities: Sequence[int], seed: int, table: str, processes: int
-) -> None:
-    if not names or not severities:
-        raise UserError("There is nothing to do: give --names and --severities at least one each.")
-    for name in names:
-        for severity in severities:
-            _check(name, severity, seed, table)
-    if processes < 1:
-        raise UserError(f"--processes={processes} cannot work: give at least 1.")
-    if "frost" in names:
-        frost_files()
-
-
-def digest(dataset: "data.Dataset") -> tuple[str, np.ndarray]:
-    """SHA-256 of all images and labels, and the labels [N] as they are published."""
-    sha256, labels = hashlib.sha256(), []
-    for images, _, some in _blocks(dataset):
-        sha256.update(images.tobytes())
-        labels.append(some)
-    every = np.concatenate(labels)
-    sha256.update(every.astype("<i4").tobytes())
-    return sha256.hexdigest(), every.astype(np.uint8 if dataset.num_classes <= 256 else np.int32)
-
-
-def _blocks(dataset: "data.Dataset") -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """All images, as uint8, with their indices and labels, some thousand at a time, in order."""
-    from ada_jax import data
-
-    height, width, _ = dataset.image_shape
-    size = max(1, _BLOCK_PIXELS // (height * width))
-    for batch in data.eval_batches(dataset, batch_size=min(size, len(dataset))):
-        real = batch["mask"] > 0
-        yield as_uint8(batch["image"][real]), batch["index"][real], batch["label"][real]
-
-
-def as_uint8(images: np.ndarray) -> np.ndarray:
-    """Images uint8, or float32 in [0, 1], as uint8."""
-    return images if images.dtype == np.uint8 else np.rint(255 * images).astype(np.uint8)
-
-
-def _manifest(
-    dataset: "data.Dataset", sha256: str, severities: Sequence[int], seed: int, table: str
-) -> dict[str, Any]:
-    return {
-        "data": dataset.name,
-        "data_sha256": sha256,
-        "images": len(dataset),
-        "severities": list(severities),
-        "seed": seed,
-        "table": table,
-        "recipe": RECIPES[table],
-        "versions": {p: importlib.metadata.version(p) for p in ("numpy", "scipy", "pillow")},
-    }
-
-
-def _tasks(
-    dataset: "data.Dataset", name: str, severities: Sequence[int], seed: int, table: str
-) -> Iterator[tuple[Any, ...]]:
-    for severity in severities:
-        for images, indices, _ in _blocks(dataset):
-            yield name, severity, images, seed, indices, table
-
-
-def _do(task: tuple[Any, ...]) -> np.ndarray:
+def corrupt_task(task: tuple[Any, ...]) -> np.ndarray:
+    """`corrupt` of (name, severity, images, seed, indices, table), for a worker process."""
     name, severity, images, seed, indices, table = task
     return corrupt(name, severity, images, seed, indices=indices, table=table)
-
-
-@contextlib.contextmanager
-def _in_order(processes: int) -> Iterator[Callable[[Iterable[Any]], Iterator[np.ndarray]]]:
-    """Gives a map of `_do` over tasks by several processes, which never reads far ahead."""
-    if processes == 1:
-        yield functools.partial(map, _do)
-        return
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # One core a process, from its start.
-    pool = futures.ProcessPoolExecutor(
-        processes, multiprocessing.get_context("spawn"), _leave_with_parent
-    )
-
-    def mapped(tasks: Iterable[Any]) -> Iterator[np.ndarray]:
-        pending = collections.deque()
-        for task in tasks:
-            # Which may start a worker: it inherits the mask, and leaves Ctrl-C to this process.
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            pending.append(pool.submit(_do, task))
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            if len(pending) > 2 * processes:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-
-    try:
-        yield mapped
-    except futures.process.BrokenProcessPool as error:
-        raise UserError(
-            f"One of the --processes={processes} died, most likely for want of memory: take fewer."
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _leave_with_parent() -> None:
-    """Ends this worker process when the one that started it is gone, even if it was killed."""
-
-    def watch() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def main(argv: list[str]) -> None:
-    """Writes the set that the flags describe."""
-    if len(argv) > 1:
-        raise UserError(f"The argument {argv[1]!r} is not a flag: write --flag=value.")
-    values = flags.FLAGS
-    if not values.data or not values.out:
-        raise UserError("--data or --out is not set: say which images, and which folder to fill.")
-    # What is not a number stays as it is and is refused with the others that do not exist.
-    severities = [int(s) if s.isdigit() else s for s in values.severities]
-    _check_request(values.names, severities, values.seed, values.table, values.processes)
-    write_set(
-        _load(values.data, values.split, values.data_dir, values.image_size),
-        values.out,
-        names=values.names,
-        severities=severities,
-        seed=values.seed,
-        table=values.table,
-        processes=values.processes,
-    )
-
-
-def _load(name: str, split: str, data_dir: str | None, image_size: int) -> "data.Dataset":
-    """Loads the clean images; what `data` says of a config's fields is said of the flags."""
-    from ada_jax import data
-
-    is_file = name.endswith(".npz")
-    if is_file and data_dir:
-        raise UserError(f"--data_dir={data_dir} has no meaning beside --data={name}: leave it out.")
-    try:
-        return data.load(
-            "npz" if is_file else name,
-            split,
-            data_dir=name if is_file else data_dir,
-            image_size=image_size,
-        )
-    except UserError as error:
-        names = {"config.train_split or config.eval_split": "--split", "--config.": "--"}
-        names |= {"config.": "--", "--dataset": "--data"}
-        raise renamed(error, names | ({"--data_dir": "--data"} if is_file else {})) from error
-
-
-if __name__ == "__main__":
-    from ada_jax import cli
-
-    flags.DEFINE_string("data", None, "mnist5k, cifar10, imagenet2012, folder or an .npz file.")
-    flags.DEFINE_string("split", "test", "Split of the data or a slice of it, as test[:500].")
-    flags.DEFINE_string("data_dir", None, "Where the data is.")
-    flags.DEFINE_integer("image_size", 32, "Side in pixels of a folder's or ImageNet's images.")
-    flags.DEFINE_string("out", None, "Folder of the set.")
-    flags.DEFINE_list("names", list(NAMES + EXTRA), "Corruptions.")
-    flags.DEFINE_list("severities", [str(s) for s in SEVERITIES], "Severities.")
-    flags.DEFINE_integer("seed", 0, "Seed of all random numbers.")
-    flags.DEFINE_string("table", "cifar", "Whose parameters: cifar or imagenet.")
-    flags.DEFINE_integer("processes", os.cpu_count() or 1, "How many processes work at a time.")
-    cli.start(main)

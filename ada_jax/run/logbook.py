@@ -15,45 +15,11 @@ import numpy as np
 import tqdm
 from absl import logging
 
-from ada_jax import devices, paths
+from ada_jax import paths, sharding
+from ada_jax import results as results_files
 from ada_jax.errors import NotFiniteError, UserError
 
 Record = dict[str, Any]
-# Fields of a config that change what is written, kept or measured, not what is trained.
-BOOKKEEPING = frozenset(
-    {
-        *("data_dir", "deepaugment.dir", "compilation_cache", "cpu_devices", "ada.remat"),
-        *("log_steps", "checkpoint_epochs", "keep_checkpoints", "figure_examples"),
-        *("eval_epochs", "eval_batch_size", "eval_split", "eval_sets", "eval_c_dir"),
-        *("corruption_eval_epochs", "corruption_eval_examples"),
-    }
-)
-
-
-def comparable(config: Record) -> Record:
-    """A config, flattened, without the fields that older ones lack where they are switched off.
-
-    Args:
-      config: of nested dicts, with tuples or, from JSON, lists.
-
-    Returns:
-      As {'seed': 0, 'ada.nu': 0.02}.
-    """
-    fields = flat(config)
-    off = set() if fields.get("crop_scale") else {"crop_scale", "crop_ratio"}
-    off |= {"ada.every"} if fields.get("ada.every") == 1 else set()
-    return {name: value for name, value in fields.items() if name not in off}
-
-
-def flat(value: Any, prefix: str = "") -> Record:
-    """Nested dicts as one, {'ada': {'nu': 0.02}} as {'ada.nu': 0.02}, all below a prefix."""
-    if not isinstance(value, dict):
-        return {prefix: value}
-    return {
-        k: v
-        for name, inner in value.items()
-        for k, v in flat(inner, f"{prefix}.{name}".lstrip(".")).items()
-    }
 
 
 class Logbook:
@@ -145,11 +111,6 @@ def read(workdir: str) -> list[Record]:
     return records
 
 
-def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Writes a JSON file whole or not at all; NaN and infinity, which JSON lacks, are errors."""
-    paths.write(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
-
-
 def finite(pending: list[dict[str, Any]], step: int, *, advice: str) -> list[dict[str, float]]:
     """Brings the last steps' metrics to the host, and stops the run where one is not finite.
 
@@ -164,7 +125,7 @@ def finite(pending: list[dict[str, Any]], step: int, *, advice: str) -> list[dic
     """
     fetched = [
         {name: float(np.ravel(value)[0]) for name, value in metrics.items()}
-        for metrics in jax.device_get(jax.tree.map(devices.first, pending))
+        for metrics in jax.device_get(jax.tree.map(sharding.first, pending))
     ]
     for i, metrics in enumerate(fetched):
         bad = [f"{name} {value}" for name, value in metrics.items() if not np.isfinite(value)]
@@ -191,7 +152,7 @@ def table(rows: list[tuple[str, str]]) -> str:
     return "\n".join(f"| {name:{widths[0]}} | {value:{widths[1]}} |" for name, value in rows)
 
 
-def commit(package: pathlib.Path = pathlib.Path(__file__).parent) -> str:
+def commit(package: pathlib.Path = pathlib.Path(__file__).parents[1]) -> str:
     """The git commit of the code that ran: an installed package's own, or its clone's, else ''."""
     built = package / "commit.txt"  # setup.py writes it into wheels
     if built.is_file():
@@ -239,7 +200,7 @@ class Timer:
         rate, waited = examples / seconds, 100 * self._waited / seconds
         self._bar.update(examples)
         if self._show and self._bar.disable:
-            left = clock((self._total - step) * self._batch_size / max(rate, 1e-9))
+            left = results_files.clock((self._total - step) * self._batch_size / max(rate, 1e-9))
             logging.info("step %d of %d, %.0f examples/s, %s left", step, self._total, rate, left)
         self._step, self._since, self._waited = step, time.monotonic(), 0.0
         return {"examples_per_second": rate, "input_wait_percent": waited}
@@ -247,8 +208,3 @@ class Timer:
     def close(self) -> None:
         """Ends the progress bar."""
         self._bar.close()
-
-
-def clock(seconds: float) -> str:
-    """'1:02:03' or '02:03'."""
-    return tqdm.tqdm.format_interval(seconds)

@@ -1,16 +1,13 @@
-"""The local devices: whether JAX finds the GPU, and arrays on all of them for `jax.pmap`."""
+"""The local devices: whether JAX finds the GPU, and how much memory they have."""
 
 import importlib.util
 import pathlib
 import re
-from typing import Any
 
 import jax
-import numpy as np
 
 from ada_jax.errors import UserError
 
-AXIS = "devices"
 _LEAST_DRIVERS = {"cuda13": 580, "cuda12": 525}  # of NVIDIA, for JAX's plugin for this CUDA
 
 
@@ -63,27 +60,3 @@ def device_memory() -> int | None:
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     limits = [s["bytes_limit"] for s in stats if "bytes_limit" in s]
     return min(limits) if len(limits) == len(stats) else None
-
-
-def shard(batch: dict[str, Any]) -> dict[str, Any]:
-    """Splits a process's batch [b, ...] over its devices: [devices, b / devices, ...]."""
-    devices = jax.local_device_count()
-    return {name: a.reshape(devices, -1, *a.shape[1:]) for name, a in batch.items()}
-
-
-def replicate(tree: Any) -> Any:
-    """Puts a copy of every leaf on every local device, with a leading device axis."""
-    devices = jax.local_device_count()
-    tree = jax.tree.map(lambda a: np.broadcast_to(a, (devices, *np.shape(a))), tree)
-    # With the axis of the step that takes it: for another one's arrays it would be compiled anew.
-    return jax.pmap(lambda a: a, AXIS)(tree) if jax.tree.leaves(tree) else tree
-
-
-def first(value: Any) -> Any:
-    """The first local device's part of an array, on that device; others are left as they are."""
-    return value.addressable_shards[0].data if isinstance(value, jax.Array) else value
-
-
-def unreplicate(tree: Any) -> Any:
-    """The first device's copy, on the host."""
-    return jax.tree.map(lambda a: np.asarray(first(a)).reshape(a.shape[1:]), tree)

@@ -19,22 +19,23 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from ada_jax import devices, errors, hosts, paths
+from ada_jax import errors, paths
 from ada_jax.errors import UserError
+from ada_jax.run import devices, distributed
 
 # Exit statuses after SIGTERM and Ctrl-C: state saved, start the same command to go on.
 INTERRUPTED, CTRL_C = 128 + signal.SIGTERM, 128 + signal.SIGINT
 
 
 def run(
-    main: Callable[[ml_collections.ConfigDict, str], int | None], *, distributed: bool = False
+    main: Callable[[ml_collections.ConfigDict, str], int | None], *, several: bool = False
 ) -> None:
     """Runs a binary that takes --config and --workdir.
 
     Args:
       main: called with the locked config and the workdir; returns an exit status or None. A
         `UserError` it raises is printed as one sentence and the process leaves with status 2.
-      distributed: whether it can be one of several processes, and takes `hosts`' flags.
+      several: whether it can be one of several processes, and takes the flags of `distributed`.
     """
     config_flag = config_flags.DEFINE_config_file(
         "config",
@@ -49,9 +50,12 @@ def run(
         "than 0 runs/NAME-seedN.",
     )
     flags.mark_flag_as_required("config")
-    if distributed:
-        hosts.define_flags()
-    for module in (__name__, hosts.__name__):  # For --help, which tells the main module's alone.
+    if several:
+        distributed.define_flags()
+    for module in (
+        __name__,
+        "ada_jax.run.distributed",
+    ):  # For --help, which tells the main module's alone.
         for flag in flags.FLAGS.flags_by_module_dict().get(module, ()):
             flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
@@ -60,8 +64,8 @@ def run(
             raise UserError(f"The argument {argv[1]!r} is not a flag: write --flag=value.")
         config = config_flag.value
         check_values(config)
-        if distributed:
-            hosts.connect(_complain)
+        if several:
+            distributed.connect(_complain)
         return main(config, workdir.value or default_folder(config))
 
     start(with_flags, computes=True)
@@ -346,7 +350,7 @@ class StopSignal:
 
     def at(self, step: int) -> bool:
         """Whether to save before this step and leave; see `hosts.preempted`."""
-        if hosts.preempted(step):
+        if distributed.preempted(step):
             self.status = self.status or INTERRUPTED
         return bool(self.status)
 

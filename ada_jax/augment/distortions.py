@@ -13,7 +13,8 @@ import numpy as np
 import scipy.special
 from jax import lax
 
-from ada_jax import corruption_nets, keys, per_example
+from ada_jax import keys
+from ada_jax.nets import cae, edsr, per_example
 
 Theta = dict[str, dict[str, np.ndarray]]
 _LAPLACE = np.array([[0, 1, 0], [1, -4, 1], [0, 1, 0]], np.float32)[..., None, None]
@@ -213,7 +214,7 @@ EDSR_DISTORTIONS: tuple[Callable[[np.random.Generator, Theta, bool], None], ...]
 
 # ------------------------------------------------------------------------ the CAE's weights
 
-_LAYERS = tuple(corruption_nets.CAE_LAYERS)  # in the published order
+_LAYERS = tuple(cae.CAE_LAYERS)  # in the published order
 _UPS = tuple(i for i, name in enumerate(_LAYERS) if name.endswith("/up"))
 
 
@@ -362,9 +363,9 @@ def render_edsr(theta: dict, x: jax.Array, key: jax.Array, *, quirks: bool = Fal
       [B,H,W,3], not clipped.
     """
     draws = jax.vmap(jax.random.split)(keys.per_example(key, len(x)))
-    head = corruption_nets.edsr_head(theta, x)
+    head = edsr.edsr_head(theta, x)
     head = jax.vmap(functools.partial(_distort_head, quirks=quirks))(draws[:, 0], head)
-    y = corruption_nets.edsr_tail(theta, head + _distorted_body(draws[:, 1], theta, head, quirks))
+    y = edsr.edsr_tail(theta, head + _distorted_body(draws[:, 1], theta, head, quirks))
     return y if y.shape == x.shape else jax.image.resize(y, x.shape, "cubic", antialias=True)
 
 
@@ -418,10 +419,8 @@ def _distorted_body(key: jax.Array, theta: dict, h: jax.Array, quirks: bool) -> 
         out = change(out) if i == middle else out
         # The published code feeds every kept module with the head's output.
         x = select(skipping, h, out) if quirks else out
-        if i < blocks:
-            y = corruption_nets.edsr_block(theta, i, x)
-        else:
-            y = corruption_nets.edsr_body_end(theta, x)
+        last = i == blocks
+        y = edsr.edsr_body_end(theta, x) if last else edsr.edsr_block(theta, i, x)
         out = select(skipping & jnp.any(drawn == i, 1), out, y)
     return out
 
@@ -440,9 +439,9 @@ def render_cae(theta: dict, x: jax.Array, key: jax.Array) -> jax.Array:
     Returns:
       [B,H,W,3], not clipped.
     """
-    latent = corruption_nets.cae_encode(theta, x)
+    latent = cae.cae_encode(theta, x)
     bits = jax.vmap(_distorted_bits)(keys.per_example(key, len(x)), latent)
-    return corruption_nets.cae_decode(theta, bits)
+    return cae.cae_decode(theta, bits)
 
 
 def _distorted_bits(key: jax.Array, latent: jax.Array) -> jax.Array:
@@ -451,7 +450,7 @@ def _distorted_bits(key: jax.Array, latent: jax.Array) -> jax.Array:
     option = jax.random.randint(which, (), 0, 1 + len(_LATENT_DISTORTIONS), jnp.int32)
     # Option 0 leaves the latent alone and amplifies the bits.
     options = (lambda e: e, *(lambda e, f=f: f(draw, e) for f in _LATENT_DISTORTIONS))
-    bits = corruption_nets.binarise(bits_key, lax.switch(option, options, latent))
+    bits = cae.binarise(bits_key, lax.switch(option, options, latent))
     scale_key, factor_key = jax.random.split(draw)
     factors = jax.random.uniform(factor_key, bits.shape, jnp.float32)
     factors = 3 + 4 * jax.random.uniform(scale_key, (), jnp.float32) * factors

@@ -14,32 +14,31 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from ada_jax import ada, attacks, corruption_nets, corruptions, data, guards, keys, ssim
+from ada_jax import ada, attacks, checks, keys, ssim
+from ada_jax import results as results_files
 from ada_jax.attacks import loops
 from ada_jax.attacks.loops import LogitsFn
-from ada_jax.devices import AXIS, shard
+from ada_jax.corruptions import c_folder
+from ada_jax.data import batching, core
+from ada_jax.nets import corruption_nets
+from ada_jax.sharding import AXIS, shard
 
 Results = dict[str, Any]
 Write = Callable[[Results], None]
-# The paper's table 2, and 8/255 beside it.
-RADII = {
-    "l2": {"0.5": 0.5, "1": 1.0},
-    "linf": {f"{n}/255": n / 255 for n in (1, 2, 4, 8)},
-}
 _SEQUENCE = (*attacks.STANDARD, "multitargeted")
 
 
-def first_examples(dataset: data.Dataset, count: int) -> tuple[np.ndarray, np.ndarray]:
+def first_examples(dataset: core.Dataset, count: int) -> tuple[np.ndarray, np.ndarray]:
     """The first images [N,H,W,3], float32 in [0,1], and labels [N]; all for a count of 0."""
-    batch = data.gather(dataset, np.arange(min(count or len(dataset), len(dataset))))
-    return np.float32(corruptions.as_uint8(batch["image"])) / 255, batch["label"]
+    batch = batching.gather(dataset, np.arange(min(count or len(dataset), len(dataset))))
+    return np.float32(c_folder.as_uint8(batch["image"])) / 255, batch["label"]
 
 
 def pixel_balls(
     results: Results,
     write: Write,
     logits_fn: LogitsFn,
-    dataset: data.Dataset,
+    dataset: core.Dataset,
     *,
     examples: int,
     seed: int,
@@ -67,7 +66,7 @@ def pixel_balls(
     """
     x, y = first_examples(dataset, examples)
     programs = {}
-    for norm, radii in RADII.items():
+    for norm, radii in results_files.RADII.items():
         for name, epsilon in radii.items():
             if results.get("lp", {}).get(norm, {}).get(name, {}).get("examples") == len(x):
                 continue
@@ -120,7 +119,7 @@ def under_ada(
     results: Results,
     write: Write,
     logits_fn: LogitsFn,
-    dataset: data.Dataset,
+    dataset: core.Dataset,
     *,
     nets: Sequence[str],
     radii: Sequence[float],
@@ -167,7 +166,7 @@ def under_ada(
                 continue
             found = _in_batches(attack, x, y, nu, seed, size)
             bad = int(found["not_finite"].sum())
-            guards.check_finite(bad, len(x), f"images of AdA's attack by {name} at nu {nu:g}")
+            checks.check_finite(bad, len(x), f"images of AdA's attack by {name} at nu {nu:g}")
             wrong = found["wrong"]
             cell |= {"wrong": int(wrong.sum()), "error": 100 * float(wrong.mean())}
             cell |= {"ssim": float(found["ssim"].mean())} if "ssim" in found else {}
@@ -179,7 +178,7 @@ def under_ada(
 
 def _attacker(
     logits_fn: Callable[[jax.Array], jax.Array],
-    net: corruption_nets.CorruptionNet,
+    net: ada.CorruptionNet,
     steps: int,
     restarts: int,
 ) -> Callable[..., dict[str, jax.Array]]:
@@ -193,7 +192,7 @@ def _attacker(
             logits = logits_fn(images)
             return {
                 "wrong": loops.misclassified(logits, y),
-                "not_finite": guards.not_finite(logits),
+                "not_finite": checks.not_finite(logits),
             }
 
         def once(i, found):

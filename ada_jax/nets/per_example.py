@@ -27,7 +27,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from ada_jax import sharding, triton_conv, winograd
+from ada_jax import sharding
+from ada_jax.nets import triton_conv, winograd
 
 _ROWS = 4096  # rows of one patch matrix: enough for a good matrix product, few enough for the cache
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ada_jax import guards, keys, sharding
+from ada_jax import checks, keys, sharding
 from ada_jax.errors import UserError
 
 OPS = (
@@ -62,7 +62,7 @@ def augment_and_mix(
 
     Source: Hendrycks et al. (2020), algorithm 1.
     """
-    x = guards.as_images(jnp.asarray(x))
+    x = checks.as_images(jnp.asarray(x))
     if x.shape[-1] != 3:
         raise UserError(f"Images of shape {list(x.shape)} must have three channels for AugMix.")
     check(severity, width, depth, alpha, ops)
@@ -84,7 +84,7 @@ def _mix(
     ops: tuple[str, ...],
 ) -> jax.Array:
     """`augment_and_mix` of what it has checked."""
-    severity, alpha = guards.float32(severity), guards.float32(alpha)
+    severity, alpha = checks.float32(severity), checks.float32(alpha)
     most = depth if depth > 0 else 3
 
     def draw(key):
@@ -111,7 +111,7 @@ def _mix(
     chains = chains.reshape(len(x), width, *x.shape[1:]).astype(jnp.float32) / 255
     mixed = jnp.einsum("bw,bwijc->bijc", weights, chains, precision="highest")
     share = share[:, None, None, None]
-    return (1 - share) * guards.poisoned(x) + share * mixed
+    return (1 - share) * checks.poisoned(x) + share * mixed
 
 
 def apply_ops(

@@ -1,0 +1,1 @@
+"""Augmentation of training images: crops, AugMix, and the distorted networks of DeepAugment."""

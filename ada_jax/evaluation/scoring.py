@@ -1,0 +1,385 @@
+"""Loads classifiers and counts their errors."""
+
+import functools
+import itertools
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import tqdm
+
+from ada_jax import checks, losses, paths
+from ada_jax import results as results_files
+from ada_jax.corruptions import parameter_tables
+from ada_jax.data import batching, core
+from ada_jax.errors import UserError
+from ada_jax.evaluation import image_sets
+from ada_jax.nets import classifiers, weight_files
+from ada_jax.run import checkpoint, distributed
+from ada_jax.sharding import AXIS, shard, unreplicate
+
+# ------------------------------------------------------------------------ the classifier
+
+
+def make_classifier(config: ml_collections.ConfigDict, num_classes: int) -> hk.TransformedWithState:
+    """The config's classifier."""
+    return classifiers.make(
+        config.classifier,
+        num_classes,
+        mean=tuple(config.mean),
+        std=tuple(config.std),
+        bn_decay=config.bn_decay,
+        bn_axis_name=AXIS if config.cross_replica_bn else None,
+        zero_init_logits=config.zero_init_logits,
+        compute_dtype=config.compute_dtype,
+    )
+
+
+def make_eval_step(logits_fn: Callable[..., jax.Array]) -> Callable[..., dict[str, jax.Array]]:
+    """Makes `eval_step(*variables, batch)`: sums over all devices, padding masked out.
+
+    Args:
+      logits_fn: (*variables, images [B,H,W,C] in [0,1]) -> logits [B,K].
+
+    Returns:
+      The step; it counts 'examples', those 'wrong' and those whose logits are 'not_finite', which
+      are wrong too, and adds up their 'loss'.
+    """
+
+    def eval_step(*arguments):
+        *variables, batch = arguments
+        x, y, real = batching.to_float(batch["image"]), batch["label"], batch["mask"] > 0
+        logits = logits_fn(*variables, x)
+        loss = losses.cross_entropy(logits, y)
+        not_finite = checks.not_finite(logits) | ~jnp.isfinite(loss)
+        counts = {
+            "examples": real,
+            "wrong": real & ((jnp.argmax(logits, -1) != y) | not_finite),
+            "not_finite": real & not_finite,
+        }
+        sums = {name: v.sum(dtype=jnp.int32) for name, v in counts.items()}
+        sums["loss"] = jnp.where(real & ~not_finite, loss, 0).sum()
+        return jax.lax.psum(sums, AXIS)
+
+    return eval_step
+
+
+def map_eval_step(classifier: hk.TransformedWithState) -> Callable[..., dict[str, jax.Array]]:
+    """The evaluation step, mapped over all devices."""
+    return jax.pmap(make_eval_step(functools.partial(apply_classifier, classifier)), AXIS)
+
+
+def apply_classifier(
+    classifier: hk.TransformedWithState, params: hk.Params, state: hk.State, x: jax.Array
+) -> jax.Array:
+    """Logits [B,K] of images [B,H,W,3] in [0,1], by batch norm's running statistics."""
+    return classifier.apply(params, state, None, x, is_training=False)[0]
+
+
+def load_classifier(
+    workdir: str | os.PathLike[str], num_classes: int | None = None
+) -> Callable[[jax.Array], jax.Array]:
+    """A trained run's classifier as one function, as `ada_jax.attacks` and one's own code take it.
+
+    Args:
+      workdir: folder of the run.
+      num_classes: K; None reads it from classifier.safetensors, which a finished run has.
+
+    Returns:
+      logits_fn: images [B,H,W,3] float32 in [0,1] -> logits [B,K], in the order of the run's
+      classes, which are `metadata(workdir)["class_names"]`.
+
+    Raises:
+      UserError: there is no run, it is damaged or not finished, or its file does not say K.
+    """
+    config = config_of_run(workdir)
+    if num_classes is None:
+        file = paths.at(workdir) / "classifier.safetensors"
+        num_classes = weight_files.load_weights(file)[1].get("classes")
+        if num_classes is None:
+            raise UserError(f"{file} does not say how many classes there are: give num_classes.")
+    classifier = make_classifier(config, num_classes)
+    # Every classifier averages over its last features: the weights fit images of any size.
+    params, state, _ = load_variables(config, classifier, (32, 32, 3), workdir)
+    return functools.partial(apply_classifier, classifier, params, state)
+
+
+def metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What is said of a classifier beside its weights.
+
+    Args:
+      path: a safetensors file, or a folder with classifier.safetensors or else checkpoints.
+
+    Returns:
+      Among others 'class_names' [K], in the order of the logits; 'training', digests of what it
+      was trained from, see `train.describe`; and 'recipe', the same for runs that differ in seed
+      alone. Weights of older versions lack them.
+    """
+    path = paths.at(path)
+    file = path / "classifier.safetensors" if paths.is_dir(path) else path
+    if paths.exists(file):
+        return weight_files.metadata(file)
+    if not paths.is_dir(path / "checkpoints"):
+        return {}
+    checkpoints = checkpoint.Checkpoints(path, keep=1)
+    extra = checkpoints.latest_extra()
+    checkpoints.close()
+    return extra.get("about", {})
+
+
+# ------------------------------------------------------------------------ counting
+
+
+def measure(
+    eval_step: Callable[..., dict[str, jax.Array]],
+    variables: Sequence[Any],
+    datasets: Mapping[results_files.Cell, core.Dataset],
+    batch_size: int,
+) -> Iterator[tuple[results_files.Cell, results_files.Counts]]:
+    """Counts errors; every example counts once, whatever the batch size and number of devices.
+
+    Args:
+      eval_step: mapped over devices.
+      variables: the classifier's parameters and batch-norm averages, replicated.
+      datasets: images and labels.
+      batch_size: over all devices; rounded up to a multiple of them, and no larger than the
+        largest set needs.
+
+    Yields:
+      A set's name in `datasets` as soon as it is measured, with 'examples' and how many of them
+      are 'wrong', 'error' in percent and 'loss'.
+
+    Raises:
+      UserError: logits that are not finite.
+    """
+    largest, count = max(map(len, datasets.values()), default=0), jax.device_count()
+    batches = batching.chained_eval_batches(
+        list(datasets.values()),
+        batch_size=max(1, -(-min(batch_size, largest) // count)) * count,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        num_threads=max(4, os.cpu_count() or 1),
+    )
+    cells, total = list(datasets), sum(map(len, datasets.values()))
+    with _progress(total) as progress:
+        for i, group in itertools.groupby(batches, key=lambda item: item[0]):
+            progress.set_description(" ".join(map(str, filter(None, cells[i]))), refresh=False)
+            sums = []
+            for _, batch in group:
+                sums.append(eval_step(*variables, shard(batch)))
+                jax.block_until_ready(sums[-3:][0])  # More in flight would take more memory.
+                progress.update(int(batch["mask"].sum()) * jax.process_count())
+            yield cells[i], _counts(sums, _described_cell(cells[i]))
+
+
+def measure_one(
+    eval_step: Callable[..., dict[str, jax.Array]],
+    variables: Sequence[Any],
+    dataset: core.Dataset,
+    batch_size: int,
+) -> results_files.Counts:
+    """As `measure`, of one data set."""
+    ((_, counts),) = measure(eval_step, variables, {("", 0): dataset}, batch_size)
+    return counts
+
+
+def corruption_errors(
+    logits_fn: Callable[[jax.Array], jax.Array],
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    names: Sequence[str] = parameter_tables.NAMES,
+    seed: int = 0,
+    table: str = "cifar",
+    batch_size: int = 256,
+) -> results_files.Results:
+    """The errors of any classifier, clean and under corruptions made on the fly.
+
+    Args:
+      logits_fn: images [B,H,W,3] float32 in [0,1] -> logits [B,K]; it normalises them itself.
+      images: [N,H,W,3] uint8.
+      labels: [N] integers in 0..K-1.
+      names: of `corruptions.NAMES` and `corruptions.EXTRA`.
+      seed: of the corruptions, in 0..2**32-1.
+      table: whose parameters: 'cifar' for small images, 'imagenet' for large ones.
+      batch_size: over all devices.
+
+    Returns:
+      'clean', {'error': percent, ...}; 'corruptions', {name: [{'severity': 1, 'error': percent,
+      ...}, ...]}; and, of all the 15 NAMES, 'mce_unnormalised', percent.
+
+    Raises:
+      UserError: an argument is not as above, or logits are not finite.
+    """
+    x = jax.ShapeDtypeStruct((1, *np.shape(images)[1:]), jnp.float32)
+    class_names = [str(i) for i in range(checks.num_classes(logits_fn, x))]
+    clean = core.from_arrays(images, labels, class_names=class_names)
+    checks.check_integers(1, batch_size=batch_size)
+    if not names or not len(clean):
+        raise UserError("There are no images or names is empty: there is nothing to measure.")
+    config = {"dataset": "", "corruption_seed": seed, "corruption_table": table}
+    corrupted, source = image_sets.on_the_fly(
+        ml_collections.ConfigDict(config), clean, names, len(clean)
+    )
+    results = {"data": {"name": clean.name}, "corruption_source": source}
+    eval_step = jax.pmap(make_eval_step(logits_fn), AXIS)
+    datasets = {("clean", 0): clean, **corrupted}
+    for cell, counts in measure(eval_step, (), datasets, batch_size):
+        results = results_files.with_cell(results, cell, counts)
+    return results
+
+
+def _described_cell(cell: results_files.Cell) -> str:
+    name, severity = cell
+    return f"images of {name} at severity {severity}" if severity else f"{name} images".lstrip()
+
+
+def _counts(sums: Iterable[dict[str, jax.Array]], what: str) -> results_files.Counts:
+    # Added up on the host, where neither integers nor the loss run out of digits.
+    fetched = [{name: value.item() for name, value in unreplicate(s).items()} for s in sums]
+    names = ("examples", "wrong", "not_finite", "loss")
+    examples, wrong, not_finite, loss = (sum(f[name] for f in fetched) for name in names)
+    checks.check_finite(not_finite, examples, what)
+    return {
+        "examples": examples,
+        "wrong": wrong,
+        "error": 100 * wrong / examples,
+        "loss": loss / examples,
+    }
+
+
+def _progress(total: int) -> tqdm.tqdm:
+    """A bar for what takes more than moments; in a log it moves seldom."""
+    return tqdm.tqdm(
+        total=total,
+        unit=" images",
+        unit_scale=True,
+        leave=False,
+        delay=2,
+        mininterval=0.2 if sys.stderr.isatty() else 20,
+        disable=jax.process_index() != 0,
+    )
+
+
+def complete(
+    results: results_files.Results,
+    path: str | os.PathLike[str],
+    eval_step: Callable[..., dict[str, jax.Array]],
+    variables: Sequence[Any],
+    datasets: Mapping[results_files.Cell, core.Dataset],
+    batch_size: int,
+) -> results_files.Results:
+    """Measures what the results lack, writing the file after every cell.
+
+    Args:
+      results: so far.
+      path: the file.
+      eval_step: see `measure`.
+      variables: see `measure`.
+      datasets: all that the results should have; see `measure`.
+      batch_size: see `measure`.
+
+    Returns:
+      The results with everything in `datasets` measured.
+    """
+    have = distributed.of_first(
+        np.array([results_files.has_cell(results, cell) for cell in datasets])
+    )
+    todo = {cell: datasets[cell] for cell, done in zip(datasets, have, strict=True) if not done}
+    started, before = time.monotonic(), results["seconds"]
+    for cell, counts in measure(eval_step, variables, todo, batch_size):
+        results = results_files.with_cell(results, cell, counts)
+        results["seconds"] = before + time.monotonic() - started
+        write_results(path, results)
+    write_results(path, results)
+    return results
+
+
+def config_of_run(workdir: str) -> ml_collections.ConfigDict:
+    """The config that a run was started with, unlocked.
+
+    Raises:
+      UserError: there is none in `workdir`, or it is damaged.
+    """
+    path = paths.at(workdir) / "config.json"
+    try:
+        fields = dict(paths.read_json(path))
+    except FileNotFoundError as error:
+        raise UserError(
+            f"--workdir={workdir} has no config.json, so no run was started there: name a run's "
+            "folder, or give --config with --weights."
+        ) from error
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): copy it again.") from error
+    return ml_collections.ConfigDict(fields, type_safe=False)
+
+
+def load_variables(
+    config: ml_collections.ConfigDict,
+    classifier: hk.TransformedWithState,
+    image_shape: Sequence[int],
+    path: str | os.PathLike[str],
+) -> tuple[hk.Params, hk.State, int]:
+    """The classifier's variables from a weights file, or from a run's folder.
+
+    Args:
+      config: the classifier's; its 'mean' and 'std' must be those that the weights were trained
+        with, where their file says so.
+      classifier: what they are for.
+      image_shape: [H, W, 3].
+      path: a safetensors file, or a folder with classifier.safetensors or else checkpoints.
+
+    Returns:
+      Parameters, batch-norm averages, and the step they are of.
+
+    Raises:
+      UserError: there are none, or they are damaged, of another architecture or of images that were
+        normalised otherwise.
+    """
+    path, images = paths.at(path), jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    init = functools.partial(classifier.init, is_training=True)
+    params, state = jax.eval_shape(init, jax.random.key(0), images)
+    folder = paths.is_dir(path)
+    file = path / "classifier.safetensors" if folder else path
+    if paths.exists(file) or not folder:
+        tree, metadata = weight_files.load_weights(file, {"params": params, "state": state})
+        for field in ("mean", "std"):
+            value = tuple(metadata.get(field, config[field]))
+            if value != tuple(config[field]):
+                raise UserError(
+                    f"The weights file {file} was trained with config.{field}={value}, and this "
+                    f'config has {tuple(config[field])}: set --config.{field}="{value}".'
+                )
+        return tree["params"], tree.get("state", {}), int(metadata.get("step", 0))
+    if paths.is_dir(path / "checkpoints"):
+        checkpoints = checkpoint.Checkpoints(path, keep=1)
+        found = checkpoints.read_latest({"params": params, "net_state": state})
+        checkpoints.close()
+        if found:
+            return found[0]["params"], found[0].get("net_state", {}), found[1]
+    raise UserError(
+        f"{path} has neither classifier.safetensors nor an undamaged checkpoint: train there "
+        "first, or name a file of weights."
+    )
+
+
+def random_variables(
+    classifier: hk.TransformedWithState, clean: core.Dataset, seed: int
+) -> tuple[hk.Params, hk.State]:
+    """The classifier's variables before training."""
+    images = batching.to_float(next(batching.eval_batches(clean, batch_size=8))["image"])
+    init = jax.jit(classifier.init, static_argnames="is_training")
+    return init(jax.random.key(seed), images, is_training=True)
+
+
+def write_results(path: str | os.PathLike[str], results: results_files.Results) -> None:
+    """Writes a results file in the first process alone."""
+    if jax.process_index() == 0:
+        results_files.write(path, results)

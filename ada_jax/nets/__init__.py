@@ -1,0 +1,1 @@
+"""Networks, and convolutions with a kernel per example."""

@@ -1,0 +1,323 @@
+"""Weights as safetensors files, which never execute code."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ada_jax import paths
+from ada_jax.errors import UserError
+
+FORMAT = 1
+
+
+Tree = Any  # A pytree of arrays.
+_SEPARATOR = "//"
+_OWN_METADATA = ("format", "digest", "metadata_digest")
+# What safetensors' numpy reader gives back with the dtype it was given.
+_WEIGHT_DTYPES = frozenset(
+    {"bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"}
+    | {"float16", "bfloat16", "float32", "float64", "complex64"}
+)
+
+
+def digest(tree: Tree) -> str:
+    """Names a tree of arrays by its content.
+
+    Args:
+      tree: pytree of arrays; the order of its dicts does not matter.
+
+    Returns:
+      sha256 in hex over the sorted names and the shape, dtype and bytes of each array.
+
+    Raises:
+      UserError: a key cannot be part of a name (see the module's docstring).
+    """
+    return state_digest(host_arrays(tree))
+
+
+def save_weights(path: str | os.PathLike, tree: Tree, metadata: Mapping[str, Any]) -> str:
+    """Writes weights as one safetensors file, whole or not at all.
+
+    The file's own metadata holds `format`, `digest`, `metadata_digest` and the given fields, each
+    as JSON.
+
+    Args:
+      path: the file to write or replace, local or gs://...; missing folders are made.
+      tree: pytree of finite arrays, returned by `load_weights` as nested dicts.
+      metadata: what a reader must know: classifier, number of classes, ...; values as JSON has.
+
+    Returns:
+      The `digest` of the tree.
+
+    Raises:
+      UserError: an array is not finite or of a dtype the format lacks, a key or a metadata field
+        cannot be stored, or the file cannot be written. Nothing is left behind.
+    """
+    import safetensors.numpy
+
+    path = os.fspath(path)
+    flat = host_arrays(tree)
+    for name, array in flat.items():
+        if array.dtype.name not in _WEIGHT_DTYPES:
+            raise UserError(
+                f"The weights for {path} were not written because '{name}' has dtype "
+                f"{array.dtype.name}, which a safetensors file cannot hold: convert it to float32."
+            )
+    if bad := _first_not_finite(flat):
+        raise UserError(
+            f"The weights for {path} were not written because '{bad}' holds NaN or infinity: "
+            "lower the learning rate or go back to an earlier checkpoint."
+        )
+    if taken := sorted(set(metadata) & set(_OWN_METADATA)):
+        raise UserError(
+            f"The metadata field '{taken[0]}' for {path} is one the file writes itself: rename it."
+        )
+    tree_digest = state_digest(flat)
+    fields = {**metadata, "format": FORMAT, "digest": tree_digest}
+    fields["metadata_digest"] = json_digest(fields)
+    encoded = {name: json.dumps(value, allow_nan=False) for name, value in fields.items()}
+    try:
+        paths.make_folder(os.path.dirname(path) or ".")
+        paths.write(path, safetensors.numpy.save(flat, encoded))
+    except OSError as error:
+        raise UserError(
+            f"The weights could not be written to {path} ({error}): "
+            "free some space or choose a folder you may write to."
+        ) from error
+    return tree_digest
+
+
+def load_weights(
+    path: str | os.PathLike, like: Tree | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads weights written by `save_weights` and verifies all of them.
+
+    A safetensors file of another program is read where `like` is given and fits; only its names,
+    shapes and finite values can then be verified.
+
+    Args:
+      path: the safetensors file, local or gs://...
+      like: pytree of arrays or `jax.ShapeDtypeStruct` whose names and shapes the file must have.
+        Floating-point arrays are converted to its dtypes.
+
+    Returns:
+      The weights as nested dicts of numpy arrays (a tree without arrays is `{}`), and the metadata
+      given to `save_weights`.
+
+    Raises:
+      UserError: the file is missing, damaged, foreign, not finite, or does not fit `like`.
+    """
+    path = os.fspath(path)
+    paths.check_bucket(f"The weights file {path}", path)
+    if not paths.exists(path):
+        raise UserError(f"There is no weights file {path}: check the path.")
+    flat, fields = read_safetensors(path)
+    foreign = _is_foreign(fields)
+    if foreign and like is not None:
+        fields = {}
+    else:
+        _check_sealed(path, flat, fields)
+    given = {name: value for name, value in fields.items() if name not in _OWN_METADATA}
+    if like is not None:
+        wanted = {name: shape(leaf) for name, leaf in named(like).items()}
+        found = {name: shape(array) for name, array in flat.items()}
+        if difference := first_difference(found, wanted):
+            other = ", or import PyTorch's with python -m ada_jax.import_weights" if foreign else ""
+            raise UserError(
+                f"The weights file {path} does not fit this network ({difference}): give the file "
+                f"of the same architecture, or configure the one it was saved from{other}."
+            )
+        flat = {name: _as_floating(flat[name], leaf) for name, leaf in named(like).items()}
+    if bad := _first_not_finite(flat):
+        raise UserError(
+            f"The weights file {path} holds NaN or infinity in '{bad}': use another file."
+        )
+    return nested(flat), given
+
+
+def metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The metadata given to `save_weights`; {} of a file of another program.
+
+    Raises:
+      UserError: the file cannot be read, or is damaged.
+    """
+    path = os.fspath(path)
+    return {} if _is_foreign(read_safetensors(path)[1]) else load_weights(path)[1]
+
+
+def _is_foreign(fields: Mapping[str, Any]) -> bool:
+    """Whether another program wrote a file: it has no format, or a word, as PyTorch's 'pt'."""
+    unsealed = not fields.keys() & {"digest", "metadata_digest"}
+    return unsealed and not isinstance(fields.get("format"), int)
+
+
+def _check_sealed(path: str, flat: Mapping[str, np.ndarray], fields: Mapping[str, Any]) -> None:
+    """Checks that `save_weights` wrote a file and that nothing in it has changed since."""
+    if fields.get("format") != FORMAT:
+        raise UserError(
+            f"The file {path} is not a weights file of this version of ada_jax (it says format = "
+            f"{fields.get('format')}, not {FORMAT}): save it again with "
+            "ada_jax.checkpoint.save_weights, or take a network of another program into a training "
+            "loop of your own, with ada_jax.adversarial_augment."
+        )
+    sealed = {name: value for name, value in fields.items() if name != "metadata_digest"}
+    if fields.get("metadata_digest") != json_digest(sealed) or fields.get("digest") != state_digest(
+        flat
+    ):
+        raise UserError(
+            f"The weights file {path} is damaged (its content does not match its sha256): "
+            "copy or save it again."
+        )
+
+
+def check_utf_8(folder: Any) -> None:
+    try:
+        os.fspath(folder).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"The folder {os.fsencode(folder)!r} has a name that is not UTF-8, in which no "
+            "checkpoint can be written: rename it, or use another --workdir."
+        ) from error
+
+
+def named(tree: Tree) -> dict[str, Any]:
+    """The leaves by name, in the order of `jax.tree.leaves`."""
+    named = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        keys = [jax.tree_util.keystr((key,), simple=True) for key in path]
+        name = _SEPARATOR.join(keys)
+        # safetensors keeps its metadata under the name of one entry.
+        if not keys or not all(map(_survives, keys)) or name in named or name == "__metadata__":
+            raise UserError(
+                f"An array of the tree cannot be stored under the name '{name}': use non-empty, "
+                f"distinct keys that neither hold '{_SEPARATOR}' nor start or end with '/'."
+            )
+        named[name] = leaf
+    return named
+
+
+def _survives(key: str) -> bool:
+    return bool(key) and _SEPARATOR not in key and key == key.strip("/")
+
+
+def nested(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, array in flat.items():
+        *keys, last = name.split(_SEPARATOR)
+        node = tree
+        for key in keys:
+            node = node.setdefault(key, {})
+        node[last] = array
+    return tree
+
+
+def host_arrays(tree: Tree) -> dict[str, np.ndarray]:
+    """Copies of the leaves by name: contiguous, of native byte order, safe from donation."""
+    flat = {}
+    for name, leaf in named(tree).items():
+        array = np.asarray(leaf)
+        flat[name] = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
+    return flat
+
+
+def state_digest(flat: Mapping[str, np.ndarray]) -> str:
+    sha = hashlib.sha256()
+    for name, array in sorted(flat.items()):
+        sha.update(f"{json.dumps(name)} {spec(array)}\n".encode())
+        sha.update(array.reshape(-1).view(np.uint8))
+    return sha.hexdigest()
+
+
+def json_digest(value: Any) -> str:
+    # Through JSON and back, as tuples and integer keys change on the way to disk.
+    there_and_back = json.loads(json.dumps(value))
+    return hashlib.sha256(json.dumps(there_and_back, sort_keys=True).encode()).hexdigest()
+
+
+def shape(leaf: Any) -> str:
+    return f"[{','.join(map(str, np.shape(leaf)))}]"
+
+
+def spec(leaf: Any) -> str:
+    """Shape and dtype of an array, a ShapeDtypeStruct or a number, as in 'float32[3,3]'."""
+    return f"{_dtype(leaf).name}{shape(leaf)}"
+
+
+def _dtype(leaf: Any) -> np.dtype:
+    return np.dtype(leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype)
+
+
+def _as_floating(array: np.ndarray, like: Any) -> np.ndarray:
+    """The array in the floating-point type of `like`; as it is where one of the two is no float."""
+    types = array.dtype, _dtype(like)
+    if not all(jnp.issubdtype(t, jnp.floating) for t in types):
+        return array
+    with np.errstate(over="ignore"):  # Infinities are found afterwards.
+        return array.astype(types[1])
+
+
+def struct(spec: str) -> jax.ShapeDtypeStruct:
+    """What `_spec` says of an array."""
+    dtype, _, sides = spec.rstrip("]").partition("[")
+    return jax.ShapeDtypeStruct([int(n) for n in sides.split(",") if n], dtype)
+
+
+def _first_not_finite(flat: Mapping[str, np.ndarray]) -> str | None:
+    return next((name for name, array in flat.items() if not np.isfinite(array).all()), None)
+
+
+def first_difference(found: Mapping[str, str], wanted: Mapping[str, str]) -> str | None:
+    """Says how many arrays differ between two {name: shape} and what the first one does."""
+    names = [name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name)]
+    if not names:
+        return None
+    first = names[0]
+    if first not in found:
+        what = f"is missing, {wanted[first]} is wanted"
+    elif first not in wanted:
+        what = f"of {found[first]} is not wanted"
+    else:
+        what = f"is {found[first]} where {wanted[first]} is wanted"
+    return f"{len(names)} of {len({*found, *wanted})} arrays differ; the first, '{first}', {what}"
+
+
+def one_line(error: Exception) -> str:
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= 200 else f"{text[:60]} ... {text[-135:]}"  # The cause is last.
+
+
+def read_safetensors(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """All arrays of a safetensors file by name, and its metadata, of any program.
+
+    Metadata that are not JSON are strings, as in PyTorch's {'format': 'pt'}.
+
+    Raises:
+      UserError: it cannot be read as such a file.
+    """
+    import safetensors
+
+    try:
+        with (
+            paths.local_copy(path) as copy,
+            safetensors.safe_open(copy, framework="np") as file,
+        ):
+            fields = {name: _from_json(text) for name, text in (file.metadata() or {}).items()}
+            return {name: file.get_tensor(name) for name in file.keys()}, fields  # noqa: SIM118
+    except Exception as error:  # Its parts raise whatever the damaged bytes lead them to.
+        raise UserError(
+            f"The file {path} is not a whole safetensors file ({one_line(error)}): "
+            "copy it again, or save it with ada_jax.checkpoint.save_weights (pickles are not read)."
+        ) from error
+
+
+def _from_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

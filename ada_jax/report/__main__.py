@@ -1,0 +1,88 @@
+"""Tables and pictures out of results files; nothing in them is typed by hand.
+
+python -m ada_jax.report RESULTS...                      a results.json or a run's folder each
+python -m ada_jax.report RESULTS... --paper              with the paper's own numbers beside
+python -m ada_jax.report --paper --table=3 --format=csv  the paper's table alone
+python -m ada_jax.report RESULTS... --figures=DIR        pictures, and a page with everything
+
+Table 1 has a line for each method, table 2 its accuracy in balls of pixels, table 3 its errors on
+each corruption; 'list' has every results file, where it comes from and what it was measured on;
+'beside' is table 1 with the paper's clean error and mCE in columns of their own.
+Results that share their name and settings and differ in seed become one line, with mean and
+standard deviation. All errors are in percent, and mCE is the plain mean over corruptions and
+severities (un-normalised).
+"""
+
+import os
+
+from absl import flags, logging
+
+from ada_jax import locks, paths
+from ada_jax import results as results_files
+from ada_jax.errors import UserError, require_extra
+from ada_jax.report import charts, grouping, paper_tables, tables, web_page
+from ada_jax.run import cli
+
+
+def main(argv: list[str]) -> None:
+    """Prints the tables and draws the pictures."""
+    f = flags.FLAGS
+    known = ("1", "2", "3", "list", "beside")
+    if f.format not in tables.FORMATS:
+        raise UserError(f"--format={f.format} is unknown: choose from {', '.join(tables.FORMATS)}.")
+    if unknown := [name for name in f.table if name not in known]:
+        raise UserError(f"--table={unknown[0]} is unknown: choose from {', '.join(known)}.")
+    if not argv[1:] and not f.paper:
+        raise UserError(
+            "No results are named: give results files or folders of runs, or --paper for the "
+            "paper's own numbers."
+        )
+    if f.figures:
+        require_extra(f"--figures={f.figures}", "matplotlib")
+    files = [*charts.evaluated(argv[1:]), *([str(results_files.PUBLISHED)] if f.paper else [])]
+    everything = [result for file in files for result in results_files.read(file)]
+    results = [result for result in everything if not result.published]
+    ours, paper = (
+        grouping.rows(results),
+        grouping.rows(result for result in everything if result.published),
+    )
+    attacked = [result for result in results if "lp_accuracy" in result.fields]
+    made = {
+        "1": paper_tables.table_1(ours, paper),
+        # The paper's rows alone compare with nothing of ours.
+        "2": paper_tables.table_2(
+            grouping.rows(attacked), paper if attacked or not results else []
+        ),
+        "3": paper_tables.table_3(ours, paper),
+        "list": paper_tables.table_list(results or everything, paper if results else []),
+    }
+    if "beside" in f.table:
+        made["beside"] = paper_tables.table_beside(
+            ours, grouping.rows(results_files.read(str(results_files.PUBLISHED)))
+        )
+    names = [name for name in f.table if made[name].groups]
+    if not names:
+        raise UserError(
+            f"--table={','.join(f.table)} has nothing to show: name results files or folders of "
+            "runs that were measured so, or choose another table."
+        )
+    if f.figures:
+        cli.make_folder("figures", f.figures)
+        with locks.hold(f"--figures={f.figures}", locks.of_folder(f.figures)):
+            pictures = charts.draw(f.figures, ours, paper, results)
+            page = os.path.join(f.figures, "index.html")
+            title = "Robustness to common corruptions"
+            paths.write(
+                page, web_page.page(title, [t for t in made.values() if t.groups], pictures)
+            )
+        for path in (*(p.path for p in pictures if p.section == "figures"), page):
+            logging.info("wrote %s", path)
+    print("\n\n".join(tables.FORMATS[f.format](made[name]) for name in names))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("format", "markdown", "markdown, latex or csv.")
+    flags.DEFINE_list("table", ["1", "2", "3", "list"], "Which: 1, 2, 3, list, beside.")
+    flags.DEFINE_bool("paper", False, "Put the paper's own numbers beside.")
+    flags.DEFINE_string("figures", "", "Folder for pictures and a page, index.html.")
+    cli.start(main)

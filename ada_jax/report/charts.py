@@ -1,0 +1,165 @@
+"""Figures of many results."""
+
+import math
+import os
+import re
+import statistics
+
+from absl import logging
+
+from ada_jax import paths
+from ada_jax import results as results_files
+from ada_jax.corruptions import parameter_tables
+from ada_jax.report import figures, grouping, web_page
+from ada_jax.run import logbook
+
+# ------------------------------------------------------------------------ pictures
+
+
+def draw(
+    folder: str,
+    ours: list[grouping.Row],
+    paper: list[grouping.Row],
+    results: list[results_files.Result],
+) -> list[web_page.Picture]:
+    """Draws what the results have the numbers for.
+
+    Args:
+      folder: where the PNGs go.
+      ours: rows of results.
+      paper: published rows; those that ours compare with are drawn beside them, all where there
+        are none of ours.
+      results: the results files, for what lies beside them: a run's metrics.jsonl with records of
+        kind 'corruptions', and its pictures adversarial_*.png.
+
+    Returns:
+      The pictures in the order of the page: bars, curves, maps, pairs.
+    """
+    compared = {row.method for row in ours}
+    shown = ours + [row for row in paper if row.method in compared or not ours]
+    drawn = []
+    for name, draw_rows, what in (
+        ("corruptions", _bars, "Error on each corruption, mean over the five severities"),
+        ("severities", _curves, "Error at each severity"),
+    ):
+        path = os.path.join(folder, f"{name}.png")
+        if labels := draw_rows(path, shown):
+            drawn.append(web_page.Picture(path, _alt(what, shown), f"{what}: {labels}.", "figures"))
+    return drawn + _maps(folder, results) + _pairs(results)
+
+
+def _bars(path: str, shown: list[grouping.Row]) -> str:
+    bars = {
+        row.label: {
+            name: {"mean": row.values[name], "std": row.spread.get(name, math.nan)}
+            for name in results_files.NAMES + results_files.EXTRA
+            if name in row.values
+        }
+        for row in shown
+    }
+    bars = {label: found for label, found in bars.items() if found}
+    if bars:
+        figures.corruption_bars(path, bars, order=results_files.NAMES + results_files.EXTRA)
+    return ", ".join(bars)
+
+
+def _curves(path: str, shown: list[grouping.Row]) -> str:
+    curves = {
+        row.label: {
+            name: [row.values.get(f"{name}/{s}", math.nan) for s in parameter_tables.SEVERITIES]
+            for name in ("mce", *results_files.NAMES, *results_files.EXTRA)
+            if any(f"{name}/{s}" in row.values for s in parameter_tables.SEVERITIES)
+        }
+        for row in shown
+    }
+    curves = {label: found for label, found in curves.items() if found}
+    if curves:
+        figures.severity_curves(
+            path, curves, order=("mce", *results_files.NAMES, *results_files.EXTRA)
+        )
+    return ", ".join(curves)
+
+
+def _alt(what: str, shown: list[grouping.Row]) -> str:
+    means = [f"{row.label} {row.values['mce']:.1f}%" for row in shown if "mce" in row.values]
+    return f"{what}. mCE: {', '.join(means)}." if means else f"{what}."
+
+
+def _maps(folder: str, results: list[results_files.Result]) -> list[web_page.Picture]:
+    """Figure 2 of every run whose log has what it shows."""
+    found = []
+    for i, result in enumerate(results, 1):
+        records = logbook.read(os.path.dirname(result.file))
+        steps, accuracies = through_training([r for r in records if r["kind"] == "corruptions"])
+        if not accuracies:
+            continue
+        name = f"{result.fields['name']}, seed {result.fields['seed']}"
+        path = os.path.join(folder, f"training_{i}_{re.sub('[^a-z0-9+]+', '_', name)}.png")
+        figures.training_maps(path, steps, accuracies)
+        what = f"Accuracy of {name} on each corruption through training"
+        last = {c: values[-1] for c, values in accuracies.items()}
+        alt = f"{what}. At the end: {', '.join(f'{c} {v:.1f}%' for c, v in last.items())}."
+        caption = (
+            f"{what} (as the paper's figure 2): as it is, relative to the other corruptions of its "
+            "step, and relative to the other steps of its corruption. Brighter is better."
+        )
+        found.append(web_page.Picture(path, alt, caption, "figures"))
+    return found
+
+
+def through_training(records: list[logbook.Record]) -> tuple[list[int], dict[str, list[float]]]:
+    """What figure 2 shows, out of a log's records of kind 'corruptions'.
+
+    Args:
+      records: with 'step' and fields 'error/NAME/SEVERITY' in percent.
+
+    Returns:
+      The steps [T] and, for each corruption that occurs, the accuracies in percent [T], means over
+      the severities that were measured; NaN where a record lacks the corruption.
+    """
+    accuracies = {}
+    for name in results_files.NAMES + results_files.EXTRA:
+        errors = [
+            [v for k, v in record.items() if k.startswith(f"error/{name}/")] for record in records
+        ]
+        if any(errors):
+            accuracies[name] = [100 - statistics.fmean(e) if e else math.nan for e in errors]
+    return [int(record["step"]) for record in records], accuracies
+
+
+def _pairs(results: list[results_files.Result]) -> list[web_page.Picture]:
+    """The pictures of clean and augmented images that training left beside the results."""
+    found = []
+    for result in results:
+        for path in paths.glob(os.path.dirname(result.file), "adversarial_*.png"):
+            net = path.stem.removeprefix("adversarial_")
+            alt = (
+                f"{result.fields['name']}, seed {result.fields['seed']}, attacked through {net}: "
+                "clean images, what AdA renders of them, and the difference."
+            )
+            said = "A wrong verdict is red."
+            if attacked := result.fields.get("ada", {}).get(net):
+                said += (
+                    f" Of {attacked['examples']} attacked images {attacked['error']:.2f}% are "
+                    "classified wrongly"
+                    + (f"; mean SSIM {attacked['ssim']:.3f}." if "ssim" in attacked else ".")
+                )
+            found.append(web_page.Picture(str(path), alt, f"{alt} {said}", "pairs"))
+    return found
+
+
+# ------------------------------------------------------------------------ the binary
+
+
+def evaluated(named: list[str]) -> list[str]:
+    """What is named without folders that have no results, as runs/* has; if all are so, all."""
+    empty = [
+        path
+        for path in named
+        if paths.is_dir(path) and not paths.at(os.path.join(path, "results.json")).is_file()
+    ]
+    if len(empty) == len(named):
+        return named
+    for path in empty:
+        logging.warning("%s has no results.json and is left out.", path)
+    return [path for path in named if path not in empty]

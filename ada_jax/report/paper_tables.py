@@ -1,0 +1,177 @@
+"""The paper's tables with rows of one's own."""
+
+from ada_jax import results as results_files
+from ada_jax.report import grouping
+from ada_jax.report.tables import Cell, Table
+
+# ------------------------------------------------------------------------ tables
+
+_SUMMARY = {  # values, headings and digits
+    "clean": ("clean error", 2),
+    "mce": ("mCE, un-normalised", 2),
+    "mce_alexnet": ("mCE, AlexNet's errors as 100%", 2),
+    **{group: (group, 1) for group in results_files.GROUPS},
+    "extra": ("extra four", 1),
+    "cifar10_1": ("CIFAR-10.1", 2),
+}
+_EACH = {
+    "clean": ("clean error", 2),
+    "mce": ("mCE, un-normalised", 2),
+    **{name: (name.split("_")[0], 1) for name in results_files.NAMES},
+    **{name: (name.replace("_", " ").removesuffix(" noise"), 1) for name in results_files.EXTRA},
+}
+_BALLS = {
+    "clean": ("clean error", 2),
+    **{f"l2 {r}": (f"l2 {r}", 2) for r in results_files.RADII["l2"]},
+    **{f"linf {r}": (f"linf {r}", 2) for r in results_files.RADII["linf"]},
+    "cifar10_1": ("CIFAR-10.1", 2),
+}
+_OPTIONAL = {"mce_alexnet", "extra", "cifar10_1", *results_files.EXTRA, *_BALLS} - {
+    "clean"
+}  # columns that are left out where nobody has them
+
+
+def table_1(ours: list[grouping.Row], paper: list[grouping.Row]) -> Table:
+    """A line for each method: clean error, mCE, means over the paper's groups of corruptions.
+
+    Args:
+      ours: rows of results.
+      paper: published rows; those of the paper's table 1 get lines of their own, and below each of
+        ours comes its difference to the paper's, ours minus theirs.
+
+    Returns:
+      A table sorted by mCE, the paper's lines among ours.
+    """
+    return _table("Table 1: robustness to common corruptions", _SUMMARY, ours, paper, "1")
+
+
+def table_beside(ours: list[grouping.Row], paper: list[grouping.Row]) -> Table:
+    """Our lines of `table_1`, each with the paper's clean error and mCE of its method beside."""
+    theirs = {row.method: row.values for row in paper}
+    head, lines = ["setup"], [[Cell(row.label)] for row in ours]
+    for key in ("clean", "mce", *results_files.GROUPS):
+        heading, digits = _SUMMARY[key]
+        compared = key not in results_files.GROUPS
+        head += [heading, f"{heading.split(',')[0]}, paper"] if compared else [heading]
+        for line, row in zip(lines, ours, strict=True):
+            line.append(Cell(row.values.get(key), digits, row.spread.get(key)))
+            if compared:
+                line.append(Cell(theirs.get(row.method, {}).get(key), digits))
+    groups = [[[*line, Cell(row.seeds)]] for line, row in zip(lines, ours, strict=True)]
+    return Table("Our results beside the paper's", [*head, "seeds"], groups, _notes(ours))
+
+
+def table_2(ours: list[grouping.Row], paper: list[grouping.Row]) -> Table:
+    """As `table_1`, with robust accuracies: the worst case of AutoAttack and MultiTargeted."""
+    shown = [row for row in ours if any(key in row.values for key in _BALLS if " " in key)]
+    return _table("Table 2: accuracy in balls of pixels", _BALLS, shown, paper, "2")
+
+
+def table_3(ours: list[grouping.Row], paper: list[grouping.Row]) -> Table:
+    """As `table_1`, with the error on every corruption, averaged over its five severities."""
+    return _table("Table 3: errors on each corruption", _EACH, ours, paper, "3")
+
+
+def _table(
+    title: str,
+    columns: dict[str, tuple[str, int]],
+    ours: list[grouping.Row],
+    paper: list[grouping.Row],
+    name: str,
+) -> Table:
+    by_method = {row.method: row for row in paper}
+    shown = sorted(
+        [*ours, *(r for r in paper if name in r.tables)],
+        key=lambda row: grouping.by_mce(row.values),
+    )
+    columns = {
+        key: column
+        for key, column in columns.items()
+        if key not in _OPTIONAL or any(key in row.values for row in shown)
+    }
+    groups = []
+    for row in shown:
+        cells = [Cell(row.values.get(k), d, row.spread.get(k)) for k, (_, d) in columns.items()]
+        group = [[Cell(row.label), *cells, Cell(row.seeds or None)]]
+        if row.seeds and row.method in by_method:
+            theirs = by_method[row.method]
+            cells = [
+                Cell(row.values[k] - theirs.values[k], d, signed=True)
+                if k in row.values and k in theirs.values
+                else Cell()
+                for k, (_, d) in columns.items()
+            ]
+            group.append([Cell(f"minus {theirs.label}"), *cells, Cell()])
+        groups.append(group)
+    head = ["setup", *(heading for heading, _ in columns.values()), "seeds"]
+    return Table(title, head, groups, _notes_on_balls(shown) if name == "2" else _notes(shown))
+
+
+def _notes(shown: list[grouping.Row]) -> list[str]:
+    notes = ["Errors in percent; mCE is the mean over the 15 corruptions and five severities."]
+    if any(row.seeds > 1 for row in shown):
+        notes.append("Over seeds: mean ± sample standard deviation.")
+    if errors := [row.sampling for row in shown if row.sampling]:
+        notes.append(
+            f"Standard error of a clean error for its number of images: at most {max(errors):.2f}; "
+            "of a mean over corruptions of the same images about as much."
+        )
+    return notes + _where(shown, {row.label: row.measured_on for row in shown})
+
+
+def _notes_on_balls(shown: list[grouping.Row]) -> list[str]:
+    notes = ["In percent; of the accuracies, an image counts that no attack broke."]
+    if any(row.seeds > 1 for row in shown):
+        notes.append("Over seeds: mean ± sample standard deviation.")
+    of = {row.label: row.attacked or row.measured_on for row in shown}
+    return notes + _where(shown, of)
+
+
+def _where(shown: list[grouping.Row], words_of: dict[str, str]) -> list[str]:
+    """A note for all rows of which the same words are true."""
+    where: dict[str, list[str]] = {}
+    for row in shown:
+        labels = where.setdefault(words_of[row.label], [])
+        labels += [row.label] if row.seeds else ["(paper)"] * (not labels)
+    ours = [words for words, labels in where.items() if labels != ["(paper)"]]
+    names = {words: ", ".join(labels) for words, labels in where.items()}
+    if len(ours) == 1 and len(where[ours[0]]) > 1:
+        names[ours[0]] = "all rows but the paper's" if len(where) > 1 else "all rows"
+    return [f"{name}: {words}." for words, name in names.items()]
+
+
+def table_list(results: list[results_files.Result], paper: list[grouping.Row]) -> Table:
+    """A line for each results file, sorted by mCE, with all that says where it comes from.
+
+    Args:
+      results: of `read`.
+      paper: published rows to compare with; where there are any, each line has the mCE of the
+        paper's row of its method and the difference, ours minus theirs.
+    """
+    theirs = {row.method: row.values["mce"] for row in paper if "mce" in row.values}
+    sets = [k for k in ("clean", "extra", "cifar10_1") if any(k in r.values for r in results)]
+    lines = []
+    for result in sorted(results, key=lambda r: grouping.by_mce(r.values)):
+        fields, mce = result.fields, result.values.get("mce")
+        beside = theirs.get(grouping.paper_row(result))
+        difference = None if None in (mce, beside) else mce - beside
+        lines.append(
+            [
+                Cell(fields["name"]),
+                Cell(fields.get("seed")),
+                Cell(mce, 2),
+                *([Cell(beside, 2), Cell(difference, 2, signed=True)] if paper else []),
+                *(Cell(result.values.get(key), 2) for key in sets),
+                Cell(fields.get("step")),
+                Cell(grouping.measured_on(result)),
+                Cell(fields.get("device")),
+                Cell(results_files.clock(fields["seconds"]) if "seconds" in fields else None),
+                Cell(fields.get("commit", "")[:12]),
+                Cell(fields.get("weights_digest", "")[:12]),
+                Cell(result.file),
+            ]
+        )
+    head = ["name", "seed", "mCE, un-normalised", *(["mCE, paper", "difference"] if paper else [])]
+    head += [_SUMMARY[key][0] for key in sets]
+    head += ["step", "measured on", "device", "time", "commit", "weights", "file"]
+    return Table("All results", head, [[line] for line in lines])

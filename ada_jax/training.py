@@ -1,0 +1,247 @@
+"""The update step: crop, AdA, AugMix, then the classifier's update."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from ada_jax import ada, attacks, keys, losses
+from ada_jax.augment import augmix, cropping
+from ada_jax.data import batching
+from ada_jax.nets import corruption_nets
+from ada_jax.sharding import AXIS
+
+METHODS = ("ada", "nominal", "pgd")
+
+
+class TrainState(NamedTuple):
+    """All that changes during training.
+
+    Attributes:
+      step: updates made, int32 scalar.
+      params: the classifier's parameters.
+      net_state: its batch-norm averages.
+      opt_state: the optimiser's state.
+    """
+
+    step: jax.Array
+    params: hk.Params
+    net_state: hk.State
+    opt_state: optax.OptState
+
+
+# ------------------------------------------------------------------------ the step
+
+
+def make_update_step(
+    config: ml_collections.ConfigDict,
+    classifier: hk.TransformedWithState,
+    net_applies: Sequence[Callable[..., jax.Array]],
+    optimizer: optax.GradientTransformation,
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """Makes the step of one device: crop/flip -> AdA -> line search -> AugMix -> update -> metrics.
+
+    Args:
+      config: the run's config.
+      classifier: Haiku classifier.
+      net_applies: the corruption networks' functions, of which every batch draws one; none trains
+        without AdA.
+      optimizer: of the classifier.
+
+    Returns:
+      `update_step(state, thetas, batch, key) -> (state, metrics)`, to be mapped over AXIS; `thetas`
+      has a tree for each network, `batch` 'image' [b,H,W,3] and 'label' [b] of this device, `key`
+      is the run's.
+    """
+
+    cast = functools.partial(
+        corruption_nets.cast, dtype=config.compute_dtype, remat=config.ada.remat
+    )
+    attack = make_attack(config, classifier, [cast(apply) for apply in net_applies])
+
+    def loss_fn(params, net_state, views, y):
+        logits, net_state = classifier.apply(params, net_state, None, views, is_training=True)
+        decay = config.weight_decay * losses.weight_decay(params, include_bn=config.weight_decay_bn)
+        logits, *mixed = jnp.split(logits, len(views) // len(y))
+        loss = losses.cross_entropy(logits, y).mean()
+        total = loss + decay
+        if mixed:
+            total += config.augmix.jsd_weight * losses.jsd(logits, *mixed).mean()
+        return total, (net_state, loss, logits)
+
+    def update_step(state, thetas, batch, key):
+        x, y = batching.to_float(batch["image"]), batch["label"]
+        # Keys by position in the global batch: the number of devices does not change the draw.
+        first = jax.lax.axis_index(AXIS) * len(y)
+        key = jax.random.fold_in(key, state.step)
+        example_keys = keys.of_positions(key, first, len(y))
+        crop_keys, ada_keys = jnp.moveaxis(jax.vmap(jax.random.split)(example_keys), 1, 0)
+
+        x = cropping.random_crop_flip(crop_keys, x, pad=config.pad, flip=config.flip)
+        metrics = {}
+        if attack:
+            x, attacked = attack(key, state, thetas, ada_keys, x, y)
+            metrics = attack_metrics(config.method, attacked)
+
+        if config.augmix.use:
+            x = mixed_views(config, example_keys, x)
+        gradient_fn = jax.grad(loss_fn, has_aux=True)
+        gradient, (net_state, loss, logits) = gradient_fn(state.params, state.net_state, x, y)
+        gradient, net_state = average((gradient, net_state))
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+
+        metrics |= {
+            "loss": loss,
+            "error": 100 * jnp.mean(jnp.argmax(logits, -1) != y),
+            "gradient_norm": optax.tree.norm(gradient),
+        }
+        return TrainState(state.step + 1, params, net_state, opt_state), reduce_metrics(metrics)
+
+    return update_step
+
+
+def make_attack(
+    config: ml_collections.ConfigDict,
+    classifier: hk.TransformedWithState,
+    net_applies: Sequence[Callable[..., jax.Array]],
+) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]] | None:
+    """Makes the attack on one device's batch; see `make_update_step` for the arguments.
+
+    Returns:
+      `attack(key, state, thetas, example_keys, x, y) -> (images, metrics)`, where `key` is the
+      step's, the same on every device, and metrics are per attacked example; None without an
+      attack.
+    """
+
+    def logits_fn(state, batch_norm, x):
+        return classifier.apply(
+            state.params,
+            state.net_state,
+            None,
+            x,
+            is_training=False,
+            test_local_stats=batch_norm == "batch",
+        )[0]
+
+    def through(i, state, thetas, example_keys, x, y):
+        return ada.adversarial_augment(
+            example_keys,
+            x,
+            y,
+            logits_fn=functools.partial(logits_fn, state, config.ada.batch_norm),
+            net=ada.CorruptionNet(net_applies[i], thetas[i]),
+            microbatch=config.ada.microbatch or None,
+            **attack_settings(config),
+        )
+
+    def ada_attack(key, state, thetas, example_keys, x, y):
+        # The same network on every device; the key is of no example's position.
+        key = jax.random.fold_in(key, config.batch_size)
+        drawn = jax.random.randint(key, (), 0, len(net_applies))
+        branches = [functools.partial(through, i) for i in range(len(net_applies))]
+        attacked = slice(None, None, config.ada.every)
+        examples = example_keys[attacked], x[attacked], y[attacked]
+        images, metrics = jax.lax.switch(drawn, branches, state, thetas, *examples)
+        return (images if config.ada.every == 1 else x.at[attacked].set(images)), metrics
+
+    def pgd_attack(key, state, thetas, example_keys, x, y):
+        del key, thetas
+        images, info = attacks.pgd(
+            example_keys,
+            functools.partial(logits_fn, state, config.pgd.batch_norm),
+            x,
+            y,
+            config.pgd.epsilon,
+            norm=config.pgd.norm,
+            steps=config.pgd.steps,
+            step_size=config.pgd.step_scale * config.pgd.epsilon,
+        )
+        return jax.lax.stop_gradient((images, {"broken": info["broken"]}))
+
+    return {"ada": ada_attack, "pgd": pgd_attack, "nominal": None}[config.method]
+
+
+def mixed_views(
+    config: ml_collections.ConfigDict, example_keys: jax.Array, x: jax.Array
+) -> jax.Array:
+    """AugMix of images [b,H,W,3]; with its consistency loss [3b,H,W,3], the images first."""
+
+    def view(i):
+        # 0 and 1 would be the keys of the crop and of AdA.
+        view_keys = jax.vmap(lambda key: jax.random.fold_in(key, i))(example_keys)
+        return augmix.augment_and_mix(view_keys, x, **augmix_settings(config))
+
+    return jnp.concatenate([x, view(2), view(3)]) if config.augmix.jsd_weight else view(2)
+
+
+def augmix_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """AugMix's part of the config, as arguments of `augmix.augment_and_mix`."""
+    ops = augmix.OPS + (augmix.EXTRA_OPS if config.augmix.extra_ops else ())
+    names = ("severity", "width", "depth", "alpha")
+    return {name: config.augmix[name] for name in names} | {"ops": ops}
+
+
+def average(tree: Any) -> Any:
+    """Mean over all devices; integers (batch norm's step counts) are the same everywhere."""
+    return jax.tree.map(
+        lambda a: jax.lax.pmean(a, AXIS) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree
+    )
+
+
+def attack_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The attack's part of the config, as arguments of `ada.adversarial_augment`."""
+    names = ("nu", "steps", "step_rule", "step_scale", "ssim_threshold", "root_rule")
+    return {name: config.ada[name] for name in names}
+
+
+def attack_metrics(method: str, attacked: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Scalars for the log from an attack's per-example metrics, named after the method."""
+    means = {f"{method}_{name}": jnp.mean(value) for name, value in attacked.items()}
+    least = ("ssim_before", "ssim_after")
+    return means | {f"{method}_{n}_min": jnp.min(attacked[n]) for n in least if n in attacked}
+
+
+def reduce_metrics(metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Over all devices: the least of those named '*_min', the mean of the others."""
+    return {
+        name: (jax.lax.pmin if name.endswith("_min") else jax.lax.pmean)(value, AXIS)
+        for name, value in metrics.items()
+    }
+
+
+def learning_rate_schedule(
+    config: ml_collections.ConfigDict, steps_per_epoch: float, total_steps: int
+) -> optax.Schedule:
+    """Linear warm-up from 0, then cosine to 0 at the last step (paper, appendix A).
+
+    The peak follows the linear scaling rule, max(lr * batch size / 256, lr).
+    """
+    peak = max(config.learning_rate * config.batch_size / 256, config.learning_rate)
+    warmup = min(round(config.warmup_epochs * steps_per_epoch), total_steps - 1)
+    return optax.warmup_cosine_decay_schedule(0.0 if warmup else peak, peak, warmup, total_steps)
+
+
+def make_optimizer(
+    config: ml_collections.ConfigDict, schedule: optax.Schedule
+) -> optax.GradientTransformation:
+    """SGD with Nesterov momentum; weight decay is part of the loss."""
+    return optax.sgd(schedule, momentum=config.momentum, nesterov=True)
+
+
+def initial_state(
+    classifier: hk.TransformedWithState,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    images: jax.Array,
+) -> TrainState:
+    """The state before the first step; `images` are real ones, for the batch-norm averages."""
+    params, net_state = jax.jit(classifier.init, static_argnames="is_training")(
+        key, images, is_training=True
+    )
+    return TrainState(jnp.zeros((), jnp.int32), params, net_state, optimizer.init(params))
