@@ -114,8 +114,8 @@ def _folder_files(
     """
     if unknown := _subfolders(root) - set(class_names):
         raise UserError(
-            f"config.data_dir: {str(root)!r} has the classes {core.listing(sorted(unknown))}, which "
-            "its neighbour 'train' lacks: add them there, or move them out of this folder."
+            f"config.data_dir: {str(root)!r} has the classes {core.listing(sorted(unknown))}, "
+            "which its neighbour 'train' lacks: add them there, or move them out of this folder."
         )
     files, left_out = [], collections.Counter()
     for label, name in enumerate(class_names):

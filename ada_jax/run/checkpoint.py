@@ -248,7 +248,8 @@ class Checkpoints:
         except Exception as error:  # A full disk is a ValueError of tensorstore.
             raise UserError(
                 f"A checkpoint could not be written to {self._folder} "
-                f"({weight_files.one_line(error)}): see that the disk has space and the folder may be written."
+                f"({weight_files.one_line(error)}): see that the disk has space and the folder may "
+                "be written."
             ) from error
 
     def _read(
