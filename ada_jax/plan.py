@@ -195,7 +195,7 @@ def compile_step(step: Step, devices: Sequence[jax.Device]) -> jax.stages.Compil
     *mapped, key = step.arguments
     mapped = jax.tree.map(lambda a: jax.ShapeDtypeStruct((len(devices), *a.shape), a.dtype), mapped)
     update = jax.pmap(
-        step.update, devices.AXIS, in_axes=(0, 0, 0, None), donate_argnums=0, devices=devices
+        step.update, sharding.AXIS, in_axes=(0, 0, 0, None), donate_argnums=0, devices=devices
     )
     return update.lower(*mapped, key).compile()
 

@@ -27,7 +27,9 @@ from ada_jax.errors import NotFiniteError, UserError
 from ada_jax.nets import weight_files
 from ada_jax.nets.weight_files import digest, load_weights, save_weights
 from ada_jax.run.checkpoint import Checkpoints
-from tests.conftest import ROOT
+
+ROOT = pathlib.Path(__file__).parents[1]
+
 
 DTYPES = ("float32", "bfloat16", "float16", "float64", "int8", "int32", "int64", "uint32", "bool")
 WEIGHTS = {"net/~/conv": {"w": np.arange(12, dtype=np.float32).reshape(3, 4)}, "b": np.ones(2)}
@@ -539,7 +541,7 @@ def test_expected_tuples_equal_the_lists_json_made_of_them(tmp_path):
 KILLED = """
     import os, signal, sys
     import numpy as np
-    from ada_jax.checkpoint import Checkpoints
+    from ada_jax.run.checkpoint import Checkpoints
 
     checkpoints = Checkpoints(sys.argv[1], keep=1)
     checkpoints.save(1, {"w": np.full(4_000_000, 1, np.float32)}, {}, wait=True)

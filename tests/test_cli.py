@@ -59,7 +59,7 @@ def test_a_binary_starts_anew_with_huge_pages_and_the_same_flags(given, tmp_path
 
 
 def test_a_user_s_own_program_is_not_started_twice():
-    program = "from ada_jax import cli; cli._take_huge_pages(); print('once')"
+    program = "from ada_jax.run import cli; cli._take_huge_pages(); print('once')"
     environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
     done = subprocess.run(
         [sys.executable, "-c", f"print('start'); {program}"],
@@ -156,7 +156,7 @@ def test_ctrl_c_stays_ignored_where_it_was():
 
 STARTS = r"""
 import errno, os, signal, sys
-from ada_jax import cli
+from ada_jax.run import cli
 
 def run(main, *arguments):
     sys.argv[1:] = arguments
@@ -218,7 +218,8 @@ def test_the_package_lists_its_commands():
         [sys.executable, "-m", "ada_jax"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     listed = re.findall(r"^python -m ada_jax\.(\w+) +\w", done.stdout, re.MULTILINE)
-    sources = {p.stem: p.read_text() for p in (ROOT / "ada_jax").glob("[!_]*.py")}
+    files = [*(ROOT / "ada_jax").glob("[!_]*.py"), *(ROOT / "ada_jax").glob("*/__main__.py")]
+    sources = {p.stem.replace("__main__", p.parent.name): p.read_text() for p in files}
     assert sorted(listed) == sorted(
         n for n, text in sources.items() if "__main__" in text and n != "cli"
     )

@@ -370,8 +370,8 @@ def test_head_features_are_exchanged_dropped_negated_or_left():
 
 def bodies(theta, h, quirks):
     """Everything the body may come to, by name of the distortion."""
-    block = functools.partial(edsr.edsr_block, theta)
-    close = functools.partial(edsr.edsr_body_end, theta)
+    block = functools.partial(edsr_net.edsr_block, theta)
+    close = functools.partial(edsr_net.edsr_body_end, theta)
     first = block(1, block(0, h))
 
     def rest(x):

@@ -18,6 +18,7 @@ import safetensors.numpy
 from ml_collections import ConfigDict
 from PIL import Image
 
+import ada_jax
 from ada_jax import evaluate, sharding, training
 from ada_jax import results as results_files
 from ada_jax.corruptions import c_folder, functions, parameter_tables
@@ -142,9 +143,11 @@ def test_any_function_is_measured_under_the_corruptions():
 
 
 def test_the_readme_s_measurement_runs(monkeypatch, capsys):
-    (block,) = re.findall(r"```python\n(from ada_jax import cor.*?)```", README, re.DOTALL)
+    (block,) = re.findall(
+        r"```python\n(import ada_jax\nfrom ada_jax.eval.*?)```", README, re.DOTALL
+    )
     clean, runs = images(), []
-    monkeypatch.setattr(scoring, "load_classifier", runs.append)
+    monkeypatch.setattr(ada_jax, "load_classifier", runs.append)
     monkeypatch.setattr(scoring, "metadata", lambda run: {"class_names": [run]})
     given = {"logits_fn": lambda x: x.mean((1, 2)) @ jnp.eye(3, 4)}
     exec(block, given | {"images": clean.source.images, "labels": clean.source.labels})
@@ -235,7 +238,7 @@ def test_a_published_folder_in_its_own_order_and_either_spelling(folder):
     clean = dataclasses.replace(clean, source=shuffled)
     config = config_with(eval_c_dir=str(folder))
     names = ["elastic_transform", "saturate"]
-    datasets, source = c_folder.from_folder(config, clean, names, 24)
+    datasets, source = c_folder.open_set(config.eval_c_dir, clean, names, 24)
     assert set(source.pop("files")) == {"labels", *names}
     assert source == {"kind": "npy", "folder": str(folder)}
     image, label = datasets["elastic_transform", 4].source[5]
@@ -564,7 +567,7 @@ def test_a_folder_of_corrupted_images_counts_by_its_content(folder, tmp_path_fac
     def results(where=folder, *names):
         names = names or parameter_tables.EXTRA
         config = config_with(eval_c_dir=str(where))
-        _, source = c_folder.from_folder(config, clean, names, len(clean))
+        _, source = c_folder.open_set(config.eval_c_dir, clean, names, len(clean))
         return results_of(clean, image_sets.Sets({}, source))
 
     first = results(folder, "spatter", "saturate")

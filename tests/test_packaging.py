@@ -89,7 +89,7 @@ LIGHT = """
 import sys
 import haiku as hk, jax, jax.numpy as jnp, numpy as np
 import ada_jax
-from ada_jax import attacks, augmix, corruptions, evaluate
+from ada_jax import attacks
 
 model = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([10])(hk.Flatten()(x))))
 key, labels = jax.random.key(0), jnp.arange(2)
@@ -98,13 +98,13 @@ params = model.init(key, images)
 classify = lambda x: model.apply(params, x)
 net = ada_jax.make_corruption_net("edsr_small")
 ada_jax.adversarial_augment(key, images, labels, logits_fn=classify, net=net, nu=0.02, steps=0)
-augmix.augment_and_mix(key, images)
+ada_jax.augment_and_mix(key, images)
 attacks.pgd(key, classify, images, labels, 8 / 255, steps=1)
 pixels = np.asarray(255 * images, np.uint8)
 names = ["fog", "elastic_transform", "jpeg_compression"]
-results = evaluate.corruption_errors(classify, pixels, np.asarray(labels), names=names)
+results = ada_jax.corruption_errors(classify, pixels, np.asarray(labels), names=names)
 assert sorted(results["corruptions"]) == sorted(names)
-logits = evaluate.load_classifier(sys.argv[1])(images)
+logits = ada_jax.load_classifier(sys.argv[1])(images)
 assert logits.shape == (2, 10), logits.shape
 """
 
@@ -149,7 +149,7 @@ def test_a_light_installation_has_all_but_training(tmp_path):
 
 def test_a_module_of_the_extra_that_is_missed_late_costs_one_sentence(tmp_path):
     env = blocking(tmp_path, ("tensorflow",))
-    program = "from ada_jax import cli; cli.start(lambda argv: __import__('tensorflow'))"
+    program = "from ada_jax.run import cli; cli.start(lambda argv: __import__('tensorflow'))"
     done = run("-c", program, cwd=tmp_path, env=env)
     assert done.returncode == 2
     assert done.stderr == (

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jax import lax
 from ml_collections import ConfigDict
 
-from ada_jax import plan
+from ada_jax import plan, sharding
 from ada_jax.errors import UserError
 from ada_jax.run import costs
 from experiments import cifar10, imagenet, quickstart
@@ -214,7 +214,7 @@ def test_imagenet_s_step_has_its_shapes_and_length_without_data_or_weights():
     assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == 25_557_032
     assert sum(leaf.size for leaf in jax.tree.leaves(thetas)) == 1_517_571
     assert plan.steps_of(config) == round(90 * 1_281_167 / 1024)
-    mapped = jax.make_jaxpr(step.update, axis_env=[(plan.devices.AXIS, 32)], return_shape=True)
+    mapped = jax.make_jaxpr(step.update, axis_env=[(sharding.AXIS, 32)], return_shape=True)
     (_, (after, metrics)) = mapped(*step.arguments)
     chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
     assert metrics["ada_ssim_after"].shape == ()

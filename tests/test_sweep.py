@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 from ada_jax import sweep
+from ada_jax.data import sources
 from ada_jax.errors import UserError
 from ada_jax.nets.weight_files import save_weights
-from ada_jax.run import cli
+from ada_jax.run import cli, setup
 from experiments import cifar10
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -391,7 +392,7 @@ def test_results_of_images_that_have_changed_since_are_not_finished(stand_in, tm
     def write(labels):
         sweep._fingerprint.cache_clear()
         np.savez(path, **arrays, labels=labels)
-        return [sweep.data.load("npz", s, data_dir=path).fingerprint for s in ("train", "test")]
+        return [sources.load("npz", s, data_dir=path).fingerprint for s in ("train", "test")]
 
     train_digest, eval_digest = write(np.arange(40) % 2)
     results = json.loads(file.read_text()) | {"config": point.config}
@@ -508,7 +509,7 @@ def test_a_file_that_goes_missing_fails_its_point_alone(stand_in, monkeypatch):
     points, ready, out = stand_in
     (ready / points[0].name / "wait").touch()
     left_behind = sweep.start(points[0], out)
-    check = sweep.train.check_files
+    check = setup.check_files
 
     def missing(config):
         check(config)
@@ -521,7 +522,7 @@ def test_a_file_that_goes_missing_fails_its_point_alone(stand_in, monkeypatch):
         left_behind.kill()
         left_behind.wait()
 
-    monkeypatch.setattr(sweep.train, "check_files", missing)
+    monkeypatch.setattr(setup, "check_files", missing)
     ending = threading.Thread(target=end)
     ending.start()
     failed, stopped = sweep.run(points, out, 2)

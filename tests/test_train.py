@@ -722,13 +722,13 @@ import sys, jax, numpy as np
 jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
 sys.path.insert(0, "tests")
 import test_train
-from ada_jax import checkpoint, winograd
+from ada_jax.nets import weight_files, winograd
 # Four devices have too few images each for winograd, whose rounding one device would have alone.
 winograd.pays = lambda *_: False
 # Rounding grows with every step, and the second is the first that moves the parameters.
 config = test_train.tiny(cross_replica_bn=True, learning_rate=0.001)
 state, _ = test_train.first_steps(config, steps=2)
-checkpoint.save_weights(sys.argv[2], {"params": state.params, "net": state.net_state}, {})
+weight_files.save_weights(sys.argv[2], {"params": state.params, "net": state.net_state}, {})
 """
 
 

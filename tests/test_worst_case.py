@@ -12,6 +12,7 @@ from test_evaluate import ROOT, classifier, images, variables
 
 from ada_jax import attacks
 from ada_jax import results as results_files
+from ada_jax.attacks import Account, Report
 from ada_jax.evaluation import scoring, worst_case
 from ada_jax.report import grouping, paper_tables
 
@@ -27,8 +28,8 @@ def report_of(calls, key, logits_fn, x, y, epsilon, *, norm, attacks, state_dir,
     calls.append((norm, epsilon, len(x), state_dir))
     assert knobs["programs"] == {} and knobs["batch_size"] == 8
     robust = np.arange(len(x)) % 2 == 0
-    accounts = [attacks.Account(name, 6, 0, 0.75, 10, 10, 1.0) for name in attacks]
-    return attacks.Report(
+    accounts = [Account(name, 6, 0, 0.75, 10, 10, 1.0) for name in attacks]
+    return Report(
         "AutoAttack+multitargeted", norm, epsilon, x, robust, np.array([]), 0.9, 0.5, accounts, []
     )
 
