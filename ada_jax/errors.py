@@ -1,7 +1,10 @@
 """The exceptions that mean: the user can mend this."""
 
 import importlib.util
+import signal
 
+# Exit statuses where a signal stopped a command, which the same command goes on with.
+INTERRUPTED, CTRL_C = 128 + signal.SIGTERM, 128 + signal.SIGINT
 # The modules of setup.py's extra [train], which a light installation lacks.
 EXTRA = (
     *("clu", "etils", "google", "grain", "matplotlib", "mlxtend", "orbax", "skimage"),

@@ -25,7 +25,7 @@ from ada_jax import results as results_files
 from ada_jax.data import batching, core, sources, tfds_sets
 from ada_jax.errors import UserError, require_extra
 from ada_jax.nets import cae, corruption_nets, edsr, layers, weight_files
-from ada_jax.run import checkpoint, cli, logbook
+from ada_jax.run import checkpoint, cli, distributed, logbook
 
 PHOTOS = {  # scikit-image's colour photographs that come inside its package
     "train": ("astronaut", "coffee", "rocket", "stereo_motorcycle"),
@@ -496,7 +496,7 @@ def train(
         parts.train_set, batch_size=batch_size, seed=config.seed, start_step=step
     )
     timer = logbook.Timer(step, total_steps, batch_size)
-    with cli.StopSignal() as stop:
+    with distributed.StopSignal() as stop:
         while step < total_steps and not stop.at(step):
             with timer.waiting():
                 batch = next(batches)

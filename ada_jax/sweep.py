@@ -42,7 +42,7 @@ from ada_jax.data import sources
 from ada_jax.errors import UserError
 from ada_jax.nets import weight_files
 from ada_jax.report import grouping, paper_tables, tables
-from ada_jax.run import cli, config_checks, setup
+from ada_jax.run import cli, config_checks, distributed, setup
 
 _TRAIN = ("-m", "ada_jax.train")
 _POLL_SECONDS = 0.2
@@ -329,7 +329,7 @@ def run(points: Sequence[Point], out: str, jobs: int) -> tuple[dict[str, str], i
     waiting, failed = _unfinished(points, out), {}
     running: dict[subprocess.Popen, tuple[Point, float]] = {}
     busy: list[Point] = []  # with another process at work, as where a sweep was killed
-    with cli.StopSignal() as stop, _no_process_left(running):
+    with distributed.StopSignal() as stop, _no_process_left(running):
         while not stop.status and (waiting or running or busy):
             while waiting and len(running) < jobs:
                 point = waiting.pop(0)

@@ -121,7 +121,7 @@ def train(
     save_at = every_epochs(config.checkpoint_epochs, parts)
     pending = extra["pending"]
     timer = logbook.Timer(step, total_steps, config.batch_size, show=jax.process_index() == 0)
-    with cli.StopSignal() as stop:
+    with distributed.StopSignal() as stop:
         while step < total_steps and not stop.at(step):
             with timer.waiting():
                 batch = shard(next(batches))

@@ -3,8 +3,8 @@
     python -m ada_jax.pretrain --config=experiments/pretrain_edsr.py
     python -m ada_jax.pretrain --config=experiments/pretrain_edsr.py:edsr_baseline_x4
 
-The word after the colon is a network of `ada_jax/corruption_nets.py`, edsr_small by default. The
-weights come to runs/pretrain_NETWORK/NETWORK.safetensors, for `config.ada.corruption_weights`.
+The word after the colon is a network of `ada_jax/nets/corruption_nets.py`, edsr_small by default.
+The weights come to runs/pretrain_NETWORK/NETWORK.safetensors, for `config.ada.corruption_weights`.
 The images are scikit-image's own photographs, so nothing is downloaded.
 
 The shipped edsr_small was trained on CIFAR-10's training images, the last 5,000 held out:

@@ -14,7 +14,7 @@ import ml_collections
 import pytest
 
 from ada_jax.errors import UserError
-from ada_jax.run import cli
+from ada_jax.run import cli, distributed
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -94,7 +94,7 @@ def test_a_name_that_is_no_folder_is_refused(name):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_first_signal_is_noted_and_only_a_second_ctrl_c_raises(number):
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with cli.StopSignal() as stop:
+    with distributed.StopSignal() as stop:
         assert not stop.at(0)
         signal.raise_signal(number)
         assert stop.at(1) and stop.status == 128 + number
@@ -146,7 +146,7 @@ def test_values_that_no_field_takes_are_named(value, said):
 def test_ctrl_c_stays_ignored_where_it_was():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # As of a script's background command.
     try:
-        with cli.StopSignal() as stop:
+        with distributed.StopSignal() as stop:
             signal.raise_signal(signal.SIGINT)
             assert not stop.at(0)
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN

@@ -15,7 +15,7 @@ from ada_jax import pretrain
 from ada_jax.data import batching, core
 from ada_jax.errors import UserError
 from ada_jax.nets import corruption_nets, layers, weight_files
-from ada_jax.run import cli, logbook
+from ada_jax.run import distributed, logbook
 
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
 TINY = {
@@ -108,7 +108,7 @@ def test_a_run_stopped_and_resumed_equals_one_uninterrupted(tmp_path, monkeypatc
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(logbook.Logbook, "write", write_and_terminate)
-    assert pretrain.main(config, str(tmp_path / "halves")) == cli.INTERRUPTED
+    assert pretrain.main(config, str(tmp_path / "halves")) == distributed.INTERRUPTED
     assert not (tmp_path / "halves" / "tiny_x2.safetensors").exists()
     monkeypatch.undo()
     tiny = corruption_nets.PRESETS | TINY

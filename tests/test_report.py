@@ -535,3 +535,8 @@ def test_table_2_is_of_the_seeds_that_were_attacked(tmp_path):
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     (row,) = [line for line in printed.splitlines() if "40.00" in line]
     assert row.split("|")[-2].strip() == "1"
+
+
+def test_reports_start_without_jax():
+    code = "import ada_jax.report.__main__, sys; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

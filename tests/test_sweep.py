@@ -19,7 +19,7 @@ from ada_jax import sweep
 from ada_jax.data import sources
 from ada_jax.errors import UserError
 from ada_jax.nets.weight_files import save_weights
-from ada_jax.run import cli, setup
+from ada_jax.run import distributed, setup
 from experiments import cifar10
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -592,7 +592,7 @@ def test_the_binary_leaves_with_143_after_sigterm_and_1_after_a_failure(tmp_path
         assert process.poll() is None
     process.terminate()
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == cli.INTERRUPTED
+    assert process.returncode == distributed.INTERRUPTED
     assert "the same command goes on" in errors
 
     missing = f"--config.data_dir={tmp_path / 'nothing'}"

@@ -26,7 +26,7 @@ from ada_jax.data import batching, core, rendered_set, sources
 from ada_jax.errors import UserError
 from ada_jax.evaluation import scoring
 from ada_jax.nets import weight_files
-from ada_jax.run import checkpoint, cli, config_checks, logbook, setup
+from ada_jax.run import checkpoint, config_checks, distributed, logbook, setup
 from experiments import cifar10, finetune, imagenet, quickstart
 from experiments import deepaugment as deepaugment_config
 from tests.conftest import photograph
@@ -866,7 +866,7 @@ def kill_and_restart(workdir, flags, *, kills: int, moments, signals) -> None:
             sent = draw.choice(signals)
             process.send_signal(sent)
             # SIGTERM before a run listens to it ends it as it ends any program.
-            assert process.wait(timeout=300) in (-sent, cli.INTERRUPTED)
+            assert process.wait(timeout=300) in (-sent, distributed.INTERRUPTED)
     raise AssertionError(f"only {killed} of {kills} kills before the end")
 
 
@@ -892,7 +892,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(uninterrupted):
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=300)
-    assert process.returncode == cli.INTERRUPTED
+    assert process.returncode == distributed.INTERRUPTED
     step = int(re.search(rb"saved step (\d+); the same command goes on", errors)[1])
     steps = sorted(int(p.name) for p in workdir.glob("checkpoints/[0-9]*"))
     assert steps[-1] == step < 800
@@ -954,7 +954,7 @@ def test_a_run_in_a_bucket_is_stopped_and_ends_as_one_on_this_machine(uninterrup
         assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=600)
-    assert process.returncode == cli.INTERRUPTED, errors.decode()
+    assert process.returncode == distributed.INTERRUPTED, errors.decode()
     done = run(workdir, *flags)
     assert done.returncode == 0, done.stderr
     assert "Going on from step" in done.stderr and f"of {workdir}" in done.stderr

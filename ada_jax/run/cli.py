@@ -14,17 +14,12 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from ada_jax import errors, paths
-from ada_jax.errors import UserError
-from ada_jax.run import devices, distributed
-
-# Exit statuses after SIGTERM and Ctrl-C: state saved, start the same command to go on.
-INTERRUPTED, CTRL_C = 128 + signal.SIGTERM, 128 + signal.SIGINT
+from ada_jax.errors import CTRL_C, UserError
 
 
 def run(
@@ -51,6 +46,8 @@ def run(
     )
     flags.mark_flag_as_required("config")
     if several:
+        from ada_jax.run import distributed
+
         distributed.define_flags()
     for module in (
         __name__,
@@ -141,7 +138,7 @@ def start(main: Callable[[list[str]], int | None], *, computes: bool = False) ->
             status = 1
         except OSError as error:
             status = _complain(_cannot(error))
-        except jax.errors.JaxRuntimeError as error:
+        except RuntimeError as error:  # JaxRuntimeError, in a process that may have no JAX.
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             status = _complain(
@@ -300,6 +297,10 @@ def set_up_devices(cpu_devices: int, compilation_cache: str) -> None:
     Raises:
       UserError: JAX does not find the machine's GPU, and cpu_devices is 0.
     """
+    import jax
+
+    from ada_jax.run import devices
+
     jax.config.update("jax_enable_x64", False)  # JAX_ENABLE_X64=1 would only make optimisers slow.
     if cpu_devices:
         jax.config.update("jax_num_cpu_devices", cpu_devices)
@@ -313,50 +314,6 @@ def set_up_devices(cpu_devices: int, compilation_cache: str) -> None:
         if not cpu_devices:
             raise
         logging.warning("%s", error)  # A config for CPUs.
-
-
-class StopSignal:
-    """Notes SIGTERM and Ctrl-C while it is open, so that a loop can save before it leaves.
-
-    Ctrl-C a second time raises KeyboardInterrupt.
-
-    Attributes:
-      status: the exit status for what came first; 0 where nothing came.
-    """
-
-    def __enter__(self) -> "StopSignal":
-        self.status = 0
-        # Where there are several processes JAX itself listens to SIGTERM, and tells the others.
-        several = jax.distributed.is_initialized()
-        self._before = {}
-        # A shell script starts its background commands with Ctrl-C ignored.
-        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-            self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupted)
-        if not several:
-            self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._note)
-        return self
-
-    def _note(self, number: int, _: Any) -> None:
-        self.status = self.status or 128 + number
-
-    def _interrupted(self, number: int, frame: Any) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        # Not print: the signal may have come while a line is written.
-        os.write(2, b"Ctrl-C: saving; once more leaves at once.\n")
-        if jax.distributed.is_initialized():
-            signal.raise_signal(signal.SIGTERM)
-        else:
-            self._note(number, frame)
-
-    def at(self, step: int) -> bool:
-        """Whether to save before this step and leave; see `hosts.preempted`."""
-        if distributed.preempted(step):
-            self.status = self.status or INTERRUPTED
-        return bool(self.status)
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 def _keep_freed_memory() -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from absl import flags
 
 from ada_jax import locks
-from ada_jax.errors import UserError
+from ada_jax.errors import INTERRUPTED, UserError
 
 _MEETING_SECONDS = 50  # for all processes to find the coordinator
 _HEARTBEAT_SECONDS = 60  # after which a process that is silent counts as dead, and the others end
@@ -163,3 +164,50 @@ def of_first(values: np.ndarray) -> np.ndarray:
     from jax.experimental import multihost_utils
 
     return np.asarray(multihost_utils.broadcast_one_to_all(values))
+
+
+# Exit statuses after SIGTERM and Ctrl-C: state saved, start the same command to go on.
+
+
+class StopSignal:
+    """Notes SIGTERM and Ctrl-C while it is open, so that a loop can save before it leaves.
+
+    Ctrl-C a second time raises KeyboardInterrupt.
+
+    Attributes:
+      status: the exit status for what came first; 0 where nothing came.
+    """
+
+    def __enter__(self) -> "StopSignal":
+        self.status = 0
+        # Where there are several processes JAX itself listens to SIGTERM, and tells the others.
+        several = jax.distributed.is_initialized()
+        self._before = {}
+        # A shell script starts its background commands with Ctrl-C ignored.
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupted)
+        if not several:
+            self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def _note(self, number: int, _: Any) -> None:
+        self.status = self.status or 128 + number
+
+    def _interrupted(self, number: int, frame: Any) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        # Not print: the signal may have come while a line is written.
+        os.write(2, b"Ctrl-C: saving; once more leaves at once.\n")
+        if jax.distributed.is_initialized():
+            signal.raise_signal(signal.SIGTERM)
+        else:
+            self._note(number, frame)
+
+    def at(self, step: int) -> bool:
+        """Whether to save before this step and leave; see `preempted`."""
+        if preempted(step):
+            self.status = self.status or INTERRUPTED
+        return bool(self.status)
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

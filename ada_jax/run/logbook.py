@@ -10,12 +10,11 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import numpy as np
 import tqdm
 from absl import logging
 
-from ada_jax import paths, sharding
+from ada_jax import paths
 from ada_jax import results as results_files
 from ada_jax.errors import NotFiniteError, UserError
 
@@ -123,6 +122,10 @@ def finite(pending: list[dict[str, Any]], step: int, *, advice: str) -> list[dic
     Raises:
       NotFiniteError: naming the first step with a metric that is not finite, such as the loss.
     """
+    import jax
+
+    from ada_jax import sharding
+
     fetched = [
         {name: float(np.ravel(value)[0]) for name, value in metrics.items()}
         for metrics in jax.device_get(jax.tree.map(sharding.first, pending))
