@@ -241,7 +241,8 @@ def prepare(good: pathlib.Path) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(path)
     np.savez(good / "data.npz", **arrays)
-    shutil.copy(ROOT / "ada_jax" / "weights" / "edsr_small.safetensors", good / "net.safetensors")
+    weights = ROOT / "ada_jax" / "nets" / "weights"
+    shutil.copy(weights / "edsr_small.safetensors", good / "net.safetensors")
     _run_all(good, [train()])
     shutil.copy(good / "run" / "classifier.safetensors", good / "weights.safetensors")
     rendering = [f"--config={ROOT}/experiments/deepaugment.py:small", "--config.dataset=npz"]

@@ -145,20 +145,20 @@ def test_cifar10_1_errors_are_of_whole_images_and_mce_never_beats_the_clean_erro
 
 
 @pytest.mark.parametrize(
-    ("name", "trained", "expected"),
+    ("trained", "copies", "augmix", "expected"),
     [
-        ("cifar10", "ada", "ada"),
-        ("cifar10_small", "nominal", "nominal"),
-        ("cifar10_nominal_small", "nominal", "nominal"),
-        ("cifar10_ada_small", "nominal", "nominal"),
-        ("cifar10_augmix+deepaugment10x+ada", "ada", "ada+deepaugment10x+augmix"),
-        ("cifar10_augmix_small", "nominal", "augmix"),
-        ("cifar10_deepaugment,augmix", None, "deepaugment+augmix"),
-        ("my_run", None, ""),
+        ("nominal", 0, False, "nominal"),
+        ("ada", 0, False, "ada"),
+        ("nominal", 1, True, "deepaugment+augmix"),
+        ("ada", 10, True, "ada+deepaugment10x+augmix"),
+        ("nominal", 3, True, ""),
+        ("pgd", 0, False, ""),
+        (None, 0, False, ""),
     ],
 )
-def test_the_name_and_the_config_say_which_row_of_the_paper_is_meant(name, trained, expected):
-    assert grouping.method(name, {"method": trained} if trained else {}) == expected
+def test_the_config_alone_says_which_row_of_the_paper_is_meant(trained, copies, augmix, expected):
+    config = {"deepaugment": {"copies": copies}, "augmix": {"use": augmix}}
+    assert grouping.method(config | ({"method": trained} if trained else {})) == expected
 
 
 # ------------------------------------------------------------------------ our results

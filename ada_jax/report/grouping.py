@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import re
 import statistics
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -11,7 +10,6 @@ from typing import Any, NamedTuple
 from ada_jax import results as results_files
 from ada_jax.errors import UserError
 
-METHODS = ("nominal", "ada", "deepaugment", "deepaugment10x", "augmix")
 # Two runs are one method, whatever these are. What was evaluated is in 'data' and
 # 'corruption_source'.
 _BOOKKEEPING = results_files.BOOKKEEPING | {"seed"}
@@ -31,24 +29,22 @@ class Row(NamedTuple):
     attacked: str = ""  # what the accuracies in balls are of, in words
 
 
-def method(name: str, config: dict[str, Any]) -> str:
-    """Which row of the paper a run compares with.
+def method(config: dict[str, Any]) -> str:
+    """Which row of the paper's table 1 a run compares with, by its config, whatever its name.
 
-    The words of `METHODS` in the run's name, split at '_', ',' and '+', say so, in the order of
-    `METHODS`: 'cifar10_ada+augmix_small' is 'ada+augmix', and 'small' says nothing. Between
-    'nominal' and 'ada' config.method decides, where it is there.
+    Args:
+      config: of the results file.
 
     Returns:
-      As 'ada+deepaugment10x+augmix'; '' where nothing says what the method is.
+      As 'nominal' or 'ada+deepaugment10x+augmix'; '' where table 1 has no such row.
     """
-    said, trained = (
-        set(re.split("[_,+]", str(words))) & set(METHODS)
-        for words in (name, config.get("method", ""))
-    )
-    words = trained | (said - {"nominal", "ada"}) if trained else said
-    if len(words) > 1:
-        words.discard("nominal")
-    return "+".join(word for word in METHODS if word in words)
+    copies = config.get("deepaugment", {}).get("copies", 0)
+    if config.get("method") not in ("nominal", "ada") or copies not in (0, 1, 10):
+        return ""
+    words = ["ada"] if config["method"] == "ada" else []
+    words += {1: ["deepaugment"], 10: ["deepaugment10x"]}.get(copies, [])
+    words += ["augmix"] if config.get("augmix", {}).get("use") else []
+    return "+".join(words) or "nominal"
 
 
 # ------------------------------------------------------------------------ rows
@@ -151,7 +147,7 @@ def paper_row(result: results_files.Result) -> str:
     other = config.get("init_weights") or config.get("ada", {}).get("steps") == 0
     if other or fields["data"].get("name") != "cifar10":
         return ""
-    return method(fields["name"], config)
+    return method(config)
 
 
 def _corrupted(result: results_files.Result) -> int | None:
