@@ -237,7 +237,7 @@ def _check(net, x, nu, steps, step_rule, step_scale, ssim_threshold, root_rule, 
         raise UserError("net.theta has no parameters, so that there is nothing to perturb.")
     one = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
     try:
-        # A fresh function: see `guards.num_classes`.
+        # A fresh function: see `checks.num_classes`.
         apply = lambda *args: net.apply(*args)  # noqa: E731
         rendered = jax.eval_shape(apply, net.theta, one, jax.random.key(0))
         rendered = rendered.shape if jnp.issubdtype(rendered.dtype, jnp.floating) else rendered

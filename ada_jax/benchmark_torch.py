@@ -28,7 +28,7 @@ _TINY = 1e-30
 
 
 def edsr_init(blocks: int, features: int, device: str = "cpu") -> Theta:
-    """Random parameters of an EDSR of scale 1, named as `ada_jax.corruption_nets` names them.
+    """Random parameters of an EDSR of scale 1, named as `ada_jax.nets.corruption_nets` names them.
 
     Args:
       blocks: residual blocks.

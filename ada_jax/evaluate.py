@@ -49,7 +49,7 @@ def new_results(
       config: of the run.
       name: what tables call the run.
       step: updates made.
-      weights_digest: of {'params': ..., 'state': ...}, see `checkpoint.digest`.
+      weights_digest: of {'params': ..., 'state': ...}, see `weight_files.digest`.
       clean: the clean images of config.eval_split.
       source: see `Sets`.
     """

@@ -153,7 +153,7 @@ def train(
 
 
 def train_batches(parts: setup.Parts, start_step: int) -> Iterator[dict[str, np.ndarray]]:
-    """This process's batches from a step on; see `data.train_batches`."""
+    """This process's batches from a step on; see `batching.train_batches`."""
     config = parts.config
     return batching.train_batches(
         parts.train_set,

@@ -293,7 +293,7 @@ def _read_labels(folder: pathlib.Path, clean: np.ndarray) -> np.ndarray:
 
 
 def _read_manifest(folder: pathlib.Path, sha256: str) -> dict[str, Any]:
-    """What `corruptions.write_set` says of a set of its own; nothing of another's."""
+    """What `write_set` says of a set of its own; nothing of another's."""
     path = folder / "manifest.json"
     if not path.exists():
         return {}

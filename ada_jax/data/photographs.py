@@ -60,7 +60,7 @@ class Source:
         scale: tuple[float, float],
         ratio: tuple[float, float],
     ) -> Iterable[tuple[np.ndarray, int]]:
-        """Examples whose crops are drawn from a generator for each, see `data.train_batches`."""
+        """Examples, each cropped by a generator of its own; see `batching.train_batches`."""
 
         def crop(record: Any, generator: np.random.RandomState) -> tuple[np.ndarray, int]:
             image, label = self.read(record)

@@ -119,7 +119,7 @@ def metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Returns:
       Among others 'class_names' [K], in the order of the logits; 'training', digests of what it
-      was trained from, see `train.describe`; and 'recipe', the same for runs that differ in seed
+      was trained from, see `setup.describe`; and 'recipe', the same for runs that differ in seed
       alone. Weights of older versions lack them.
     """
     path = paths.at(path)

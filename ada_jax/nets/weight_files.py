@@ -163,8 +163,8 @@ def _check_sealed(path: str, flat: Mapping[str, np.ndarray], fields: Mapping[str
         raise UserError(
             f"The file {path} is not a weights file of this version of ada_jax (it says format = "
             f"{fields.get('format')}, not {FORMAT}): save it again with "
-            "ada_jax.checkpoint.save_weights, or take a network of another program into a training "
-            "loop of your own, with ada_jax.adversarial_augment."
+            "ada_jax.nets.weight_files.save_weights, or take a network of another program "
+            "into a training loop of your own, with ada_jax.adversarial_augment."
         )
     sealed = {name: value for name, value in fields.items() if name != "metadata_digest"}
     if fields.get("metadata_digest") != json_digest(sealed) or fields.get("digest") != state_digest(
@@ -312,7 +312,8 @@ def read_safetensors(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     except Exception as error:  # Its parts raise whatever the damaged bytes lead them to.
         raise UserError(
             f"The file {path} is not a whole safetensors file ({one_line(error)}): "
-            "copy it again, or save it with ada_jax.checkpoint.save_weights (pickles are not read)."
+            "copy it again, or save it with ada_jax.nets.weight_files.save_weights "
+            "(pickles are not read)."
         ) from error
 
 

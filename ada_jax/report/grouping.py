@@ -110,7 +110,7 @@ def settings(result: results_files.Result) -> dict[str, Any]:
 
     What a run was trained from and measured on counts by its content, as far as its file has
     digests: files of older versions have none, and are joined among themselves. Weights that
-    training started from count by what they were trained from in turn, see `train.describe`.
+    training started from count by what they were trained from in turn, see `setup.describe`.
     """
     flat = {"published": result.published, "corrupted": _corrupted(result)}
     flat |= results_files.comparable(result.fields.get("config") or {})

@@ -147,7 +147,7 @@ def alone_in(what: str, folder: str) -> Iterator[None]:
 def preempted(step: int) -> bool:
     """Whether to save before this step and leave, after a notice to any of several processes.
 
-    All are told the same step. Every process must ask at every step; `cli.StopSignal` does, and
+    All are told the same step. Every process must ask at every step; `StopSignal` does, and
     notes the signal itself where there is one process.
     """
     if not jax.distributed.is_initialized():
