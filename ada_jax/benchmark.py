@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from ada_jax import ada, losses, paths, training
+from ada_jax import ada, losses, paths, sharding, training
 from ada_jax.augment import augmix, rendering
 from ada_jax.errors import UserError
 from ada_jax.evaluation import scoring
@@ -132,7 +132,7 @@ def measure(f: Callable[..., Any], *args: Any, seconds: float) -> Timing:
       of compilation.
     """
     devices = jax.local_device_count()
-    mapped = jax.pmap(f, axis_name=devices.AXIS)
+    mapped = jax.pmap(f, axis_name=sharding.AXIS)
     args = [a.reshape(devices, -1, *a.shape[1:]) for a in args]
     args = jax.pmap(lambda *a: a)(*args)
     start = time.perf_counter()
@@ -407,7 +407,7 @@ class Together:
         for devices in groups:
             placed = [jnp.broadcast_to(a, (len(devices), *a.shape)) for a in args]
             placed = jax.pmap(lambda *a: a, devices=devices)(*placed)
-            mapped = jax.pmap(f, axis_name=devices.AXIS, devices=devices)
+            mapped = jax.pmap(f, axis_name=sharding.AXIS, devices=devices)
             self._programs.append(functools.partial(mapped.lower(*placed).compile(), *placed))
         self._threads = concurrent.futures.ThreadPoolExecutor(len(groups))
         self.seconds()
