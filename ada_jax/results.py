@@ -172,6 +172,7 @@ def write(path: str | os.PathLike[str], results: Results) -> None:
 
 
 def has_cell(results: Results, cell: Cell) -> bool:
+    """Whether a cell has been measured."""
     name, severity = cell
     if not severity:
         return name in results

@@ -92,6 +92,7 @@ def write_set(
 def check_request(
     names: Sequence[str], severities: Sequence[int], seed: int, table: str, processes: int
 ) -> None:
+    """Checks what a "-C" folder is asked to hold, before images are read."""
     if not names or not severities:
         raise UserError("There is nothing to do: give --names and --severities at least one each.")
     for name in names:

@@ -88,6 +88,7 @@ def _cut_off(values: np.ndarray) -> np.ndarray:
 
 
 def check(name: str, severity: int, seed: int, table: str) -> None:
+    """Checks the arguments of `corrupt` but its images."""
     for what, value in {"name": name, "table": table}.items():
         if not isinstance(value, str):
             raise UserError(f"{what} is {type(value).__name__} and must be a name in quotes.")
@@ -106,6 +107,7 @@ def check(name: str, severity: int, seed: int, table: str) -> None:
 
 
 def check_images(images: np.ndarray) -> None:
+    """Checks that images are [N,H,W,3] uint8 and large enough."""
     if not isinstance(images, np.ndarray):
         raise UserError(f"The images to corrupt are {type(images).__name__}: give a NumPy array.")
     shape = images.shape

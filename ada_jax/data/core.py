@@ -303,12 +303,14 @@ def check_held_out(
 
 
 def counted(kinds: collections.Counter[str]) -> str:
+    """Counts in words, most first, as '.txt (2), .md (1)'."""
     listed = [f"{kind} ({count})" for kind, count in kinds.most_common(10)]
     return ", ".join(listed + ["..."] * (len(kinds) > 10))
 
 
 @functools.cache  # For the splits of one folder are loaded one by one.
 def log_once(sentence: str) -> None:
+    """Logs a sentence the first time that it is said."""
     logging.warning("%s", sentence)
 
 
@@ -360,6 +362,7 @@ def _position(bound: str, size: int) -> int:
 
 
 def hold_out(size: int) -> dict[str, np.ndarray]:
+    """The positions of 'train' and 'test' in the fixed division of `size` examples."""
     # RandomState, whose stream NumPy has promised never to change.
     order = np.random.RandomState(0).permutation(size)
     cut = min(round(0.9 * size), max(size - 1, 1))  # Two examples or more give one to each.
@@ -445,6 +448,7 @@ def check_brightness(images: np.ndarray, where: str) -> None:
 
 
 def checked_labels(labels: np.ndarray, where: str) -> np.ndarray:
+    """Checks labels and gives them as [N] int32."""
     labels = np.asarray(labels)
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
@@ -469,6 +473,7 @@ def checked_labels(labels: np.ndarray, where: str) -> np.ndarray:
 
 
 def class_numbers(labels: np.ndarray, where: str) -> tuple[str, ...]:
+    """Names of classes that are numbers, all of which the labels have to use."""
     present = np.unique(labels)
     if len(present) < 2 or present[-1] != len(present) - 1:
         first = int(present[0]) if len(present) else 0
@@ -482,6 +487,7 @@ def class_numbers(labels: np.ndarray, where: str) -> tuple[str, ...]:
 
 
 def data_path(data_dir: Any, name: str, what: str) -> pathlib.Path:
+    """The path that config.data_dir names, checked."""
     if not data_dir:
         raise UserError(
             f"config.data_dir is not set, and config.dataset = {name!r} needs it: give {what}."
@@ -490,6 +496,7 @@ def data_path(data_dir: Any, name: str, what: str) -> pathlib.Path:
 
 
 def listing(names: Iterable[Any], separator: str = ", ") -> str:
+    """Names in quotes."""
     return separator.join(repr(str(name)) for name in names)
 
 
@@ -499,4 +506,5 @@ def listed(names: Sequence[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
     return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")

@@ -20,6 +20,7 @@ _CLUTTER = (  # Of operating systems and tools, beside names that begin with a d
 
 
 def load_folder(split: str, data_dir: Any, image_size: int, encoded: bool) -> core.Dataset:
+    """Loads a folder of image files; see `sources.load`."""
     root = core.data_path(data_dir, "folder", "a directory with one folder of images a class")
     if not root.is_dir():
         raise UserError(

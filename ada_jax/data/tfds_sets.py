@@ -32,6 +32,7 @@ IMAGENET_SIZES = range(32, 513)  # ResNet50 divides the side by 32; photographs 
 
 
 def load_cifar10(split: str, data_dir: Any, download: bool, encoded: bool) -> core.Dataset:
+    """Loads CIFAR-10 as TFDS has prepared it; see `sources.load`."""
     records = _tfds_records("cifar10", split, data_dir, "image", download)
     return _with_members(_small_images(records, "cifar10", encoded), records)
 
@@ -84,6 +85,7 @@ def cifar10_corrupted(
 
 
 def load_imagenet2012(split: str, data_dir: Any, image_size: int) -> core.Dataset:
+    """Loads ImageNet as TFDS has prepared it; see `sources.load`."""
     core.split_name(split, ("train", "validation"))  # The test split has no labels.
     found = _photographs("imagenet2012", split, data_dir, image_size, _IMAGENET_SHARE)
     return _with_members(found, found.source.records)

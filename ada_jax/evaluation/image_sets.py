@@ -121,6 +121,7 @@ class _Corrupted:
 def on_the_fly(
     config: ml_collections.ConfigDict, clean: core.Dataset, names: Sequence[str], size: int
 ) -> tuple[dict[results_files.Cell, core.Dataset], dict[str, Any]]:
+    """Sets that are corrupted each time they are read, and what identifies them."""
     settings = {"seed": config.corruption_seed, "table": config.corruption_table}
     side, told = clean.image_shape[0], {}
     original = clean

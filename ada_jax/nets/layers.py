@@ -28,11 +28,13 @@ class Architecture(NamedTuple):
 
 
 def conv(params: dict, x: jax.Array, stride: int = 1, padding: int | None = None) -> jax.Array:
+    """A convolution with the parameters w and b."""
     w, b = params["w"], params["b"]
     return per_example.conv2d(x.astype(w.dtype), w, b, stride=stride, padding=padding)
 
 
 def conv_transpose(params: dict, x: jax.Array) -> jax.Array:
+    """A transposed convolution with the parameters w and b."""
     return per_example.conv_transpose2d(x.astype(params["w"].dtype), params["w"], params["b"])
 
 
@@ -64,6 +66,7 @@ def conv_after_up(up: dict, conv: dict, x: jax.Array) -> jax.Array:
 
 
 def conv_init(key: jax.Array, inputs: int, outputs: int, size: int = 3) -> dict:
+    """Random parameters of a convolution."""
     bound = (inputs * size * size) ** -0.5
     w_key, b_key = jax.random.split(key)
     shape = (size, size, inputs, outputs)

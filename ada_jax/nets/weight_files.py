@@ -177,6 +177,7 @@ def _check_sealed(path: str, flat: Mapping[str, np.ndarray], fields: Mapping[str
 
 
 def check_utf_8(folder: Any) -> None:
+    """Checks that a folder's name is UTF-8, which orbax needs."""
     try:
         os.fspath(folder).encode()
     except UnicodeEncodeError as error:
@@ -207,6 +208,7 @@ def _survives(key: str) -> bool:
 
 
 def nested(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """A flat dict of names with separators as nested dicts."""
     tree: dict[str, Any] = {}
     for name, array in flat.items():
         *keys, last = name.split(_SEPARATOR)
@@ -227,6 +229,7 @@ def host_arrays(tree: Tree) -> dict[str, np.ndarray]:
 
 
 def state_digest(flat: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of named arrays, their types and their shapes."""
     sha = hashlib.sha256()
     for name, array in sorted(flat.items()):
         sha.update(f"{json.dumps(name)} {spec(array)}\n".encode())
@@ -235,12 +238,14 @@ def state_digest(flat: Mapping[str, np.ndarray]) -> str:
 
 
 def json_digest(value: Any) -> str:
+    """SHA-256 of a JSON value."""
     # Through JSON and back, as tuples and integer keys change on the way to disk.
     there_and_back = json.loads(json.dumps(value))
     return hashlib.sha256(json.dumps(there_and_back, sort_keys=True).encode()).hexdigest()
 
 
 def shape(leaf: Any) -> str:
+    """The shape of a leaf, in words."""
     return f"[{','.join(map(str, np.shape(leaf)))}]"
 
 
@@ -288,6 +293,7 @@ def first_difference(found: Mapping[str, str], wanted: Mapping[str, str]) -> str
 
 
 def one_line(error: Exception) -> str:
+    """An error's message on one line."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
     return text if len(text) <= 200 else f"{text[:60]} ... {text[-135:]}"  # The cause is last.
 

@@ -90,6 +90,7 @@ def rows(results: Iterable[results_files.Result]) -> list[Row]:
 
 
 def by_mce(values: dict[str, float]) -> tuple[float, float]:
+    """The key that sorts by mCE, then by clean error; what is missing comes last."""
     return values.get("mce", math.inf), values.get("clean", math.inf)
 
 
@@ -139,6 +140,7 @@ def _difference(result: results_files.Result, others: list[results_files.Result]
 
 
 def paper_row(result: results_files.Result) -> str:
+    """The paper's row that a result compares with; '' for none."""
     fields = result.fields
     if result.published:
         return fields["name"]
