@@ -1,4 +1,4 @@
-"""AdversarialAugment (AdA) in JAX: classifiers that survive image corruptions."""
+"""AdversarialAugment (AdA) in JAX: image classifiers that are robust to corruptions."""
 
 import importlib
 from typing import Any
@@ -19,7 +19,7 @@ __all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what is asked for, so that `ada_jax.report` starts without JAX."""
+    """Imports public names on first use, so that `ada_jax.report` runs without JAX."""
     if name not in _HOMES:
         raise AttributeError(f"module 'ada_jax' has no attribute {name!r}")
     own = {"make_corruption_net": "make"}.get(name, name)

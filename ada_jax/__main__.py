@@ -7,16 +7,16 @@ COMMANDS = {
     "sweep": "run or print the points of a sweep",
     "corruptions": "write a data set with the common corruptions",
     "deepaugment": "write DeepAugment's images of a data set",
-    "pretrain": "train a corruption network's weights",
+    "pretrain": "train the weights of a corruption network",
     "import_weights": "convert corruption networks from and to PyTorch",
-    "study": "measure how far corruption networks reach",
-    "plan": "tell without a TPU whether a config fits on one",
-    "benchmark": "measure this machine",
+    "study": "measure how strong a corruption network's perturbations are",
+    "plan": "check whether a config fits on a TPU, without a TPU",
+    "benchmark": "measure the speed of the package on this machine",
 }
 
 if __name__ == "__main__":
-    for name, does in COMMANDS.items():
-        print(f"python -m ada_jax.{name:<15} {does}")
+    for name, purpose in COMMANDS.items():
+        print(f"python -m ada_jax.{name:<15} {purpose}")
     print(
         "\nEach has --help. Start with: python -m ada_jax.train --config=experiments/quickstart.py"
     )

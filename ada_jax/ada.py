@@ -1,4 +1,4 @@
-"""AdversarialAugment: the inner maximisation over a corruption network's weights, per example.
+"""AdversarialAugment: per-example adversarial perturbations of a corruption network's weights.
 
 Source: Calian et al., "Defending Against Image Corruptions Through Adversarial Augmentations".
 """
@@ -48,50 +48,50 @@ def adversarial_augment(
     root_rule: str = "in_range",
     microbatch: int | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Renders, for every image, the corruption within reach that the classifier takes worst.
+    """Corrupts every image so that the classifier's loss on it is as large as possible.
 
-    The batch may be split over several devices: by `jax.jit` along automatic or explicit mesh axes,
-    or inside `jax.shard_map`, where `microbatch` counts a device's own examples. One key that is
-    the same on all devices is split over the whole batch, as on one device. Give one key for each
-    example in `jax.pmap`, with `check_vma=False`, or where the batch's axes are not in the mesh's
-    order: the devices' places in the batch are not known there.
+    The batch may be split over several devices, either by `jax.jit` along automatic or explicit
+    mesh axes, or inside `jax.shard_map`, where `microbatch` counts a device's own examples. A
+    single key, equal on all devices, is split over the whole batch, as on one device. Pass one key
+    per example in `jax.pmap`, with `check_vma=False`, or if the batch's axes are not in the mesh's
+    order: a device does not know its position in the batch there.
 
     Args:
       key: random key, or one per example [B].
-      x: images [B,H,W,C] of any floating type, in [0,1]; everything is computed in float32.
+      x: images [B,H,W,C] of any floating type, in [0,1]; all computation is in float32.
       y: labels [B], int.
-      logits_fn: the classifier, [b,H,W,C] float32 -> [b,K], of any floating type; any framework's,
-        closed over its parameters.
+      logits_fn: the classifier, a function of any framework that is closed over its parameters,
+        [b,H,W,C] float32 -> [b,K] of any floating type.
       net: the corruption network, `ada_jax.make_corruption_net(name)` or your own.
       nu: radius of every leaf's ball relative to the leaf's norm.
-      steps: steps of gradient ascent; 0 leaves the random start, for comparison.
+      steps: steps of gradient ascent; 0 returns the random start, for comparison.
       step_rule: 'sign' (the paper's) or 'l2' (per leaf).
       step_scale: step in units of the median radius ('sign') or of the leaf's own radius ('l2').
-      ssim_threshold: images with a lower SSIM to x are drawn back to about it; -1 switches it off,
-        as it must be for images smaller than SSIM's window of 11x11 pixels.
+      ssim_threshold: images whose SSIM to x is lower are moved back to about this value. -1
+        disables the search; images smaller than SSIM's window of 11x11 pixels need it.
       root_rule: 'in_range', 'interpolated' or 'paper', see `ada_jax.ssim.line_search`.
-      microbatch: n examples attacked at a time, a divisor of B; bounds memory. They are not
-        neighbours, but every B/n-th example. The result does not
-        depend on it unless logits_fn mixes examples (batch-statistics batch norm).
+      microbatch: number n of examples attacked at a time, a divisor of B; bounds memory. Group i
+        has examples i, i + B/n, ... The result does not depend on n unless logits_fn mixes
+        examples (batch-statistics batch norm).
 
     Returns:
-      The augmented images [B,H,W,C], float32 in [0,1], a constant for the outer gradient, and
-      metrics, each per example [B]: 'loss_start' (random start), 'loss_end' (after the ascent),
-      'ssim_before' and 'ssim_after' the line search, 'changed' by it (0 or 1), 'on_surface' (share
-      of leaves). Images smaller than 11x11 have neither of the two SSIMs.
+      The augmented images [B,H,W,C], float32 in [0,1], without a gradient, and metrics, each [B]:
+      'loss_start' (random start), 'loss_end' (after the ascent), 'ssim_before' and 'ssim_after'
+      (the line search), 'changed' (1 if the line search moved the image, else 0) and 'on_surface'
+      (share of leaves on their ball's surface). Images smaller than 11x11 have no SSIMs.
 
     Raises:
-      UserError: a parameter, an image or a label out of its range. Of what is traced, in `jax.jit`,
-        none can be raised: an image is NaN if it or its label was out of range.
+      UserError: a parameter, an image or a label is out of range. Inside `jax.jit` values cannot be
+        checked; images that are out of range, or whose label is, become NaN instead.
     """
     x, y = checks.as_images(jnp.asarray(x)), jnp.asarray(y)
     _check(net, x, nu, steps, step_rule, step_scale, ssim_threshold, root_rule, microbatch)
     classes = checks.check_labels(y, x, logits_fn, microbatch)
-    few = checks.first(x, microbatch)
-    logits_fn = checks.float32_logits(logits_fn, few, gradients=steps != 0)
+    spec = checks.microbatch_spec(x, microbatch)
+    logits_fn = checks.float32_logits(logits_fn, spec, gradients=steps != 0)
     net = net._replace(theta=jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), net.theta))
-    x, y = checks.poisoned(x, y, classes), y.astype(jnp.int32)
-    # One key per example makes the draw independent of the batch around it and of `microbatch`.
+    x, y = checks.nan_if_invalid(x, y, classes), y.astype(jnp.int32)
+    # With one key per example, draws depend neither on the rest of the batch nor on `microbatch`.
     example_keys = keys.of_batch(key, x)
     knobs = {"nu": nu, "step_scale": step_scale, "ssim_threshold": ssim_threshold}
     attack = functools.partial(
@@ -119,7 +119,7 @@ def _attack(
     root_rule: str,
     microbatch: int,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """`adversarial_augment` of what it has checked."""
+    """`adversarial_augment` with checked arguments."""
     net = CorruptionNet(apply, lax.stop_gradient(theta))
 
     def one_microbatch(batch):
@@ -149,7 +149,7 @@ def _attack(
     groups = len(x) // microbatch
     if groups == 1:
         return lax.stop_gradient(one_microbatch(batch))
-    # Every groups-th example, not neighbours, so that a batch's devices all have some of a group.
+    # Strided groups, not contiguous ones: every device then holds some examples of each group.
     split = lambda a: a.reshape(-1, groups, *a.shape[1:]).swapaxes(0, 1)  # noqa: E731
     out = lax.map(one_microbatch, jax.tree.map(split, batch))
     join = lambda a: a.swapaxes(0, 1).reshape(-1, *a.shape[2:])  # noqa: E731
@@ -189,7 +189,7 @@ def maximise(
     step = perturbation.STEP_RULES[step_rule]
 
     def total_loss(delta):
-        # The sum, not the mean: an example's gradient must not depend on the size of the batch.
+        # A sum, not a mean, makes an example's gradient independent of the batch size.
         per_example = loss_fn(render(net, delta, x, example_keys))
         return per_example.sum(), per_example
 
@@ -208,13 +208,13 @@ def maximise(
 
 
 def render(net: CorruptionNet, delta: PyTree, x: jax.Array, example_keys: jax.Array) -> jax.Array:
-    """c_{theta + delta_i}(x_i), clipped to [0,1]: every image through its own network.
+    """Applies each example's own network: c_{theta + delta_i}(x_i), clipped to [0,1].
 
     Args:
       net: the corruption network.
       delta: tree of [B, *theta_i.shape].
       x: images [B,H,W,C] in [0,1].
-      example_keys: [B]; a stochastic network's noise is fixed by them, so all steps see the same.
+      example_keys: [B]; they fix a stochastic network's noise, which is then equal in all steps.
 
     Returns:
       Images [B,H,W,C] in [0,1].
@@ -230,39 +230,39 @@ def render(net: CorruptionNet, delta: PyTree, x: jax.Array, example_keys: jax.Ar
 def _check(net, x, nu, steps, step_rule, step_scale, ssim_threshold, root_rule, microbatch) -> None:
     if not isinstance(net, CorruptionNet):
         raise UserError(
-            f"net={net!r} is no ada_jax.CorruptionNet: take ada_jax.make_corruption_net(name), or "
-            "make one of an apply function and its parameters."
+            f"net={net!r} is not an ada_jax.CorruptionNet: use ada_jax.make_corruption_net(name), "
+            "or make one from an apply function and its parameters."
         )
     if not jax.tree.leaves(net.theta):
-        raise UserError("net.theta has no parameters, so that there is nothing to perturb.")
+        raise UserError("net.theta has no parameters to perturb: give a network that has some.")
     one = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
     try:
-        # A fresh function: see `checks.num_classes`.
+        # A new function object, see `checks.num_classes`.
         apply = lambda *args: net.apply(*args)  # noqa: E731
         rendered = jax.eval_shape(apply, net.theta, one, jax.random.key(0))
         rendered = rendered.shape if jnp.issubdtype(rendered.dtype, jnp.floating) else rendered
     except UserError:
         raise
-    except (TypeError, ValueError, AttributeError) as error:  # Shapes or arguments that do not fit
+    except (TypeError, ValueError, AttributeError) as error:  # Wrong shapes or arguments.
         rendered = str(error).splitlines()[0]
     if rendered != one.shape:
         raise UserError(
-            f"The corruption network makes no image of {list(x.shape[1:])} from one ({rendered}): "
-            "take one for images of this shape."
+            f"net.apply must preserve the image shape: expected floating-point {list(one.shape)}, "
+            f"got {rendered}. Use a network for images of this shape."
         )
-    if not 0 <= checks.number("nu", nu, 0.0) < np.inf:
+    if not 0 <= checks.scalar("nu", nu, 0.0) < np.inf:
+        raise UserError(f"nu={nu} must be non-negative and finite (the paper's value is 0.015).")
+    if not 0 < checks.scalar("step_scale", step_scale, 1.0) < np.inf:
         raise UserError(
-            f"nu={nu} is negative or not finite: a radius is 0 or more (the paper's is 0.015)."
+            f"step_scale={step_scale} must be positive and finite (the paper's value is 0.25)."
         )
-    if not 0 < checks.number("step_scale", step_scale, 1.0) < np.inf:
-        raise UserError(f"step_scale={step_scale} must be positive (the paper's is 0.25).")
-    threshold = checks.number("ssim_threshold", ssim_threshold, 0.0)
+    threshold = checks.scalar("ssim_threshold", ssim_threshold, 0.0)
     if not -1 <= threshold < 1:
-        raise UserError(f"ssim_threshold={ssim_threshold} must be in [-1, 1), where -1 is off.")
+        raise UserError(f"ssim_threshold={ssim_threshold} must be in [-1, 1); -1 disables it.")
     if threshold > -1 and not ssim.fits(x):
         raise UserError(
             f"ssim_threshold={ssim_threshold} needs images of at least {ssim.WINDOW}x{ssim.WINDOW} "
-            f"pixels, and these are {x.shape[1]}x{x.shape[2]}: set it to -1, which is off."
+            f"pixels, not {x.shape[1]}x{x.shape[2]}: set it to -1, which disables the search."
         )
     checks.check_integers(0, steps=steps, microbatch=microbatch or 0)
     if step_rule not in perturbation.STEP_RULES:
@@ -273,5 +273,5 @@ def _check(net, x, nu, steps, step_rule, step_scale, ssim_threshold, root_rule, 
         raise UserError(f"root_rule={root_rule!r} is unknown: choose one of {known}.")
     if microbatch and len(x) % microbatch:
         raise UserError(
-            f"microbatch={microbatch} does not divide the batch of {len(x)}: take a divisor."
+            f"microbatch={microbatch} does not divide the batch of {len(x)}: use a divisor."
         )

@@ -1,4 +1,4 @@
-"""The door of every attack: images that are images, functions without hidden gradients."""
+"""Input checks shared by AdA and the attacks."""
 
 import functools
 from collections.abc import Callable
@@ -11,105 +11,108 @@ from jax import lax
 from ada_jax.errors import UserError
 
 
-def known(value: jax.Array | float, unknown: float) -> np.ndarray:
-    """The value, to be looked at even inside `jax.jit`; of a traced one, `unknown`."""
-    return np.asarray(unknown if isinstance(value, jax.core.Tracer) else value)
+def concrete(value: jax.Array | float, default: float) -> np.ndarray:
+    """The value as an array; `default` if it is traced."""
+    return np.asarray(default if isinstance(value, jax.core.Tracer) else value)
 
 
-def number(name: str, value: jax.Array | float, unknown: float) -> float:
-    """A knob's value; of a traced one, `unknown`.
+def scalar(name: str, value: jax.Array | float, default: float) -> float:
+    """An argument's value; `default` if it is traced.
 
     Raises:
       UserError: it is not one number.
     """
-    found = known(value, unknown)
+    found = concrete(value, default)
     if found.shape or not np.issubdtype(found.dtype, np.number):
         raise UserError(f"{name}={value!r} must be one number.")
     return float(found)
 
 
 def check_integers(least: int, **values: int) -> None:
-    """Refuses what are no integers, or less than `least`.
-
-    Raises:
-      UserError: naming the first of them.
-    """
+    """Raises UserError for the first value that is not an integer of at least `least`."""
     for name, value in values.items():
         if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
             raise UserError(f"{name}={value!r} must be an integer of at least {least}.")
 
 
 def float32(value: jax.Array | float) -> jax.Array | np.float32:
-    """A knob in float32: a float64 one would make float64 of what it meets under x64."""
+    """Converts an argument to float32; under x64 a float64 one would promote other arrays."""
     return value.astype(jnp.float32) if isinstance(value, jax.Array) else np.float32(value)
 
 
 def as_images(x: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
-    """Images [B,H,W,C] of any floating type as float32.
+    """Converts images [B,H,W,C] of any floating type to float32.
 
     Raises:
-      UserError: a shape, a type or a pixel is wrong; pixels are checked only if not traced.
+      UserError: the shape or the type is wrong, or pixels that are not traced are out of [0, 1].
     """
     if x.ndim != 4 or not len(x):
-        raise UserError(f"Images of shape {list(x.shape)} must be [B,H,W,C], with B at least 1.")
+        raise UserError(f"Images of shape {list(x.shape)} must be [B,H,W,C] with B at least 1.")
     if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise UserError(f"Images of {x.dtype} must be floating point in [0, 1]: divide by 255.")
+        raise UserError(
+            f"Images of type {x.dtype} must be floating point in [0, 1]: divide them by 255."
+        )
     x = x.astype(jnp.float32)
-    pixels = known(x, 0.0)
-    if not (pixels.min() >= 0 and pixels.max() <= 1):  # also true of NaN
-        raise UserError(f"Pixels from {pixels.min()} to {pixels.max()} must be in [0, 1].")
+    pixels = concrete(x, 0.0)
+    if not (pixels.min() >= 0 and pixels.max() <= 1):  # Also true of NaN.
+        raise UserError(
+            f"Pixels from {pixels.min()} to {pixels.max()} must be in [0, 1]: rescale the images."
+        )
     return x
 
 
 def check_labels(
     y: jax.Array, x: jax.Array, logits_fn: Callable, microbatch: int | None = None
 ) -> int:
-    """Checks labels of images x for a classifier; values only where not traced.
+    """Checks the labels of images x against a classifier; values only if not traced.
 
     Args:
       y: labels [B].
       x: images [B,H,W,C].
       logits_fn: the classifier.
-      microbatch: images that it is given at a time; None gives all.
+      microbatch: number of images that it gets at a time; None means all.
 
     Returns:
       The classifier's number of classes.
 
     Raises:
-      UserError: not one integer for each image, or none of the classifier's classes; the classifier
-        does not return one array of logits, or only one logit.
+      UserError: the labels are not integers [B] in 0..K-1, or the classifier does not return one
+        array of logits [B,K] with K at least 2.
     """
     if y.shape != x.shape[:1] or not jnp.issubdtype(y.dtype, jnp.integer):
         raise UserError(
-            f"Labels of shape {list(y.shape)} and {y.dtype} must be one integer for each of the "
-            f"{len(x)} images."
+            f"Labels of shape {list(y.shape)} and type {y.dtype} must be one integer for each of "
+            f"the {len(x)} images."
         )
-    count = num_classes(logits_fn, first(x, microbatch))
+    count = num_classes(logits_fn, microbatch_spec(x, microbatch))
     if count < 2:
-        raise UserError("logits_fn returns logits of one class: it must have two classes or more.")
+        raise UserError("logits_fn returns logits of one class: use a classifier of at least two classes.")
     if isinstance(y, jax.core.Tracer):
         return count
     y = np.asarray(y)
     if not (y.min() >= 0 and y.max() < count):
         raise UserError(
-            f"Labels from {y.min()} to {y.max()} do not fit the classifier's {count} logits."
+            f"Labels from {y.min()} to {y.max()} do not fit the classifier's {count} logits: "
+            f"labels must be in 0..{count - 1}."
         )
     return count
 
 
-def first(x: jax.Array, count: int | None) -> jax.Array | jax.ShapeDtypeStruct:
-    """The shape of the first images of x, to trace with; None gives x, whose sharding counts."""
-    return jax.ShapeDtypeStruct((min(count, len(x)), *x.shape[1:]), x.dtype) if count else x
+def microbatch_spec(x: jax.Array, microbatch: int | None) -> jax.Array | jax.ShapeDtypeStruct:
+    """Shape and type of a microbatch of x, for tracing; None returns x with its sharding."""
+    if not microbatch:
+        return x
+    return jax.ShapeDtypeStruct((min(microbatch, len(x)), *x.shape[1:]), x.dtype)
 
 
 def num_classes(logits_fn: Callable, x: jax.Array) -> int:
-    """The number of classes K of a classifier of images x, without running it.
+    """Number of classes K of a classifier of images x, found without running it.
 
     Raises:
       UserError: it does not return one array of logits [B,K].
     """
-    # A fresh function, here and below: JAX remembers what it traced by the function's identity,
-    # which an object that changes in place keeps.
+    # A new function object, here and below: JAX caches traces by the function's identity, which
+    # does not change when an object is modified in place.
     logits = jax.eval_shape(lambda x: logits_fn(x), x)
     if getattr(logits, "ndim", None) != 2:
         raise UserError(f"logits_fn returns {logits}: it must return one array of logits [B,K].")
@@ -117,7 +120,7 @@ def num_classes(logits_fn: Callable, x: jax.Array) -> int:
 
 
 def float32_logits(logits_fn: Callable, x: jax.Array, *, gradients: bool) -> Callable:
-    """logits_fn, its logits converted to float32.
+    """Converts the logits of logits_fn to float32.
 
     Args:
       logits_fn: the classifier, [b,H,W,C] -> [b,K].
@@ -125,7 +128,7 @@ def float32_logits(logits_fn: Callable, x: jax.Array, *, gradients: bool) -> Cal
       gradients: whether the caller takes gradients of the logits.
 
     Raises:
-      UserError: gradients are needed, and the logits are no floating-point numbers.
+      UserError: gradients are needed and the logits are not floating point.
     """
     dtype = jax.eval_shape(lambda x: logits_fn(x), x).dtype  # See `num_classes`.
     if gradients and not jnp.issubdtype(dtype, jnp.floating):
@@ -137,25 +140,16 @@ def float32_logits(logits_fn: Callable, x: jax.Array, *, gradients: bool) -> Cal
 
 
 def not_finite(logits: jax.Array) -> jax.Array:
-    """Whether an example's logits [B,K] have no largest finite one, bool [B].
+    """Whether an example's logits [B,K] contain NaN or infinity, bool [B].
 
-    Minus infinity, of a class that is masked out, is a logit; NaN and infinity are none.
+    Minus infinity, the logit of a masked class, is allowed unless all logits are.
     """
-    largest = jnp.max(logits, -1)  # NaN if any is.
+    largest = jnp.max(logits, -1)  # NaN if any logit is.
     return ~jnp.isfinite(largest)
 
 
 def check_finite(bad: int, count: int, what: str) -> None:
-    """Checks that a classifier returned only finite logits.
-
-    Args:
-      bad: number of images whose logits are not.
-      count: number of images.
-      what: the images, for the message.
-
-    Raises:
-      UserError: some logits are NaN or infinite.
-    """
+    """Raises UserError if the logits of `bad` of `count` images, named `what`, are not finite."""
     if bad:
         raise UserError(
             f"The classifier returns NaN or infinity for {bad} of {count} {what}: check its "
@@ -163,27 +157,27 @@ def check_finite(bad: int, count: int, what: str) -> None:
         )
 
 
-def poisoned(x: jax.Array, y: jax.Array | None = None, classes: int = 0) -> jax.Array:
-    """Images, of NaN where a pixel is outside [0,1] or the label, if given, none of the classes.
+def nan_if_invalid(x: jax.Array, y: jax.Array | None = None, classes: int = 0) -> jax.Array:
+    """Replaces images with a pixel outside [0,1], or a label not in 0..classes-1, by NaN.
 
-    For `jax.jit`, where nothing can be raised: else training would go on with wrong images.
+    Inside `jax.jit`, where no error can be raised, this keeps training from going on with them.
     """
     rounding = 1e-6
-    right = jnp.all((x >= -rounding) & (x <= 1 + rounding), axis=(1, 2, 3))
+    valid = jnp.all((x >= -rounding) & (x <= 1 + rounding), axis=(1, 2, 3))
     if y is not None:
-        right &= (y >= 0) & (y < classes)
-    return jnp.where(right[:, None, None, None], x, jnp.nan)
+        valid &= (y >= 0) & (y < classes)
+    return jnp.where(valid[:, None, None, None], x, jnp.nan)
 
 
 def detached(f: Callable, *args: jax.Array) -> Callable:
-    """f for arguments of these shapes, in which nothing that f closes over has a gradient.
+    """f for arguments of these shapes, without gradients to the arrays that f closes over.
 
-    Without it a caller who differentiates a whole training step would differentiate the attack.
-    Unlike `jax.closure_convert` it remembers nothing from one call to the next.
+    Otherwise differentiating a training step would differentiate the attack inside it. Unlike
+    `jax.closure_convert`, nothing is cached from one call to the next.
     """
     closed, shapes = jax.make_jaxpr(lambda *args: f(*args), return_shape=True)(*args)
     constants, tree = lax.stop_gradient(closed.consts), jax.tree.structure(shapes)
-    # Constants are arguments of this one: JAX's caches would keep them alive with it.
+    # The constants become arguments; otherwise JAX's caches would keep them alive.
     inner = closed.jaxpr
     inputs = [*inner.constvars, *inner.invars]
     unnamed = inner.debug_info._replace(arg_names=None)

@@ -1,11 +1,11 @@
-"""DeepAugment: a data set as distorted image-to-image networks render it (Hendrycks et al., 2021).
+"""DeepAugment: renders a data set through distorted networks (Hendrycks et al., 2021).
 
 python -m ada_jax.deepaugment --config=experiments/deepaugment.py --copies=10 --out=DIR
 
-A group of images shares one random distortion of a network's weights; every image has distortions
-of the network's features of its own. The set is written in shards. The same command goes on where
-it was stopped, makes more copies, and may be started several times at once, also on several hosts
-with a common file system: each process takes the next shard that no other has.
+A group of images shares one random distortion of a network's weights; the distortions of the
+network's features are drawn for every image. The set is written in shards. The same command
+resumes a stopped set or adds copies. Several processes, also on several hosts with a shared file
+system, may run it at once: each takes the next shard that no other process works on.
 """
 
 import os
@@ -20,11 +20,9 @@ from ada_jax.errors import UserError, require_extra
 from ada_jax.report import figures
 from ada_jax.run import cli
 
-# ------------------------------------------------------------------------ the binary
-
 
 def main(config: ml_collections.ConfigDict, out: str) -> None:
-    """Writes the set and a contact sheet of it."""
+    """Writes the set and a contact sheet with some of its images."""
     rendered_set.validate(config)
     require_extra("The contact sheet", "matplotlib")
     cli.set_up_devices(config.cpu_devices, config.compilation_cache)
@@ -35,7 +33,7 @@ def main(config: ml_collections.ConfigDict, out: str) -> None:
         image_size=config.image_size,
     )
     if not rendered_set.write_set(dataset, out, config):
-        logging.info("Other processes are still at work on what is missing in %s.", out)
+        logging.info("Other processes are still writing the missing shards of %s.", out)
         return
     count = min(rendered_set.SHEET_IMAGES, len(dataset))
     opened = rendered_set.open_set(out, dataset, config.copies).copies
@@ -50,15 +48,15 @@ def main(config: ml_collections.ConfigDict, out: str) -> None:
 
 if __name__ == "__main__":
     config_flag = config_flags.DEFINE_config_file(
-        "config", None, "File with get_config(), as experiments/deepaugment.py."
+        "config", None, "Config file, such as experiments/deepaugment.py."
     )
-    out_flag = flags.DEFINE_string("out", None, "Folder; by default as --workdir of train.")
-    copies_flag = flags.DEFINE_integer("copies", None, "The same as --config.copies.")
+    out_flag = flags.DEFINE_string("out", None, "Output folder; runs/NAME by default.")
+    copies_flag = flags.DEFINE_integer("copies", None, "Short for --config.copies.")
     flags.mark_flag_as_required("config")
 
     def with_flags(argv: list[str]) -> None:
         if len(argv) > 1:
-            raise UserError(f"The argument {argv[1]!r} is not a flag: write --flag=value.")
+            raise UserError(f"The argument {argv[1]!r} is not a flag: write it as --flag=value.")
         config = config_flag.value
         if copies_flag.value is not None:
             config.copies = copies_flag.value

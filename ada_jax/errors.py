@@ -1,11 +1,11 @@
-"""The exceptions that mean: the user can mend this."""
+"""User-correctable errors."""
 
 import importlib.util
 import signal
 
-# Exit statuses where a signal stopped a command, which the same command goes on with.
+# Exit statuses of a command that a signal stopped; the same command resumes it.
 INTERRUPTED, CTRL_C = 128 + signal.SIGTERM, 128 + signal.SIGINT
-# The modules of setup.py's extra [train], which a light installation lacks.
+# Modules of setup.py's extra [train], which `pip install .` does not install.
 EXTRA = (
     *("clu", "etils", "google", "grain", "matplotlib", "mlxtend", "orbax", "skimage"),
     *("tensorflow", "tensorflow_datasets"),
@@ -13,19 +13,19 @@ EXTRA = (
 
 
 class UserError(ValueError):
-    """A mistake in a config, a file or an argument, told in one full sentence.
+    """An invalid config, file or argument.
 
-    The binaries print the sentence and leave with exit status 2; libraries let it through.
-    The sentence names the field, its value and the fix.
+    The message is one sentence with the field, its value and the fix. The commands print it and
+    exit with status 2.
     """
 
 
 class NotFiniteError(UserError):
-    """Training diverged; every process of a run finds it at the same step."""
+    """The loss is not finite. All processes of a run raise it at the same step."""
 
 
 def missing(what: str, module: str) -> UserError:
-    """What to say where something needs a module of `EXTRA` that is not installed."""
+    """The error for a module of `EXTRA` that is not installed."""
     return UserError(f"{what} needs the package {module}: pip install 'ada-jax[train]'.")
 
 
@@ -33,23 +33,23 @@ def require_extra(what: str, *modules: str) -> None:
     """Checks that modules of `EXTRA` are installed, without importing them.
 
     Args:
-      what: needs them, in the message.
-      *modules: as 'grain' or 'orbax.checkpoint'.
+      what: the feature that needs them, for the message.
+      *modules: such as 'grain' or 'orbax.checkpoint'.
 
     Raises:
-      UserError: one is missing.
+      UserError: a module is missing.
     """
     for module in modules:
         try:
             found = importlib.util.find_spec(module)
-        except ModuleNotFoundError:  # The package that it is in.
+        except ModuleNotFoundError:  # Its parent package is missing.
             found = None
         if found is None:
             raise missing(what, module)
 
 
 def renamed(error: UserError, names: dict[str, str]) -> UserError:
-    """The same sentence with a binary's own flags for the fields of a training run."""
+    """The same error with config fields replaced by a command's own flags."""
     text = str(error)
     for field, flag in names.items():
         text = text.replace(field, flag)

@@ -1,4 +1,4 @@
-"""Random keys, one per example, so that no example's draw depends on the batch around it."""
+"""One random key per example, so that an example's draw does not depend on its batch."""
 
 import jax
 import jax.numpy as jnp
@@ -10,31 +10,31 @@ from ada_jax.errors import UserError
 
 
 def per_example(key: jax.Array, count: int) -> jax.Array:
-    """One key per example.
+    """Splits a key into one per example.
 
     Args:
-      key: one key (typed or raw uint32), or already one per example [B].
+      key: one key (typed or raw uint32), or one per example [B], which is returned.
       count: B.
 
     Returns:
       Keys [B].
 
     Raises:
-      UserError: no key, or another number of them.
+      UserError: `key` is not a key, or there are neither 1 nor B of them.
     """
     check(key)
     if key.ndim == _dimensions(key):
         return jax.random.split(key, count)
     if len(key) != count:
-        raise UserError(f"There are {len(key)} keys for {count} images: give one, or as many.")
+        raise UserError(f"There are {len(key)} keys for {count} images: give 1 or {count}.")
     return key
 
 
 def of_batch(key: jax.Array, x: jax.Array) -> jax.Array:
-    """One key per example of images x [B,H,W,C].
+    """Splits a key into one per example of images x [B,H,W,C].
 
-    Inside `jax.shard_map`, x being a device's part, one key that is the same on all devices is
-    split over the whole batch, so that all examples draw what they would draw on one device.
+    Inside `jax.shard_map`, where x is a device's shard, a key that is equal on all devices is split
+    over the whole batch. Every example then gets the key that it would get on one device.
 
     Args:
       key: as for `per_example`.
@@ -45,28 +45,24 @@ def of_batch(key: jax.Array, x: jax.Array) -> jax.Array:
     """
     check(key)
     if key.ndim == _dimensions(key):
-        index, parts = sharding.place(x, key)
+        index, parts = sharding.shard_index(x, key)
         everyone = jax.random.split(key, parts * len(x))
         return lax.dynamic_slice_in_dim(everyone, index * len(x), len(x))
     return sharding.varying(per_example(key, len(x)), x)
 
 
 def check(key: jax.Array) -> None:
-    """Refuses what is no random key, typed or raw, nor several of them.
-
-    Raises:
-      UserError: a number, for example.
-    """
+    """Raises UserError unless `key` is one or several random keys, typed or raw."""
     dtype, shape = getattr(key, "dtype", np.dtype(object)), np.shape(key)
     typed = jnp.issubdtype(dtype, jax.dtypes.prng_key)
     if not typed and not (dtype == np.uint32 and shape[-1:] == (2,)):
-        raise UserError(f"The key {key!r} is no random key: take jax.random.key(0), for example.")
+        raise UserError(f"key={key!r} is not a random key: give jax.random.key(0), for example.")
 
 
 def of_positions(key: jax.Array, start: jax.Array | int, count: int) -> jax.Array:
-    """Keys of the examples at positions start .. start + count - 1 of the global batch.
+    """Keys of the examples at positions start, ..., start + count - 1 of the global batch.
 
-    A batch split over devices draws what the same batch draws on one device.
+    They do not depend on the number of devices that the batch is split over.
 
     Args:
       key: one key.
@@ -81,5 +77,5 @@ def of_positions(key: jax.Array, start: jax.Array | int, count: int) -> jax.Arra
 
 
 def _dimensions(key: jax.Array) -> int:
-    """The dimensions of one key of this kind."""
+    """Number of dimensions of a single key: 0 if typed, 1 if raw."""
     return 0 if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else 1

@@ -1,4 +1,4 @@
-"""Losses of a classifier's logits, one value per example, and weight decay."""
+"""Per-example losses of a classifier's logits, and weight decay."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
       [B] float32, in nats, non-negative.
 
     Raises:
-      UserError: the shapes do not fit, or the labels are no integers.
+      UserError: the shapes do not match, or the labels are not integers.
 
     Source: eq. (3) of Calian et al., "Defending against image corruptions through adversarial
     augmentations" (2021).
@@ -32,13 +32,13 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 def jsd(logits_clean: jax.Array, logits_aug1: jax.Array, logits_aug2: jax.Array) -> jax.Array:
     """Returns the Jensen-Shannon divergence between three predictions for each example.
 
-    It is the mean over the three of KL(p_k || M), M their mean probabilities clamped to
-    [1e-7, 1] before the logarithm. The weight (12 in AugMix) is left to the caller.
+    It is the mean over the three of KL(p_k || M), where M are their mean probabilities, clamped to
+    [1e-7, 1] before the logarithm. AugMix weights this loss by 12.
 
     Args:
       logits_clean: [B, K], any float type; computed in float32.
       logits_aug1: [B, K], for the same examples augmented.
-      logits_aug2: [B, K], for the same examples augmented once more.
+      logits_aug2: [B, K], for a second augmentation of the same examples.
 
     Returns:
       [B] float32, in nats, between 0 and log(3) up to the clamp and rounding.
@@ -47,7 +47,7 @@ def jsd(logits_clean: jax.Array, logits_aug1: jax.Array, logits_aug2: jax.Array)
     """
     shapes = [a.shape for a in (logits_clean, logits_aug1, logits_aug2)]
     if len(shapes[0]) != 2 or len(set(shapes)) > 1:
-        raise UserError(f"Logits of shapes {shapes} must all be of one shape [B, K].")
+        raise UserError(f"The logits have shapes {shapes}: all must have the same shape [B, K].")
     logits = jnp.stack([logits_clean, logits_aug1, logits_aug2]).astype(jnp.float32)
     log_p = jax.nn.log_softmax(logits)
     p = jnp.exp(log_p)
@@ -56,14 +56,14 @@ def jsd(logits_clean: jax.Array, logits_aug1: jax.Array, logits_aug2: jax.Array)
 
 
 def margin(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Returns by how much the best wrong logit exceeds the true one, max_{i != y} z_i - z_y.
+    """Returns the largest wrong logit minus the true one, max_{i != y} z_i - z_y.
 
     Args:
       logits: [B, K] with K > 1, any float type; computed in float32.
       labels: [B] integers in [0, K).
 
     Returns:
-      [B] float32, positive for the examples that are misclassified.
+      [B] float32, positive for misclassified examples.
 
     Source: Carlini and Wagner, "Towards evaluating the robustness of neural networks" (2017).
     """
@@ -78,14 +78,14 @@ def weight_decay(params: Any, *, include_bn: bool = False) -> jax.Array:
     """Returns half the sum of squares of the parameters.
 
     Args:
-      params: a tree of arrays of any shape, named as Haiku does.
-      include_bn: whether to count the parameters of batch normalisation, `scale` and `offset`.
+      params: a tree of arrays with Haiku's parameter names.
+      include_bn: whether to include batch normalisation's parameters `scale` and `offset`.
 
     Returns:
-      A float32 scalar, to be multiplied with the weight decay's coefficient.
+      A float32 scalar, to be multiplied by the weight decay's coefficient.
 
-    Source: Calian et al. (2021), the "global weight decay" of the training details; they do not
-    say whether it spans batch normalisation.
+    Source: Calian et al. (2021), the "global weight decay" of the training details, which do not
+    say whether it includes batch normalisation.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     squares = [
@@ -100,6 +100,6 @@ def _check(logits: jax.Array, labels: jax.Array) -> None:
     integer = jnp.issubdtype(labels.dtype, jnp.integer)
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or not integer:
         raise UserError(
-            f"Labels of shape {list(labels.shape)} and {labels.dtype} must be one integer for each "
-            f"row of the logits, whose shape {list(logits.shape)} must be [B, K]."
+            f"Logits of shape {list(logits.shape)} and labels of shape {list(labels.shape)} and "
+            f"type {labels.dtype} do not match: logits must be [B, K] and labels [B] integers."
         )

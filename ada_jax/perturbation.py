@@ -1,7 +1,7 @@
-"""The geometry of delta: one perturbation of theta per example, inside one l2 ball per leaf.
+"""Geometry of delta, the per-example perturbations of theta inside one l2 ball per leaf.
 
-`theta` is any pytree of arrays; `delta` is the same tree with an example axis in front of every
-leaf; `radii` is the same tree with one scalar per leaf. No networks here.
+`theta` is any pytree of arrays, `delta` the same tree with a leading example axis on every leaf,
+and `radii` the same tree with one scalar per leaf.
 """
 
 import jax
@@ -18,7 +18,7 @@ def radii(theta: PyTree, nu: float) -> PyTree:
 
     Args:
       theta: corruption-network parameters.
-      nu: relative radius, no unit; a leaf of zeros gets radius 0 and stays as it is.
+      nu: relative radius. A leaf of zeros gets radius 0 and is not perturbed.
 
     Returns:
       Tree of float32 scalars.
@@ -28,7 +28,7 @@ def radii(theta: PyTree, nu: float) -> PyTree:
 
 
 def median_radius(radii: PyTree) -> jax.Array:
-    """Median over all leaves' radii, of which the paper's step size is a quarter (appendix A)."""
+    """Median of the leaves' radii; the paper's step size is a quarter of it (appendix A)."""
     return jnp.median(jnp.stack(jax.tree.leaves(radii)))
 
 
@@ -36,9 +36,9 @@ def init(keys: jax.Array, theta: PyTree, radii: PyTree) -> PyTree:
     """Draws delta uniformly from the product of balls (paper, appendix A).
 
     Args:
-      keys: one key per example [B]; example i's draw depends on its own key only.
+      keys: one key per example [B]; an example's draw depends only on its own key.
       theta: parameters, for their shapes.
-      radii: tree of scalars, in theta's units.
+      radii: tree of scalars.
 
     Returns:
       Tree of float32 leaves [B, *theta_i.shape] with norms at most radii.
@@ -48,10 +48,10 @@ def init(keys: jax.Array, theta: PyTree, radii: PyTree) -> PyTree:
 
     def one_example(key):
         direction_key, norm_key = jax.random.split(key)
-        # One draw for all leaves, not one each: random draws are what takes long to compile.
+        # One draw for all leaves: each call of jax.random adds to the compile time.
         numbers = jax.random.normal(direction_key, (sizes.sum(),), jnp.float32)
         directions = jnp.split(numbers, np.cumsum(sizes)[:-1])
-        # U^(1/d) makes the distance from the centre that of a uniform point of a d-ball.
+        # U^(1/d) is distributed like the distance from the centre of a uniform point in a d-ball.
         shares = jax.random.uniform(norm_key, (len(leaves),), jnp.float32)
         shares **= np.float32(1 / sizes)
         draws = [
@@ -62,8 +62,8 @@ def init(keys: jax.Array, theta: PyTree, radii: PyTree) -> PyTree:
         ]
         return jax.tree.unflatten(tree, draws)
 
-    # A loop: under vmap the draws' intermediates would take four times delta's memory. Two at a
-    # time: a lone example's random bits take XLA's CPU code four times as long.
+    # A loop, because under vmap the intermediates would take four times delta's memory. Two
+    # examples at a time, because XLA on a CPU draws random bits for one four times more slowly.
     return sharding.map_examples(one_example, keys, batch_size=2)
 
 
@@ -73,7 +73,7 @@ def norms(delta: PyTree) -> PyTree:
 
 
 def project(delta: PyTree, radii: PyTree) -> PyTree:
-    """Projects every leaf of every example onto its ball; what is inside stays as it is.
+    """Projects every leaf of every example onto its ball.
 
     Args:
       delta: tree of [B, *theta_i.shape].
@@ -91,7 +91,7 @@ def project(delta: PyTree, radii: PyTree) -> PyTree:
 
 
 def on_surface(delta: PyTree, radii: PyTree, tolerance: float = 1e-3) -> jax.Array:
-    """Share, for every example [B], of leaves that lie on their ball's surface."""
+    """Share of leaves that lie on their ball's surface, for every example [B]."""
     at = jax.tree.map(lambda n, r: n >= (1 - tolerance) * r, norms(delta), radii)
     return jnp.mean(jnp.stack(jax.tree.leaves(at)).astype(jnp.float32), 0)
 
@@ -102,7 +102,7 @@ def add(theta: PyTree, delta: PyTree) -> PyTree:
 
 
 def sign_step(gradient: PyTree, radii: PyTree, scale: float) -> PyTree:
-    """Ascent step of iterated FGSM: sign(g) times scale * median radius, for every leaf alike.
+    """Ascent step of iterated FGSM: sign(g) times scale * median radius, equal for all leaves.
 
     Source: paper, appendix A (scale = 1/4).
     """

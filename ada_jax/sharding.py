@@ -1,4 +1,4 @@
-"""Batches split over several devices: on explicit mesh axes, and inside `jax.shard_map`."""
+"""Batches that are split over devices: by `pmap`, on explicit mesh axes, or by `shard_map`."""
 
 import functools
 import math
@@ -22,12 +22,12 @@ def replicate(tree: Any) -> Any:
     """Puts a copy of every leaf on every local device, with a leading device axis."""
     devices = jax.local_device_count()
     tree = jax.tree.map(lambda a: np.broadcast_to(a, (devices, *np.shape(a))), tree)
-    # With the axis of the step that takes it: for another one's arrays it would be compiled anew.
+    # With the update step's axis name: arrays of another one would make it compile again.
     return jax.pmap(lambda a: a, AXIS)(tree) if jax.tree.leaves(tree) else tree
 
 
 def first(value: Any) -> Any:
-    """The first local device's part of an array, on that device; others are left as they are."""
+    """The first local device's shard of an array; other values are returned as they are."""
     return value.addressable_shards[0].data if isinstance(value, jax.Array) else value
 
 
@@ -40,10 +40,10 @@ LogitsFn = Callable[[jax.Array], jax.Array]
 
 
 def on_mesh(function: Callable[..., Any], logits_fn: LogitsFn, x: jax.Array, *args: Any) -> Any:
-    """function(logits_fn, x, *args), also for images split over explicit mesh axes.
+    """Calls function(logits_fn, x, *args), also for images split over explicit mesh axes.
 
-    Inside, these axes are automatic: the compiler finds the sharding of every operation. logits_fn
-    still runs with explicit axes, as the arrays that it closes over may have them.
+    Inside the function these axes are automatic: the compiler chooses the sharding of every
+    operation. logits_fn runs with explicit axes, because arrays that it closes over may have them.
 
     Args:
       function: returns a tree of arrays [B,...].
@@ -70,18 +70,18 @@ def on_mesh(function: Callable[..., Any], logits_fn: LogitsFn, x: jax.Array, *ar
         axes=mesh.explicit_axes,
         out_sharding=NamedSharding(mesh, PartitionSpec(names)),
     )
-    # As one program, for outside of `jax.jit` some operations cannot tell the devices.
+    # Jitted, because some operations cannot infer their devices outside of `jax.jit`.
     return jax.jit(automatic)(x, *args)
 
 
 def map_examples(f: Callable, args: Any, batch_size: int | None = None) -> Any:
-    """`lax.map` over examples; on a mesh of automatic axes every device loops over its own.
+    """`lax.map` over examples; on a mesh of automatic axes each device loops over its own ones.
 
-    Without it the compiler gathers all examples on every device. It needs to know the mesh: from
-    `on_mesh`, or from `jax.set_mesh`.
+    A plain `lax.map` would gather all examples on every device. The mesh must be set, by `on_mesh`
+    or by `jax.set_mesh`.
 
     Args:
-      f: of one example.
+      f: a function of one example.
       args: tree of arrays [N,...].
       batch_size: see `lax.map`.
     """
@@ -94,20 +94,20 @@ def map_examples(f: Callable, args: Any, batch_size: int | None = None) -> Any:
 
 
 def varying(value: jax.Array, like: jax.Array) -> jax.Array:
-    """The value; inside `jax.shard_map` as one that may differ between the devices as `like` does.
+    """Casts a value to vary over the same mesh axes as `like`, inside `jax.shard_map`.
 
-    A loop's start must be such a value where its steps make it one.
+    The initial carry of a loop must vary wherever the loop's body makes it vary.
     """
     axes = _axes(like) - _axes(value)
     return jax.lax.pcast(value, tuple(axes), to="varying") if axes else value
 
 
-def place(x: jax.Array, other: jax.Array) -> tuple[Any, int]:
-    """Which part of a batch this device has inside `jax.shard_map`, and of how many.
+def shard_index(x: jax.Array, other: jax.Array) -> tuple[Any, int]:
+    """Index of this device's shard of a batch inside `jax.shard_map`, and the number of shards.
 
     Args:
-      x: a part of the batch.
-      other: an array that may be split over some of the same axes; these are not counted.
+      x: this device's shard of the batch.
+      other: an array whose own mesh axes are not counted.
     """
     axes = _axes(x) - _axes(other)
     names = tuple(name for name in jax.sharding.get_abstract_mesh().axis_names if name in axes)

@@ -363,7 +363,7 @@ def test_images_and_knobs_closed_over_inside_a_jit_are_looked_at_too():
 
 def test_a_name_is_no_corruption_network():
     x, y = batch()
-    with pytest.raises(UserError, match=r"net='edsr_small' is no ada_jax\.CorruptionNet"):
+    with pytest.raises(UserError, match=r"net='edsr_small' is not an ada_jax\.CorruptionNet"):
         ada.adversarial_augment(jax.random.key(0), x, y, logits_fn=LOGITS_FN, net="edsr_small")
 
 
@@ -388,7 +388,7 @@ def test_a_network_for_other_channels_is_refused():
     x, y = batch()
     net, logits_fn = corruption_nets.make("edsr_small"), lambda x: x.reshape(len(x), -1)
     for images in (x[..., :1], x.transpose(0, 3, 1, 2)):
-        with pytest.raises(UserError, match="makes no image of"):
+        with pytest.raises(UserError, match="must preserve the image shape"):
             ada.adversarial_augment(jax.random.key(0), images, y, logits_fn=logits_fn, net=net)
 
 

@@ -287,11 +287,11 @@ def test_nan_in_a_well_formed_file_is_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "like, says",
     [
-        ({"b": np.ones(2)}, r"1 of 2 .*'net/~/conv//w', of \[3,4\] is not wanted"),
-        ({**WEIGHTS, "c": np.ones(())}, r"1 of 3 .*'c', is missing, \[\] is wanted"),
+        ({"b": np.ones(2)}, r"1 of 2 .*'net/~/conv//w', of \[3,4\] is unexpected"),
+        ({**WEIGHTS, "c": np.ones(())}, r"1 of 3 .*'c', is missing, expected \[\]"),
         (
             {"b": np.ones(3), "net/~/conv": {"w": jax.ShapeDtypeStruct((4, 3), np.float32)}},
-            r"2 of 2 .*'b', is \[2\] where \[3\] is wanted",
+            r"2 of 2 .*'b', is \[2\], expected \[3\]",
         ),
     ],
     ids=["extra", "missing", "shape"],
@@ -518,10 +518,10 @@ def test_what_an_older_version_wrote_for_the_same_is_accepted(workdir):
 @pytest.mark.parametrize(
     "like, says",
     [
-        (make_state(0, width=6), r"is float32\[3,3,2,5\] where float32\[3,3,2,6\] is wanted"),
-        (make_state(0)._replace(step=np.zeros((), np.int64)), r"int32\[\] where int64\[\]"),
-        (make_state(0)._replace(net_state={}), "'net_state//empty', of .* is not wanted"),
-        (make_state(0)._replace(opt_state=()), "'opt_state//0//count', of .* is not wanted"),
+        (make_state(0, width=6), r"is float32\[3,3,2,5\], expected float32\[3,3,2,6\]"),
+        (make_state(0)._replace(step=np.zeros((), np.int64)), r"int32\[\], expected int64\[\]"),
+        (make_state(0)._replace(net_state={}), "'net_state//empty', of .* is unexpected"),
+        (make_state(0)._replace(opt_state=()), "'opt_state//0//count', of .* is unexpected"),
     ],
     ids=["shape", "dtype", "state", "optimiser"],
 )
@@ -583,7 +583,7 @@ def test_weights_in_a_bucket(cloud):
     save_weights(path, WEIGHTS, {"classifier": "resnet9"})
     assert_same(load_weights(path)[0], WEIGHTS)
     cloud.cut(path)
-    with pytest.raises(UserError, match=f"{path} is not a whole safetensors file"):
+    with pytest.raises(UserError, match=f"{path} is not a complete safetensors file"):
         load_weights(path)
 
 

@@ -14,12 +14,12 @@ IMAGES = jnp.full((2, 4, 4, 3), 0.5)
 @pytest.mark.parametrize("value", ["0.02", None, [0.1, 0.2], jnp.ones(1)])
 def test_a_knob_is_one_number(value):
     with pytest.raises(UserError, match=r"nu=.* must be one number"):
-        checks.number("nu", value, 0.0)
+        checks.scalar("nu", value, 0.0)
 
 
 def test_a_traced_knob_is_taken_as_it_is():
-    assert checks.number("nu", np.float32(0.5), 0.0) == 0.5
-    jax.jit(lambda nu: jnp.float32(checks.number("nu", nu, 7.0)))(0.5)
+    assert checks.scalar("nu", np.float32(0.5), 0.0) == 0.5
+    jax.jit(lambda nu: jnp.float32(checks.scalar("nu", nu, 7.0)))(0.5)
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.0, "3", True, None])
@@ -45,12 +45,12 @@ def test_labels_are_classes(labels, said):
 
 def test_what_cannot_be_refused_while_tracing_becomes_nan():
     x = jnp.stack([IMAGES[0], IMAGES[0].at[1, 2, 0].set(1.1), IMAGES[0], IMAGES[0] - 0.6])
-    for images in (checks.poisoned(x), jax.jit(checks.poisoned)(x)):
+    for images in (checks.nan_if_invalid(x), jax.jit(checks.nan_if_invalid)(x)):
         assert np.isnan(images).all((1, 2, 3)).tolist() == [False, True, False, True]
         np.testing.assert_array_equal(images[0], x[0])
     y = jnp.array([-1, 0, 3, 2])
-    assert np.isnan(checks.poisoned(x, y, 3)).all((1, 2, 3)).tolist() == [True, True, True, True]
-    assert np.isnan(checks.poisoned(x, y + 1, 3)).any((1, 2, 3)).tolist() == [0, 1, 1, 1]
+    assert np.isnan(checks.nan_if_invalid(x, y, 3)).all((1, 2, 3)).tolist() == [True, True, True, True]
+    assert np.isnan(checks.nan_if_invalid(x, y + 1, 3)).any((1, 2, 3)).tolist() == [0, 1, 1, 1]
 
 
 def test_what_a_function_closes_over_has_no_gradient():

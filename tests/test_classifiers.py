@@ -291,7 +291,7 @@ def test_statistics_are_averaged_over_the_named_axis() -> None:
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(UserError, match="'resnet8' is not known: choose one of preact_resnet20, "):
+    with pytest.raises(UserError, match="'resnet8' is unknown: choose one of preact_resnet20, "):
         classifiers.make("resnet8", 10)
 
 

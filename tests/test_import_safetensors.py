@@ -54,10 +54,10 @@ def test_only_a_prefix_of_all_names_is_ignored(tmp_path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"<html>404</html>", "not a whole safetensors file"),
-        (b"", "not a whole safetensors file"),
+        (b"<html>404</html>", "not a complete safetensors file"),
+        (b"", "not a complete safetensors file"),
         (safetensors.numpy.save({"a": np.zeros(2)}), "its first arrays are a"),
-        (safetensors.numpy.save({"a": np.zeros(2)})[:-1], "not a whole safetensors file"),
+        (safetensors.numpy.save({"a": np.zeros(2)})[:-1], "not a complete safetensors file"),
         (b"PK", "PyTorch is not installed, and all but safetensors files need it"),
     ],
 )

@@ -30,7 +30,7 @@ def test_a_batch_draws_the_same_whole_or_in_parts():
 
 @pytest.mark.parametrize("key", [0, np.zeros(2), np.zeros(3, np.uint32), "key"])
 def test_what_is_no_key_is_refused(key):
-    with pytest.raises(UserError, match="is no random key: take"):
+    with pytest.raises(UserError, match="is not a random key: give"):
         keys.per_example(key, 2)
 
 

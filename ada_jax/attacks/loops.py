@@ -143,8 +143,8 @@ def attack(function: Callable, gradients: bool = True) -> Callable:
             checks.check_integers(1, microbatch=microbatch)
         x, y = checks.as_images(jnp.asarray(x)), jnp.asarray(y)
         checks.check_labels(y, x, logits_fn, microbatch)
-        few = checks.first(x, microbatch)
-        logits_fn = checks.float32_logits(logits_fn, few, gradients=gradients)
+        spec = checks.microbatch_spec(x, microbatch)
+        logits_fn = checks.float32_logits(logits_fn, spec, gradients=gradients)
         y, knobs["epsilon"] = y.astype(jnp.int32), checks.float32(epsilon)
         arrays = {name: a for name, a in knobs.items() if isinstance(a, jax.Array)}
 
@@ -174,7 +174,7 @@ def check(epsilon: jax.Array | float, norm: str) -> None:
     """Raises UserError for a radius or a norm that no attack can work with."""
     if norm not in NORMS:
         raise UserError(f"norm={norm!r} is unknown: choose one of {', '.join(NORMS)}.")
-    radius = checks.number("epsilon", epsilon, 1.0)
+    radius = checks.scalar("epsilon", epsilon, 1.0)
     if not 0 < radius < np.inf:
         raise UserError(f"epsilon={epsilon} must be positive and finite (8/255 is common in linf).")
     if norm == "linf" and radius > 1:

@@ -111,7 +111,7 @@ def _mix(
     chains = chains.reshape(len(x), width, *x.shape[1:]).astype(jnp.float32) / 255
     mixed = jnp.einsum("bw,bwijc->bijc", weights, chains, precision="highest")
     share = share[:, None, None, None]
-    return (1 - share) * checks.poisoned(x) + share * mixed
+    return (1 - share) * checks.nan_if_invalid(x) + share * mixed
 
 
 def apply_ops(

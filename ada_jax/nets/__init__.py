@@ -1,1 +1,1 @@
-"""Networks, and convolutions with a kernel per example."""
+"""Networks, and convolutions with one kernel per example."""

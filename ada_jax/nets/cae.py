@@ -6,10 +6,8 @@ import jax.numpy as jnp
 from ada_jax.errors import UserError
 from ada_jax.nets import layers
 
-# -------------------------------------------------------------------------------- CAE
-
-CAE_SMALLEST = 12  # Its decoder's first convolution is 3x3, unpadded, at a quarter of the size.
-CAE_LAYERS = {  # name: (kernel size, inputs, outputs), the published network's names
+CAE_SMALLEST = 12  # The decoder starts with an unpadded 3x3 convolution at a quarter of the size.
+CAE_LAYERS = {  # The published network's names: (kernel size, inputs, outputs).
     "e_conv_1": (5, 3, 64),
     "e_conv_2": (5, 64, 128),
     **{f"e_block_{i}/conv{j}": (3, 128, 128) for i in (1, 2, 3) for j in (0, 1)},
@@ -27,11 +25,11 @@ CAE_LAYERS = {  # name: (kernel size, inputs, outputs), the published network's 
 def cae() -> layers.Architecture:
     """The compressive autoencoder of DeepAugment (Dinu's cae_32x32x32_zero_pad_bin).
 
-    Two bits a pixel: [B,H,W,3] becomes [B,H/4,W/4,32] bits and is rendered from these. Heights and
+    It encodes [B,H,W,3] as [B,H/4,W/4,32] random bits, two per pixel, and decodes them. Heights and
     widths must be multiples of 4 and at least 12.
 
     Returns:
-      The architecture; 42 leaves and 2,241,859 numbers. `apply` needs a key: the bits are drawn.
+      The architecture, with 42 leaves and 2,241,859 numbers. `apply` needs a key to draw the bits.
     """
 
     def apply(theta, x, key):
@@ -41,15 +39,15 @@ def cae() -> layers.Architecture:
 
 
 def cae_init(key: jax.Array) -> dict:
-    """Random CAE parameters that keep the size of activations, residual branches a tenth of it.
+    """Random CAE parameters of He's variance, a tenth of it in amplitude for residual branches.
 
-    From PyTorch's own initialisation at a learning rate of 3e-4 or more every latent saturates
-    within a hundred steps, and the network renders one mean image.
+    With PyTorch's default initialisation and a learning rate of 3e-4 or more, all latents saturate
+    within a hundred steps and the network renders the mean image.
     """
     theta = {}
     keys = jax.random.split(key, len(CAE_LAYERS))
     for k, (name, (size, inputs, outputs)) in zip(keys, CAE_LAYERS.items(), strict=True):
-        # He's variance, 2 / fan_in; transposed convolutions add up no neighbours.
+        # 2 / fan_in; transposed convolutions do not sum over neighbours.
         gain = 1.0 if name.endswith("/up") else 6**0.5
         gain *= 0.1 if "_block_" in name and name.endswith("conv1") else 1.0
         theta[name] = {
@@ -60,10 +58,10 @@ def cae_init(key: jax.Array) -> dict:
 
 
 def cae_encode(theta: dict, x: jax.Array) -> jax.Array:
-    """[B,H,W,3] in [0,1] to the latent [B,H/4,W/4,32] in [-1,1].
+    """Encodes [B,H,W,3] in [0,1] as the latent [B,H/4,W/4,32] in [-1,1].
 
     Raises:
-      UserError: a side that is not a multiple of 4, or below 12.
+      UserError: a side is below 12 or not a multiple of 4.
     """
     if not fits_cae(*x.shape[1:3]):
         raise UserError(
@@ -79,19 +77,19 @@ def cae_encode(theta: dict, x: jax.Array) -> jax.Array:
 
 
 def fits_cae(*sides: int) -> bool:
-    """Whether the CAE takes images of these sides."""
+    """Whether the CAE accepts images with these sides."""
     return all(side % 4 == 0 and side >= CAE_SMALLEST for side in sides)
 
 
 def binarise(key: jax.Array, latent: jax.Array) -> jax.Array:
-    """Draws bits of -1 or 1 whose mean is the latent; their gradient is passed straight through."""
+    """Draws bits of -1 or 1 with the latent as mean; the gradient is straight-through."""
     drawn = jax.random.uniform(key, latent.shape, jnp.float32)
     bits = jnp.where(drawn <= (1 + latent) / 2, 1.0, -1.0)
     return latent + jax.lax.stop_gradient(bits - latent)
 
 
 def cae_decode(theta: dict, bits: jax.Array) -> jax.Array:
-    """Bits [B,h,w,32] of -1 or 1 to images [B,4h,4w,3] in [-1,1], near [0,1] when trained."""
+    """Decodes bits [B,h,w,32] of -1 or 1 to [B,4h,4w,3] in [-1,1], near [0,1] once trained."""
     act = jax.nn.leaky_relu
     h = act(layers.conv(theta["d_up_conv_1/conv"], bits, padding=0))
     h = layers.conv_transpose(theta["d_up_conv_1/up"], _pad(h, 1, 1))

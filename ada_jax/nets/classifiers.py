@@ -1,4 +1,4 @@
-"""The image classifiers: pre-activation ResNets and a nine-layer one for small images, ResNet50."""
+"""Image classifiers: pre-activation ResNets, a nine-layer ResNet for small images, ResNet50."""
 
 import contextlib
 import functools
@@ -17,7 +17,7 @@ from ada_jax.nets import per_example
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2471, 0.2435, 0.2616)
 
-# Called as norm_relu(x, name): batch normalisation with parameters under that name, then ReLU.
+# norm_relu(x, name): batch normalisation with parameters under this name, followed by ReLU.
 NormRelu = Callable[[jax.Array, str], jax.Array]
 
 # U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the default of PyTorch's convolutions and linear layers.
@@ -25,11 +25,7 @@ _uniform_fan_in = hk.initializers.VarianceScaling(1 / 3, "fan_in", "uniform")
 
 
 def names() -> tuple[str, ...]:
-    """Returns the names that `make` knows.
-
-    Returns:
-      The names, from the smallest network to the largest.
-    """
+    """The names of the classifiers, from the smallest to the largest."""
     return (*_NETWORKS, "resnet50")
 
 
@@ -44,43 +40,41 @@ def make(
     zero_init_logits: bool = False,
     compute_dtype: str = "float32",
 ) -> hk.TransformedWithState:
-    """Makes a classifier whose forward pass normalises its images by itself.
+    """Makes a classifier that normalises its input images.
 
-    The result is called as `net.init(key, x, is_training=True)` and as `net.apply(params, state,
-    rng, x, is_training=..., test_local_stats=False)`, which returns `(logits, state)`: images x
-    [B, H, W, C] of any floating type in [0, 1] and any size, logits [B, num_classes] float32. Batch
-    normalisation uses the batch's statistics and updates the running ones when `is_training`,
-    uses the batch's without an update when only `test_local_stats`, else uses the running ones.
+    Call `net.init(key, x, is_training=True)` and `net.apply(params, state, rng, x, is_training=...,
+    test_local_stats=False)`, which returns `(logits, state)`. Images x are [B, H, W, C] of any
+    floating type in [0, 1] and of any size; logits are [B, num_classes] float32. With `is_training`
+    batch normalisation uses the batch's statistics and updates the running ones; with only
+    `test_local_stats` it uses the batch's without an update; otherwise it uses the running ones.
 
     Args:
       name: one of `names()`.
       num_classes: the number of logits.
-      mean: the C channel means which the images are normalised with, in [0, 1].
+      mean: the C channel means for normalisation, in [0, 1].
       std: the C channel standard deviations, positive.
-      bn_decay: decay in [0, 1) of the running statistics, whose zero bias is corrected. Those of
-        a fresh state are the statistics of the batch given to `init`.
-      bn_axis_name: the mapped axis to average batch statistics over; None for each device's own.
-        `init` does not use it and so runs outside of `pmap`.
-      zero_init_logits: whether the last layer starts at zero rather than at random.
-      compute_dtype: 'bfloat16' convolves in it; parameters, batch normalisation and logits are
-        float32 all the same.
+      bn_decay: decay in [0, 1) of the running statistics, which are corrected for zero bias. `init`
+        sets them to the statistics of its batch.
+      bn_axis_name: the mapped axis that batch statistics are averaged over; None keeps each
+        device's own. `init` ignores it and therefore runs outside of `pmap`.
+      zero_init_logits: whether to initialise the last layer with zeros.
+      compute_dtype: type of the convolutions, 'float32' or 'bfloat16'; parameters, batch
+        normalisation and logits are float32.
 
     Returns:
-      The pair of pure functions `init` and `apply`.
+      The pure functions `init` and `apply`.
 
     Raises:
-      UserError: if the name is not known; `init` and `apply`, if images are not as above.
+      UserError: the name is unknown; from `init` and `apply`, the images are not as above.
 
-    Source: networks and normalisation as in Wong et al., "Fast is better than free" (2020), and
+    Source: networks and normalisation follow Wong et al., "Fast is better than free" (2020), and
     He et al., "Identity mappings in deep residual networks" (2016), with PyTorch's default
-    initialisation; `resnet9` is this project's, for small machines; `resnet50` is Haiku's, of He et
-    al., "Deep residual learning for image recognition" (2016) with the stride in the 3x3
-    convolution, and starts with Haiku's convolutions and residual branches scaled by zero.
+    initialisation. `resnet9` is this project's own, for small machines. `resnet50` is Haiku's, of
+    He et al., "Deep residual learning for image recognition" (2016) with the stride in the 3x3
+    convolution, with Haiku's initialisation and residual branches that start at zero.
     """
     if name not in names():
-        raise UserError(
-            f"The classifier {name!r} is not known: choose one of {', '.join(names())}."
-        )
+        raise UserError(f"The classifier {name!r} is unknown: choose one of {', '.join(names())}.")
 
     policy = jmp.get_policy(f"params=float32,compute={compute_dtype},output=float32")
 
@@ -119,29 +113,14 @@ def make(
 
 
 class Conv(hk.Module):
-    """A square convolution without bias, padded as PyTorch's `padding=size // 2`."""
+    """A square convolution without bias, padded by `size // 2` pixels as in PyTorch."""
 
     def __init__(self, channels: int, size: int, stride: int = 1, name: str | None = None):
-        """Describes the convolution.
-
-        Args:
-          channels: the number of output channels.
-          size: the kernel's height and width, odd, in pixels.
-          stride: the step between outputs, in pixels.
-          name: the name which the kernel `w` [size, size, Cin, channels] is kept under.
-        """
         super().__init__(name=name)
         self.channels, self.size, self.stride = channels, size, stride
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Convolves.
-
-        Args:
-          x: [B, H, W, Cin].
-
-        Returns:
-          [B, ceil(H / stride), ceil(W / stride), channels].
-        """
+        """Maps [B, H, W, Cin] to [B, ceil(H / stride), ceil(W / stride), channels]."""
         shape = (self.size, self.size, x.shape[-1], self.channels)
         w = hk.get_parameter("w", shape, jnp.float32, init=_uniform_fan_in).astype(x.dtype)
         return per_example.conv2d(x, w, stride=self.stride, padding=self.size // 2)
@@ -170,7 +149,7 @@ def _resnet50(num_classes: int, bn_config: dict[str, Any], zero_init_logits: boo
 
 
 def _resnet50_policies(compute_dtype: str) -> contextlib.ExitStack:
-    """Has Haiku's layers compute as ours do: only convolutions in `compute_dtype`."""
+    """Makes Haiku's layers use `compute_dtype` for convolutions only, like the other networks."""
     dtypes = {
         hk.Conv2D: f"params=float32,compute={compute_dtype},output={compute_dtype}",
         hk.BatchNorm: f"params=float32,compute=float32,output={compute_dtype}",
@@ -188,7 +167,7 @@ def _basic_block(x: jax.Array, width: int, stride: int, norm_relu: NormRelu) -> 
     h = Conv(width, 3, name="conv2")(norm_relu(h, "bn2"))
     if stride == 1 and x.shape[-1] == width:
         return h + x
-    # Wong et al. project the raw input here, but the pre-activated one in the bottleneck.
+    # As in Wong et al., who project the raw input here and the pre-activated one in the bottleneck.
     return h + Conv(width, 1, stride, name="shortcut")(x)
 
 
@@ -229,7 +208,7 @@ def _resnet9(x: jax.Array, norm_relu: NormRelu) -> jax.Array:
     return x
 
 
-# Each maps normalised images [B, H, W, C] to the features [B, H', W', C'] that are pooled.
+# Functions of normalised images [B, H, W, C] that return the features [B, H', W', C'] to pool.
 _NETWORKS: dict[str, Callable[[jax.Array, NormRelu], jax.Array]] = {
     "preact_resnet20": functools.partial(
         _preact_resnet, block=_basic_block, widths=(16, 32, 64), depths=(3, 3, 3)

@@ -1,7 +1,7 @@
-"""Image-to-image networks as pure functions of their parameters.
+"""Corruption networks: presets, weights, enlargement and mixed precision.
 
-`make(name)` gives a `CorruptionNet` with shipped weights where there are some. A network is a plain
-function `apply(theta, x, key)`, so its parameters can be perturbed as any pytree.
+A network is a pure function `apply(theta, x, key)`, so its parameters can be perturbed like any
+pytree. `make(name)` returns a `CorruptionNet` with trained weights.
 """
 
 import pathlib
@@ -16,7 +16,7 @@ from ada_jax.errors import UserError
 from ada_jax.nets import cae, edsr, layers, weight_files
 
 WEIGHTS = pathlib.Path(__file__).parent / "weights"
-# The keywords of `edsr`; None is the CAE, which has none.
+# Keyword arguments of `edsr.edsr`; None is the CAE.
 PRESETS = {
     "edsr_baseline_x4": {"blocks": 16, "features": 64, "scale": 4},
     "edsr_baseline": {"blocks": 16, "features": 64, "scale": 1},
@@ -27,26 +27,27 @@ PRESETS = {
 
 
 def names() -> tuple[str, ...]:
-    """The presets that `make` knows."""
+    """The names of the presets."""
     return tuple(PRESETS)
 
 
 def make(name: str, weights: str | None = None, *, enlarge: int = 1) -> ada.CorruptionNet:
-    """A corruption network with trained weights.
+    """Makes a corruption network with trained weights.
 
     Args:
       name: one of `names()`.
       weights: a safetensors file written by `ada_jax.pretrain` or `ada_jax.import_weights`; None
-        takes the shipped one.
+        means the shipped weights.
       enlarge: factor by which images are enlarged before the network and reduced after it. The
-        published CAE saw patches of 128 pixels: 4 brings images of 32 to that size, where its
-        corruptions are milder and finer. The shipped weights know 32 pixels: 1.
+        published CAE was trained on patches of 128 pixels; 4 brings images of 32 pixels to that
+        size, where its corruptions are milder and finer. The shipped weights were trained on 32
+        pixels.
 
     Returns:
       The network.
 
     Raises:
-      UserError: unknown name, no weights, or weights of another network.
+      UserError: the name is unknown, or there are no weights of this network.
     """
     checks.check_integers(1, enlarge=enlarge)
     net = architecture(name)
@@ -54,10 +55,10 @@ def make(name: str, weights: str | None = None, *, enlarge: int = 1) -> ada.Corr
     if not weights and not path.exists():
         shipped = sorted(p.stem for p in WEIGHTS.glob("*.safetensors"))
         raise UserError(
-            f"corruption_net={name!r} has no shipped weights (there are: "
-            f"{', '.join(shipped) or 'none'}): train some with `python -m ada_jax.pretrain "
-            f"--config=experiments/pretrain_{name.partition('_')[0]}.py:{name}` and name the file "
-            "in config.ada.corruption_weights."
+            f"corruption_net={name!r} has no shipped weights (those of "
+            f"{', '.join(shipped) or 'no network'} are shipped): train some with `python -m "
+            f"ada_jax.pretrain --config=experiments/pretrain_{name.partition('_')[0]}.py:{name}` "
+            "and set config.ada.corruption_weights to the file."
         )
     theta, _ = weight_files.load_weights(path, like=jax.eval_shape(net.init, jax.random.key(0)))
     theta = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), theta)
@@ -65,11 +66,7 @@ def make(name: str, weights: str | None = None, *, enlarge: int = 1) -> ada.Corr
 
 
 def architecture(name: str) -> layers.Architecture:
-    """The untrained network of a preset.
-
-    Raises:
-      UserError: unknown name.
-    """
+    """The architecture of a preset; raises UserError for an unknown name."""
     if name not in PRESETS:
         raise UserError(f"corruption_net={name!r} is unknown: choose one of {', '.join(names())}.")
     fields = PRESETS[name]
@@ -79,16 +76,16 @@ def architecture(name: str) -> layers.Architecture:
 def check_sizes(
     field: str, nets: Sequence[str], enlarge: Sequence[int], image_shape: Sequence[int]
 ) -> None:
-    """Checks that all networks take images of a size, before anything is compiled.
+    """Checks that all networks accept images of a size, before anything is compiled.
 
     Args:
-      field: names the networks in the message, as 'config.nets'.
+      field: the config field of the networks, such as 'config.nets', for the message.
       nets: names of presets.
-      enlarge: the factor of each, see `make`.
+      enlarge: the enlargement of each, see `make`.
       image_shape: [H,W,...] of the images.
 
     Raises:
-      UserError: the CAE is among them and the sides do not fit it.
+      UserError: the CAE is among the networks and does not accept the size.
     """
     height, width = image_shape[:2]
     for name, factor in zip(nets, enlarge, strict=True):
@@ -102,7 +99,7 @@ def check_sizes(
 
 
 def enlarged(apply: Callable[..., jax.Array], factor: int) -> Callable[..., jax.Array]:
-    """The network on bicubically enlarged images, its output reduced again (antialiased)."""
+    """Wraps a network: enlarges its input bicubically, and reduces its output (antialiased)."""
     if factor == 1:
         return apply
 
@@ -117,12 +114,12 @@ def enlarged(apply: Callable[..., jax.Array], factor: int) -> Callable[..., jax.
 def cast(
     apply: Callable[..., jax.Array], dtype: str = "float32", remat: bool = False
 ) -> Callable[..., jax.Array]:
-    """The network with its parameters rounded to another type, in which its layers compute.
+    """Wraps a network to compute in another type.
 
     Args:
       apply: a network's function.
-      dtype: 'float32' or 'bfloat16'.
-      remat: whether its gradient computes the features anew instead of keeping them.
+      dtype: 'float32' or 'bfloat16'; parameters are cast to it, the output is float32.
+      remat: whether the backward pass recomputes the features instead of storing them.
     """
     policy = jmp.get_policy(f"params=float32,compute={dtype},output=float32")
 

@@ -1,4 +1,4 @@
-"""EDSR, which enlarges images (Lim et al., 2017), for any scale from 1 on."""
+"""EDSR, a super-resolution network (Lim et al., 2017), at scale 1, 2 or 4."""
 
 import jax
 import numpy as np
@@ -8,21 +8,18 @@ from ada_jax.nets import layers
 DIV2K_MEAN = np.array([0.4488, 0.4371, 0.4040], np.float32)  # EDSR's fixed MeanShift
 
 
-# ------------------------------------------------------------------------------- EDSR
-
-
 def edsr(blocks: int, features: int, scale: int) -> layers.Architecture:
-    """EDSR (Lim et al., 2017) whose output is brought back to the input's size.
+    """EDSR (Lim et al., 2017) whose output is downsampled to the input's size.
 
     Args:
-      blocks: residual blocks.
+      blocks: number of residual blocks.
       features: channels.
-      scale: upsampling factor 1, 2 or 4 of the network; its output is downsampled by an antialiased
-        bicubic filter, the operator that super-resolution inverts.
+      scale: upsampling factor 1, 2 or 4; the output is downsampled by an antialiased bicubic
+        filter, the operator that super-resolution inverts.
 
     Returns:
-      The architecture. Parameters are those of the published network (its fixed mean shift is not
-      among them): 74 leaves and 1,517,571 numbers for 16 blocks, 64 features and scale 4.
+      The architecture, with the parameters of the published network except its fixed mean shift:
+      74 leaves and 1,517,571 numbers for 16 blocks, 64 features and scale 4.
     """
 
     def init(key):
@@ -37,7 +34,7 @@ def edsr(blocks: int, features: int, scale: int) -> layers.Architecture:
 
 
 def edsr_init(key: jax.Array, *, blocks: int, features: int, scale: int) -> dict:
-    """Random EDSR parameters, each kernel and bias U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
+    """Random EDSR parameters, kernels and biases U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
     widths = {"head": (3, features)}
     for i in range(blocks):
         widths[f"block{i:02d}/conv0"] = widths[f"block{i:02d}/conv1"] = (features, features)
@@ -52,9 +49,9 @@ def edsr_init(key: jax.Array, *, blocks: int, features: int, scale: int) -> dict
 
 
 def edsr_apply(theta: dict, x: jax.Array) -> jax.Array:
-    """Runs EDSR at its own scale: [B,H,W,3] in [0,1] to [B,scale H,scale W,3] near [0,1].
+    """Runs EDSR without the downsampling: [B,H,W,3] in [0,1] to [B,scale H,scale W,3] near [0,1].
 
-    The published network works on 0..255; the factor 255 is part of the function, not of theta.
+    The published network works on 0..255; the scaling by 255 is not part of theta.
     """
     x = h = edsr_head(theta, x)
     for i in range(sum(name.endswith("/conv0") for name in theta)):

@@ -1,4 +1,4 @@
-"""Layers that the corruption networks share."""
+"""Layers shared by the corruption networks."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,20 +11,17 @@ from ada_jax.nets import per_example
 
 
 class Architecture(NamedTuple):
-    """A network without weights.
+    """A network's pure functions, without weights.
 
     Attributes:
       init: `init(key) -> theta`.
-      apply: see `CorruptionNet`.
-      scale: super-resolution factor of the network itself, 1 where it keeps the size.
+      apply: see `ada.CorruptionNet`.
+      scale: super-resolution factor of the network, 1 if it keeps the size.
     """
 
     init: Callable[..., dict]
     apply: Callable[..., jax.Array]
     scale: int
-
-
-# ------------------------------------------------------------------------------ layers
 
 
 def conv(params: dict, x: jax.Array, stride: int = 1, padding: int | None = None) -> jax.Array:
@@ -38,25 +35,25 @@ def conv_transpose(params: dict, x: jax.Array) -> jax.Array:
     return per_example.conv_transpose2d(x.astype(params["w"].dtype), params["w"], params["b"])
 
 
-# [i, r, d, a]: tap r of a kernel of 3 that ends up at part a of a pixel enlarged twice meets part i
-# of its neighbour d.
-_MEETS = np.array(
+# [i, r, d, a] is 1 where tap r of a kernel of size 3, for the output at subpixel a of an enlarged
+# pixel, reads subpixel i of the neighbouring pixel d.
+_SUBPIXEL_TAPS = np.array(
     [[[[(a + r) == 2 * d + i for a in (0, 1)] for d in (0, 1)] for r in (0, 1, 2)] for i in (0, 1)],
     np.float32,
 )
 
 
 def conv_after_up(up: dict, conv: dict, x: jax.Array) -> jax.Array:
-    """A transposed convolution (2x2) and a convolution (3x3, no padding) as one.
+    """Fuses a transposed convolution (2x2) with a convolution (3x3, no padding) that follows it.
 
-    Nothing stands between them, so four kernels of 2x2, one for each part of an enlarged pixel, do
-    the same without the wide features between: the CAE's need 20 times fewer operations.
+    Both are linear, so four 2x2 kernels, one for each subpixel, compute the same result without the
+    wide intermediate features. In the CAE this takes 20 times fewer operations.
 
     Returns:
       [B,2H-2,2W-2,O] for x [B,H,W,C].
     """
-    meets = jnp.asarray(_MEETS, x.dtype)
-    w = jnp.einsum("irda,jseb,ijcm,rsmo->decabo", meets, meets, up["w"], conv["w"])
+    taps = jnp.asarray(_SUBPIXEL_TAPS, x.dtype)
+    w = jnp.einsum("irda,jseb,ijcm,rsmo->decabo", taps, taps, up["w"], conv["w"])
     b = conv["b"] + up["b"] @ conv["w"].sum((0, 1))
     out = w.shape[-1]
     y = per_example.conv2d(x.astype(w.dtype), w.reshape(2, 2, -1, 4 * out), padding=0)
@@ -66,7 +63,7 @@ def conv_after_up(up: dict, conv: dict, x: jax.Array) -> jax.Array:
 
 
 def conv_init(key: jax.Array, inputs: int, outputs: int, size: int = 3) -> dict:
-    """Random parameters of a convolution."""
+    """Random parameters of a convolution, U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
     bound = (inputs * size * size) ** -0.5
     w_key, b_key = jax.random.split(key)
     shape = (size, size, inputs, outputs)

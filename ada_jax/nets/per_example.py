@@ -1,20 +1,20 @@
-"""Convolutions that stay fast when every example has its own kernel.
+"""Convolutions that are fast when every example has its own kernel.
 
 `jax.vmap` of an ordinary convolution over its kernels becomes one grouped convolution, whose
-gradient no back end takes well: XLA's CPU code runs it at about one percent of the machine's peak,
-and the TPU compiler turns it into a dense convolution over all pairs of examples (measured by
-`ada_jax.plan`). `conv2d` is an ordinary convolution with a batching rule and a gradient of its own,
-so code that is written for one example takes the fast path under `jax.vmap` by itself. It has first
-derivatives in reverse mode, `jax.grad` and `jax.vjp`, and no others.
+gradient is slow on every back end: XLA on a CPU runs it at about one percent of the machine's
+peak, and the TPU compiler turns it into a dense convolution over all pairs of examples (measured by
+`ada_jax.plan`). `conv2d` is an ordinary convolution with its own batching rule and gradient, so
+code written for one example is fast under `jax.vmap`. Only first derivatives in reverse mode are
+supported (`jax.grad`, `jax.vjp`).
 
-* one kernel per example: on a CPU a loop over the examples, each small enough to stay in cache;
-  its backward pass builds the patches of the output's gradient once and takes both gradients from
-  them by one matrix product each. Elsewhere, when the program is lowered, what `CHOSEN` names.
-* a shared kernel: XLA's convolution and gradients, but on a CPU the kernel's gradient by the same
-  patches, group by group. Give it all images as one batch: under `jax.vmap` over images the
-  backward pass makes one kernel gradient for each.
+* One kernel per example: on a CPU a loop over the examples, each of which fits in the cache. The
+  backward pass builds the patches of the output's gradient once, and computes both gradients from
+  them by one matrix product each. On other platforms the lowering that `CHOSEN` names.
+* A shared kernel: XLA's convolution and gradients, except that on a CPU the kernel's gradient is
+  computed from patches, group by group. Pass all images as one batch: under `jax.vmap` over images
+  the backward pass computes one kernel gradient per image.
 
-On a CPU both take 3x3 kernels of many channels by `winograd` instead, which is about twice as fast.
+On a CPU, 3x3 kernels with many channels use `winograd` in both cases, about twice as fast.
 """
 
 import functools
@@ -30,7 +30,7 @@ from jax.custom_batching import custom_vmap
 from ada_jax import sharding
 from ada_jax.nets import triton_conv, winograd
 
-_ROWS = 4096  # rows of one patch matrix: enough for a good matrix product, few enough for the cache
+_ROWS = 4096  # Rows of one patch matrix: a fast matrix product that still fits in the cache.
 
 
 def conv2d(
@@ -41,13 +41,13 @@ def conv2d(
     stride: int = 1,
     padding: int | None = None,
 ) -> jax.Array:
-    """Convolves images with a kernel; under `jax.vmap` over `w` each example has its own, fast.
+    """Convolves images with a kernel; fast also under `jax.vmap` over `w`.
 
     Args:
       x: images [B,H,W,C].
       w: kernel [kh,kw,C,O].
       b: bias [O], or None.
-      stride: step in pixels, the same both ways.
+      stride: stride in pixels, equal for both axes.
       padding: zeros on every side, in pixels; None means kh // 2.
 
     Returns:
@@ -58,10 +58,9 @@ def conv2d(
 
 
 def conv_transpose2d(x: jax.Array, w: jax.Array, b: jax.Array | None = None) -> jax.Array:
-    """Transposed convolution whose step is its kernel's size, so that no two outputs overlap.
+    """Transposed convolution whose stride is the kernel's size; fast also under `jax.vmap`.
 
-    It is a product with the kernel at every pixel, and so as fast under `jax.vmap` over `w` as
-    `conv2d`.
+    Outputs do not overlap, so it is a matrix product at every pixel.
 
     Args:
       x: images [B,H,W,C].
@@ -125,14 +124,13 @@ def _gradients_op(stride: int, padding: int) -> Callable:
 
     @custom_vmap
     def gradients(x, w, dy):
-        # Two separate values, so that the compiler can drop the one that nobody uses.
-        def either(cpu, i):
+        # Separately, so that the compiler can drop a gradient that is not used.
+        def one_gradient(cpu, i):
             default = lambda *args: plain_gradients(*args, stride, padding)[i]  # noqa: E731
             cpu = functools.partial(cpu, stride=stride, padding=padding)
             return lax.platform_dependent(x, w, dy, cpu=cpu, default=default)
 
-        dx, dw = either(mirrored_input_gradient, 0), either(grouped_kernel_gradient, 1)
-        return dx, dw
+        return one_gradient(mirrored_input_gradient, 0), one_gradient(grouped_kernel_gradient, 1)
 
     @gradients.def_vmap
     def _(size, batched, x, w, dy):
@@ -146,12 +144,12 @@ def _gradients_op(stride: int, padding: int) -> Callable:
 def _many_op(stride: int, padding: int, gradients: bool) -> Callable:
     """N kernels on N groups of images; further `jax.vmap` axes are merged into N."""
 
-    def of_one(f):
+    def one_example(f):
         return lambda args: f(*args, stride, padding)
 
-    cpu = of_one(cpu_gradients if gradients else cpu_forward)
+    cpu = one_example(cpu_gradients if gradients else cpu_forward)
     chosen = {
-        platform: jax.vmap(of_one(LOWERINGS[names[gradients]][gradients]))
+        platform: jax.vmap(one_example(LOWERINGS[names[gradients]][gradients]))
         for platform, names in CHOSEN.items()
     }
 
@@ -186,7 +184,7 @@ def _repeat(a: jax.Array, size: int) -> jax.Array:
 
 
 def plain_forward(x: jax.Array, w: jax.Array, stride: int, padding: int) -> jax.Array:
-    """The convolution as XLA has it."""
+    """XLA's convolution."""
     return lax.conv_general_dilated(
         x,
         w,
@@ -197,10 +195,9 @@ def plain_forward(x: jax.Array, w: jax.Array, stride: int, padding: int) -> jax.
 
 
 def cpu_forward(x: jax.Array, w: jax.Array, stride: int, padding: int) -> jax.Array:
-    """The convolution by what XLA's CPU code runs fastest.
+    """The fastest convolution on a CPU.
 
-    It takes a path two to five times slower for kernels without padding, and for 1x1 kernels with
-    few outputs.
+    XLA's is two to five times slower without padding, and for 1x1 kernels with few outputs.
     """
     if winograd.pays(x, w, stride, padding):
         return winograd.convolve(x, w, padding)
@@ -215,7 +212,7 @@ def cpu_forward(x: jax.Array, w: jax.Array, stride: int, padding: int) -> jax.Ar
 def plain_gradients(
     x: jax.Array, w: jax.Array, dy: jax.Array, stride: int, padding: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Its gradients (dx, dw) as XLA has them."""
+    """XLA's gradients (dx, dw)."""
     return jax.vjp(lambda x, w: plain_forward(x, w, stride, padding), x, w)[1](dy)
 
 
@@ -241,7 +238,7 @@ def shifted_forward(x: jax.Array, w: jax.Array, stride: int, padding: int) -> ja
 def shifted_gradients(
     x: jax.Array, w: jax.Array, dy: jax.Array, stride: int, padding: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Its gradients (dx, dw) by two matrix products per tap, summed in float32."""
+    """The gradients (dx, dw) by two matrix products per tap, summed in float32."""
     kh, kw = w.shape[:2]
     dw = [
         jnp.einsum("ghwc,ghwo->co", tap, dy, preferred_element_type=jnp.float32)
@@ -255,7 +252,7 @@ def shifted_gradients(
 
 
 def triton_forward(x: jax.Array, w: jax.Array, stride: int, padding: int) -> jax.Array:
-    """The convolution by a Triton kernel where it fits, else by taps."""
+    """The convolution by a Triton kernel if it supports the shapes, else by taps."""
     if not triton_conv.fits(x, w, stride, padding):
         return shifted_forward(x, w, stride, padding)
     f = functools.partial(triton_conv.forward, padding=padding)
@@ -265,7 +262,7 @@ def triton_forward(x: jax.Array, w: jax.Array, stride: int, padding: int) -> jax
 def triton_gradients(
     x: jax.Array, w: jax.Array, dy: jax.Array, stride: int, padding: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Its gradients (dx, dw) by Triton kernels where they fit, else by taps."""
+    """The gradients (dx, dw) by Triton kernels if they support the shapes, else by taps."""
     if not triton_conv.fits(x, w, stride, padding):
         return shifted_gradients(x, w, dy, stride, padding)
     f = functools.partial(triton_conv.gradients, padding=padding)
@@ -275,10 +272,10 @@ def triton_gradients(
 def patch_gradients(
     x: jax.Array, w: jax.Array, dy: jax.Array, stride: int, padding: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Its gradients (dx, dw) by one patch matrix and two matrix products."""
+    """The gradients (dx, dw) by one patch matrix and two matrix products."""
     kh, kw, c, out = w.shape
     if stride == 1 and kh == kw and padding < kh:
-        # One patch matrix, of dy, serves both gradients: building it costs as much as the products.
+        # Both gradients use one patch matrix, of dy: building it costs as much as the products.
         p = patches(dy, (kh, kw), 1, kh - 1 - padding)
         dx = p @ jnp.swapaxes(w[::-1, ::-1], 2, 3).reshape(-1, c)
         return dx.reshape(x.shape), _mirror((x.reshape(-1, c).T @ p).reshape(c, kh, kw, out))
@@ -290,7 +287,7 @@ def patch_gradients(
 def cpu_gradients(
     x: jax.Array, w: jax.Array, dy: jax.Array, stride: int, padding: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Its gradients (dx, dw) by what is fastest on a CPU for a kernel of one example."""
+    """The fastest gradients (dx, dw) of one example's kernel on a CPU."""
     if winograd.pays(x, w, stride, padding):
         return mirrored_input_gradient(x, w, dy, stride, padding), winograd.kernel_gradient(
             x, dy, padding
@@ -303,8 +300,8 @@ def mirrored_input_gradient(
 ) -> jax.Array:
     """The gradient dx as a convolution of dy with the mirrored kernel.
 
-    The barrier keeps XLA from folding the mirroring back into the convolution, which inside a
-    loop on a CPU made a small classifier's gradient five times slower.
+    The barrier keeps XLA from folding the mirroring into the convolution, which made a small
+    classifier's gradient five times slower inside a loop on a CPU.
     """
     mirrored = lax.optimization_barrier(jnp.swapaxes(w[::-1, ::-1], 2, 3))
     if stride == 1 and w.shape[0] == w.shape[1] and padding < w.shape[0]:
@@ -350,7 +347,7 @@ def patches(x: jax.Array, kernel: tuple[int, int], stride: int, padding: int) ->
 
 
 def _taps(x: jax.Array, kernel: tuple[int, int], stride: int, padding: int) -> list[jax.Array]:
-    """What each of the kernel's taps meets, [G,h,w,C] each, row by row."""
+    """The input pixels of each of the kernel's taps, [G,h,w,C] each, row by row."""
     (kh, kw), (h, w) = kernel, _output_size(x, kernel, stride, padding)
     x = jnp.pad(x, [(0, 0), (padding, padding), (padding, padding), (0, 0)])
     rows, columns = (h - 1) * stride + 1, (w - 1) * stride + 1
@@ -366,15 +363,15 @@ def _output_size(
 
 
 def _mirror(dw: jax.Array) -> jax.Array:
-    """[C,kh,kw,O] of mirrored taps to [kh,kw,C,O]."""
+    """Converts a mirrored kernel gradient [C,kh,kw,O] to [kh,kw,C,O]."""
     return dw[:, ::-1, ::-1].transpose(1, 2, 0, 3)
 
 
-# ------------------------------------------------------- what runs one kernel per example where
+# ------------------------------------------------------- lowerings by platform
 
 
 def channels_by_8(lowering: Callable[..., Any]) -> Callable[..., Any]:
-    """A lowering with all channels filled up to multiples of 8, as tensor cores want them."""
+    """Wraps a lowering to pad all channels to multiples of 8, for tensor cores."""
 
     def filled(x, w, *rest):
         (*dy, stride, padding), (inputs, outputs) = rest, w.shape[2:]
@@ -388,11 +385,11 @@ def channels_by_8(lowering: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _fill(a: jax.Array, *channels: int) -> jax.Array:
-    """Adds so many zeros at the end of the last axes."""
+    """Pads the last axes with these numbers of zeros."""
     return jnp.pad(a, [(0, 0)] * (a.ndim - len(channels)) + [(0, n) for n in channels])
 
 
-# (forward, gradients) for one example's images and kernel.
+# Functions (forward, gradients) of one example's images and kernel.
 LOWERINGS = {
     "grouped": (plain_forward, plain_gradients),
     "patches": (patch_forward, patch_gradients),
@@ -402,13 +399,14 @@ LOWERINGS |= {
     f"{name}, channels by 8": (channels_by_8(forward), channels_by_8(gradients))
     for name, (forward, gradients) in LOWERINGS.items()
 }
-LOWERINGS["triton"] = (triton_forward, triton_gradients)  # fills up by itself
-# By platform as `lax.platform_dependent` names them: which lowering forward, which for gradients.
+LOWERINGS["triton"] = (triton_forward, triton_gradients)
+# Lowerings (forward, gradients) by platform, named as in `lax.platform_dependent`.
 CHOSEN = {
-    # TPU v3 and v5e by `ada_jax.plan`: grouped gradients become dense over all pairs of examples.
+    # On TPUs grouped gradients become dense over all pairs of examples (measured by `ada_jax.plan`
+    # for v3 and v5e).
     "default": ("grouped", "patches"),
-    # NVIDIA H100, 2026-11-27, jax 0.11.2, bfloat16: in the training step of cifar10.py:ada,gpu 36.5
-    # ms, against 37.8 with the line above and 60.3 'shifted'; in the inner maximisation of
-    # edsr_baseline 137 ms, against 160, 200 by 'patches' and 341 by 'shifted' (launch/README.md).
+    # On an H100 in bfloat16 the training step of cifar10.py:ada,gpu takes 36.5 ms with 'triton',
+    # 37.8 with the line above and 60.3 with 'shifted'; the inner maximisation of edsr_baseline
+    # takes 137, 160 and 341 ms, and 200 with 'patches' (launch/README.md).
     "cuda": ("triton", "triton"),
 }

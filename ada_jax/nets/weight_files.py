@@ -1,4 +1,4 @@
-"""Weights as safetensors files, which never execute code."""
+"""Weights as safetensors files, which cannot execute code."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ FORMAT = 1
 Tree = Any  # A pytree of arrays.
 _SEPARATOR = "//"
 _OWN_METADATA = ("format", "digest", "metadata_digest")
-# What safetensors' numpy reader gives back with the dtype it was given.
+# The dtypes that safetensors' NumPy reader preserves.
 _WEIGHT_DTYPES = frozenset(
     {"bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"}
     | {"float16", "bfloat16", "float32", "float64", "complex64"}
@@ -27,37 +27,31 @@ _WEIGHT_DTYPES = frozenset(
 
 
 def digest(tree: Tree) -> str:
-    """Names a tree of arrays by its content.
-
-    Args:
-      tree: pytree of arrays; the order of its dicts does not matter.
-
-    Returns:
-      sha256 in hex over the sorted names and the shape, dtype and bytes of each array.
+    """SHA-256, in hex, of the sorted names, shapes, dtypes and bytes of a tree's arrays.
 
     Raises:
-      UserError: a key cannot be part of a name (see the module's docstring).
+      UserError: a key of the tree cannot be part of a name, see `named`.
     """
     return state_digest(host_arrays(tree))
 
 
 def save_weights(path: str | os.PathLike, tree: Tree, metadata: Mapping[str, Any]) -> str:
-    """Writes weights as one safetensors file, whole or not at all.
+    """Writes weights atomically as one safetensors file.
 
-    The file's own metadata holds `format`, `digest`, `metadata_digest` and the given fields, each
-    as JSON.
+    The file's metadata are `format`, `digest`, `metadata_digest` and the given fields, each as
+    JSON.
 
     Args:
-      path: the file to write or replace, local or gs://...; missing folders are made.
-      tree: pytree of finite arrays, returned by `load_weights` as nested dicts.
-      metadata: what a reader must know: classifier, number of classes, ...; values as JSON has.
+      path: the file to write or replace, local or gs://...; missing folders are created.
+      tree: pytree of finite arrays, which `load_weights` returns as nested dicts.
+      metadata: JSON values that a reader needs, such as the classifier and the number of classes.
 
     Returns:
       The `digest` of the tree.
 
     Raises:
-      UserError: an array is not finite or of a dtype the format lacks, a key or a metadata field
-        cannot be stored, or the file cannot be written. Nothing is left behind.
+      UserError: an array is not finite, a dtype, key or metadata field cannot be stored, or the
+        file cannot be written.
     """
     import safetensors.numpy
 
@@ -67,7 +61,7 @@ def save_weights(path: str | os.PathLike, tree: Tree, metadata: Mapping[str, Any
         if array.dtype.name not in _WEIGHT_DTYPES:
             raise UserError(
                 f"The weights for {path} were not written because '{name}' has dtype "
-                f"{array.dtype.name}, which a safetensors file cannot hold: convert it to float32."
+                f"{array.dtype.name}, which safetensors does not support: convert it to float32."
             )
     if bad := _first_not_finite(flat):
         raise UserError(
@@ -75,9 +69,7 @@ def save_weights(path: str | os.PathLike, tree: Tree, metadata: Mapping[str, Any
             "lower the learning rate or go back to an earlier checkpoint."
         )
     if taken := sorted(set(metadata) & set(_OWN_METADATA)):
-        raise UserError(
-            f"The metadata field '{taken[0]}' for {path} is one the file writes itself: rename it."
-        )
+        raise UserError(f"The metadata field '{taken[0]}' for {path} is reserved: rename it.")
     tree_digest = state_digest(flat)
     fields = {**metadata, "format": FORMAT, "digest": tree_digest}
     fields["metadata_digest"] = json_digest(fields)
@@ -88,7 +80,7 @@ def save_weights(path: str | os.PathLike, tree: Tree, metadata: Mapping[str, Any
     except OSError as error:
         raise UserError(
             f"The weights could not be written to {path} ({error}): "
-            "free some space or choose a folder you may write to."
+            "free some space or choose another folder."
         ) from error
     return tree_digest
 
@@ -96,22 +88,22 @@ def save_weights(path: str | os.PathLike, tree: Tree, metadata: Mapping[str, Any
 def load_weights(
     path: str | os.PathLike, like: Tree | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reads weights written by `save_weights` and verifies all of them.
+    """Reads and verifies weights written by `save_weights`.
 
-    A safetensors file of another program is read where `like` is given and fits; only its names,
-    shapes and finite values can then be verified.
+    With `like`, safetensors files of other programs are read too; they have no digest, so only
+    names, shapes and finiteness are verified.
 
     Args:
       path: the safetensors file, local or gs://...
-      like: pytree of arrays or `jax.ShapeDtypeStruct` whose names and shapes the file must have.
-        Floating-point arrays are converted to its dtypes.
+      like: pytree of arrays or `jax.ShapeDtypeStruct` with the names and shapes that the file must
+        have. Floating-point arrays are converted to its dtypes.
 
     Returns:
-      The weights as nested dicts of numpy arrays (a tree without arrays is `{}`), and the metadata
-      given to `save_weights`.
+      The weights as nested dicts of NumPy arrays and the metadata given to `save_weights`.
 
     Raises:
-      UserError: the file is missing, damaged, foreign, not finite, or does not fit `like`.
+      UserError: the file is missing or damaged, written by another program (without `like`), not
+        finite, or does not match `like`.
     """
     path = os.fspath(path)
     paths.check_bucket(f"The weights file {path}", path)
@@ -130,8 +122,8 @@ def load_weights(
         if difference := first_difference(found, wanted):
             other = ", or import PyTorch's with python -m ada_jax.import_weights" if foreign else ""
             raise UserError(
-                f"The weights file {path} does not fit this network ({difference}): give the file "
-                f"of the same architecture, or configure the one it was saved from{other}."
+                f"The weights file {path} does not fit this network ({difference}): give a file "
+                f"of this architecture, or configure the architecture of the file{other}."
             )
         flat = {name: _as_floating(flat[name], leaf) for name, leaf in named(like).items()}
     if bad := _first_not_finite(flat):
@@ -142,29 +134,29 @@ def load_weights(
 
 
 def metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The metadata given to `save_weights`; {} of a file of another program.
+    """The metadata given to `save_weights`; {} for a file of another program.
 
     Raises:
-      UserError: the file cannot be read, or is damaged.
+      UserError: the file is missing or damaged.
     """
     path = os.fspath(path)
     return {} if _is_foreign(read_safetensors(path)[1]) else load_weights(path)[1]
 
 
 def _is_foreign(fields: Mapping[str, Any]) -> bool:
-    """Whether another program wrote a file: it has no format, or a word, as PyTorch's 'pt'."""
-    unsealed = not fields.keys() & {"digest", "metadata_digest"}
-    return unsealed and not isinstance(fields.get("format"), int)
+    """Whether another program wrote a file: it has no digests and no integer as format."""
+    without_digest = not fields.keys() & {"digest", "metadata_digest"}
+    return without_digest and not isinstance(fields.get("format"), int)
 
 
 def _check_sealed(path: str, flat: Mapping[str, np.ndarray], fields: Mapping[str, Any]) -> None:
-    """Checks that `save_weights` wrote a file and that nothing in it has changed since."""
+    """Checks that `save_weights` wrote a file and that its content matches its digests."""
     if fields.get("format") != FORMAT:
         raise UserError(
-            f"The file {path} is not a weights file of this version of ada_jax (it says format = "
-            f"{fields.get('format')}, not {FORMAT}): save it again with "
-            "ada_jax.nets.weight_files.save_weights, or take a network of another program "
-            "into a training loop of your own, with ada_jax.adversarial_augment."
+            f"The file {path} is not a weights file of this version of ada_jax (its format is "
+            f"{fields.get('format')}, not {FORMAT}): save it with "
+            "ada_jax.nets.weight_files.save_weights, or use a network trained elsewhere in your "
+            "own training loop, with ada_jax.adversarial_augment."
         )
     sealed = {name: value for name, value in fields.items() if name != "metadata_digest"}
     if fields.get("metadata_digest") != json_digest(sealed) or fields.get("digest") != state_digest(
@@ -172,28 +164,32 @@ def _check_sealed(path: str, flat: Mapping[str, np.ndarray], fields: Mapping[str
     ):
         raise UserError(
             f"The weights file {path} is damaged (its content does not match its sha256): "
-            "copy or save it again."
+            "copy it or save it again."
         )
 
 
 def check_utf_8(folder: Any) -> None:
-    """Checks that a folder's name is UTF-8, which orbax needs."""
+    """Raises UserError unless a folder's name is UTF-8, as orbax requires."""
     try:
         os.fspath(folder).encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f"The folder {os.fsencode(folder)!r} has a name that is not UTF-8, in which no "
-            "checkpoint can be written: rename it, or use another --workdir."
+            f"The folder {os.fsencode(folder)!r} has a name that is not UTF-8, which checkpoints "
+            "do not support: rename it, or use another --workdir."
         ) from error
 
 
 def named(tree: Tree) -> dict[str, Any]:
-    """The leaves by name, in the order of `jax.tree.leaves`."""
+    """The leaves by name, in the order of `jax.tree.leaves`.
+
+    Raises:
+      UserError: a key is empty or has a separator, or two leaves have the same name.
+    """
     named = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         keys = [jax.tree_util.keystr((key,), simple=True) for key in path]
         name = _SEPARATOR.join(keys)
-        # safetensors keeps its metadata under the name of one entry.
+        # '__metadata__' is safetensors' entry for its metadata.
         if not keys or not all(map(_survives, keys)) or name in named or name == "__metadata__":
             raise UserError(
                 f"An array of the tree cannot be stored under the name '{name}': use non-empty, "
@@ -208,7 +204,7 @@ def _survives(key: str) -> bool:
 
 
 def nested(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """A flat dict of names with separators as nested dicts."""
+    """Converts a flat dict of names with separators to nested dicts."""
     tree: dict[str, Any] = {}
     for name, array in flat.items():
         *keys, last = name.split(_SEPARATOR)
@@ -220,7 +216,7 @@ def nested(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def host_arrays(tree: Tree) -> dict[str, np.ndarray]:
-    """Copies of the leaves by name: contiguous, of native byte order, safe from donation."""
+    """Copies of the leaves by name, contiguous and in native byte order."""
     flat = {}
     for name, leaf in named(tree).items():
         array = np.asarray(leaf)
@@ -229,7 +225,7 @@ def host_arrays(tree: Tree) -> dict[str, np.ndarray]:
 
 
 def state_digest(flat: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 of named arrays, their types and their shapes."""
+    """SHA-256 of arrays with their names, dtypes and shapes."""
     sha = hashlib.sha256()
     for name, array in sorted(flat.items()):
         sha.update(f"{json.dumps(name)} {spec(array)}\n".encode())
@@ -239,18 +235,18 @@ def state_digest(flat: Mapping[str, np.ndarray]) -> str:
 
 def json_digest(value: Any) -> str:
     """SHA-256 of a JSON value."""
-    # Through JSON and back, as tuples and integer keys change on the way to disk.
-    there_and_back = json.loads(json.dumps(value))
-    return hashlib.sha256(json.dumps(there_and_back, sort_keys=True).encode()).hexdigest()
+    # Written and read once, because JSON changes tuples and integer keys.
+    stored = json.loads(json.dumps(value))
+    return hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()
 
 
 def shape(leaf: Any) -> str:
-    """The shape of a leaf, in words."""
+    """The shape of a leaf, such as '[3,3]'."""
     return f"[{','.join(map(str, np.shape(leaf)))}]"
 
 
 def spec(leaf: Any) -> str:
-    """Shape and dtype of an array, a ShapeDtypeStruct or a number, as in 'float32[3,3]'."""
+    """Dtype and shape of an array, a ShapeDtypeStruct or a number, such as 'float32[3,3]'."""
     return f"{_dtype(leaf).name}{shape(leaf)}"
 
 
@@ -259,16 +255,16 @@ def _dtype(leaf: Any) -> np.dtype:
 
 
 def _as_floating(array: np.ndarray, like: Any) -> np.ndarray:
-    """The array in the floating-point type of `like`; as it is where one of the two is no float."""
+    """Converts the array to the type of `like` if both are floating point."""
     types = array.dtype, _dtype(like)
     if not all(jnp.issubdtype(t, jnp.floating) for t in types):
         return array
-    with np.errstate(over="ignore"):  # Infinities are found afterwards.
+    with np.errstate(over="ignore"):  # Infinities are reported by the caller.
         return array.astype(types[1])
 
 
 def struct(spec: str) -> jax.ShapeDtypeStruct:
-    """What `_spec` says of an array."""
+    """The inverse of `spec`."""
     dtype, _, sides = spec.rstrip("]").partition("[")
     return jax.ShapeDtypeStruct([int(n) for n in sides.split(",") if n], dtype)
 
@@ -278,33 +274,33 @@ def _first_not_finite(flat: Mapping[str, np.ndarray]) -> str | None:
 
 
 def first_difference(found: Mapping[str, str], wanted: Mapping[str, str]) -> str | None:
-    """Says how many arrays differ between two {name: shape} and what the first one does."""
+    """Describes the difference between two dicts {name: shape}; None if they are equal."""
     names = [name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name)]
     if not names:
         return None
     first = names[0]
     if first not in found:
-        what = f"is missing, {wanted[first]} is wanted"
+        what = f"is missing, expected {wanted[first]}"
     elif first not in wanted:
-        what = f"of {found[first]} is not wanted"
+        what = f"of {found[first]} is unexpected"
     else:
-        what = f"is {found[first]} where {wanted[first]} is wanted"
+        what = f"is {found[first]}, expected {wanted[first]}"
     return f"{len(names)} of {len({*found, *wanted})} arrays differ; the first, '{first}', {what}"
 
 
 def one_line(error: Exception) -> str:
-    """An error's message on one line."""
+    """An error's message on one line; the middle of a long one is left out."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= 200 else f"{text[:60]} ... {text[-135:]}"  # The cause is last.
+    return text if len(text) <= 200 else f"{text[:60]} ... {text[-135:]}"
 
 
 def read_safetensors(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """All arrays of a safetensors file by name, and its metadata, of any program.
+    """Reads the arrays of any program's safetensors file by name, and its metadata.
 
-    Metadata that are not JSON are strings, as in PyTorch's {'format': 'pt'}.
+    Metadata values that are not JSON are returned as strings.
 
     Raises:
-      UserError: it cannot be read as such a file.
+      UserError: it is not a readable safetensors file.
     """
     import safetensors
 
@@ -315,11 +311,11 @@ def read_safetensors(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         ):
             fields = {name: _from_json(text) for name, text in (file.metadata() or {}).items()}
             return {name: file.get_tensor(name) for name in file.keys()}, fields  # noqa: SIM118
-    except Exception as error:  # Its parts raise whatever the damaged bytes lead them to.
+    except Exception as error:  # Damaged bytes raise errors of many types.
         raise UserError(
-            f"The file {path} is not a whole safetensors file ({one_line(error)}): "
+            f"The file {path} is not a complete safetensors file ({one_line(error)}): "
             "copy it again, or save it with ada_jax.nets.weight_files.save_weights "
-            "(pickles are not read)."
+            "(pickles are not supported)."
         ) from error
 
 

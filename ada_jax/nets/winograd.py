@@ -1,10 +1,9 @@
-"""3x3 convolutions with a quarter of the multiplications, for XLA's CPU back end.
+"""Winograd's 3x3 convolutions, with a quarter of the multiplications, for XLA's CPU back end.
 
 F(4x4, 3x3) of Lavin and Gray, "Fast algorithms for convolutional neural networks" (2016): images
-are cut into tiles of 6x6 that overlap by two, tiles and kernels are transformed, and 36 matrix
-products over all tiles take the place of nine per pixel. The result differs from a direct
-convolution by rounding alone, which the transforms enlarge: about 1e-5 of the output's size, where
-a direct sum has 1e-7 to 1e-6.
+are cut into 6x6 tiles that overlap by two, tiles and kernels are transformed, and 36 matrix
+products over all tiles replace nine per pixel. The result differs from a direct convolution only
+by rounding errors: about 1e-5 of the output's size, against 1e-7 to 1e-6 for a direct sum.
 """
 
 import math
@@ -15,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-_PIXELS = 2048  # that are transformed at once: their 36 matrices stay in a core's cache
-_LEAST_CHANNELS = 32  # with fewer the transforms cost more than the products save
-_LEAST_PIXELS = 1024  # with fewer the kernel's transform does
+_PIXELS = 2048  # Transformed at a time, so that the 36 matrices stay in a core's cache.
+_LEAST_CHANNELS = 32  # With fewer, the transforms cost more than the products save.
+_LEAST_PIXELS = 1024  # With fewer, the kernel's transform costs more.
 
-# Interpolation at 0, 1, -1, 2, -2 and infinity: six values of an image, three of a kernel and four
-# of the result.
+# Transforms for interpolation at 0, 1, -1, 2, -2 and infinity: of six image values, three kernel
+# values and four results.
 _IMAGE = np.array(
     [
         [4, 0, -5, 0, 1, 0],
@@ -38,7 +37,7 @@ _RESULT = np.array(
 
 
 def pays(x: jax.Array, w: jax.Array, stride: int, padding: int) -> bool:
-    """Whether a convolution is of the kind that is faster this way, by measurement on a CPU.
+    """Whether a convolution is faster by this algorithm, as measured on a CPU.
 
     Args:
       x: images [G,H,W,C].
@@ -57,7 +56,7 @@ def pays(x: jax.Array, w: jax.Array, stride: int, padding: int) -> bool:
 
 
 def convolve(x: jax.Array, w: jax.Array, padding: int) -> jax.Array:
-    """Convolves images with one 3x3 kernel, step 1.
+    """Convolves images with one 3x3 kernel at stride 1.
 
     Args:
       x: images [G,H,W,C].
@@ -75,7 +74,7 @@ def convolve(x: jax.Array, w: jax.Array, padding: int) -> jax.Array:
 
 
 def kernel_gradient(x: jax.Array, dy: jax.Array, padding: int) -> jax.Array:
-    """The gradient of `convolve` for its kernel.
+    """The gradient of `convolve` with respect to its kernel.
 
     Args:
       x: images [G,H,W,C].
@@ -88,7 +87,7 @@ def kernel_gradient(x: jax.Array, dy: jax.Array, padding: int) -> jax.Array:
 
     def add(total, pair):
         x, dy = pair
-        # The tiles of x's gradient: where both are wanted the compiler makes them once.
+        # The gradient with respect to x needs the same tiles; the compiler shares them.
         tiles = _tiles(dy, x.shape[1:3], 2 - padding)
         return total + jnp.swapaxes(_spread(x), 1, 2) @ tiles, None
 
@@ -99,21 +98,21 @@ def kernel_gradient(x: jax.Array, dy: jax.Array, padding: int) -> jax.Array:
 
 
 def _group(x: jax.Array) -> int:
-    """Images of about `_PIXELS` pixels."""
+    """Number of images that have about `_PIXELS` pixels together."""
     groups = -(-math.prod(x.shape[:3]) // _PIXELS)
     return -(-len(x) // groups)
 
 
 def _grouped(x: jax.Array, group: int) -> jax.Array:
-    """[G,...] as [groups,group,...], filled up with zeros."""
+    """Reshapes [G,...] to [groups,group,...], padded with zeros."""
     x = jnp.pad(x, [(0, -len(x) % group), *[(0, 0)] * (x.ndim - 1)])
     return x.reshape(-1, group, *x.shape[1:])
 
 
 def _tiles(x: jax.Array, size: Sequence[int], padding: int) -> jax.Array:
-    """Transformed tiles [36,T,C] of images [G,H,W,C] that give results of a size (h, w)."""
+    """Transformed tiles [36,T,C] of images [G,H,W,C], for results of size (h, w)."""
     h, w = (-(-n // 4) for n in size)
-    after = [4 * n + 2 - padding - have for n, have in zip((h, w), x.shape[1:3], strict=True)]
+    after = [4 * n + 2 - padding - side for n, side in zip((h, w), x.shape[1:3], strict=True)]
     x = jnp.pad(x, [(0, 0), (padding, after[0]), (padding, after[1]), (0, 0)])
     rows = _combine(_IMAGE, lambda k: x[:, k : k + 4 * h - 3 : 4])
     tiles = _combine(_IMAGE, lambda k: rows[:, :, :, k : k + 4 * w - 3 : 4], axis=1)
@@ -121,7 +120,7 @@ def _tiles(x: jax.Array, size: Sequence[int], padding: int) -> jax.Array:
 
 
 def _result(products: jax.Array, size: Sequence[int]) -> jax.Array:
-    """[36,T,O] to images [G,h,w,O] of a size (h, w)."""
+    """Transforms products [36,T,O] to images [G,h,w,O] of size (h, w)."""
     h, w = (-(-n // 4) for n in size)
     y = _both(_RESULT, products).reshape(4, 4, -1, h, w, products.shape[-1])
     y = y.transpose(2, 3, 0, 4, 1, 5).reshape(-1, 4 * h, 4 * w, products.shape[-1])
@@ -137,16 +136,16 @@ def _spread(x: jax.Array) -> jax.Array:
 
 
 def _both(matrix: np.ndarray, x: jax.Array) -> jax.Array:
-    """[p^2,...] to [q^2,...] by a matrix [q,p] along both axes of a tile, as one product.
+    """Applies a matrix [q,p] along both axes of tiles, [p^2,...] to [q^2,...], as one product.
 
-    It is quick to compile, and as fast as the sums of `_combine` but where there are many tiles.
+    It compiles faster than `_combine` and runs as fast unless there are many tiles.
     """
     both = np.kron(matrix, matrix).astype(np.float32)
     return (both @ x.reshape(both.shape[1], -1)).reshape(-1, *x.shape[1:])
 
 
 def _combine(matrix: np.ndarray, part: Callable[[int], jax.Array], axis: int = 0) -> jax.Array:
-    """Stacks the sums of parts that the rows of a matrix weigh; zeros cost nothing."""
+    """Stacks the sums of parts weighted by the rows of a matrix, leaving out zero weights."""
     parts = [part(k) for k in range(matrix.shape[1])]
     sums = [sum(float(m) * p for m, p in zip(row, parts, strict=True) if m) for row in matrix]
     return jnp.stack(sums, axis)
