@@ -244,11 +244,11 @@ def _check(net, x, nu, steps, step_rule, step_scale, ssim_threshold, root_rule, 
     except UserError:
         raise
     except (TypeError, ValueError, AttributeError) as error:  # Wrong shapes or arguments.
-        rendered = str(error).splitlines()[0]
+        rendered = str(error).splitlines()[0].rstrip(".")
     if rendered != one.shape:
         raise UserError(
-            f"net.apply must preserve the image shape: expected floating-point {list(one.shape)}, "
-            f"got {rendered}. Use a network for images of this shape."
+            f"net.apply must preserve the image shape, floating-point {list(one.shape)}, but gives "
+            f"{rendered}: use a network for images of this shape."
         )
     if not 0 <= checks.scalar("nu", nu, 0.0) < np.inf:
         raise UserError(f"nu={nu} must be non-negative and finite (the paper's value is 0.015).")

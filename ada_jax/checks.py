@@ -86,7 +86,7 @@ def check_labels(
         )
     count = num_classes(logits_fn, microbatch_spec(x, microbatch))
     if count < 2:
-        raise UserError("logits_fn returns logits of one class: use a classifier of at least two classes.")
+        raise UserError("logits_fn returns logits of one class: it must have at least two.")
     if isinstance(y, jax.core.Tracer):
         return count
     y = np.asarray(y)

@@ -380,7 +380,7 @@ def test_a_name_is_no_corruption_network():
 def test_a_network_that_makes_no_such_images_is_refused(apply):
     x, y = batch()
     net = CorruptionNet(apply, {"w": jnp.ones(3)})
-    with pytest.raises(UserError, match=r"no image of \[\d+, \d+, 3\]"):
+    with pytest.raises(UserError, match=r"image shape, floating-point \[1, \d+, \d+, 3\], but"):
         ada.adversarial_augment(jax.random.key(0), x, y, logits_fn=LOGITS_FN, net=net)
 
 

@@ -49,7 +49,8 @@ def test_what_cannot_be_refused_while_tracing_becomes_nan():
         assert np.isnan(images).all((1, 2, 3)).tolist() == [False, True, False, True]
         np.testing.assert_array_equal(images[0], x[0])
     y = jnp.array([-1, 0, 3, 2])
-    assert np.isnan(checks.nan_if_invalid(x, y, 3)).all((1, 2, 3)).tolist() == [True, True, True, True]
+    every = checks.nan_if_invalid(x, y, 3)
+    assert np.isnan(every).all((1, 2, 3)).tolist() == [True, True, True, True]
     assert np.isnan(checks.nan_if_invalid(x, y + 1, 3)).any((1, 2, 3)).tolist() == [0, 1, 1, 1]
 
 

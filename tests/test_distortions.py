@@ -10,7 +10,8 @@ import pytest
 import scipy.signal
 import scipy.stats
 
-from ada_jax.augment import distortions
+from ada_jax.augment import feature_distortions as features
+from ada_jax.augment import weight_distortions as weights
 from ada_jax.nets import cae
 from ada_jax.nets import edsr as edsr_net
 
@@ -45,15 +46,15 @@ def changed(before, after):
 def distorted(function, theta, seed=0, quirks=False):
     """A distorted copy, and the layers that changed."""
     after = {name: {k: a.copy() for k, a in layer.items()} for name, layer in theta.items()}
-    args = () if function in distortions.CAE_DISTORTIONS else (quirks,)
+    args = () if function in weights.CAE_DISTORTIONS else (quirks,)
     function(np.random.default_rng(seed), after, *args)
     return after, changed(theta, after)
 
 
 def test_there_are_as_many_as_published():
-    assert len(distortions.EDSR_DISTORTIONS) == 17
-    assert len(distortions.CAE_DISTORTIONS) == 8
-    assert len(distortions._LATENT_DISTORTIONS) + 1 == 9
+    assert len(weights.EDSR_DISTORTIONS) == 17
+    assert len(weights.CAE_DISTORTIONS) == 8
+    assert len(features._LATENT_DISTORTIONS) + 1 == 9
 
 
 # ------------------------------------------------------------------------ EDSR's weights
@@ -71,20 +72,20 @@ def kernels(edsr, function, seed=0, quirks=False):
 
 
 def test_reverse_filters(edsr):
-    for w, out, b, bias in kernels(edsr, distortions.reverse_filters):
+    for w, out, b, bias in kernels(edsr, weights.reverse_filters):
         np.testing.assert_array_equal(out, w[::-1])
         np.testing.assert_array_equal(bias, b[::-1])
 
 
 def test_negate_and_zero_first(edsr):
-    (w, out, b, bias), (second, same, _, _) = kernels(edsr, distortions.negate_first)
+    (w, out, b, bias), (second, same, _, _) = kernels(edsr, weights.negate_first)
     assert (out == -w).all() and (bias == -b).all() and (second == same).all()
-    (_, out, _, bias), (second, same, _, _) = kernels(edsr, distortions.zero_first)
+    (_, out, _, bias), (second, same, _, _) = kernels(edsr, weights.zero_first)
     assert not out.any() and not bias.any() and (second == same).all()
 
 
 def test_gelu_weights(edsr):
-    for w, out, b, bias in kernels(edsr, distortions.gelu_weights):
+    for w, out, b, bias in kernels(edsr, weights.gelu_weights):
         np.testing.assert_allclose(out, -w * scipy.stats.norm.cdf(w), rtol=1e-5)
         np.testing.assert_array_equal(bias, b)
 
@@ -92,8 +93,8 @@ def test_gelu_weights(edsr):
 @pytest.mark.parametrize(
     ("function", "taps"),
     [
-        (distortions.laplace, [[0, 1, 0], [1, -4, 1], [0, 1, 0]]),
-        (distortions.outline, [[-1, -1, -1], [-1, 8, -1], [-1, -1, -1]]),
+        (weights.laplace, [[0, 1, 0], [1, -4, 1], [0, 1, 0]]),
+        (weights.outline, [[-1, -1, -1], [-1, 8, -1], [-1, -1, -1]]),
     ],
 )
 def test_taps_are_multiplied(edsr, function, taps):
@@ -103,14 +104,14 @@ def test_taps_are_multiplied(edsr, function, taps):
 
 
 def test_amplify(edsr):
-    (first, same, _, _), (w, out, _, _) = kernels(edsr, distortions.amplify)
+    (first, same, _, _), (w, out, _, _) = kernels(edsr, weights.amplify)
     ratio = out / w
     assert ratio.min() >= 1 and 1.01 < ratio.max() <= 5 and len(np.unique(ratio)) > 100
     np.testing.assert_array_equal(first, same)
 
 
 def test_mirror_and_negate(edsr):
-    (w, out, _, _), (second, negated, _, _) = kernels(edsr, distortions.mirror_and_negate)
+    (w, out, _, _), (second, negated, _, _) = kernels(edsr, weights.mirror_and_negate)
     np.testing.assert_array_equal(out, w[:, :, :, ::-1])
     np.testing.assert_array_equal(negated, -second)
 
@@ -131,14 +132,14 @@ def convolved(w, z):
 def test_kernels_are_convolved_as_a_layer_convolves_images():
     rng = np.random.default_rng(0)
     w, z = rng.normal(size=(4, 5, 3, 3)), rng.normal(size=(6, 5, 3, 3))
-    ours = distortions.convolve_kernels(
+    ours = weights.convolve_kernels(
         np.float32(w.transpose(2, 3, 1, 0)), np.float32(z.transpose(2, 3, 1, 0))
     )
     np.testing.assert_allclose(oihw(ours), convolved(w, z), atol=1e-4)
 
 
 def test_shifted_kernels_are_shifts_and_with_the_quirk_all_alike(edsr):
-    (w, out, _, _), _ = kernels(edsr, distortions.shift_kernels)
+    (w, out, _, _), _ = kernels(edsr, weights.shift_kernels)
     for i in range(FEATURES):
         shifts = [
             sign * convolved(w[:, i : i + 1], np.eye(9)[k].reshape(1, 1, 3, 3))[:, 0]
@@ -146,7 +147,7 @@ def test_shifted_kernels_are_shifts_and_with_the_quirk_all_alike(edsr):
             for sign in (-1, 1)
         ]
         assert min(np.abs(out[:, i] - shifted).max() for shifted in shifts) < 1e-6
-    (_, out, _, _), _ = kernels(edsr, distortions.shift_kernels, quirks=True)
+    (_, out, _, _), _ = kernels(edsr, weights.shift_kernels, quirks=True)
     np.testing.assert_allclose(out, np.repeat(out[:, :1], FEATURES, 1), atol=1e-6)
 
 
@@ -156,7 +157,7 @@ def drawn_block(rng, blocks):
 
 
 def test_convolve_noise(edsr):
-    (w, out, _, _), (second, same, _, _) = kernels(edsr, distortions.convolve_noise)
+    (w, out, _, _), (second, same, _, _) = kernels(edsr, weights.convolve_noise)
     rng = np.random.default_rng(0)
     drawn_block(rng, (0, 3, 6, 9))
     r = rng.random((3, 3, FEATURES, FEATURES), np.float32)
@@ -166,7 +167,7 @@ def test_convolve_noise(edsr):
 
 
 def test_convolve_dirichlet(edsr):
-    (first, same, _, _), (w, out, _, _) = kernels(edsr, distortions.convolve_dirichlet)
+    (first, same, _, _), (w, out, _, _) = kernels(edsr, weights.convolve_dirichlet)
     rng = np.random.default_rng(0)
     drawn_block(rng, (1, 5, 9))
     z = rng.dirichlet(np.full(9, 0.1), (FEATURES, FEATURES)).reshape(FEATURES, FEATURES, 3, 3)
@@ -175,7 +176,7 @@ def test_convolve_dirichlet(edsr):
 
 
 def test_add_noise(edsr):
-    (first, same, _, _), (w, out, _, _) = kernels(edsr, distortions.add_noise)
+    (first, same, _, _), (w, out, _, _) = kernels(edsr, weights.add_noise)
     difference = out - w
     assert -0.5 <= difference.min() < -0.45 and 0.45 < difference.max() <= 0.5
     np.testing.assert_array_equal(first, same)
@@ -184,7 +185,7 @@ def test_add_noise(edsr):
 def test_rotated_kernels_keep_their_numbers(edsr):
     seen = set()
     for seed in range(8):
-        after, names = distorted(distortions.rotate_kernels, edsr, seed)
+        after, names = distorted(weights.rotate_kernels, edsr, seed)
         assert names and not any(name.startswith(f"block{BLOCKS - 1:02d}") for name in names)
         for name in names:
             w, out = oihw(edsr[name]["w"]), oihw(after[name]["w"])
@@ -200,7 +201,7 @@ def test_rotated_kernels_keep_their_numbers(edsr):
 
 @pytest.mark.parametrize(
     ("function", "values"),
-    [(distortions.flip_signs, {-1.0, 1.0}), (distortions.drop_weights, {0.0, 1.0})],
+    [(weights.flip_signs, {-1.0, 1.0}), (weights.drop_weights, {0.0, 1.0})],
 )
 def test_weights_are_negated_or_dropped_with_one_half(edsr, function, values):
     after, names = distorted(function, edsr)
@@ -211,14 +212,14 @@ def test_weights_are_negated_or_dropped_with_one_half(edsr, function, values):
 
 
 def test_negated_filters_are_whole(edsr):
-    after, names = distorted(distortions.negate_filters, edsr)
+    after, names = distorted(weights.negate_filters, edsr)
     for name in names:
         ratio = oihw(after[name]["w"] / edsr[name]["w"]).reshape(FEATURES, -1)
         assert (ratio == ratio[:, :1]).all() and set(np.abs(ratio[:, 0])) == {1.0}
 
 
 def test_only_the_largest_tap_is_kept(edsr):
-    after, names = distorted(distortions.keep_largest_tap, edsr)
+    after, names = distorted(weights.keep_largest_tap, edsr)
     for name in names:
         w, out = oihw(edsr[name]["w"]).reshape(-1, 9), oihw(after[name]["w"]).reshape(-1, 9)
         assert ((out != 0).sum(1) == 1).all()
@@ -227,9 +228,7 @@ def test_only_the_largest_tap_is_kept(edsr):
 
 def test_three_distortions_are_drawn_and_theta_is_left_alone(edsr):
     before = jax.tree.map(np.copy, edsr)
-    first, again, other = (
-        distortions.distort_edsr(np.random.default_rng(s), edsr) for s in (0, 0, 1)
-    )
+    first, again, other = (weights.distort_edsr(np.random.default_rng(s), edsr) for s in (0, 0, 1))
     assert not changed(before, edsr)
     assert not changed(first, again) and changed(first, other)
 
@@ -244,11 +243,11 @@ def cae_filters(theta, name):
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("function", distortions.CAE_DISTORTIONS)
+@pytest.mark.parametrize("function", weights.CAE_DISTORTIONS)
 def test_cae_distortions(cae_theta, function, seed):
     after, names = distorted(function, cae_theta, seed)
-    indices = [distortions._LAYERS.index(name) for name in names]
-    assert 1 <= len(names) <= (2 if function is distortions.cae_amplify else 1)
+    indices = [weights._LAYERS.index(name) for name in names]
+    assert 1 <= len(names) <= (2 if function is weights.cae_amplify else 1)
     low, high = {"cae_reverse": (11, 15), "cae_gelu": (10, 13)}.get(function.__name__, (8, 13))
     assert all(low <= i <= high for i in indices)
     w, out = cae_filters(cae_theta, names[0]), cae_filters(after, names[0])
@@ -289,14 +288,14 @@ def latents(function, count=60):
 
 
 def test_latents_are_dropped_and_negated_by_place():
-    ratio = latents(distortions.latent_drop) / np.asarray(LATENT)
+    ratio = latents(features.latent_drop) / np.asarray(LATENT)
     assert (ratio == ratio[..., :1]).all() and np.mean(ratio == 0) == pytest.approx(0.2, abs=0.03)
-    ratio = latents(distortions.latent_negate) / np.asarray(LATENT)
+    ratio = latents(features.latent_negate) / np.asarray(LATENT)
     assert (ratio == ratio[..., :1]).all() and np.mean(ratio == -1) == pytest.approx(0.1, abs=0.03)
 
 
 def test_ten_channels_are_permuted():
-    out, e = latents(distortions.latent_permute), np.asarray(LATENT)
+    out, e = latents(features.latent_permute), np.asarray(LATENT)
     assert (out[..., 10:] == e[..., 10:]).all() and (out[..., :10] != e[..., :10]).any()
     for image in out:
         for c in range(10):
@@ -307,10 +306,10 @@ def test_channels_are_flipped_three_ways():
     e = np.asarray(LATENT)
     ways = [e[::-1, ::-1], e[::-1], e[:, ::-1]]
     kinds = [
-        [np.array_equal(image, way) for way in ways] for image in latents(distortions.latent_flip)
+        [np.array_equal(image, way) for way in ways] for image in latents(features.latent_flip)
     ]
     assert np.all(np.sum(kinds, 1) == 1) and np.all(np.mean(kinds, 0) > 0.15)
-    for image in latents(distortions.latent_flip_some):
+    for image in latents(features.latent_flip_some):
         moved = [c for c in range(32) if not np.array_equal(image[..., c], e[..., c])]
         assert 1 <= len(moved) <= 5
         assert any(all(np.array_equal(image[..., c], w[..., c]) for c in moved) for w in ways)
@@ -322,9 +321,9 @@ def shifted(channel, row, column):
 
 def test_latent_convolutions():
     e = np.asarray(LATENT)
-    noise = latents(distortions.latent_convolve) - e
+    noise = latents(features.latent_convolve) - e
     assert 0 < np.abs(noise).max() <= 0.1 * 9 * np.abs(e).sum(-1).max()
-    added = latents(distortions.latent_mix, 6) - e
+    added = latents(features.latent_mix, 6) - e
     on = np.abs(added).max((1, 2)) > 1e-6
     assert 0.35 < on.mean() < 0.65
     for image, channel in np.argwhere(on)[:10]:
@@ -332,7 +331,7 @@ def test_latent_convolutions():
             np.allclose(added[image, ..., channel], shifted(e[..., d], r, c), atol=1e-5)
             for d in range(32) for r in range(3) for c in range(3)
         )  # fmt: skip
-    out = latents(distortions.latent_shift, 6)
+    out = latents(features.latent_shift, 6)
     offsets = [(r, c) for r in range(3) for c in range(3)]
 
     def offset(image, d):
@@ -345,14 +344,14 @@ def test_latent_convolutions():
 
 def test_a_channel_is_never_mixed_with_itself_in_place():
     # One in 576 draws itself, unshifted; adding to its tap of 1, not setting it, would double it.
-    distance = np.abs(latents(distortions.latent_mix, 150) - 2 * np.asarray(LATENT)).max((1, 2))
+    distance = np.abs(latents(features.latent_mix, 150) - 2 * np.asarray(LATENT)).max((1, 2))
     assert distance.min() > 0.1
 
 
 def test_head_features_are_exchanged_dropped_negated_or_left():
     h = jnp.asarray(np.random.default_rng(0).normal(size=(1, 8, 8, 64)), jnp.float32)
     draws = jax.random.split(jax.random.key(0), 80)
-    f = jax.jit(jax.vmap(lambda key: distortions._distort_head(key, h[0], False)[None]))
+    f = jax.jit(jax.vmap(lambda key: features._distort_head(key, h[0], False)[None]))
     kinds = {"same": 0, "drop": 0, "negate": 0, "exchange": 0}
     for image in np.asarray(f(draws)):
         ratio = image / np.asarray(h)
@@ -400,7 +399,7 @@ def test_the_body_is_distorted_in_five_ways(edsr, quirks):
     h = jnp.asarray(np.random.default_rng(0).normal(size=(1, 6, 5, FEATURES)), jnp.float32)
     draws = jax.random.split(jax.random.key(0), 80)
     f = jax.jit(
-        lambda keys: distortions._distorted_body(keys, edsr, jnp.tile(h, (80, 1, 1, 1)), quirks)
+        lambda keys: features._distorted_body(keys, edsr, jnp.tile(h, (80, 1, 1, 1)), quirks)
     )
     known, seen = bodies(edsr, h, quirks), dict.fromkeys(("negate", "activate", "flip", "skip"), 0)
     for out in f(draws)[:, None]:
@@ -417,7 +416,7 @@ def test_the_body_is_distorted_in_five_ways(edsr, quirks):
 def test_renderings_are_finite_follow_their_key_and_differ(edsr, quirks):
     x = jnp.tile(jax.random.uniform(jax.random.key(0), (16, 12, 3)), (12, 1, 1, 1))
     draws = jax.random.split(jax.random.key(1), 12)
-    f = jax.jit(lambda keys: distortions.render_edsr(edsr, x, keys, quirks=quirks))
+    f = jax.jit(lambda keys: features.render_edsr(edsr, x, keys, quirks=quirks))
     images = np.asarray(f(draws))
     assert images.shape == (12, 16, 12, 3) and np.isfinite(images).all()
     np.testing.assert_array_equal(images[::-1], f(draws[::-1]))
@@ -427,7 +426,7 @@ def test_renderings_are_finite_follow_their_key_and_differ(edsr, quirks):
 def test_the_cae_s_renderings_are_finite_follow_their_key_and_differ(cae_theta):
     x = jnp.tile(jax.random.uniform(jax.random.key(0), (16, 20, 3)), (18, 1, 1, 1))
     draws = jax.random.split(jax.random.key(1), 18)
-    f = jax.jit(lambda keys: distortions.render_cae(cae_theta, x, keys))
+    f = jax.jit(lambda keys: features.render_cae(cae_theta, x, keys))
     images = np.asarray(f(draws))
     assert images.shape == (18, 16, 20, 3) and np.isfinite(images).all()
     np.testing.assert_allclose(images[::-1], f(draws[::-1]), atol=1e-5)

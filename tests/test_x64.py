@@ -16,7 +16,7 @@ import optax
 import pytest
 
 from ada_jax import ada, attacks, keys, losses, pretrain, ssim
-from ada_jax.augment import augmix, cropping, distortions
+from ada_jax.augment import augmix, cropping, feature_distortions
 from ada_jax.data import batching
 from ada_jax.evaluation import scoring
 from ada_jax.nets import cae, classifiers, edsr
@@ -107,13 +107,13 @@ def small_things(x: Any, y: Any, number: Callable) -> Any:
 
 def distorted_edsr(x: Any, y: Any, number: Callable) -> Any:
     theta = SCALED.init(jax.random.key(1))
-    return jax.jit(distortions.render_edsr)(theta, x, jax.random.key(0))
+    return jax.jit(feature_distortions.render_edsr)(theta, x, jax.random.key(0))
 
 
 def distorted_cae(x: Any, y: Any, number: Callable) -> Any:
     theta = cae.cae_init(jax.random.key(1))
     x = jnp.concatenate([jnp.float32(x)] * 4)  # so that most distortions occur
-    return jax.jit(distortions.render_cae)(theta, x, jax.random.key(0))
+    return jax.jit(feature_distortions.render_cae)(theta, x, jax.random.key(0))
 
 
 def pretraining(x: Any, y: Any, number: Callable) -> Any:

@@ -1,8 +1,8 @@
-"""AugMix on the device: random chains of image operations, mixed (Hendrycks et al., 2020).
+"""AugMix on the device: mixtures of random chains of image operations (Hendrycks et al., 2020).
 
-The operations follow Pillow's integer arithmetic, so that an image comes out as the published
-augmentation has it. All examples run the same program whatever they draw: on TPUs and GPUs every
-operation is computed and one selected; on a CPU, example by example, only the one that was drawn.
+The operations reproduce Pillow's integer arithmetic, which the published augmentation uses. On TPUs
+and GPUs every operation is computed for every example and one is selected; on a CPU only the one
+that was drawn is computed, example by example.
 """
 
 import functools
@@ -27,7 +27,7 @@ OPS = (
     "translate_x",
     "translate_y",
 )
-EXTRA_OPS = ("color", "contrast", "brightness", "sharpness")  # overlap with test corruptions
+EXTRA_OPS = ("color", "contrast", "brightness", "sharpness")  # They overlap with test corruptions.
 
 
 def augment_and_mix(
@@ -40,31 +40,30 @@ def augment_and_mix(
     alpha: float = 1.0,
     ops: Sequence[str] = OPS,
 ) -> jax.Array:
-    """Mixes every image with `width` chains of random operations on it.
+    """Mixes every image with `width` chains of random operations applied to it.
 
     The batch may be split over several devices, as for `ada_jax.adversarial_augment`.
 
     Args:
       key: random key, or one per example [B].
-      x: images [B,H,W,3] of any floating type, in [0,1]; the chains work on them rounded to 8
-        bits.
-      severity: upper end of the operations' levels, from 0.1 up to 10.
+      x: images [B,H,W,3] of any floating type, in [0,1], which the chains round to 8 bits.
+      severity: the operations' largest level, from 0.1 to 10.
       width: chains per image.
       depth: operations per chain; -1 draws 1, 2 or 3 for each chain.
       alpha: the chains' weights are Dirichlet(alpha), the mixture's share is Beta(alpha, alpha).
-      ops: names of OPS and EXTRA_OPS to draw from.
+      ops: names from OPS and EXTRA_OPS to draw from.
 
     Returns:
       Images [B,H,W,3], float32 in [0,1].
 
     Raises:
-      UserError: a parameter or an image out of its range. A traced image out of range becomes NaN.
+      UserError: a parameter or an image is out of range. Inside `jax.jit` such images become NaN.
 
     Source: Hendrycks et al. (2020), algorithm 1.
     """
     x = checks.as_images(jnp.asarray(x))
     if x.shape[-1] != 3:
-        raise UserError(f"Images of shape {list(x.shape)} must have three channels for AugMix.")
+        raise UserError(f"Images of shape {list(x.shape)} must be [B,H,W,3] for AugMix.")
     check(severity, width, depth, alpha, ops)
     mix = functools.partial(
         _mix, severity=severity, width=width, depth=depth, alpha=alpha, ops=tuple(ops)
@@ -83,7 +82,7 @@ def _mix(
     alpha: float,
     ops: tuple[str, ...],
 ) -> jax.Array:
-    """`augment_and_mix` of what it has checked."""
+    """`augment_and_mix` with checked arguments."""
     severity, alpha = checks.float32(severity), checks.float32(alpha)
     most = depth if depth > 0 else 3
 
@@ -93,7 +92,7 @@ def _mix(
         levels = jax.random.uniform(k["level"], (width, most), jnp.float32, 0.1, severity)
         signs = jax.random.bernoulli(k["sign"], np.float32(0.5), (width, most))
         signs = jnp.where(signs, -1.0, 1.0).astype(jnp.float32)
-        # Index 0 is no operation: what is left of a chain shorter than the longest.
+        # Index 0 is no operation; it pads chains that are shorter than the longest.
         drawn = 1 + jax.random.randint(k["op"], (width, most), 0, len(ops), jnp.int32)
         depths = jax.random.randint(k["depth"], (width, 1), 1, 4, jnp.int32) if depth < 0 else depth
         drawn = jnp.where(jnp.arange(most) < depths, drawn, 0)
@@ -117,14 +116,14 @@ def _mix(
 def apply_ops(
     images: jax.Array, op: jax.Array, level: jax.Array, sign: jax.Array, *, ops: Sequence[str]
 ) -> jax.Array:
-    """Applies to every image the operation drawn for it.
+    """Applies to every image its own operation.
 
     Args:
       images: [N,H,W,3] int32 in 0..255.
       op: index into `ops` [N].
-      level: [N] in 0.1..10, before an operation's own scale.
-      sign: [N] of -1 or 1, for rotations, shears and translations.
-      ops: names; '' leaves an image as it is.
+      level: [N] in 0.1..10, before the operation's own scaling.
+      sign: [N], -1 or 1, for rotations, shears and translations.
+      ops: names; '' is the identity.
 
     Returns:
       [N,H,W,3] int32 in 0..255.
@@ -143,12 +142,12 @@ def apply_ops(
 def _apply_one(
     image: jax.Array, op: jax.Array, level: jax.Array, sign: jax.Array, *, ops: tuple[str, ...]
 ) -> jax.Array:
-    """One operation on one image [H,W,3]; all geometric ones share one branch."""
+    """Applies one operation to one image [H,W,3]; geometric operations share one branch."""
     height, width = image.shape[:2]
     matrix = jnp.stack([_matrix(name, level, sign, height, width) for name in ops])[op]
     branches = {"": lambda: image, "affine": lambda: affine(image, matrix)}
-    # It varies from out here: `jax.vmap` of branches that make a constant vary inside
-    # `jax.shard_map` fails in JAX 0.10 to 0.12.
+    # Cast outside of the branches: in JAX 0.10 to 0.12, inside `jax.shard_map`, `jax.vmap` of
+    # branches that cast a constant to vary fails.
     rounding = sharding.varying(jnp.asarray(_rounding_of_pillow()), image)
     plain = _PLAIN | {"autocontrast": functools.partial(autocontrast, rounding=rounding)}
     branches |= {n: functools.partial(f, image, level) for n, f in plain.items() if n in ops}
@@ -184,11 +183,11 @@ def _matrix(name: str, level: jax.Array, sign: jax.Array, height: int, width: in
 
 
 def affine(image: jax.Array, matrix: jax.Array) -> jax.Array:
-    """Pillow's bilinear affine transform; what comes from outside the image is black.
+    """Pillow's bilinear affine transform; pixels from outside the image are black.
 
     Args:
       image: [H,W,3].
-      matrix: (a,b,c,d,e,f): output pixel centre (x,y) shows input (ax+by+c, dx+ey+f).
+      matrix: (a,b,c,d,e,f); the output at pixel centre (x,y) is the input at (ax+by+c, dx+ey+f).
 
     Returns:
       [H,W,3].
@@ -203,7 +202,7 @@ def affine(image: jax.Array, matrix: jax.Array) -> jax.Array:
     across, down = (xs - 0.5 - left)[..., None], (ys - 0.5 - top)[..., None]
     columns = [jnp.clip(left.astype(jnp.int32) + i, 0, width - 1) for i in (0, 1)]
     rows = [jnp.clip(top.astype(jnp.int32) + i, 0, height - 1) for i in (0, 1)]
-    # One gather a corner: the three channels travel in one number.
+    # The three channels are packed into one integer, so that each corner needs one gather.
     packed = (image[..., 0] << 16 | image[..., 1] << 8 | image[..., 2]).reshape(-1)
 
     def corner(row, column):
@@ -218,7 +217,7 @@ def affine(image: jax.Array, matrix: jax.Array) -> jax.Array:
 
 
 def autocontrast(image: jax.Array, level: jax.Array, rounding: jax.Array) -> jax.Array:
-    """Stretches every channel to 0..255, rounding as `_rounding_of_pillow` has it."""
+    """Stretches every channel to 0..255, rounded as in Pillow (`_rounding_of_pillow`)."""
     del level
 
     def one(channel):
@@ -234,7 +233,7 @@ def autocontrast(image: jax.Array, level: jax.Array, rounding: jax.Array) -> jax
 
 @functools.cache
 def _rounding_of_pillow() -> np.ndarray:
-    """Bits, [low, high, value], of where Pillow's float64 arithmetic falls below a whole number."""
+    """Packed bits [low, high, value]: where Pillow's float64 arithmetic rounds one too low."""
     low, high = np.arange(256.0)[:, None, None], np.arange(256.0)[:, None]
     value = np.arange(256.0)
     width = np.maximum(high - low, 1)
@@ -244,11 +243,13 @@ def _rounding_of_pillow() -> np.ndarray:
 
 
 def equalize(image: jax.Array, level: jax.Array) -> jax.Array:
-    """Flattens every channel's histogram."""
+    """Equalises every channel's histogram."""
     del level
 
     def one(channel):
-        counts = lax.platform_dependent(channel, cpu=_scattered, default=_multiplied)
+        counts = lax.platform_dependent(
+            channel, cpu=_histogram_by_scatter, default=_histogram_by_product
+        )
         step = (channel.size - counts[channel.max()]) // 255
         below = jnp.cumsum(counts, dtype=jnp.int32) - counts
         table = jnp.minimum((step // 2 + below) // jnp.maximum(step, 1), 255)
@@ -257,48 +258,48 @@ def equalize(image: jax.Array, level: jax.Array) -> jax.Array:
     return jax.vmap(one, 2, 2)(image)
 
 
-def _scattered(values: jax.Array) -> jax.Array:
-    """Counts [256] of integers in 0..255, the quickest way on a CPU."""
+def _histogram_by_scatter(values: jax.Array) -> jax.Array:
+    """Histogram [256] of integers in 0..255, fastest on a CPU."""
     return jnp.zeros(256, jnp.int32).at[values].add(1)
 
 
-def _multiplied(values: jax.Array) -> jax.Array:
-    """The same as a matrix product of the integers' two hexadecimal digits."""
+def _histogram_by_product(values: jax.Array) -> jax.Array:
+    """The same histogram by a matrix product of the integers' hexadecimal digits."""
     digits = jnp.stack([values.reshape(-1) // 16, values.reshape(-1) % 16])
     high, low = (digits[..., None] == jnp.arange(16)).astype(jnp.float32)
     return jnp.matmul(high.T, low, precision="highest").reshape(256).astype(jnp.int32)
 
 
 def posterize(image: jax.Array, level: jax.Array) -> jax.Array:
-    """Keeps the upper 4 bits or less."""
+    """Keeps at most the 4 highest bits."""
     bits = 4 - (level * 4 / 10).astype(jnp.int32)
     return image & (256 - (1 << (8 - bits)))
 
 
 def solarize(image: jax.Array, level: jax.Array) -> jax.Array:
-    """Inverts what is bright."""
+    """Inverts bright pixels."""
     threshold = 256 - (level * 256 / 10).astype(jnp.int32)
     return jnp.where(image < threshold, image, 255 - image)
 
 
 def color(image: jax.Array, level: jax.Array) -> jax.Array:
-    """Takes colour away, or adds some above level 5."""
+    """Reduces saturation, or increases it above level 5."""
     return _blend(_grey(image)[..., None], image, level)
 
 
 def contrast(image: jax.Array, level: jax.Array) -> jax.Array:
-    """Draws the image towards its mean grey."""
+    """Blends the image with its mean grey."""
     grey = _grey(image)
     return _blend((2 * grey.sum(dtype=jnp.int32) + grey.size) // (2 * grey.size), image, level)
 
 
 def brightness(image: jax.Array, level: jax.Array) -> jax.Array:
-    """Draws the image towards black."""
+    """Blends the image with black."""
     return _blend(jnp.zeros_like(image), image, level)
 
 
 def sharpness(image: jax.Array, level: jax.Array) -> jax.Array:
-    """Draws the image towards a smoothed copy of it."""
+    """Blends the image with a smoothed copy."""
     height, width, _ = image.shape
     around = sum(image[i : height - 2 + i, j : width - 2 + j] for i in range(3) for j in range(3))
     smooth = (2 * (around + 4 * image[1:-1, 1:-1]) + 13) // 26
@@ -310,7 +311,7 @@ def _grey(image: jax.Array) -> jax.Array:
 
 
 def _blend(degenerate: jax.Array, image: jax.Array, level: jax.Array) -> jax.Array:
-    """Pillow's blend with the factor that belongs to a level."""
+    """Pillow's blend, with the factor of a level."""
     factor = level * np.float32(1.8) / 10 + np.float32(0.1)
     degenerate = degenerate.astype(jnp.float32)
     value = degenerate + factor * (image.astype(jnp.float32) - degenerate)
@@ -330,23 +331,19 @@ _PLAIN = {
 
 
 def check(severity: float, width: int, depth: int, alpha: float, ops: Sequence[str]) -> None:
-    """Refuses settings of `augment_and_mix` that are out of their range.
-
-    Raises:
-      UserError: naming the first of them.
-    """
+    """Raises UserError for the first argument of `augment_and_mix` that is out of range."""
     known = (*OPS, *EXTRA_OPS)
     if unknown := [name for name in ops if name not in known]:
         raise UserError(
-            f"ops has {unknown[0]!r}, which is unknown: choose from {', '.join(known)}."
+            f"ops has the unknown operation {unknown[0]!r}: choose from {', '.join(known)}."
         )
     if not ops:
-        raise UserError("ops is empty: name at least one operation of AugMix.")
+        raise UserError("ops is empty: name at least one operation.")
     if not 0.1 <= severity <= 10:
-        raise UserError(f"severity={severity} must be in 0.1..10 (AugMix's own is 3).")
+        raise UserError(f"severity={severity} must be in 0.1..10 (AugMix uses 3).")
     if width < 1 or (depth < 1 and depth != -1):
         raise UserError(
-            f"width={width} and depth={depth} must be 1 or more, or depth -1 to draw it."
+            f"width={width} and depth={depth} must be at least 1; depth=-1 draws it at random."
         )
     if not 0 < alpha < np.inf:
-        raise UserError(f"alpha={alpha} must be positive and finite (AugMix's own is 1).")
+        raise UserError(f"alpha={alpha} must be positive and finite (AugMix uses 1).")

@@ -10,21 +10,18 @@ from jax import lax
 
 from ada_jax import keys
 
-# ------------------------------------------------------------------------------- on the device
-
 
 @functools.partial(jax.jit, static_argnames=("pad", "flip"))
 def random_crop_flip(
     key: chex.PRNGKey, x: jax.Array, *, pad: int = 4, flip: bool = True
 ) -> jax.Array:
-    """Shifts each image at random within a zero border, and mirrors half of them.
+    """Crops each image at random from its zero-padded version, and flips half of the images.
 
     Args:
-      key: a JAX random key, or one per example [B].
+      key: random key, or one per example [B].
       x: [B, H, W, C] float32.
-      pad: the border in pixels; the shift is uniform in -pad..pad along both axes, and 0 leaves
-        the images where they are.
-      flip: whether to mirror each image left to right with probability 1/2.
+      pad: padding in pixels; the shift is uniform in -pad..pad along both axes, 0 disables it.
+      flip: whether to flip each image left to right with probability 1/2.
 
     Returns:
       [B, H, W, C] float32.

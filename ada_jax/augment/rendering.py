@@ -1,4 +1,4 @@
-"""DeepAugment: images as randomly distorted networks render them."""
+"""DeepAugment: renders images through randomly distorted networks."""
 
 import functools
 import zlib
@@ -9,19 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ada_jax.augment import distortions
+from ada_jax.augment import feature_distortions, weight_distortions
 from ada_jax.nets import corruption_nets
 
-# By network; raised whenever the same seed gives other images than before.
+# Version by network, raised when the same seed gives different images than before.
 RECIPES = dict.fromkeys(corruption_nets.names(), 1) | {"cae": 2}
-
-
-# ------------------------------------------------------------------------ rendering
 
 
 def generate(
     net: str,
-    theta: distortions.Theta,
+    theta: weight_distortions.Theta,
     images: Any,
     *,
     seed: int,
@@ -32,25 +29,26 @@ def generate(
     start: int = 0,
     stop: int | None = None,
 ) -> Iterator[np.ndarray]:
-    """Renders a data set once through distorted networks, group by group, over all devices.
+    """Renders a data set once through distorted networks, group by group, on all devices.
 
-    What becomes of an image depends on the seed, the network, the copy and the image's position in
-    the whole set, not on the devices.
+    The rendering of an image depends on the seed, the network, the copy and the image's position in
+    the whole set, but not on the devices.
 
     Args:
-      net: a name of `corruption_nets.names()`.
+      net: one of `corruption_nets.names()`.
       theta: its trained parameters.
-      images: [N,H,W,3] uint8, or what gives such arrays when indexed with positions [n].
-      seed: of all draws.
-      copy: which of several independent renderings, from 0.
-      group: images that share a distortion of the weights (the published code's mean is 20).
-      quirks: follow the published code also where it does other than it says.
+      images: [N,H,W,3] uint8, or an object that returns such arrays for positions [n].
+      seed: seed of all draws.
+      copy: index of the rendering, from 0; renderings are independent.
+      group: number of images that share a distortion of the weights (20 on average in the published
+        code).
+      quirks: whether to reproduce the published code's known bugs.
       enlarge: as for `corruption_nets.make`.
       start: the first position to render, a multiple of `group`.
-      stop: the position after the last; None is N.
+      stop: the position after the last; None means N.
 
     Yields:
-      Consecutive rendered images [n,H,W,3] uint8, cut off, not rounded, as published.
+      Consecutive rendered images [n,H,W,3] uint8, truncated, not rounded, as published.
     """
     stop = len(images) if stop is None else stop
     if start % group:
@@ -61,12 +59,12 @@ def generate(
     def distorted(index):
         rng = np.random.default_rng([seed, zlib.crc32(net.encode()), copy, index])
         if is_cae:
-            return distortions.distort_cae(rng, theta)
-        return distortions.distort_edsr(rng, theta, quirks=quirks)
+            return weight_distortions.distort_cae(rng, theta)
+        return weight_distortions.distort_edsr(rng, theta, quirks=quirks)
 
     run = _renderer(is_cae, quirks, enlarge)
     for first in range(start, stop, group * devices):
-        # The last groups are filled up with the last image, so that all have one shape.
+        # The last groups are padded with the last image, so that all have the same shape.
         position = first + np.arange(group * devices)
         x = images[np.minimum(position, stop - 1)].reshape(devices, group, *images.shape[1:])
         indices = first // group + np.arange(devices)
@@ -75,10 +73,10 @@ def generate(
         yield np.asarray(rendered).reshape(-1, *images.shape[1:])[: stop - first]
 
 
-@functools.cache  # One compiled program for all copies and shards.
+@functools.cache  # All copies and shards use the same compiled program.
 def _renderer(is_cae: bool, quirks: bool, enlarge: int) -> Any:
-    one = functools.partial(distortions.render_edsr, quirks=quirks)
-    apply = corruption_nets.enlarged(distortions.render_cae if is_cae else one, enlarge)
+    one = functools.partial(feature_distortions.render_edsr, quirks=quirks)
+    apply = corruption_nets.enlarged(feature_distortions.render_cae if is_cae else one, enlarge)
 
     def render(theta, x, position, seed, copy):
         root = jax.random.fold_in(jax.random.key(seed), copy)
