@@ -328,7 +328,7 @@ def test_square_in_linf_moves_pixels_to_the_ends_of_their_range():
     [
         ({"epsilon": 0.0}, "epsilon=0.0 must be positive"),
         ({"epsilon": float("nan")}, "epsilon=nan must be positive"),
-        ({"epsilon": 8}, r"epsilon=8 is more than all of \[0, 1\]: divide it by 255"),
+        ({"epsilon": 8}, r"epsilon=8 is larger than the range \[0, 1\]: divide it by 255"),
         ({"epsilon": "8/255"}, "epsilon='8/255' must be one number"),
         ({"norm": "l1"}, "norm='l1' is unknown: choose one of linf, l2"),
         ({"restarts": 0}, "restarts=0 must be an integer of at least 1"),

@@ -268,7 +268,7 @@ def test_autoattack_tells_of_them():
     constants = {"square": {"queries": 3}}
     report = attacks.autoattack(KEY, near, same, y, 0.2, attacks=["square"], constants=constants)
     assert report.robust_accuracy == 0 and np.isfinite(report.images).all()
-    assert any("square broke 12 examples by images for which" in s for s in report.warnings)
+    assert any("square broke 12 examples with images for which" in s for s in report.warnings)
 
 
 def test_an_error_under_ada_is_no_number_of_nan(monkeypatch):

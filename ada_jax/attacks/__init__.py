@@ -1,16 +1,16 @@
 """Adversarial attacks in l-infinity and l2 balls, and AutoAttack.
 
-Every call traces `logits_fn` anew: it may be any callable, and is attacked as it is at the call. A
-function that is itself jitted may keep what it closed over when it was traced. Outside `jax.jit`
-each call compiles, too. `autoattack` takes `programs` to compile once for several calls; for the
-others jit a function of the classifier's parameters:
+Every call traces `logits_fn` again, so that it attacks the classifier in its current state.
+(Arrays that an already jitted `logits_fn` closes over may be those of its first trace.) Outside
+`jax.jit` each call compiles, too. To compile once, pass `programs` to `autoattack`, and wrap the
+other attacks in `jax.jit` as functions of the classifier's parameters:
 
     @jax.jit
     def attack(key, params, x, y):
         return attacks.pgd(key, functools.partial(apply, params), x, y, 8 / 255)
 
-All but `autoattack`, which takes whole arrays and splits them itself, take batches that are split
-over several devices, as `ada_jax.adversarial_augment` does.
+`autoattack` splits its arrays over all local devices. The other attacks accept batches that are
+split over several devices, like `ada_jax.adversarial_augment`.
 """
 
 from ada_jax.attacks.apgd import apgd

@@ -1,4 +1,4 @@
-"""Auto-PGD: projected gradient ascent with momentum whose steps shorten themselves.
+"""Auto-PGD: projected gradient ascent with momentum and an adaptive step size.
 
 Source: Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
 parameter-free attacks" (2020), sections 3 and 4.
@@ -22,19 +22,19 @@ _MOMENTUM = 0.75
 
 
 class _State(NamedTuple):
-    active: jax.Array  # Everything is [B, ...].
+    active: jax.Array  # All arrays are [B, ...].
     broken: jax.Array
-    adversarial: jax.Array  # The misclassified image found last, or x.
-    x: jax.Array  # The iterate,
-    x_old: jax.Array  # the one before,
-    x_best: jax.Array  # the one of the highest loss in this run,
-    gradient_best: jax.Array  # and the gradient there.
+    adversarial: jax.Array  # The last misclassified iterate, or x.
+    x: jax.Array  # The iterate.
+    x_old: jax.Array  # The previous iterate.
+    x_best: jax.Array  # The iterate of the highest loss in this run.
+    gradient_best: jax.Array  # The gradient at x_best.
     loss: jax.Array
     loss_best: jax.Array
     loss_best_at_check: jax.Array
-    increases: jax.Array  # How often the loss rose since the last checkpoint.
+    increases: jax.Array  # Number of increases of the loss since the last checkpoint.
     step_size: jax.Array
-    reduced: jax.Array  # Whether it was halved at the last checkpoint.
+    reduced: jax.Array  # Whether the step size was halved at the last checkpoint.
     zero_gradient: jax.Array
     passes: jax.Array
 
@@ -57,34 +57,34 @@ def apgd(
     mask: jax.Array | None = None,
     microbatch: int | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Auto-PGD.
+    """Auto-PGD (APGD).
 
-    Every call outside `jax.jit` compiles: `ada_jax.attacks` says how to compile once.
+    Every call outside `jax.jit` compiles; see `ada_jax.attacks` for how to compile once.
 
     Args:
       key: random key, or one per example [B].
       logits_fn: the classifier in evaluation mode, [b,H,W,C] -> [b,K]; it must not mix examples.
       x: images [B,H,W,C] of any floating type, in [0,1].
       y: labels [B], int.
-      epsilon: the ball's radius, positive, in units of pixels.
+      epsilon: the ball's radius, positive, in units of pixel values.
       norm: 'linf' or 'l2'.
-      loss: 'ce', 'dlr', 'dlr-targeted' or 'margin-targeted', the target's logit minus the label's;
-        what is ascended.
+      loss: the loss to maximise, 'ce', 'dlr', 'dlr-targeted' or 'margin-targeted' (the target's
+        logit minus the label's).
       steps: steps of a run.
-      restarts: runs, for a targeted loss of every target.
-      targets: how many classes a targeted loss aims at, those with the largest logits for x but y;
-        at most K - 1.
-      rho: share of steps that have to raise the loss for the step size to stay.
-      stop_when_broken: whether an example's attack ends with its first misclassified iterate;
-        otherwise its run goes on, and the last misclassified iterate is returned.
-      mask: which examples to attack, bool [B]; the others are returned as they are.
-      microbatch: examples computed at a time; bounds memory, and examples that are no longer
-        attacked cost nothing. None computes the whole batch as long as any of it is attacked.
+      restarts: number of runs, per target if the loss is targeted.
+      targets: number of classes that a targeted loss aims at, at most K - 1: the classes other than
+        y with the largest logits for x.
+      rho: share of steps that must increase the loss; with fewer the step size is halved.
+      stop_when_broken: whether to stop an example's attack at its first misclassified iterate;
+        otherwise the run goes on and the last misclassified iterate is returned.
+      mask: the examples to attack, bool [B]; the others are returned unchanged.
+      microbatch: examples computed at a time, which bounds memory; examples that are no longer
+        attacked cost nothing. None computes the whole batch until no example is attacked.
 
     Returns:
       Images [B,H,W,C] in the ball and in [0,1], misclassified or equal to x, and, per example [B]:
-      'broken', the passes it took 'forward' and 'backward', and whether a run started with a
-      'zero_gradient'.
+      'broken', the numbers of passes 'forward' and 'backward', and 'zero_gradient' (whether the
+      gradient vanished at the start of a run).
 
     Raises:
       UserError: an argument is out of range, or there are too few classes for the loss.
@@ -115,7 +115,7 @@ def apgd(
         state = _restart(state, mask & ~state.broken, start, epsilon)
         target = ranking[:, 1 + run // restarts]
         examples = {"x": x, "y": y, "target": target}
-        # The step after the last only looks at where it led to.
+        # One more step, to evaluate the last iterate.
         return loops.iterate(step, examples, state, steps + 1, microbatch)
 
     state = loops.repeat(one_run, runs, _initial(x, mask, loops.misclassified(logits, y) & mask))
@@ -124,7 +124,7 @@ def apgd(
 
 
 def checkpoints(steps: int = 100) -> list[int]:
-    """The numbers of steps after which the step size is looked at, e.g. 22, 41, 57, 70, ..."""
+    """The numbers of steps after which the step size may be halved: 22, 41, 57, 70, ..."""
     window, at = max(int(0.22 * steps), 1), 0
     smallest, shorter = max(int(0.06 * steps), 1), max(int(0.03 * steps), 1)
     found = []
@@ -136,7 +136,7 @@ def checkpoints(steps: int = 100) -> list[int]:
 
 
 def dlr(logits: jax.Array, y: jax.Array) -> jax.Array:
-    """Difference-of-logits ratio [B], positive for the misclassified; needs three classes.
+    """Difference-of-logits ratio [B], positive if misclassified; needs three classes.
 
     Source: Croce and Hein (2020), equation 6.
     """
@@ -145,39 +145,41 @@ def dlr(logits: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def dlr_targeted(logits: jax.Array, y: jax.Array, target: jax.Array) -> jax.Array:
-    """Targeted difference-of-logits ratio [B], positive where the target beats y; four classes.
+    """Targeted difference-of-logits ratio [B], positive if the target's logit exceeds y's.
+
+    It needs four classes.
 
     Source: Croce and Hein (2020), equation 7.
     """
     top = lax.top_k(logits, 4)[0]
-    beaten_by = pick(logits, target) - pick(logits, y)
-    return beaten_by / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+    difference = pick(logits, target) - pick(logits, y)
+    return difference / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
 
 
 def pick(logits: jax.Array, classes: jax.Array) -> jax.Array:
-    """Each example's logit of its class [B]."""
+    """The logits [B] of the given classes [B]."""
     return jnp.take_along_axis(logits, classes[:, None], axis=-1)[:, 0]
 
 
 def number_of_targets(loss: str, targets: int, classes: int) -> int:
-    """How many classes are aimed at in turn: for an untargeted loss once at no one in particular.
+    """Number of classes that a loss aims at in turn, 1 for an untargeted loss.
 
     Raises:
-      UserError: the loss is not known or needs more classes.
+      UserError: the loss is unknown or needs more classes.
     """
     if loss not in LOSSES:
         raise UserError(f"loss={loss!r} is unknown: choose one of {', '.join(LOSSES)}.")
     needed = {"dlr": 3, "dlr-targeted": 4}.get(loss, 2)
     if classes < needed:
         raise UserError(
-            f"The loss {loss!r} needs at least {needed} classes and the classifier has {classes}: "
-            "use 'ce' or 'margin-targeted'."
+            f"loss={loss!r} needs at least {needed} classes and the classifier has {classes}: use "
+            "'ce' or 'margin-targeted'."
         )
     return min(targets, classes - 1) if loss.endswith("-targeted") else 1
 
 
 def _evaluation(logits_fn: LogitsFn, loss: str) -> Callable[[jax.Array, Examples], tuple]:
-    """Makes the function from iterates to their losses, whether misclassified, and gradients."""
+    """Makes the function from iterates to (loss, whether misclassified, gradient)."""
 
     def total(x, examples):
         logits, y = logits_fn(x), examples["y"]
@@ -187,7 +189,7 @@ def _evaluation(logits_fn: LogitsFn, loss: str) -> Callable[[jax.Array, Examples
             "dlr-targeted": lambda: dlr_targeted(logits, y, examples["target"]),
             "margin-targeted": lambda: pick(logits, examples["target"]) - pick(logits, y),
         }[loss]()
-        # The sum, not the mean: an example's gradient must not depend on the size of the batch.
+        # A sum, not a mean, makes an example's gradient independent of the batch size.
         return per_example.sum(), (per_example, loops.misclassified(logits, y))
 
     def evaluate(x, examples):
@@ -198,7 +200,7 @@ def _evaluation(logits_fn: LogitsFn, loss: str) -> Callable[[jax.Array, Examples
 
 
 def _checkpoint_table(steps: int) -> jax.Array:
-    """For every number of steps taken [steps + 1] the length of the window that it ends, or 0."""
+    """Length of the window that ends after each number of steps [steps + 1], or 0."""
     table, ends = np.zeros(steps + 1, np.int32), np.array([0] + checkpoints(steps))
     table[ends[1:]] = np.diff(ends)
     return jnp.asarray(table)
@@ -239,7 +241,7 @@ def _restart(
         loss_best_at_check=fill(state.loss, -jnp.inf),
         increases=fill(state.increases, 0),
         step_size=fill(state.loss, 2 * epsilon),
-        # As if halved before, so that the first checkpoint asks for rising losses only.
+        # As if just halved, so that the first checkpoint only tests the number of increases.
         reduced=fill(state.reduced, True),
     )
 
@@ -247,7 +249,7 @@ def _restart(
 def _observe(
     i: jax.Array, examples: Examples, state: _State, evaluate: Callable, stop_when_broken: bool
 ) -> tuple[_State, jax.Array]:
-    """Evaluates the iterate after i steps and keeps the best and the misclassified ones."""
+    """Evaluates the iterate after i steps; records the best and the last misclassified one."""
     loss, wrong, gradient = evaluate(state.x, examples)
     gradient = geometry.finite(gradient)
     better = loss > state.loss_best
@@ -259,7 +261,7 @@ def _observe(
         adversarial=choose(wrong, state.x, state.adversarial),
         x_best=choose(better, state.x, state.x_best),
         gradient_best=choose(better, gradient, state.gradient_best),
-        # As published, the start's loss counts as 0 when the first step's is compared with it.
+        # As published, the loss at the start counts as 0 in the first comparison.
         increases=state.increases + ((i > 0) & (loss > state.loss)),
         loss=jnp.where(i > 0, loss, 0),
         loss_best=jnp.where(better, loss, state.loss_best),
@@ -272,7 +274,7 @@ def _observe(
 def _checkpoint(
     state: _State, gradient: jax.Array, window: jax.Array, rho: float
 ) -> tuple[_State, jax.Array]:
-    """Halves the step and goes back to the best point where the window brought too little."""
+    """Halves the step size and returns to the best iterate if the window brought no progress."""
     oscillates = state.increases <= checks.float32(rho) * window
     stuck = ~state.reduced & (state.loss_best_at_check >= state.loss_best)
     halve = oscillates | stuck
@@ -295,7 +297,7 @@ def _move(
     epsilon: jax.Array | float,
     norm: str,
 ) -> _State:
-    """One projected step along the gradient, and along the step before."""
+    """Takes one projected step along the gradient, with momentum."""
     x = state.x
     share = jnp.where(i > 0, _MOMENTUM, 1.0)
     along_gradient = geometry.along(state.step_size, x) * geometry.steepest(gradient, norm)

@@ -1,7 +1,7 @@
-"""AutoAttack: four attacks in sequence, each on what the ones before left unbroken, and its books.
+"""AutoAttack: four attacks in sequence, each on the examples that the previous ones did not break.
 
 Source: Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
-parameter-free attacks" (2020), section 5, its 'standard' version.
+parameter-free attacks" (2020), section 5, the 'standard' version.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from ada_jax.errors import UserError
 from ada_jax.sharding import AXIS, shard
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
-# In the order of their keys: an attack draws the same whatever ran before it.
+# An attack's position determines its keys, so its draws do not depend on the other attacks.
 _ATTACKS: dict[str, Callable] = {
     "apgd-ce": functools.partial(apgd, loss="ce"),
     "apgd-t": functools.partial(apgd, loss="dlr-targeted"),
@@ -41,7 +41,7 @@ _ATTACKS: dict[str, Callable] = {
     "multitargeted": multitargeted,
 }
 ATTACKS = tuple(_ATTACKS)
-# Rounding in an attack may leave an image as far outside of its ball.
+# Rounding errors may put an image this far outside of its ball.
 _TOLERANCE = 1e-6
 
 Arrays = dict[str, np.ndarray]
@@ -49,16 +49,16 @@ Arrays = dict[str, np.ndarray]
 
 @dataclasses.dataclass
 class Account:
-    """What one attack did.
+    """Statistics of one attack.
 
     Attributes:
-      attack: its name, of ATTACKS.
-      attacked: how many examples it was given.
-      broken: how many of them it broke.
-      robust_accuracy: share of all examples still classified correctly after it, in [0,1].
-      forward: passes through the classifier, counted in images; without the check of the results.
-      backward: gradients of it, counted in images.
-      seconds: wall-clock time, compilation included.
+      attack: name, one of ATTACKS.
+      attacked: number of examples attacked.
+      broken: number of examples broken.
+      robust_accuracy: share of all examples that are still classified correctly, in [0,1].
+      forward: number of images passed through the classifier, except for the final check.
+      backward: number of images whose gradient was computed.
+      seconds: wall-clock time, including compilation.
     """
 
     attack: str
@@ -72,20 +72,20 @@ class Account:
 
 @dataclasses.dataclass
 class Report:
-    """What a sequence of attacks found.
+    """Result of a sequence of attacks.
 
     Attributes:
-      name: 'AutoAttack' if all four standard attacks ran with their own constants, with what ran
-        besides them, as in 'AutoAttack+multitargeted'; else 'partial: apgd-ce+square' and so on.
+      name: 'AutoAttack' if all four standard attacks ran with their default constants, followed by
+        any other attacks, such as 'AutoAttack+multitargeted'; else 'partial: ' and the attacks.
       norm: 'linf' or 'l2'.
-      epsilon: radius, in units of pixels.
-      images: [N,H,W,C] in [0,1], the misclassified image where an attack found one, else x.
-      robust: bool [N], classified correctly, and by no attack broken.
-      broken_by: [N], the attack's name, 'clean' where x itself is misclassified, '' where robust.
+      epsilon: radius, in units of pixel values.
+      images: [N,H,W,C] in [0,1], the misclassified image if an attack found one, else x.
+      robust: bool [N], whether no attack broke the example and x is classified correctly.
+      broken_by: [N], name of the attack, 'clean' if x itself is misclassified, '' if robust.
       clean_accuracy: share of examples classified correctly without an attack.
-      robust_accuracy: share of examples that are robust.
+      robust_accuracy: share of robust examples.
       accounts: one per attack, in order.
-      warnings: sentences that say why the result may be unreliable.
+      warnings: reasons why the result may be unreliable.
     """
 
     name: str
@@ -115,38 +115,38 @@ def autoattack(
     state_dir: str | os.PathLike | None = None,
     programs: dict[Any, Callable[..., Any]] | None = None,
 ) -> Report:
-    """Runs attacks one after the other on all local devices, each on what is still robust.
+    """Runs attacks in sequence on all local devices, each on the examples that are still robust.
 
-    Every call traces and compiles logits_fn anew, once for all batches, and so attacks it as it is
-    now. Calls that share `programs` compile once: for other radii or images, say. An example's
-    result depends on its own key, image and label only.
+    Every call traces and compiles logits_fn again, once for all batches. Calls that share
+    `programs`, for example with other radii or images, compile once. An example's result depends
+    only on its own key, image and label.
 
     Args:
       key: one random key.
-      logits_fn: the classifier in evaluation mode, [b,H,W,C] -> [b,K]: deterministic, not mixing
-        examples, returning logits; closed over its parameters. With fewer than four classes
-        'apgd-t' ascends the targets' margins, as the targeted DLR loss is not defined.
+      logits_fn: the classifier in evaluation mode, [b,H,W,C] -> [b,K]. It must be deterministic,
+        return logits, and not mix examples. With fewer than four classes 'apgd-t' maximises the
+        targets' margins, because the targeted DLR loss is not defined.
       x: images [N,H,W,C] of any floating type, in [0,1].
       y: labels [N], int in [0,K).
-      epsilon: the ball's radius, positive, in units of pixels.
+      epsilon: the ball's radius, positive, in units of pixel values.
       norm: 'linf' or 'l2'.
-      attacks: names of ATTACKS, in order.
-      batch_size: examples per call, over all devices; rounded up to a multiple of them.
-      microbatch: examples computed at a time on a device; broken examples cost nothing, but a
-        microbatch is always filled up. None takes 32 on CPUs and 128 elsewhere.
-      constants: keyword arguments for attacks by name, such as {'square': {'queries': 1000}};
-        AutoAttack's own are the defaults, and with others the report is called partial.
-      state_dir: folder to keep finished batches in; the same call goes on with what is not there.
-      programs: a dict, empty at first, that keeps compiled programs from call to call, for a
-        logits_fn that has not changed in between, and neither have `constants`.
+      attacks: names from ATTACKS, in order.
+      batch_size: examples per call, over all devices; rounded up to a multiple of their number.
+      microbatch: examples computed at a time on a device. Broken examples cost nothing, but a
+        microbatch is always full. None means 32 on CPUs and 128 elsewhere.
+      constants: keyword arguments of attacks by name, such as {'square': {'queries': 1000}}. The
+        defaults are AutoAttack's; with others the report is named 'partial'.
+      state_dir: folder for finished batches, from which the same call resumes.
+      programs: a dict, initially empty, that caches compiled programs between calls with the same
+        logits_fn and `constants`.
 
     Returns:
-      The report. Of 'robust' only what was checked after the attack, inside the ball and the box
-      and misclassified, is taken away.
+      The report. Only examples whose image was checked after the attack to be in the ball and the
+      box and to be misclassified count as broken.
 
     Raises:
-      UserError: an argument is out of range, the classifier returns probabilities, has too few
-        classes or gives no numbers, or the folder belongs to another call.
+      UserError: an argument is out of range, the classifier returns probabilities, too few classes
+        or logits that are not finite, or the folder belongs to another call.
     """
     x, y, constants = checks.as_images(np.asarray(x)), np.asarray(y), constants or {}
     _check(key, logits_fn, x, y, epsilon, norm, attacks, batch_size, microbatch, constants)
@@ -166,16 +166,17 @@ def autoattack(
     robust, images, broken_by = ~wrong, x.copy(), np.where(wrong, "clean", "").astype("<U16")
     accounts, clean_accuracy = [], float(np.mean(robust))
     for attack in attacks:
-        todo, totals, zero_gradients, not_finite = np.flatnonzero(robust), np.zeros(3), 0, 0
+        remaining, totals, zero_gradients, not_finite = np.flatnonzero(robust), np.zeros(3), 0, 0
         examples = {"key": _example_keys(key, attack, len(x)), "x": x, "y": y.astype(np.int32)}
         run = functools.partial(runner.attack, attack, epsilon, constants.get(attack))
-        for place, result in _in_batches(run, examples, todo, size, state and state / attack):
-            hit = place[result["broken"]]
-            images[hit], robust[hit], broken_by[hit] = result["images"], False, attack
+        path = state and state / attack
+        for indices, result in _in_batches(run, examples, remaining, size, path):
+            broken = indices[result["broken"]]
+            images[broken], robust[broken], broken_by[broken] = result["images"], False, attack
             totals += result["totals"]
             zero_gradients += int(result["zero_gradients"])
-            not_finite += int(result.get("not_finite", 0))  # Older folders lack it.
-        account = _account(attack, todo, robust, totals)
+            not_finite += int(result.get("not_finite", 0))  # Missing in folders of older versions.
+        account = _account(attack, remaining, robust, totals)
         accounts.append(account)
         warnings += _warn_about(account, accounts[:-1], clean_accuracy, zero_gradients, not_finite)
         logging.info("%s", account)
@@ -214,11 +215,11 @@ class _Runner:
         self._programs = {} if programs is None else programs
 
     def logits(self, x: np.ndarray) -> np.ndarray:
-        """Logits [N,K] of any number of images."""
+        """Logits [N,K] of images [N,H,W,C]."""
         parts = np.split(x, range(self.batch_size, len(x), self.batch_size))
 
         def classify(batch):
-            # With the attacks' microbatch, and so their rounding.
+            # With the attacks' microbatch, for the same rounding.
             logits = loops.logits_of(self.logits_fn, batch["x"], batch["mask"], self.microbatch)
             return {"logits": logits}
 
@@ -227,12 +228,12 @@ class _Runner:
     def attack(
         self, name: str, epsilon: float, constants: dict[str, Any] | None, batch: Arrays
     ) -> Arrays:
-        """Attacks one batch, 'key', 'x' and 'y' of at most batch_size examples, and checks it.
+        """Attacks one batch ('key', 'x' and 'y' of at most batch_size examples) and checks it.
 
         Returns:
-          Which examples are 'broken' [b], the broken ones' 'images', the 'totals' (passes forward,
-          passes backward, seconds), how many starts had 'zero_gradients', and how many broken
-          examples' logits are 'not_finite'.
+          'broken' [b], the 'images' of the broken examples, 'totals' (passes forward, passes
+          backward, seconds), and the numbers of starts with 'zero_gradients' and of broken examples
+          whose logits are 'not_finite'.
         """
         started = time.monotonic()
 
@@ -267,51 +268,51 @@ class _Runner:
         }
 
     def _call(self, name: str, function: Callable, batch: Arrays, *args: Any) -> Arrays:
-        """Calls a function of this name on a batch filled up to the batch size; cuts its results.
+        """Maps a function over the devices, on a batch padded to the batch size.
 
-        It is mapped over the devices; `args`, such as epsilon, are the same on all.
+        `name` identifies it in the cache of programs; `args` are equal on all devices.
         """
-        # Examples are dealt out to the devices in turn, so that a few keep all of them busy.
+        # Examples are assigned to devices in turn, so that a few examples keep all devices busy.
         devices = jax.local_device_count()
-        number = np.arange(len(batch["x"]))
-        place = number % devices * (self.batch_size // devices) + number // devices
+        index = np.arange(len(batch["x"]))
+        slot = index % devices * (self.batch_size // devices) + index // devices
         source, mask = np.zeros(self.batch_size, int), np.zeros(self.batch_size, bool)
-        source[place], mask[place] = number, True
-        filled = shard({name: a[source] for name, a in batch.items()} | {"mask": mask})
-        # `function` is a new one at each call, and would be compiled at each.
+        source[slot], mask[slot] = index, True
+        padded = shard({name: a[source] for name, a in batch.items()} | {"mask": mask})
+        # `function` is a new object in each call, which pmap would compile again.
         mapped = jax.pmap(function, AXIS, in_axes=(0, *[None] * len(args)))
         program = self._programs.setdefault((name, self.norm, self.microbatch), mapped)
-        out = program(filled, *args)
-        return {name: np.asarray(a).reshape(-1, *a.shape[2:])[place] for name, a in out.items()}
+        out = program(padded, *args)
+        return {name: np.asarray(a).reshape(-1, *a.shape[2:])[slot] for name, a in out.items()}
 
 
 def _example_keys(key: jax.Array, attack: str, count: int) -> np.ndarray:
-    """Raw keys from the examples' places among all: batches and devices do not matter."""
+    """Raw keys [N,2] of all examples for one attack, whatever the batches and devices."""
     key = jax.random.fold_in(key, ATTACKS.index(attack))
     return np.asarray(_key_data(keys.of_positions(key, 0, count)))
 
 
 def _key_data(key: jax.Array) -> jax.Array:
-    """The numbers of a typed key; a raw one as it is."""
+    """The raw data of a key, typed or raw."""
     return jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
 
 
 def _within(images: np.ndarray, x: np.ndarray, epsilon: float, norm: str) -> np.ndarray:
-    """Whether images are in the ball and in the box [N], in double precision."""
+    """Whether images [N,H,W,C] are in the ball and in the box, computed in float64."""
     delta = (images.astype(np.float64) - x).reshape(len(x), -1)
     distance = np.abs(delta).max(-1) if norm == "linf" else np.sqrt(np.sum(delta**2, -1))
     flat = images.reshape(len(x), -1)
     return (distance <= epsilon + _TOLERANCE) & np.all((flat >= 0) & (flat <= 1), -1)
 
 
-# ------------------------------------------------------------------------ books
+# ------------------------------------------------------------------------ the report
 
 
-def _account(attack: str, todo: np.ndarray, robust: np.ndarray, totals: np.ndarray) -> Account:
+def _account(attack: str, indices: np.ndarray, robust: np.ndarray, totals: np.ndarray) -> Account:
     return Account(
         attack=attack,
-        attacked=len(todo),
-        broken=int(len(todo) - robust[todo].sum()),
+        attacked=len(indices),
+        broken=int(len(indices) - robust[indices].sum()),
         robust_accuracy=float(np.mean(robust)),
         forward=int(totals[0]),
         backward=int(totals[1]),
@@ -332,23 +333,23 @@ def _warn_about(
     zero_gradients: int,
     not_finite: int,
 ) -> list[str]:
-    """Signs that an attack's gradients, those of the attacks before it, or logits misled it."""
+    """Warns about signs of masked gradients and about logits that are not finite."""
     found = []
     if not_finite:
         found.append(
-            f"{account.attack} broke {not_finite} examples by images for which the classifier "
+            f"{account.attack} broke {not_finite} examples with images for which the classifier "
             "returns NaN or infinity: check its weights."
         )
     if zero_gradients:
         found.append(
-            f"{account.attack} met {zero_gradients} starts with a gradient of zero: attacks by "
-            "gradients are unreliable here."
+            f"{account.attack} had a gradient of zero at {zero_gradients} starts: gradient-based "
+            "attacks are unreliable here."
         )
     gain = (before[-1].robust_accuracy if before else clean_accuracy) - account.robust_accuracy
     if account.attack == "square" and before and gain > 0.002:
         found.append(
             f"Square, which uses no gradients, still broke {gain:.2%} of the examples: the "
-            "gradients may be masked, so try more of its queries or an adaptive attack."
+            "gradients may be masked, so try more queries or an adaptive attack."
         )
     for sentence in found:
         logging.warning("%s", sentence)
@@ -361,24 +362,27 @@ def _warn_about(
 def _check(key, logits_fn, x, y, epsilon, norm, attacks, batch_size, microbatch, constants) -> None:
     keys.check(key)
     if np.size(_key_data(key)) != np.size(_key_data(jax.random.key(0))):
-        raise UserError("There are several keys: give one, from which every image gets its own.")
+        raise UserError("The key is an array of several keys: give a single one.")
     loops.check(epsilon, norm)
     checks.check_integers(1, batch_size=batch_size, microbatch=microbatch or 1)
     few = min(microbatch or batch_size, len(x))
     checks.check_labels(y, x, logits_fn, few)
     if isinstance(attacks, str):
-        raise UserError(f"attacks={attacks!r} is one name: give several, as ({attacks!r},).")
+        raise UserError(
+            f"attacks={attacks!r} is a string: give a sequence, such as ({attacks!r},)."
+        )
     for name in (*attacks, *constants):
         if name not in ATTACKS:
-            raise UserError(f"The attack {name!r} is unknown: choose among {', '.join(ATTACKS)}.")
+            raise UserError(f"The attack {name!r} is unknown: choose from {', '.join(ATTACKS)}.")
     if not attacks or len(set(attacks)) < len(attacks):
-        raise UserError(f"attacks={attacks!r} must name at least one attack, and each only once.")
+        raise UserError(f"attacks={attacks!r} must name at least one attack, each of them once.")
     for name, given in constants.items():
         taken = inspect.signature(_ATTACKS[name]).parameters.values()
         known = {p.name for p in taken if p.kind == p.KEYWORD_ONLY} - {"norm", "mask", "microbatch"}
         if unknown := sorted(set(given) - known):
             raise UserError(
-                f"constants[{name!r}] has {unknown[0]!r}: choose among {', '.join(sorted(known))}."
+                f"constants[{name!r}] has the unknown argument {unknown[0]!r}: choose from "
+                f"{', '.join(sorted(known))}."
             )
     checks.float32_logits(logits_fn, x[:few], gradients=set(attacks) != {"square"})
 
@@ -386,40 +390,44 @@ def _check(key, logits_fn, x, y, epsilon, norm, attacks, batch_size, microbatch,
 def _check_classifier(
     logits_fn: LogitsFn, x: np.ndarray, logits: np.ndarray, attacks: Sequence[str]
 ) -> list[str]:
-    """Refuses a classifier that cannot be attacked; returns warnings about one that may not."""
+    """Raises UserError for classifiers that cannot be attacked; returns warnings about others."""
     classes, found = logits.shape[-1], []
     checks.check_finite(int(checks.not_finite(logits).sum()), len(x), "clean images")
     if "apgd-dlr" in attacks and classes < 3:
         raise UserError(
-            f"The DLR loss needs at least 3 classes and the classifier has {classes}: leave "
-            "'apgd-dlr' out of `attacks`."
+            f"The DLR loss needs at least 3 classes and the classifier has {classes}: remove "
+            "'apgd-dlr' from `attacks`."
         )
     if "apgd-t" in attacks and classes < 4:
         found.append(
             f"The targeted DLR loss needs at least 4 classes and the classifier has {classes}: "
-            "apgd-t ascends the targets' margins instead, which is not the published AutoAttack."
+            "apgd-t maximises the targets' margins instead, unlike the published AutoAttack."
         )
     sums_to_one = np.all(np.abs(logits.sum(-1) - 1) < 1e-5)
     if logits.min() >= 0 and logits.max() <= 1 and sums_to_one:
-        raise UserError("The classifier returns probabilities: the attacks need its logits.")
-    # Traced twice, too: some randomness is drawn at tracing.
+        raise UserError("The classifier returns probabilities: make it return logits.")
+    # Traced twice, because randomness may also be drawn at tracing.
     few = jnp.asarray(x[:32])
     first, second = (np.float32(jax.jit(lambda a: logits_fn(a))(few)) for _ in range(2))
     scale = np.linalg.norm(first, axis=-1) + 1e-10
     if np.any(np.linalg.norm(first - second, axis=-1) > 1e-4 * scale):
         found.append(
-            "The classifier is random: two passes differ, and AutoAttack's result is unreliable."
+            "The classifier is random (two passes differ), so AutoAttack's result is unreliable."
         )
     for sentence in found:
         logging.warning("%s", sentence)
     return found
 
 
-# ------------------------------------------------------------------------ what is kept on disk
+# ------------------------------------------------------------------------ finished batches on disk
 
 
 def _open_state(state_dir, key, x, y, logits, epsilon, norm, attacks, constants, batch_size) -> Any:
-    """The folder for finished batches, found empty or to be of the same call; the first logits."""
+    """Opens the folder of finished batches; returns it and the clean logits of the first call.
+
+    Raises:
+      UserError: the folder belongs to another call.
+    """
     if state_dir is None:
         return None, logits
     folder = paths.at(state_dir)
@@ -438,41 +446,41 @@ def _open_state(state_dir, key, x, y, logits, epsilon, norm, attacks, constants,
     start = folder / "start.npz"
     if paths.exists(start):
         known = _read(start)
-        # Not to the last bit: the folder may have come from other devices.
+        # Approximately, because the folder may have been written on other devices.
         same = known["logits"].shape == logits.shape and np.allclose(
             known["logits"], logits, rtol=1e-3, atol=1e-3
         )
         if str(known["settings"]) != settings or not same:
             raise UserError(
-                f"The folder {folder} holds another classifier's attacks, or attacks with other "
-                "settings, keys, images or numbers of devices: name another."
+                f"The folder {folder} holds attacks on another classifier, or with other settings, "
+                "keys, images or numbers of devices: use another folder."
             )
-        logits = known["logits"]  # The batches in the folder are of what these get right.
+        logits = known["logits"]  # The stored batches depend on which examples these get right.
     else:
         try:
             paths.make_folder(folder)
         except OSError as error:
             raise UserError(
-                f"state_dir={str(folder)!r} cannot be made a folder ({error.strerror}): name "
-                "another."
+                f"state_dir={str(folder)!r} cannot be created ({error.strerror}): use another "
+                "folder."
             ) from error
         _write(start, {"settings": np.array(settings), "logits": logits})
     return folder, logits
 
 
 def _in_batches(
-    run: Callable[[Arrays], Arrays], examples: Arrays, todo: np.ndarray, size: int, path: Any
+    run: Callable[[Arrays], Arrays], examples: Arrays, indices: np.ndarray, size: int, path: Any
 ) -> Iterator[tuple[np.ndarray, Arrays]]:
-    """Runs the examples to do, `size` at a time; gives their places and results."""
-    for start in range(0, len(todo), size):
-        place = todo[start : start + size]
-        batch = {name: a[place] for name, a in examples.items()}
+    """Runs the examples at `indices`, `size` at a time; yields their indices and results."""
+    for start in range(0, len(indices), size):
+        part = indices[start : start + size]
+        batch = {name: a[part] for name, a in examples.items()}
         file = path and path.with_name(f"{path.name}_{start:07d}.npz")
-        yield place, _remembered(file, functools.partial(run, batch))
+        yield part, _cached(file, functools.partial(run, batch))
 
 
-def _remembered(path: Any, compute: Callable[[], Arrays]) -> Arrays:
-    """What the file holds, or else what is computed and written to it; without a path no file."""
+def _cached(path: Any, compute: Callable[[], Arrays]) -> Arrays:
+    """Reads the result from a file, or computes it and writes it there if there is a path."""
     if path and paths.exists(path):
         return _read(path)
     result = compute()
@@ -482,7 +490,7 @@ def _remembered(path: Any, compute: Callable[[], Arrays]) -> Arrays:
 
 
 def _write(path: paths.AnyPath, arrays: Arrays) -> None:
-    """Writes a file whole or not at all."""
+    """Writes an .npz file atomically."""
     content = io.BytesIO()
     np.savez(content, **arrays)
     paths.write(path, content.getvalue())

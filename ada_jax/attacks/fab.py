@@ -1,4 +1,4 @@
-"""FAB-T, the targeted fast adaptive boundary attack: the nearest misclassified image.
+"""FAB-T, the targeted fast adaptive boundary attack, which minimises the distance.
 
 Source: Croce and Hein, "Minimally distorted adversarial examples with a fast adaptive boundary
 attack" (2020), with one target class per run as in AutoAttack.
@@ -17,9 +17,9 @@ from ada_jax.attacks.loops import Examples, LogitsFn
 
 
 class _State(NamedTuple):
-    active: jax.Array  # Everything is [B, ...].
-    adversarial: jax.Array  # The nearest misclassified image, or x,
-    distance: jax.Array  # and how far it is, infinite while there is none.
+    active: jax.Array  # All arrays are [B, ...].
+    adversarial: jax.Array  # The nearest misclassified image so far, or x.
+    distance: jax.Array  # Its distance from x, infinite if there is none.
     x: jax.Array  # The iterate.
     forward: jax.Array
     backward: jax.Array
@@ -45,32 +45,35 @@ def fab(
     mask: jax.Array | None = None,
     microbatch: int | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """FAB-T: walks along the decision boundary, drawn towards the original image.
+    """FAB-T: follows the decision boundary with a bias towards the original image.
 
-    Every call outside `jax.jit` compiles: `ada_jax.attacks` says how to compile once.
+    Every call outside `jax.jit` compiles; see `ada_jax.attacks` for how to compile once.
 
     Args:
-      key: random key, or one per example [B]; only restarts after the first draw anything.
+      key: random key, or one per example [B]; used from the second restart on.
       logits_fn: the classifier in evaluation mode, [b,H,W,C] -> [b,K]; it must not mix examples.
       x: images [B,H,W,C] of any floating type, in [0,1].
       y: labels [B], int.
-      epsilon: radius that counts as broken, and of the random restarts; positive.
-      norm: 'linf' or 'l2'; the distance that is minimised.
+      epsilon: distance up to which an example counts as broken, and radius of the random restarts;
+        positive.
+      norm: 'linf' or 'l2', the distance to minimise.
       steps: steps of a run.
       restarts: runs for every target; the first starts at x.
-      targets: how many classes to aim at, those with the largest logits for x but y; at most K - 1.
-      alpha_max: largest share of the projection of x, as against that of the iterate, in a step.
-      eta: how far to overshoot the boundary, 1 is not at all.
-      beta: what is kept of the distance to x after a misclassified iterate.
-      search_steps: steps of the final search between x and the result; AutoAttack's has none.
-      stop_when_broken: whether an example's attack ends within epsilon; False finds the distance.
-      mask: which examples to attack, bool [B]; the others are returned as they are.
+      targets: number of classes to aim at, at most K - 1: those other than y with the largest
+        logits for x.
+      alpha_max: largest weight of the projection from x, against that from the iterate, in a step.
+      eta: overshoot beyond the boundary; 1 is none.
+      beta: factor of the distance to x after a misclassified iterate.
+      search_steps: steps of the final line search between x and the result; AutoAttack uses none.
+      stop_when_broken: whether to stop an example's attack within epsilon; False minimises the
+        distance further.
+      mask: the examples to attack, bool [B]; the others are returned unchanged.
       microbatch: examples computed at a time, see `apgd`.
 
     Returns:
-      The nearest misclassified images found [B,H,W,C] in [0,1], not always within epsilon, or x
-      where there is none, and, per example [B]: 'broken' (within epsilon), 'distance' (infinite
-      where nothing was found) and the passes it took 'forward' and 'backward'.
+      The nearest misclassified images found [B,H,W,C] in [0,1], not always within epsilon, or x if
+      none was found, and, per example [B]: 'broken' (within epsilon), 'distance' (infinite if none
+      was found) and the numbers of passes 'forward' and 'backward'.
 
     Raises:
       UserError: an argument is out of range.
@@ -115,7 +118,7 @@ def fab(
 def _linearise(
     logits_fn: LogitsFn, examples: Examples, x: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Gradient and value of the target's logit minus the label's."""
+    """Gradient and value of the target's logit minus the label's, at x."""
 
     def total(x):
         logits = logits_fn(x)
@@ -135,7 +138,7 @@ def _step(
     alpha_max: float,
     eta: float,
 ) -> jax.Array:
-    """Goes beyond the boundary's linearisation, from the iterate and a little from the original."""
+    """Steps beyond the linearised boundary, from a mixture of the iterate and the original."""
     missing0 = -gap - jnp.sum((w * (x0 - x)).reshape(len(x), -1), -1)
     both = jnp.concatenate
     delta = geometry.to_hyperplane(both([x, x0]), both([w, w]), both([-gap, missing0]), norm)
@@ -155,7 +158,7 @@ def _keep(
     beta: float,
     stop_when_broken: bool,
 ) -> _State:
-    """Keeps the nearest misclassified iterate, and draws a misclassified one back."""
+    """Records the nearest misclassified iterate, and moves a misclassified one towards x."""
     x0 = examples["x"]
     wrong = loops.misclassified(logits_fn(moved), examples["y"])
     distance = geometry.size(moved - x0, norm)
@@ -171,9 +174,9 @@ def _keep(
 
 class _Segment(NamedTuple):
     active: jax.Array
-    low: jax.Array  # The largest share of the way known to be classified correctly,
-    high: jax.Array  # the smallest known not to be,
-    margin_low: jax.Array  # and the margins there.
+    low: jax.Array  # The largest share of the way that is known to be classified correctly.
+    high: jax.Array  # The smallest share that is known to be misclassified.
+    margin_low: jax.Array  # The margins there.
     margin_high: jax.Array
 
 
@@ -187,7 +190,7 @@ def _search(
     steps: int,
     microbatch: int,
 ) -> _State:
-    """Looks for nearer images on the way from x to the result, where margins are almost linear."""
+    """Searches the segment from x to the result for nearer images, by the secant method."""
     found = jnp.isfinite(state.distance) & (state.distance > 0)
     examples = {"x": x, "y": y, "end": state.adversarial}
     at = lambda e, share: e["x"] + geometry.along(share, e["x"]) * (e["end"] - e["x"])  # noqa: E731
@@ -196,7 +199,7 @@ def _search(
     start = _Segment(found, zeros, zeros + 1, loops.margin(logits, y), loops.margin(at_end, y))
 
     def step(i, examples, s):
-        # A little beyond where a straight line is zero: on the line the verdict is rounding's.
+        # Slightly beyond the secant's root; at the root itself rounding would decide the class.
         root = s.low - s.margin_low * (s.high - s.low) / (s.margin_high - s.margin_low)
         share = root + 0.01 * (s.high - root)
         logits = logits_fn(at(examples, share))

@@ -1,6 +1,6 @@
-"""The geometry of the attacks: l-infinity and l2 balls, the box of images, hyperplanes.
+"""Geometry of the attacks: l-infinity and l2 balls, the box [0,1] of images, hyperplanes.
 
-Everything is per example along the first axis; `norm` is 'linf' or 'l2'.
+All functions work per example along the first axis; `norm` is 'linf' or 'l2'.
 """
 
 import jax
@@ -22,31 +22,31 @@ def size(delta: jax.Array, norm: str) -> jax.Array:
 
 
 def normalise(delta: jax.Array, norm: str) -> jax.Array:
-    """delta / ||delta||, of zero zero."""
+    """delta / ||delta||; zero for zero."""
     return delta / along(jnp.maximum(size(delta, norm), _TINY), delta)
 
 
 def finite(gradient: jax.Array) -> jax.Array:
-    """The gradient, of zero where it is NaN or infinite, so that iterates stay images."""
+    """Replaces NaN and infinity in a gradient by zero."""
     return jnp.where(jnp.isfinite(gradient), gradient, 0)
 
 
 def steepest(gradient: jax.Array, norm: str) -> jax.Array:
-    """The direction of unit norm along which a loss of this gradient rises fastest."""
+    """The direction of steepest ascent, of unit norm, for this gradient."""
     gradient = finite(gradient)
     return jnp.sign(gradient) if norm == "linf" else normalise(gradient, "l2")
 
 
 def project(x_new: jax.Array, x: jax.Array, epsilon: jax.Array | float, norm: str) -> jax.Array:
-    """Moves images into the ball around x and into the box.
+    """Moves images into the intersection of the ball around x and the box.
 
-    For 'linf' this is the nearest point of the intersection. For 'l2' it is the nearest point of
-    the ball, clipped to the box: inside both, as x is in the box, but not always the nearest.
+    For 'linf' the result is the nearest point. For 'l2' it is the nearest point of the ball,
+    clipped to the box, which is in the intersection but not always the nearest point of it.
 
     Args:
       x_new: images [B,H,W,C].
-      x: the balls' centres [B,H,W,C] in [0,1].
-      epsilon: radius, in units of pixels.
+      x: centres of the balls [B,H,W,C] in [0,1].
+      epsilon: radius, in units of pixel values.
       norm: 'linf' or 'l2'.
     """
     if norm == "linf":
@@ -57,13 +57,13 @@ def project(x_new: jax.Array, x: jax.Array, epsilon: jax.Array | float, norm: st
 
 
 def on_sphere(keys: jax.Array, x: jax.Array, epsilon: jax.Array | float, norm: str) -> jax.Array:
-    """Random points on the ball's surface, clipped to the box: APGD's start.
+    """Random points on the ball's surface, clipped to the box, where APGD starts.
 
     Args:
       keys: one per example [B].
       x: centres [B,H,W,C] in [0,1].
       epsilon: radius.
-      norm: 'linf' (uniform numbers over the largest of them) or 'l2' (a uniform direction).
+      norm: 'linf' (uniform numbers divided by the largest of them) or 'l2' (a uniform direction).
     """
     draw = (lambda k: _uniform(k, x)) if norm == "linf" else (lambda k: _normal(k, x))
     return jnp.clip(x + epsilon * normalise(jax.vmap(draw)(keys), norm), 0, 1)
@@ -74,7 +74,7 @@ def in_ball(keys: jax.Array, x: jax.Array, epsilon: jax.Array | float, norm: str
     if norm == "linf":
         return jnp.clip(x + epsilon * jax.vmap(lambda k: _uniform(k, x))(keys), 0, 1)
     share_keys, keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-    # U^(1/d) makes the distance from the centre that of a uniform point of a d-ball.
+    # U^(1/d) is distributed like the distance from the centre of a uniform point in a d-ball.
     share = jax.vmap(lambda k: jax.random.uniform(k, (), jnp.float32))(share_keys)
     share **= 1 / x[0].size
     direction = normalise(jax.vmap(lambda k: _normal(k, x))(keys), "l2")
@@ -84,14 +84,14 @@ def in_ball(keys: jax.Array, x: jax.Array, epsilon: jax.Array | float, norm: str
 def to_hyperplane(x: jax.Array, w: jax.Array, c: jax.Array, norm: str) -> jax.Array:
     """The smallest delta with <w, delta> = c and x + delta in the box.
 
-    Where the box does not reach the hyperplane, delta comes as near to it as possible; where w is
+    If the hyperplane does not intersect the box, x + delta is as near to it as possible. If w is
     zero, delta is zero.
 
     Args:
       x: images [B,H,W,C] in [0,1].
-      w: the hyperplanes' normals [B,H,W,C].
-      c: how far away they are, times ||w||_2 [B].
-      norm: 'linf' or 'l2', what is minimised.
+      w: normals of the hyperplanes [B,H,W,C].
+      c: offsets [B], the distance in l2 times ||w||_2.
+      norm: 'linf' or 'l2', the norm of delta to minimise.
 
     Returns:
       delta [B,H,W,C].
@@ -101,18 +101,18 @@ def to_hyperplane(x: jax.Array, w: jax.Array, c: jax.Array, norm: str) -> jax.Ar
     """
     scale = jnp.maximum(size(w, "l2"), 1e-30)
     w, c = w / along(scale, w), c / scale
-    w = w * along(jnp.sign(c), w)  # Now <w, delta> = |c| is wanted.
+    w = w * along(jnp.sign(c), w)  # The constraint becomes <w, delta> = |c|.
     magnitude = jnp.abs(w).reshape(len(w), -1)
-    room = jnp.where(w > 0, 1 - x, x).reshape(len(w), -1)
-    # delta_i = sign(w_i) min(t speed_i, room_i), so <w, delta> rises with t, concave and piecewise
-    # linear: Newton's steps never overshoot, and end on the piece that holds the solution.
+    slack = jnp.where(w > 0, 1 - x, x).reshape(len(w), -1)
+    # delta_i = sign(w_i) min(t speed_i, slack_i). <w, delta> is increasing, concave and piecewise
+    # linear in t, so Newton's steps never overshoot and end on the piece with the solution.
     speed = jnp.sign(magnitude) if norm == "linf" else magnitude
 
     def newton(carry):
         i, t, _ = carry
         moved = t[:, None] * speed
-        free = moved < room
-        missing = jnp.abs(c) - jnp.sum(magnitude * jnp.minimum(moved, room), -1)
+        free = moved < slack
+        missing = jnp.abs(c) - jnp.sum(magnitude * jnp.minimum(moved, slack), -1)
         slope = jnp.sum(jnp.where(free, magnitude * speed, 0), -1)
         step = jnp.where(slope > 0, missing / jnp.maximum(slope, 1e-30), 0)
         return i + 1, t + step, step > 1e-6 * t
@@ -120,7 +120,7 @@ def to_hyperplane(x: jax.Array, w: jax.Array, c: jax.Array, norm: str) -> jax.Ar
     unfinished = lambda carry: (carry[0] < 100) & jnp.any(carry[2])  # noqa: E731
     start = jnp.int32(0), jnp.zeros_like(c), jnp.ones_like(c, bool)
     _, t, _ = lax.while_loop(unfinished, newton, start)
-    return jnp.sign(w) * jnp.minimum(t[:, None] * speed, room).reshape(x.shape)
+    return jnp.sign(w) * jnp.minimum(t[:, None] * speed, slack).reshape(x.shape)
 
 
 def _uniform(key: jax.Array, x: jax.Array) -> jax.Array:

@@ -1,8 +1,8 @@
-"""What all attacks share: loops that only pay for the examples still under attack, and checks.
+"""Loops and checks shared by the attacks. Examples that are no longer attacked cost nothing.
 
-An attack keeps, per example, a `state` (a NamedTuple of arrays [B, ...] with a field `active`) and
-looks at `examples` (a dict of arrays [B, ...] that do not change). Its step sees neither masks nor
-batch sizes: `on_active` hands it the active examples only, a microbatch at a time.
+An attack has a `state` (a NamedTuple of arrays [B, ...] with a field `active`) and constant
+`examples` (a dict of arrays [B, ...]). Its step needs neither masks nor batch sizes: `on_active`
+passes it only the active examples, one microbatch at a time.
 """
 
 import functools
@@ -33,18 +33,18 @@ def iterate(
     microbatch: int,
     between: Callable[[State], State] = lambda state: state,
 ) -> State:
-    """Repeats state = step(i, examples, state), i = 0, 1, ..., as long as any example is active.
+    """Repeats state = step(i, examples, state), i = 0, 1, ..., while any example is active.
 
     Args:
-      step: applied to b examples at a time, b = microbatch; it may end an example's activity.
+      step: applied to `microbatch` examples at a time; it may deactivate examples.
       examples: arrays [B, ...].
-      state: its start, arrays [B, ...].
-      steps: the largest number of steps.
-      microbatch: b, at most B.
-      between: applied to the whole state after every step; it may end examples' activity.
+      state: initial state, arrays [B, ...].
+      steps: maximum number of steps.
+      microbatch: at most B.
+      between: applied to the whole state after every step; it may deactivate examples.
 
     Returns:
-      The state, in which an example's is what it was when the example ceased to be active.
+      The state; an example's does not change after the example is deactivated.
     """
 
     def body(carry):
@@ -60,19 +60,19 @@ def iterate(
 def on_active(
     step: Callable[[Examples, State], State], examples: Examples, state: State, microbatch: int
 ) -> State:
-    """Replaces the state of the active examples by step's; the others cost nothing.
+    """Applies a step to the active examples, one microbatch at a time.
 
     Args:
-      step: from b examples and their state to their new state.
+      step: a function of b examples and their state that returns their new state.
       examples: arrays [B, ...].
       state: arrays [B, ...].
-      microbatch: b, at most B; with b = B all examples are computed, and the active ones replaced.
+      microbatch: b, at most B; with b = B the step is computed for all examples.
     """
     size = len(state.active)
     if microbatch == size:
         return _select(state.active, step(examples, state), state)
     groups = -(-size // microbatch)
-    # The places behind the last active example are `size`: reads stay in range, writes are dropped.
+    # Padded with `size`: reads are kept in range, writes are dropped.
     places = jnp.flatnonzero(state.active, size=groups * microbatch, fill_value=size)
 
     def one_group(i, state):
@@ -85,8 +85,8 @@ def on_active(
 
 
 def repeat(one_run: Callable[[jax.Array, State], State], runs: int, state: State) -> State:
-    """Repeats state = one_run(i, state), i < runs, as long as any example is active."""
-    if runs == 1:  # No loop, so that the compiler drops what a caller does not use.
+    """Repeats state = one_run(i, state), i < runs, while any example is active."""
+    if runs == 1:  # Without a loop the compiler can drop unused parts of the state.
         return one_run(jnp.int32(0), state)
     unfinished = lambda carry: (carry[0] < runs) & jnp.any(carry[1].active)  # noqa: E731
     body = lambda carry: (carry[0] + 1, one_run(*carry))  # noqa: E731
@@ -99,7 +99,7 @@ class _Logits(NamedTuple):
 
 
 def logits_of(logits_fn: LogitsFn, x: jax.Array, active: jax.Array, microbatch: int) -> jax.Array:
-    """The active examples' logits [B,K], float32; the others' are zero and cost nothing.
+    """Logits [B,K] of the active examples, float32; the others are zero and are not computed.
 
     Args:
       logits_fn: the classifier, [b,H,W,C] -> [b,K].
@@ -114,26 +114,26 @@ def logits_of(logits_fn: LogitsFn, x: jax.Array, active: jax.Array, microbatch: 
 
 
 def zeros(x: jax.Array, dtype: Any = jnp.float32) -> jax.Array:
-    """Zeros [B] that differ between devices, inside `jax.shard_map`, where images x do."""
+    """Zeros [B] that vary over the same mesh axes as x, inside `jax.shard_map`."""
     return jnp.zeros_like(x, dtype, shape=(len(x),))
 
 
 def misclassified(logits: jax.Array, y: jax.Array) -> jax.Array:
-    """Whether the largest logit is another class's, or no finite number, bool [B]."""
+    """Whether the largest logit is another class's or the logits are not finite, bool [B]."""
     return (jnp.argmax(logits, -1) != y) | checks.not_finite(logits)
 
 
 def margin(logits: jax.Array, y: jax.Array) -> jax.Array:
-    """`losses.margin` [B]; infinite where no logit is the largest, which is misclassified."""
+    """`losses.margin` [B]; infinite if the logits are not finite."""
     return jnp.where(checks.not_finite(logits), jnp.inf, losses.margin(logits, y))
 
 
 def attack(function: Callable, gradients: bool = True) -> Callable:
-    """An attack whose images may be split over explicit mesh axes, and are checked first.
+    """Decorates an attack: checks its arguments, and lets images be split over explicit mesh axes.
 
-    Images, logits and epsilon become float32 and labels int32. It raises UserError for a
-    microbatch out of range, for images, labels or an epsilon out of range where they are not
-    traced, and for logits without a gradient where the attack needs gradients.
+    Images, logits and epsilon become float32 and labels int32. UserError is raised for a microbatch
+    out of range, for images, labels or an epsilon out of range that are not traced, and, if the
+    attack needs gradients, for logits that have none.
     """
 
     @functools.wraps(function)
@@ -159,11 +159,7 @@ def attack(function: Callable, gradients: bool = True) -> Callable:
 def prepare(
     logits_fn: LogitsFn, x: jax.Array, mask: jax.Array | None, microbatch: int | None
 ) -> tuple[LogitsFn, jax.Array, int]:
-    """Fills in what an attack was not given.
-
-    Returns:
-      logits_fn without gradients to what it closes over, the mask [B] and the microbatch.
-    """
+    """Sets defaults: returns logits_fn without gradients to its closure, mask [B], microbatch."""
     microbatch = min(microbatch or len(x), len(x))
     everything = zeros(x, bool) | True
     mask = everything if mask is None else everything & mask
@@ -171,17 +167,17 @@ def prepare(
 
 
 def check(epsilon: jax.Array | float, norm: str) -> None:
-    """Raises UserError for a radius or a norm that no attack can work with."""
+    """Raises UserError for a radius or a norm that is out of range."""
     if norm not in NORMS:
         raise UserError(f"norm={norm!r} is unknown: choose one of {', '.join(NORMS)}.")
     radius = checks.scalar("epsilon", epsilon, 1.0)
     if not 0 < radius < np.inf:
         raise UserError(f"epsilon={epsilon} must be positive and finite (8/255 is common in linf).")
     if norm == "linf" and radius > 1:
-        raise UserError(f"epsilon={epsilon} is more than all of [0, 1]: divide it by 255.")
+        raise UserError(f"epsilon={epsilon} is larger than the range [0, 1]: divide it by 255.")
 
 
 def _select(condition: jax.Array, new: State, old: State) -> State:
-    """new where the condition [B] holds, else old, for every leaf [B, ...]."""
+    """Selects new where the condition [B] holds, else old, for every leaf [B, ...]."""
     along = lambda a: condition.reshape(-1, *[1] * (a.ndim - 1))  # noqa: E731
     return jax.tree.map(lambda a, b: jnp.where(along(a), a, b), new, old)

@@ -1,4 +1,4 @@
-"""Projected gradient ascent with random starts, and MultiTargeted, which aims at every class."""
+"""Projected gradient ascent with random restarts, and MultiTargeted."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,27 +14,27 @@ from ada_jax.attacks.loops import Examples, LogitsFn
 from ada_jax.errors import UserError
 
 Memory = tuple[jax.Array, ...]
-# From a step's number, the gradient and what was remembered: where to move, what to remember.
+# (step number, gradient, optimiser state) -> (movement, optimiser state).
 Rule = Callable[[jax.Array, jax.Array, Memory], tuple[jax.Array, Memory]]
 LossFn = Callable[[jax.Array, Examples], jax.Array]
 
 
 class _Run(NamedTuple):
-    """A run of an example; all restarts of all examples run side by side, [B * restarts, ...]."""
+    """The runs of all restarts of all examples, [B * restarts, ...]."""
 
     active: jax.Array
     x: jax.Array  # The iterate.
     memory: Memory
-    ended: jax.Array  # Whether it stopped at a misclassified iterate.
+    ended: jax.Array  # Whether the run stopped at a misclassified iterate.
     forward: jax.Array
     backward: jax.Array
 
 
 class _State(NamedTuple):
-    active: jax.Array  # Everything is [B, ...].
-    worst: jax.Array  # The end of the worst run so far,
-    margin: jax.Array  # by how much its best wrong logit exceeds the true one,
-    broken: jax.Array  # and whether it is misclassified.
+    active: jax.Array  # All arrays are [B, ...].
+    worst: jax.Array  # The last iterate of the run with the largest margin so far.
+    margin: jax.Array  # Its margin: largest wrong logit minus true one.
+    broken: jax.Array  # Whether it is misclassified.
     forward: jax.Array
     backward: jax.Array
 
@@ -58,27 +58,27 @@ def pgd(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Projected gradient ascent from uniformly random points of the ball.
 
-    Every call outside `jax.jit` compiles: `ada_jax.attacks` says how to compile once.
+    Every call outside `jax.jit` compiles; see `ada_jax.attacks` for how to compile once.
 
     Args:
       key: random key, or one per example [B].
       logits_fn: the classifier, [b,H,W,C] -> [b,K].
       x: images [B,H,W,C] of any floating type, in [0,1].
       y: labels [B], int.
-      epsilon: the ball's radius, positive, in units of pixels.
-      norm: 'linf' (steps of the gradient's sign) or 'l2' (of the gradient over its norm).
-      loss: 'ce', 'dlr' or 'margin'; what is ascended.
+      epsilon: the ball's radius, positive, in units of pixel values.
+      norm: 'linf' (steps along the gradient's sign) or 'l2' (along the normalised gradient).
+      loss: the loss to maximise, 'ce', 'dlr' or 'margin'.
       steps: steps of a run.
-      step_size: length of a step, in units of pixels; None is 2.5 epsilon / steps.
-      restarts: runs, of which the one ending with the largest margin is returned.
-      stop_when_broken: whether an example's attack ends with its first misclassified iterate.
-      mask: which examples to attack, bool [B]; the others are returned as they are.
+      step_size: length of a step, in units of pixel values; None means 2.5 epsilon / steps.
+      restarts: number of runs; the one that ends with the largest margin is returned.
+      stop_when_broken: whether to stop an example's attack at its first misclassified iterate.
+      mask: the examples to attack, bool [B]; the others are returned unchanged.
       microbatch: examples computed at a time, see `apgd`.
 
     Returns:
-      Images [B,H,W,C] in the ball and in [0,1], the last iterates, whether misclassified or not,
-      and, per example [B]: 'broken', the 'margin' (best wrong logit minus true one) and the
-      passes it took 'forward' and 'backward'.
+      The last iterates [B,H,W,C], in the ball and in [0,1], misclassified or not, and, per example
+      [B]: 'broken', the 'margin' (largest wrong logit minus true one) and the numbers of passes
+      'forward' and 'backward'.
 
     Raises:
       UserError: an argument is out of range.
@@ -129,25 +129,25 @@ def multitargeted(
     mask: jax.Array | None = None,
     microbatch: int | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """MultiTargeted: for every class but the true one, raises its logit above the true one's.
+    """MultiTargeted: maximises every other class's logit minus the true one's, in turn.
 
-    Adam in the pixels, its step divided by 10 after a half and again after three quarters of the
-    steps, from uniformly random points of the ball.
+    It runs Adam on the pixels from uniformly random points of the ball. The step size is divided by
+    10 after half of the steps and again after three quarters.
 
-    Every call outside `jax.jit` compiles: `ada_jax.attacks` says how to compile once.
+    Every call outside `jax.jit` compiles; see `ada_jax.attacks` for how to compile once.
 
     Args:
       key: random key, or one per example [B].
       logits_fn: the classifier in evaluation mode, [b,H,W,C] -> [b,K]; it must not mix examples.
       x: images [B,H,W,C] of any floating type, in [0,1].
       y: labels [B], int.
-      epsilon: the ball's radius, positive, in units of pixels.
+      epsilon: the ball's radius, positive, in units of pixel values.
       norm: 'linf' or 'l2'.
       steps: steps of a run.
-      step_size: Adam's, at first.
-      restarts: runs for every class; the one of all that ends with the largest margin is returned.
-      stop_when_broken: whether an example's attack ends with its first misclassified iterate.
-      mask: which examples to attack, bool [B]; the others are returned as they are.
+      step_size: Adam's initial step size.
+      restarts: runs for every class; of all runs, the one with the largest margin is returned.
+      stop_when_broken: whether to stop an example's attack at its first misclassified iterate.
+      mask: the examples to attack, bool [B]; the others are returned unchanged.
       microbatch: examples computed at a time, see `apgd`.
 
     Returns:
@@ -160,7 +160,6 @@ def multitargeted(
     optimiser and step sizes as in the evaluation attack of deepmind-research's
     adversarial_robustness.
     """
-
     checks.check_integers(1, steps=steps, restarts=restarts)
 
     def rule(i, gradient, memory):
@@ -206,9 +205,9 @@ def _attack(
     mask: jax.Array | None,
     microbatch: int | None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Ascends loss_fn by rule in targets x restarts runs and keeps the worst of their ends.
+    """Maximises loss_fn in targets x restarts runs, and keeps the end with the largest margin.
 
-    Restarts run side by side: the few examples that are left still fill a microbatch.
+    All restarts of a target run together, so that the last few examples still fill a microbatch.
     """
     logits_fn, mask, microbatch = loops.prepare(logits_fn, x, mask, microbatch)
     example_keys = keys.of_batch(key, x)
@@ -217,7 +216,7 @@ def _attack(
 
     def total(x, examples):
         logits = logits_fn(x)
-        # The sum, not the mean: an example's gradient must not depend on the size of the batch.
+        # A sum, not a mean, makes an example's gradient independent of the batch size.
         return loss_fn(logits, examples).sum(), loops.misclassified(logits, examples["y"])
 
     def step(i, examples, run):
@@ -240,7 +239,7 @@ def _attack(
     def one_target(i, state):
         numbers = jnp.tile(i * restarts + jnp.arange(restarts, dtype=jnp.int32), len(x))
         run_keys = jax.vmap(jax.random.fold_in)(side_by_side(example_keys), numbers)
-        # With ten classes 1 + i is 1, ..., 9: every class but y in turn.
+        # Every class except y in turn: with ten classes 1 + i is 1, ..., 9.
         examples = {"x": x, "y": y, "target": (y + 1 + i) % (targets + 1)}
         examples = jax.tree.map(side_by_side, examples)
         start = geometry.in_ball(run_keys, examples["x"], epsilon, norm)
@@ -262,7 +261,7 @@ def _attack(
 
 
 def _keep_worst(state: _State, run: _Run, logits: jax.Array, y: jax.Array) -> _State:
-    """Keeps the end [B, restarts, ...] of the run whose margin is the largest so far."""
+    """Updates the state with the run [B, restarts, ...] of the largest margin."""
     margins = jax.vmap(loops.margin, (1, None), 1)(logits, y)
     best = jnp.argmax(margins, 1)
     taken = lambda a: a[jnp.arange(len(best)), best]  # noqa: E731
@@ -280,7 +279,7 @@ def _keep_worst(state: _State, run: _Run, logits: jax.Array, y: jax.Array) -> _S
 def _adam(
     i: jax.Array, gradient: jax.Array, memory: Memory, step_size: jax.Array
 ) -> tuple[jax.Array, Memory]:
-    """Adam's step upwards (Kingma and Ba, 2015), with an epsilon of 1e-9."""
+    """Adam's ascent step (Kingma and Ba, 2015), with an epsilon of 1e-9."""
     mean = 0.9 * memory[0] + 0.1 * gradient
     square = 0.999 * memory[1] + 0.001 * gradient**2
     unbiased, unbiased_square = mean / (1 - 0.9 ** (i + 1)), square / (1 - 0.999 ** (i + 1))

@@ -1,7 +1,7 @@
-"""Square Attack: random search with square-shaped updates; it needs no gradients.
+"""Square Attack: random search with square-shaped updates, without gradients.
 
 Source: Andriushchenko et al., "Square Attack: a query-efficient black-box adversarial attack via
-random search" (2020), with the details of AutoAttack's.
+random search" (2020), with the details of AutoAttack's version.
 """
 
 import functools
@@ -18,15 +18,15 @@ from ada_jax import checks, keys
 from ada_jax.attacks import geometry, loops
 from ada_jax.attacks.loops import LogitsFn
 
-# Up to these iterations, of a schedule of 10,000, the share of pixels is p_init over 1, 2, 4, ...
+# The share of pixels in a square, initially p_init, is halved after these of 10,000 iterations.
 _HALVE_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
 
 class _State(NamedTuple):
-    active: jax.Array  # Everything is [B, ...].
+    active: jax.Array  # All arrays are [B, ...].
     broken: jax.Array
-    x: jax.Array  # The best image so far,
-    margin: jax.Array  # and by how much its best wrong logit exceeds the true one.
+    x: jax.Array  # The best image so far.
+    margin: jax.Array  # Its margin: largest wrong logit minus true one.
     passes: jax.Array
 
 
@@ -46,28 +46,28 @@ def square(
     mask: jax.Array | None = None,
     microbatch: int | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Square Attack on the margin; every example has its own squares and stops when it is broken.
+    """Square Attack on the margin; every example draws its own squares and stops when broken.
 
-    Every call outside `jax.jit` compiles: `ada_jax.attacks` says how to compile once.
+    Every call outside `jax.jit` compiles; see `ada_jax.attacks` for how to compile once.
 
     Args:
       key: random key, or one per example [B].
       logits_fn: the classifier in evaluation mode, [b,H,W,C] -> [b,K]; it must not mix examples.
       x: images [B,H,W,C] of any floating type, in [0,1].
       y: labels [B], int.
-      epsilon: the ball's radius, positive, in units of pixels.
+      epsilon: the ball's radius, positive, in units of pixel values.
       norm: 'linf' or 'l2'.
-      queries: how many squares to try, after the start.
-      restarts: runs.
+      queries: number of squares to try, after the start.
+      restarts: number of runs.
       p_init: share of the image's pixels that the first squares cover.
-      rescale_schedule: whether squares shrink so as to end where 10,000 queries would;
-        AutoAttack's do not.
-      mask: which examples to attack, bool [B]; the others are returned as they are.
+      rescale_schedule: whether to rescale the schedule of 10,000 queries to `queries`; AutoAttack
+        does not.
+      mask: the examples to attack, bool [B]; the others are returned unchanged.
       microbatch: examples computed at a time, see `apgd`.
 
     Returns:
       Images [B,H,W,C] in the ball and in [0,1], misclassified or equal to x, and, per example [B]:
-      'broken', the 'margin' of the best image found, positive when broken, and the passes it took
+      'broken', the 'margin' of the best image found (positive if broken) and the number of passes
       'forward'.
 
     Raises:
@@ -116,11 +116,11 @@ def square(
 def _proposal(
     norm: str, epsilon: jax.Array | float, schedule: jax.Array, tiles: Any
 ) -> Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]:
-    """Gives image i of one example: the start (0), or the best with another square."""
+    """Makes the function that proposes image i of an example: the start, then new squares."""
     first, change = (_stripes, _change_linf) if norm == "linf" else (_grid, _change_l2)
 
     def propose(i: jax.Array, key: jax.Array, x: jax.Array, best: jax.Array) -> jax.Array:
-        # One draw for all purposes: random draws are what takes long to compile.
+        # One draw for all purposes: each call of jax.random adds to the compile time.
         numbers = jax.random.uniform(
             jax.random.fold_in(key, i), (_most_numbers(x.shape),), jnp.float32
         )
@@ -201,7 +201,7 @@ def _change_l2(
     side: jax.Array,
     tiles: tuple[jax.Array, jax.Array],
 ) -> jax.Array:
-    """Moves what one window holds of the budget to another, adding a tile to what is there."""
+    """Moves the l2 budget of one window to another, where a tile is added."""
     into, corner = _window(numbers[:2], x.shape, side)
     out_of, _ = _window(numbers[2:4], x.shape, side)
     tile = _placed_tile(tiles, side, corner, x.shape, numbers[4] > 0.5)
@@ -223,7 +223,7 @@ def _at_radius(delta: jax.Array, x: jax.Array, epsilon: jax.Array | float) -> ja
 def _window(
     numbers: jax.Array, shape: tuple[int, ...], side: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """A square at a place given by numbers [2] in [0,1): a mask [H,W,1], and its corner [2].
+    """Mask [H,W,1] and corner [2] of a square at a position given by numbers [2] in [0,1).
 
     As published, the last row and the last column are never reached.
     """
@@ -236,27 +236,27 @@ def _window(
 
 
 def _most_numbers(shape: tuple[int, ...]) -> int:
-    """How many random numbers the greediest of starts and changes takes."""
+    """The largest number of random numbers that a start or a change needs."""
     height, width, channels = shape
     side = max(1, min(height, width) // 5)
     return max(width * channels, (height // side) * (width // side) * (channels + 1), channels + 5)
 
 
 def _signs(numbers: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """As many of the numbers in [0,1) as needed, as 1 or -1."""
+    """Converts the first of the numbers in [0,1) to signs of this shape, -1 or 1."""
     signs = jnp.where(numbers[: math.prod(shape)] < 0.5, -1.0, 1.0)
     return signs.astype(jnp.float32).reshape(shape)
 
 
 def _tile(side: int) -> np.ndarray:
-    """Two opposite bumps, of unit norm together, [side, side] (Andriushchenko et al., eq. 2)."""
+    """Two opposite bumps of joint unit norm, [side, side] (Andriushchenko et al., eq. 2)."""
     upper = side // 2
     tile = np.concatenate([_bump(upper, side), -_bump(side - upper, side)])
     return np.float32(tile / np.sqrt(np.sum(tile**2)))
 
 
 def _bump(height: int, width: int) -> np.ndarray:
-    """Squares around the middle, each larger and fainter than the one before, of unit norm."""
+    """A sum of centred squares of growing size and decreasing weight, of unit norm."""
     bump = np.zeros((height, width))
     if height:
         row, column = height // 2, width // 2
@@ -268,7 +268,7 @@ def _bump(height: int, width: int) -> np.ndarray:
 
 
 def _tile_table(all_sides: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """The sides [S] and their tiles [S, largest, largest], padded with zeros."""
+    """Sides [S] and their tiles [S, largest, largest], padded with zeros."""
     largest = all_sides.max()
     tiles = [np.pad(_tile(s), (0, largest - s)) for s in all_sides]
     return jnp.asarray(all_sides), jnp.asarray(np.stack(tiles))
@@ -281,10 +281,10 @@ def _placed_tile(
     shape: tuple[int, ...],
     turned: jax.Array,
 ) -> jax.Array:
-    """The tile of this side at this corner of an image of zeros, [H,W,1]."""
+    """An image of zeros [H,W,1] with the tile of this side at this corner."""
     all_sides, table = tiles
     tile = table[jnp.argmax(all_sides == side)]
     tile = jnp.where(turned, tile.T, tile)
     largest = tile.shape[0]
-    room = jnp.zeros((shape[0] + largest, shape[1] + largest), jnp.float32)
-    return lax.dynamic_update_slice(room, tile, tuple(corner))[: shape[0], : shape[1], None]
+    canvas = jnp.zeros((shape[0] + largest, shape[1] + largest), jnp.float32)
+    return lax.dynamic_update_slice(canvas, tile, tuple(corner))[: shape[0], : shape[1], None]
