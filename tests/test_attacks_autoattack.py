@@ -192,7 +192,7 @@ def test_it_goes_on_where_it_was_killed_and_ends_with_the_same_numbers(tmp_path,
 
 
 def test_a_name_is_not_several_and_a_file_is_no_folder(tmp_path):
-    with pytest.raises(UserError, match=r"attacks='square' is one name: .*\('square',\)"):
+    with pytest.raises(UserError, match=r"attacks='square' is a string: .*\('square',\)"):
         quick(names="square")
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be made a folder"):
