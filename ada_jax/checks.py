@@ -50,7 +50,7 @@ def as_images(x: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
         raise UserError(f"Images of shape {list(x.shape)} must be [B,H,W,C] with B at least 1.")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise UserError(
-            f"Images of type {x.dtype} must be floating point in [0, 1]: divide them by 255."
+            f"Images of type {x.dtype} must be floating point in [0, 1]: divide by 255."
         )
     x = x.astype(jnp.float32)
     pixels = concrete(x, 0.0)

@@ -156,7 +156,7 @@ def test_a_set_of_the_cae_s_former_recipe_is_trained_on_but_not_added_to(tmp_pat
         assert len(rendered_set.open_set(tmp_path / name, DATASET, 1).copies) == len(fields.nets)
     both.copies = 2
     assert rendered_set.write_set(DATASET, tmp_path / "edsr", config(copies=2))
-    with pytest.raises(UserError, match="recipe is 1, and this one would have 2"):
+    with pytest.raises(UserError, match="recipe is 1, not 2"):
         rendered_set.write_set(DATASET, tmp_path / "both", both)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"recipe": 3}))
     with pytest.raises(UserError, match="recipe 3"):

@@ -63,7 +63,7 @@ def augment_and_mix(
     """
     x = checks.as_images(jnp.asarray(x))
     if x.shape[-1] != 3:
-        raise UserError(f"Images of shape {list(x.shape)} must be [B,H,W,3] for AugMix.")
+        raise UserError(f"Images of shape {list(x.shape)} must have three channels for AugMix.")
     check(severity, width, depth, alpha, ops)
     mix = functools.partial(
         _mix, severity=severity, width=width, depth=depth, alpha=alpha, ops=tuple(ops)

@@ -1,4 +1,4 @@
-"""Writes a "-C" folder of corrupted images.
+"""Writes a "-C" folder of corrupted images in the layout of CIFAR-10-C.
 
 python -m ada_jax.corruptions --data=cifar10 --split=test --out=cifar10c
 """
@@ -16,11 +16,11 @@ from ada_jax.run import cli
 def main(argv: list[str]) -> None:
     """Writes the set that the flags describe."""
     if len(argv) > 1:
-        raise UserError(f"The argument {argv[1]!r} is not a flag: write --flag=value.")
+        raise UserError(f"The argument {argv[1]!r} is not a flag: write it as --flag=value.")
     values = flags.FLAGS
     if not values.data or not values.out:
-        raise UserError("--data or --out is not set: say which images, and which folder to fill.")
-    # What is not a number stays as it is and is refused with the others that do not exist.
+        raise UserError("--data or --out is not set: give the images and the output folder.")
+    # `check_request` rejects severities that are not numbers.
     severities = [int(s) if s.isdigit() else s for s in values.severities]
     c_folder.check_request(values.names, severities, values.seed, values.table, values.processes)
     c_folder.write_set(
@@ -35,11 +35,10 @@ def main(argv: list[str]) -> None:
 
 
 def _load(name: str, split: str, data_dir: str | None, image_size: int) -> core.Dataset:
-    """Loads the clean images; what `data` says of a config's fields is said of the flags."""
-
+    """Loads the clean images; errors name the flags instead of config fields."""
     is_file = name.endswith(".npz")
     if is_file and data_dir:
-        raise UserError(f"--data_dir={data_dir} has no meaning beside --data={name}: leave it out.")
+        raise UserError(f"--data_dir={data_dir} does not apply to --data={name}: leave it out.")
     try:
         return sources.load(
             "npz" if is_file else name,
@@ -55,15 +54,15 @@ def _load(name: str, split: str, data_dir: str | None, image_size: int) -> core.
 
 if __name__ == "__main__":
     flags.DEFINE_string("data", None, "mnist5k, cifar10, imagenet2012, folder or an .npz file.")
-    flags.DEFINE_string("split", "test", "Split of the data or a slice of it, as test[:500].")
-    flags.DEFINE_string("data_dir", None, "Where the data is.")
+    flags.DEFINE_string("split", "test", "Split or slice of the data, such as test[:500].")
+    flags.DEFINE_string("data_dir", None, "Folder of the data.")
     flags.DEFINE_integer("image_size", 32, "Side in pixels of a folder's or ImageNet's images.")
-    flags.DEFINE_string("out", None, "Folder of the set.")
+    flags.DEFINE_string("out", None, "Output folder.")
     flags.DEFINE_list(
         "names", list(parameter_tables.NAMES + parameter_tables.EXTRA), "Corruptions."
     )
     flags.DEFINE_list("severities", [str(s) for s in parameter_tables.SEVERITIES], "Severities.")
-    flags.DEFINE_integer("seed", 0, "Seed of all random numbers.")
-    flags.DEFINE_string("table", "cifar", "Whose parameters: cifar or imagenet.")
-    flags.DEFINE_integer("processes", os.cpu_count() or 1, "How many processes work at a time.")
+    flags.DEFINE_integer("seed", 0, "Random seed.")
+    flags.DEFINE_string("table", "cifar", "Table of parameters: cifar or imagenet.")
+    flags.DEFINE_integer("processes", os.cpu_count() or 1, "Number of worker processes.")
     cli.start(main)

@@ -1,4 +1,4 @@
-"""The layout of "-C" folders, written and read here alone."""
+"""Reads and writes "-C" folders, in the layout of CIFAR-10-C."""
 
 import collections
 import contextlib
@@ -22,15 +22,15 @@ import tqdm
 
 from ada_jax import locks, paths
 from ada_jax import results as results_files
-from ada_jax.corruptions import functions, parameter_tables
+from ada_jax.corruptions import functions, parameter_tables, weather
 from ada_jax.data import batching, core, npy_files, tfds_sets
 from ada_jax.errors import UserError
 
 # ------------------------------------------------------------------------------- writing a "-C" set
 
-# By table; raised whenever the same seed gives other images than before.
+# Version by table, raised when the same seed gives different images than before.
 RECIPES = {"cifar": 1, "imagenet": 2}
-_BLOCK_PIXELS = 2**20  # What a worker process is given at a time.
+_BLOCK_PIXELS = 2**20  # Pixels that a worker process gets at a time.
 
 
 def write_set(
@@ -43,23 +43,23 @@ def write_set(
     table: str = "cifar",
     processes: int = 1,
 ) -> None:
-    """Writes a "-C" set in the published layout, going on where an earlier call was stopped.
+    """Writes a "-C" set in the published layout; resumes a set that was stopped.
 
-    NAME.npy is [S*N, H, W, 3] uint8, one block of N images a severity; labels.npy is [S*N], uint8
-    up to 256 classes. A file gets its name once it is whole, and labels.npy comes last.
-    manifest.json tells what the set was made from, and no other is ever written beside it.
+    NAME.npy is [S*N, H, W, 3] uint8, one block of N images per severity; labels.npy is [S*N], uint8
+    for up to 256 classes. Files are renamed to these names when they are complete, labels.npy last.
+    manifest.json describes the set; a folder holds only one.
 
     Args:
       dataset: the clean images.
-      out: folder of the set, made if need be.
+      out: folder of the set, created if missing.
       names: corruptions.
-      severities: which of 1..5, S of them; the published sets have all.
+      severities: S of the severities 1..5; the published sets have all.
       seed: in 0..2**32-1.
       table: as for `corrupt`.
-      processes: how many work at a time; the images do not depend on it.
+      processes: number of worker processes, which does not affect the images.
 
     Raises:
-      UserError: if an argument does not fit, or the folder has anything else in it.
+      UserError: an argument is invalid, or the folder holds something else.
     """
     names, severities = tuple(dict.fromkeys(names)), tuple(sorted(set(severities)))
     check_request(names, severities, seed, table, processes)
@@ -68,23 +68,22 @@ def write_set(
     with locks.hold(f"--out={out}", locks.of_folder(out)):
         npy_files.check_folder(out)
         sha256, labels = digest(dataset)
-        npy_files.agree(out, _manifest(dataset, sha256, severities, seed, table))
+        npy_files.check_manifest(out, _manifest(dataset, sha256, severities, seed, table))
         shape = (len(severities) * len(dataset), *dataset.image_shape)
-        todo = [name for name in names if not npy_files.is_whole(out / f"{name}.npy", shape)]
-        labelled = npy_files.is_whole(out / "labels.npy", shape[:1])
-        npy_files.check_space(out, len(todo) * math.prod(shape))
-        done = (len(names) - len(todo)) * shape[0]
+        missing = [name for name in names if not npy_files.is_complete(out / f"{name}.npy", shape)]
+        labelled = npy_files.is_complete(out / "labels.npy", shape[:1])
+        npy_files.check_space(out, len(missing) * math.prod(shape))
+        done = (len(names) - len(missing)) * shape[0]
         total = len(names) * shape[0]
         with (
-            _in_order(processes) as mapped,
+            _ordered_map(processes) as mapped,
             tqdm.tqdm(total=total, initial=done, unit="image") as progress,
         ):
-            for name in todo:
+            for name in missing:
                 progress.set_description(name)
                 tasks = _tasks(dataset, name, severities, seed, table)
-                npy_files.write(
-                    out / f"{name}.npy", np.uint8, shape, npy_files.counted(mapped(tasks), progress)
-                )
+                blocks = npy_files.with_progress(mapped(tasks), progress)
+                npy_files.write(out / f"{name}.npy", np.uint8, shape, blocks)
         if not labelled:
             npy_files.write(out / "labels.npy", labels.dtype, shape[:1], [labels] * len(severities))
 
@@ -92,20 +91,20 @@ def write_set(
 def check_request(
     names: Sequence[str], severities: Sequence[int], seed: int, table: str, processes: int
 ) -> None:
-    """Checks what a "-C" folder is asked to hold, before images are read."""
+    """Checks the arguments of `write_set` before images are read."""
     if not names or not severities:
-        raise UserError("There is nothing to do: give --names and --severities at least one each.")
+        raise UserError("--names or --severities is empty: give at least one of each.")
     for name in names:
         for severity in severities:
             functions.check(name, severity, seed, table)
     if processes < 1:
-        raise UserError(f"--processes={processes} cannot work: give at least 1.")
+        raise UserError(f"--processes={processes} must be at least 1.")
     if "frost" in names:
-        functions.frost_files()
+        weather.frost_files()
 
 
 def digest(dataset: core.Dataset) -> tuple[str, np.ndarray]:
-    """SHA-256 of all images and labels, and the labels [N] as they are published."""
+    """SHA-256 of all images and labels, and the labels [N] in the type of labels.npy."""
     sha256, labels = hashlib.sha256(), []
     for images, _, some in _blocks(dataset):
         sha256.update(images.tobytes())
@@ -116,8 +115,7 @@ def digest(dataset: core.Dataset) -> tuple[str, np.ndarray]:
 
 
 def _blocks(dataset: core.Dataset) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """All images, as uint8, with their indices and labels, some thousand at a time, in order."""
-
+    """Yields all images (uint8), indices and labels in order, in blocks of `_BLOCK_PIXELS`."""
     height, width, _ = dataset.image_shape
     size = max(1, _BLOCK_PIXELS // (height * width))
     for batch in batching.eval_batches(dataset, batch_size=min(size, len(dataset))):
@@ -126,7 +124,7 @@ def _blocks(dataset: core.Dataset) -> Iterator[tuple[np.ndarray, np.ndarray, np.
 
 
 def as_uint8(images: np.ndarray) -> np.ndarray:
-    """Images uint8, or float32 in [0, 1], as uint8."""
+    """Converts images, uint8 or float32 in [0, 1], to uint8."""
     return images if images.dtype == np.uint8 else np.rint(255 * images).astype(np.uint8)
 
 
@@ -154,12 +152,12 @@ def _tasks(
 
 
 @contextlib.contextmanager
-def _in_order(processes: int) -> Iterator[Callable[[Iterable[Any]], Iterator[np.ndarray]]]:
-    """Gives a map of `corrupt_task` over several processes, which never reads far ahead."""
+def _ordered_map(processes: int) -> Iterator[Callable[[Iterable[Any]], Iterator[np.ndarray]]]:
+    """Yields an ordered map of `corrupt_task` over processes that reads few tasks ahead."""
     if processes == 1:
         yield functools.partial(map, functions.corrupt_task)
         return
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # One core a process, from its start.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # One core per worker process.
     pool = futures.ProcessPoolExecutor(
         processes, multiprocessing.get_context("spawn"), _leave_with_parent
     )
@@ -167,7 +165,7 @@ def _in_order(processes: int) -> Iterator[Callable[[Iterable[Any]], Iterator[np.
     def mapped(tasks: Iterable[Any]) -> Iterator[np.ndarray]:
         pending = collections.deque()
         for task in tasks:
-            # Which may start a worker: it inherits the mask, and leaves Ctrl-C to this process.
+            # `submit` may start a worker, which inherits the mask: this process handles Ctrl-C.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             pending.append(pool.submit(functions.corrupt_task, task))
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -180,14 +178,14 @@ def _in_order(processes: int) -> Iterator[Callable[[Iterable[Any]], Iterator[np.
         yield mapped
     except futures.process.BrokenProcessPool as error:
         raise UserError(
-            f"One of the --processes={processes} died, most likely for want of memory: take fewer."
+            f"One of the --processes={processes} died, probably out of memory: use fewer."
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _leave_with_parent() -> None:
-    """Ends this worker process when the one that started it is gone, even if it was killed."""
+    """Ends this worker process when its parent has ended, even if it was killed."""
 
     def watch() -> None:
         multiprocessing.parent_process().join()
@@ -208,17 +206,17 @@ def open_set(
       folder: its path.
       clean: the images that it was made from.
       names: corruptions to open.
-      size: how many images of each severity to take from the start.
+      size: number of images of each severity to use, from the start.
 
     Returns:
-      A data set for each corruption and severity, and what identifies the folder's content.
+      A data set for each corruption and severity, and fields that identify the folder's content.
 
     Raises:
-      UserError: a file is missing, half-written or damaged, or is of other images.
+      UserError: a file is missing, incomplete or damaged, or the set is of other images.
     """
     what = f"config.eval_c_dir (--c_dir) = {folder!r}"
     folder = paths.local(what, folder).absolute()
-    _check_whole(folder)
+    _check_complete(folder)
     sha256, clean_labels = digest(clean)
     source = {"kind": "npy", "folder": str(folder)} | _read_manifest(folder, sha256)
     labels = _read_labels(folder, clean_labels)
@@ -235,7 +233,7 @@ def open_set(
 
 
 def _file_digest(path: pathlib.Path) -> str:
-    """SHA-256 of a file; read once by a process while nobody writes to it."""
+    """SHA-256 of a file, cached until the file changes."""
     stat = path.stat()
     return _digest_of(path, stat.st_size, stat.st_mtime_ns)
 
@@ -246,16 +244,16 @@ def _digest_of(path: pathlib.Path, *_: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_whole(folder: pathlib.Path) -> None:
+def _check_complete(folder: pathlib.Path) -> None:
     if not folder.is_dir():
         raise UserError(
-            f"config.eval_c_dir (--c_dir) = {str(folder)!r} is not a folder: name one with .npy "
+            f"config.eval_c_dir (--c_dir) = {str(folder)!r} is not a folder: give one with .npy "
             "files, or 'tfds', or '' to corrupt on the fly."
         )
     if partial := sorted(folder.glob("*.partial")):
         raise UserError(
-            f"config.eval_c_dir (--c_dir) = {str(folder)!r} is half-written ({partial[0].name}): "
-            "let python -m ada_jax.corruptions end, or start it again, which goes on."
+            f"config.eval_c_dir (--c_dir) = {str(folder)!r} is incomplete ({partial[0].name}): "
+            "wait for python -m ada_jax.corruptions to end, or run it again to resume."
         )
 
 
@@ -265,7 +263,7 @@ def _load_array(path: pathlib.Path) -> np.ndarray:
     except FileNotFoundError:
         fix = "is missing: complete the folder"
     except npy_files.DAMAGED as error:
-        fix = f"is not a whole array ({' '.join(str(error).split())}): copy it again"
+        fix = f"is not a complete array ({' '.join(str(error).split())}): copy it again"
     raise UserError(
         f"{path.name} in config.eval_c_dir (--c_dir) = {str(path.parent)!r} {fix}, or set '' to "
         "corrupt on the fly."
@@ -273,7 +271,7 @@ def _load_array(path: pathlib.Path) -> np.ndarray:
 
 
 def _read_labels(folder: pathlib.Path, clean: np.ndarray) -> np.ndarray:
-    """The labels [N] of one severity, which all severities share, int32."""
+    """Reads the labels [N] int32 of one severity; those of all severities must be equal."""
     labels = _load_array(folder / "labels.npy")
     wanted = len(parameter_tables.SEVERITIES) * len(clean)
     where = f"labels.npy in config.eval_c_dir (--c_dir) = {str(folder)!r}"
@@ -284,7 +282,7 @@ def _read_labels(folder: pathlib.Path, clean: np.ndarray) -> np.ndarray:
             "made from."
         )
     blocks = labels.reshape(-1, len(clean)).astype(np.int64)
-    # Their order may differ: TFDS has CIFAR-10 shuffled, the published files have not.
+    # Their order may differ from the clean labels': TFDS shuffles CIFAR-10.
     if (blocks != blocks[0]).any() or not np.array_equal(np.sort(blocks[0]), np.sort(clean)):
         raise UserError(
             f"{where} does not have the labels of the {len(clean)} clean images five times: set "
@@ -294,28 +292,28 @@ def _read_labels(folder: pathlib.Path, clean: np.ndarray) -> np.ndarray:
 
 
 def _read_manifest(folder: pathlib.Path, sha256: str) -> dict[str, Any]:
-    """What `write_set` says of a set of its own; nothing of another's."""
+    """The manifest's seed, table and recipe; {} for a set that `write_set` did not write."""
     path = folder / "manifest.json"
     if not path.exists():
         return {}
     try:
         manifest = paths.read_json(path)
-        told = {field: manifest[field] for field in ("seed", "table", "recipe")}
+        source = {field: manifest[field] for field in ("seed", "table", "recipe")}
         severities, made_from = manifest["severities"], manifest["data_sha256"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} cannot be read ({error!r}): write the set again.") from error
     if severities != list(parameter_tables.SEVERITIES):
         raise UserError(
             f"config.eval_c_dir (--c_dir) = {str(folder)!r} has the severities {severities}: "
-            "write a set with all of 1,2,3,4,5."
+            "write a set with all five."
         )
     if made_from != sha256:
         raise UserError(
             f"config.eval_c_dir (--c_dir) = {str(folder)!r} was made from other images than "
             f"config.eval_split has (sha256 {made_from[:12]}..., not {sha256[:12]}...): set "
-            "config.eval_split (--split) to those."
+            "config.eval_split (--split) to the images that it was made from."
         )
-    return told
+    return source
 
 
 def _path_of(folder: pathlib.Path, name: str) -> pathlib.Path:
@@ -327,7 +325,7 @@ def _path_of(folder: pathlib.Path, name: str) -> pathlib.Path:
 def _read_images(
     folder: pathlib.Path, name: str, severities: int, clean: core.Dataset
 ) -> np.ndarray:
-    """[S, N, H, W, 3] uint8, of a file in either spelling."""
+    """Reads [S, N, H, W, 3] uint8 from the file of a corruption, in either spelling."""
     path = _path_of(folder, name)
     images = _load_array(path)
     wanted = (severities * len(clean), *clean.image_shape)

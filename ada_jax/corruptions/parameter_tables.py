@@ -20,8 +20,8 @@ NAMES = (
 EXTRA = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 SEVERITIES = (1, 2, 3, 4, 5)
 
-# Mean errors of AlexNet on ImageNet-C, as shares, in the order of NAMES: Hendrycks & Dietterich
-# (2019) divide by them.
+# AlexNet's mean errors on ImageNet-C, as shares in the order of NAMES, by which Hendrycks &
+# Dietterich (2019) normalise.
 ALEXNET_ERRORS = dict(
     zip(
         NAMES,
@@ -35,7 +35,7 @@ ALEXNET_ERRORS = dict(
     )
 )
 
-# One entry a severity; what the numbers are, the function of that name says. Lengths in pixels.
+# One entry per severity, explained by the function of that name. Lengths are in pixels.
 _CIFAR = {
     "gaussian_noise": (0.04, 0.06, 0.08, 0.09, 0.10),
     "shot_noise": (500, 250, 100, 75, 50),
@@ -94,7 +94,7 @@ _IMAGENET = {
     "fog": ((1.5, 2), (2, 2), (2.5, 1.7), (2.5, 1.5), (3, 1.4)),
     "brightness": (0.1, 0.2, 0.3, 0.4, 0.5),
     "contrast": (0.4, 0.3, 0.2, 0.1, 0.05),
-    # The authors wrote 244 where they meant the side, 224: the published set has it so.
+    # The original code, and so the published set, has 244 instead of the side, 224.
     "elastic_transform": tuple(
         tuple(244 / 224 * share for share in shares)
         for shares in (
@@ -120,4 +120,4 @@ _IMAGENET = {
 }
 TABLES = {"cifar": _CIFAR, "imagenet": _IMAGENET}
 
-SMALLEST = 8  # Side in pixels from which every corruption is defined.
+SMALLEST = 8  # The smallest side in pixels for which all corruptions are defined.

@@ -1,7 +1,7 @@
-"""Folders of .npy files that are written whole or not at all, and what they were made from.
+"""Folders of .npy files that are written atomically, with a manifest.
 
-A file gets its name once it is complete and on the disk, manifest.json says what the folder holds,
-and no other set is ever written beside it.
+A file is renamed to its final name when it is complete and on the disk. manifest.json describes the
+set that a folder holds; no other set is written to it.
 """
 
 import io
@@ -21,54 +21,57 @@ import tqdm
 from ada_jax import paths
 from ada_jax.errors import UserError
 
-# What numpy.load raises for a damaged file, whose header it reads as Python.
+# Errors of numpy.load for damaged files, whose header it parses as Python.
 DAMAGED = (OSError, ValueError, EOFError, SyntaxError, tokenize.TokenError)
 
 
 def check_folder(out: pathlib.Path) -> None:
-    """Refuses a folder that has files in it and no manifest."""
+    """Raises UserError for a folder that has files but no manifest."""
     foreign = any(not path.name.endswith((".partial", ".lock")) for path in out.iterdir())
     if foreign and not (out / "manifest.json").is_file():
         raise UserError(
-            f"--out={out} has files in it and no manifest.json, so it was not written by this "
-            "program: name a new folder."
+            f"--out={out} has files but no manifest.json, so it is not a folder of this program: "
+            "give a new folder."
         )
 
 
-def agree(
+def check_manifest(
     out: pathlib.Path,
     manifest: dict[str, Any],
-    former: Mapping[str, Any] = types.MappingProxyType({}),
+    legacy: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> None:
-    """Writes the manifest into a new folder; in an old one refuses to make another set.
+    """Writes the manifest to a new folder, or checks that it matches that of an old one.
 
     Args:
       out: the folder.
-      manifest: of the set that is to be made.
-      former: what older versions wrote for some of its fields, which is taken for the same.
+      manifest: that of the set to write.
+      legacy: values of older versions for some fields, which are accepted too.
+
+    Raises:
+      UserError: the folder holds another set.
     """
     path = out / "manifest.json"
     if not path.is_file():
         text = json.dumps(manifest, indent=2).encode() + b"\n"
-        put(path, [text])
+        write_file(path, [text])
         return
     try:
         before = dict(paths.read_json(path))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(
-            f"{path} cannot be read ({error}): name another folder with --out, or rename this one."
+            f"{path} cannot be read ({error}): give another folder with --out, or rename this one."
         ) from error
     for field in manifest:
-        same = manifest[field], former.get(field, manifest[field])
-        if field != "data" and before.get(field) not in same:
+        accepted = manifest[field], legacy.get(field, manifest[field])
+        if field != "data" and before.get(field) not in accepted:
             raise UserError(
-                f"--out={out} has a set whose {field} is {before.get(field)}, and this one would "
-                f"have {manifest[field]}: name another folder."
+                f"--out={out} has a set whose {field} is {before.get(field)}, not "
+                f"{manifest[field]}: give another folder."
             )
 
 
-def is_whole(path: pathlib.Path, shape: tuple[int, ...]) -> bool:
-    """Whether a file is there; one that is there and is not what it should be, is refused."""
+def is_complete(path: pathlib.Path, shape: tuple[int, ...]) -> bool:
+    """Whether a file exists; raises UserError if it exists and is not an array of this shape."""
     if not path.exists():
         return False
     try:
@@ -77,25 +80,25 @@ def is_whole(path: pathlib.Path, shape: tuple[int, ...]) -> bool:
         if array.shape == shape and (array.dtype == np.uint8 or path.stem == "labels"):
             return True
     except DAMAGED as error:
-        found = f"not a whole array ({error})"
+        found = f"not a complete array ({error})"
     raise UserError(
-        f"{path} is {found} and should be [{', '.join(map(str, shape))}] uint8: move it "
-        "to another folder to have it made anew."
+        f"{path} is {found} and should be [{', '.join(map(str, shape))}] uint8: move it to another "
+        "folder, and the same command writes it again."
     )
 
 
 def check_space(out: pathlib.Path, needed: int) -> None:
-    """Refuses a disk that does not have so many bytes left."""
+    """Raises UserError if the disk has fewer bytes left than needed."""
     free = shutil.disk_usage(out).free
     if needed > free:
         raise UserError(
             f"--out={out} needs {needed / 1e9:.1f} GB more and its disk has {free / 1e9:.1f} GB "
-            "free: make room, or name a folder on another disk."
+            "free: free some space, or give a folder on another disk."
         )
 
 
-def counted(blocks: Iterable[np.ndarray], progress: tqdm.tqdm) -> Iterator[np.ndarray]:
-    """The blocks, each told to the progress bar once the next is asked for."""
+def with_progress(blocks: Iterable[np.ndarray], progress: tqdm.tqdm) -> Iterator[np.ndarray]:
+    """Yields the blocks, and updates the progress bar after each."""
     for block in blocks:
         yield block
         progress.update(len(block))
@@ -104,7 +107,7 @@ def counted(blocks: Iterable[np.ndarray], progress: tqdm.tqdm) -> Iterator[np.nd
 def write(
     path: pathlib.Path, dtype: Any, shape: tuple[int, ...], blocks: Iterable[np.ndarray]
 ) -> None:
-    """Writes an array that comes in blocks of rows as one .npy file."""
+    """Writes an array, given in blocks of rows, as one .npy file."""
     with io.BytesIO() as file:
         description = {
             "descr": np.dtype(dtype).str,
@@ -113,11 +116,11 @@ def write(
         }
         np.lib.format.write_array_header_1_0(file, description)
         header = file.getvalue()
-    put(path, itertools.chain([header], (np.ascontiguousarray(block) for block in blocks)))
+    write_file(path, itertools.chain([header], (np.ascontiguousarray(block) for block in blocks)))
 
 
-def put(path: pathlib.Path, parts: Iterable[Any]) -> None:
-    """Writes a file under another name and renames it once it is whole and on the disk."""
+def write_file(path: pathlib.Path, parts: Iterable[Any]) -> None:
+    """Writes a file under a temporary name, and renames it when it is complete and on the disk."""
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("wb") as file:
@@ -128,6 +131,6 @@ def put(path: pathlib.Path, parts: Iterable[Any]) -> None:
         partial.replace(path)
     except OSError as error:
         raise UserError(
-            f"{partial} cannot be written ({error.strerror}): mend that, or name another folder "
-            "with --out, and start the same command again."
+            f"{partial} cannot be written ({error.strerror}): fix that, or give another folder "
+            "with --out, and run the same command again."
         ) from error

@@ -55,16 +55,16 @@ def write_set(
     with locks.hold(f"--out={out}", locks.of_folder(out), wait=True):
         npy_files.check_folder(out)
         former = {"data_sha256": core.sampled_fingerprint(dataset)}
-        npy_files.agree(out, _manifest(dataset, nets, config), former)
+        npy_files.check_manifest(out, _manifest(dataset, nets, config), former)
     shards = _shards(dataset, tuple(nets), range(config.copies), config.shard_images)
-    missing = [s for s in shards if not npy_files.is_whole(out / s.file, s.shape)]
+    missing = [s for s in shards if not npy_files.is_complete(out / s.file, s.shape)]
     npy_files.check_space(out, sum(math.prod(s.shape) for s in missing))
     total, todo = (sum(s.shape[0] for s in some) for some in (shards, missing))
     images = Images(dataset)
     with tqdm.tqdm(total=total, initial=total - todo, unit="image") as progress:
         for shard in missing:
             with locks.claim(locks.of_file(out / shard.file)) as ours:
-                if not ours or npy_files.is_whole(out / shard.file, shard.shape):
+                if not ours or npy_files.is_complete(out / shard.file, shard.shape):
                     continue
                 theta, enlarge = nets[shard.net]
                 progress.set_description(f"{shard.net}, copy {shard.copy + 1}")
@@ -80,9 +80,9 @@ def write_set(
                     start=shard.start,
                     stop=shard.start + shard.shape[0],
                 )
-                blocks = npy_files.counted(blocks, progress)
+                blocks = npy_files.with_progress(blocks, progress)
                 npy_files.write(out / shard.file, np.uint8, shard.shape, blocks)
-    return all(npy_files.is_whole(out / s.file, s.shape) for s in shards)
+    return all(npy_files.is_complete(out / s.file, s.shape) for s in shards)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -203,7 +203,7 @@ def open_set(folder: str | os.PathLike[str], dataset: core.Dataset, copies: int)
     opened = {}
     for net in manifest["nets"]:
         shards = _shards(dataset, [net], range(copies), size)
-        lacking = [s for s in shards if not npy_files.is_whole(folder / s.file, s.shape)]
+        lacking = [s for s in shards if not npy_files.is_complete(folder / s.file, s.shape)]
         if lacking:
             raise UserError(
                 f"{where} has {lacking[0].copy} whole copies of {net} and "
