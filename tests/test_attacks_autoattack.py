@@ -195,7 +195,7 @@ def test_a_name_is_not_several_and_a_file_is_no_folder(tmp_path):
     with pytest.raises(UserError, match=r"attacks='square' is a string: .*\('square',\)"):
         quick(names="square")
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be made a folder"):
+    with pytest.raises(UserError, match="cannot be created"):
         quick(state_dir=tmp_path / "file")
 
 

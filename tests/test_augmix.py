@@ -197,7 +197,7 @@ def test_without_any_operation_drawn_an_image_on_the_grid_comes_back():
         ("width", 0, "width=0"),
         ("depth", 0, "depth=0"),
         ("alpha", 0.0, "alpha=0.0 must be positive"),
-        ("ops", ("blur",), "ops has 'blur'"),
+        ("ops", ("blur",), "unknown operation 'blur'"),
         ("ops", (), "ops is empty"),
     ],
 )

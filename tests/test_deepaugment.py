@@ -70,7 +70,7 @@ def test_a_stopped_set_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(rendering, "generate", stop)
     with pytest.raises(KeyboardInterrupt):
         rendered_set.write_set(DATASET, tmp_path, config())
-    with pytest.raises(UserError, match="0 whole copies of edsr_small"):
+    with pytest.raises(UserError, match="0 complete copies of edsr_small"):
         rendered_set.open_set(tmp_path, DATASET, 1)
     assert rendered_set.write_set(DATASET, tmp_path, config()) and calls == [0, 4, 4, 8]
     monkeypatch.undo()
@@ -117,7 +117,7 @@ def test_sets_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(UserError, match="no set"):
         rendered_set.open_set(tmp_path / "none", DATASET, 1)
     rendered_set.write_set(DATASET, tmp_path, config())
-    with pytest.raises(UserError, match=r"1 whole copies.*copies=10 are wanted"):
+    with pytest.raises(UserError, match=r"1 complete copies.*copies=10"):
         rendered_set.open_set(tmp_path, DATASET, 10)
     reversed_set = core.from_arrays(IMAGES[::-1], np.arange(9) % 3)
     with pytest.raises(UserError, match="made from 9 other images"):

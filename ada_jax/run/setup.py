@@ -212,8 +212,8 @@ def with_weights(state: training.TrainState, parts: Parts, path: str) -> trainin
         theirs = scoring.metadata(path).get("class_names", own)
         if not core.same_classes(own, theirs):
             raise UserError(
-                f"it was trained on the classes {core.listed(theirs)}, and config.dataset has "
-                f"{core.listed(own)}: name weights of the same classes in the same order."
+                f"it was trained on the classes {core.quoted_some(theirs)}, and config.dataset has "
+                f"{core.quoted_some(own)}: name weights of the same classes in the same order."
             )
         params, net_state, _ = scoring.load_variables(
             parts.config, parts.classifier, parts.train_set.image_shape, path
