@@ -193,7 +193,7 @@ def test_mistakes_in_arguments(arguments, keywords, message):
 
 
 def test_images_that_are_no_array_are_refused():
-    with pytest.raises(UserError, match="are list: give a NumPy array"):
+    with pytest.raises(UserError, match="are of type list: give a NumPy array"):
         corrupt("fog", 1, [[0]])
 
 

@@ -669,11 +669,11 @@ def test_layouts_that_need_another_name(tmp_path):
         assert "remove" not in str(error.value) and "delete" not in str(error.value)
 
     write_folder(tmp_path / "x", {"train/a": 2, "train/b": 2})
-    refused(tmp_path / "x", r"train' has folders and no images.* held-out images: name .*'valid'")
+    refused(tmp_path / "x", r"train' has folders and no images.* held-out images: call .*'valid'")
     write_folder(tmp_path / "x", {"holdout/a": 2, "holdout/b": 2})
-    refused(tmp_path / "x", r"train' has folders and no images.* held-out images: name .*'valid'")
+    refused(tmp_path / "x", r"train' has folders and no images.* held-out images: call .*'valid'")
     write_folder(tmp_path / "y", {"val/a": 2, "val/b": 2})
-    refused(tmp_path / "y", r"val' has folders and no images.* training images: name the one 'tra")
+    refused(tmp_path / "y", r"val' has folders and no images.* training images: call the one 'tra")
     write_folder(tmp_path, {"z": 3})
     refused(
         tmp_path / "z",
@@ -898,7 +898,7 @@ def test_equal_images_are_logged_where_they_are_few_and_refused_where_they_are_m
         check(train_set, eval_set)
     few = changed(eval_set, lambda images, _: images[2:].__iadd__(100))
     check(train_set, few)
-    assert "2 of the 40 images of config.eval_split='test' have the pixels" in caplog.text
+    assert "2 of the 40 images of config.eval_split='test' have the same pixels" in caplog.text
 
 
 def test_a_missing_split_is_not_replaced_by_training_images():

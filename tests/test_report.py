@@ -402,18 +402,11 @@ document.addEventListener("securitypolicyviolation", e => window.errors.push(e.b
 REPORT = """<iframe width="%d" height="800"></iframe><pre>not loaded</pre><script>
 const frame = document.querySelector("iframe");
 frame.addEventListener("load", () => {
-  const page = frame.contentDocument, table = page.querySelector("table");
-  const column = [...table.rows[0].cells].findIndex(cell => cell.textContent === "noise");
-  const marks = () => [...table.tBodies].map(b => b.rows[0].cells[column].dataset.value);
-  const before = marks();
-  table.querySelectorAll("thead button")[column].click();
-  const sorted = marks();
-  table.querySelectorAll("thead button")[column].click();
+  const page = frame.contentDocument;
   document.querySelector("pre").textContent = JSON.stringify({
     errors: frame.contentWindow.errors,
     images: [...page.images].map(i => i.complete && i.naturalWidth),
-    overflow: page.documentElement.scrollWidth - page.documentElement.clientWidth,
-    before, sorted, reversed: marks()});
+    overflow: page.documentElement.scrollWidth - page.documentElement.clientWidth});
 });
 frame.srcdoc = new TextDecoder().decode(Uint8Array.from(atob("%s"), c => c.charCodeAt(0)));
 </script>"""
@@ -435,11 +428,6 @@ def test_the_page_in_a_browser(drawn, tmp_path, width):
     found = json.loads(html.unescape(re.search("<pre>(.*?)</pre>", dom, re.DOTALL)[1]))
     assert found["errors"] == [] and len(found["images"]) == 4 and all(found["images"])
     assert found["overflow"] == 0
-    numbers = sorted(float(v) for v in found["before"] if v)
-    empty = [""] * found["before"].count("")
-    assert len(numbers) == 4 and len(empty) == 8
-    for shown, expected in (("sorted", numbers), ("reversed", numbers[::-1])):
-        assert [float(v) for v in found[shown][:4]] == expected and found[shown][4:] == empty
     run(
         f"--window-size={width},900",
         f"--screenshot={tmp_path}/page.png",
@@ -482,7 +470,7 @@ def test_a_file_that_is_not_as_it_should_be_is_refused_by_name(tmp_path, change,
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "No results are named"),
+        ([], "There are no results to report"),
         (["--paper", "--format=xml"], "--format=xml is unknown"),
         (["--paper", "--table=1,beside,4"], "--table=4 is unknown"),
         (["--paper", "--table=beside"], "--table=beside has nothing to show"),
@@ -510,8 +498,8 @@ def test_folders_without_results_are_left_out(tmp_path):
     (tmp_path / "images").mkdir()
     write(tmp_path / "a run" / "results.json", result())
     named = [str(tmp_path / "a run"), str(tmp_path / "images")]
-    assert charts.evaluated(named) == named[:1]
-    assert charts.evaluated(named[1:]) == named[1:]  # and is refused by name
+    assert charts.with_results(named) == named[:1]
+    assert charts.with_results(named[1:]) == named[1:]  # and is refused by name
 
 
 def test_an_undefended_network_has_the_published_profile():

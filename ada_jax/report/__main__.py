@@ -1,16 +1,15 @@
-"""Tables and pictures out of results files; nothing in them is typed by hand.
+"""Tables and figures from results files.
 
-python -m ada_jax.report RESULTS...                      a results.json or a run's folder each
-python -m ada_jax.report RESULTS... --paper              with the paper's own numbers beside
-python -m ada_jax.report --paper --table=3 --format=csv  the paper's table alone
-python -m ada_jax.report RESULTS... --figures=DIR        pictures, and a page with everything
+python -m ada_jax.report RESULTS...                      results.json files or folders of runs
+python -m ada_jax.report RESULTS... --paper              with the paper's numbers
+python -m ada_jax.report --paper --table=3 --format=csv  only the paper's table
+python -m ada_jax.report RESULTS... --figures=DIR        figures, and a web page with everything
 
-Table 1 has a line for each method, table 2 its accuracy in balls of pixels, table 3 its errors on
-each corruption; 'list' has every results file, where it comes from and what it was measured on;
-'beside' is table 1 with the paper's clean error and mCE in columns of their own.
-Results that share their name and settings and differ in seed become one line, with mean and
-standard deviation. All errors are in percent, and mCE is the plain mean over corruptions and
-severities (un-normalised).
+Table 1 has one line per method, table 2 the accuracy in balls of pixels, table 3 the error on each
+corruption. 'list' has one line per results file, with its provenance. 'beside' is table 1 with the
+paper's clean error and mCE in separate columns. Results that differ only in their seed become one
+line, with mean and standard deviation. Errors are in percent; mCE is un-normalised, the mean over
+corruptions and severities.
 """
 
 import os
@@ -25,7 +24,7 @@ from ada_jax.run import cli
 
 
 def main(argv: list[str]) -> None:
-    """Prints the tables and draws the pictures."""
+    """Prints the tables and draws the figures."""
     f = flags.FLAGS
     known = ("1", "2", "3", "list", "beside")
     if f.format not in tables.FORMATS:
@@ -34,12 +33,12 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--table={unknown[0]} is unknown: choose from {', '.join(known)}.")
     if not argv[1:] and not f.paper:
         raise UserError(
-            "No results are named: give results files or folders of runs, or --paper for the "
-            "paper's own numbers."
+            "There are no results to report: give results files or folders of runs, or --paper for "
+            "the paper's numbers."
         )
     if f.figures:
         require_extra(f"--figures={f.figures}", "matplotlib")
-    files = [*charts.evaluated(argv[1:]), *([str(results_files.PUBLISHED)] if f.paper else [])]
+    files = [*charts.with_results(argv[1:]), *([str(results_files.PUBLISHED)] if f.paper else [])]
     everything = [result for file in files for result in results_files.read(file)]
     results = [result for result in everything if not result.published]
     ours, paper = (
@@ -49,7 +48,7 @@ def main(argv: list[str]) -> None:
     attacked = [result for result in results if "lp_accuracy" in result.fields]
     made = {
         "1": paper_tables.table_1(ours, paper),
-        # The paper's rows alone compare with nothing of ours.
+        # The paper's rows are shown if ours have attacks too, or if there are none of ours.
         "2": paper_tables.table_2(
             grouping.rows(attacked), paper if attacked or not results else []
         ),
@@ -63,8 +62,8 @@ def main(argv: list[str]) -> None:
     names = [name for name in f.table if made[name].groups]
     if not names:
         raise UserError(
-            f"--table={','.join(f.table)} has nothing to show: name results files or folders of "
-            "runs that were measured so, or choose another table."
+            f"--table={','.join(f.table)} has nothing to show: give results files or folders of "
+            "runs with these measurements, or choose another table."
         )
     if f.figures:
         cli.make_folder("figures", f.figures)
@@ -82,7 +81,7 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("format", "markdown", "markdown, latex or csv.")
-    flags.DEFINE_list("table", ["1", "2", "3", "list"], "Which: 1, 2, 3, list, beside.")
-    flags.DEFINE_bool("paper", False, "Put the paper's own numbers beside.")
-    flags.DEFINE_string("figures", "", "Folder for pictures and a page, index.html.")
+    flags.DEFINE_list("table", ["1", "2", "3", "list"], "Tables: 1, 2, 3, list, beside.")
+    flags.DEFINE_bool("paper", False, "Whether to include the paper's numbers.")
+    flags.DEFINE_string("figures", "", "Folder for figures and a web page, index.html.")
     cli.start(main)

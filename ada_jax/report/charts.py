@@ -1,4 +1,4 @@
-"""Figures of many results."""
+"""Figures that compare results."""
 
 import math
 import os
@@ -13,8 +13,6 @@ from ada_jax.corruptions import parameter_tables
 from ada_jax.report import figures, grouping, web_page
 from ada_jax.run import logbook
 
-# ------------------------------------------------------------------------ pictures
-
 
 def draw(
     folder: str,
@@ -22,18 +20,18 @@ def draw(
     paper: list[grouping.Row],
     results: list[results_files.Result],
 ) -> list[web_page.Picture]:
-    """Draws what the results have the numbers for.
+    """Draws all figures that the results have the values for.
 
     Args:
-      folder: where the PNGs go.
+      folder: output folder of the PNGs.
       ours: rows of results.
-      paper: published rows; those that ours compare with are drawn beside them, all where there
-        are none of ours.
-      results: the results files, for what lies beside them: a run's metrics.jsonl with records of
-        kind 'corruptions', and its pictures adversarial_*.png.
+      paper: published rows; those that correspond to ours are drawn too, or all if there are none
+        of ours.
+      results: the results files, whose folders may hold a metrics.jsonl with records of kind
+        'corruptions', and pictures adversarial_*.png.
 
     Returns:
-      The pictures in the order of the page: bars, curves, maps, pairs.
+      The pictures in the order of the page: bars, curves, heat maps, pairs.
     """
     compared = {row.method for row in ours}
     shown = ours + [row for row in paper if row.method in compared or not ours]
@@ -86,7 +84,7 @@ def _alt(what: str, shown: list[grouping.Row]) -> str:
 
 
 def _maps(folder: str, results: list[results_files.Result]) -> list[web_page.Picture]:
-    """Figure 2 of every run whose log has what it shows."""
+    """Draws the paper's figure 2 for every run that was evaluated on corruptions in training."""
     found = []
     for i, result in enumerate(results, 1):
         records = logbook.read(os.path.dirname(result.file))
@@ -100,22 +98,22 @@ def _maps(folder: str, results: list[results_files.Result]) -> list[web_page.Pic
         last = {c: values[-1] for c, values in accuracies.items()}
         alt = f"{what}. At the end: {', '.join(f'{c} {v:.1f}%' for c, v in last.items())}."
         caption = (
-            f"{what} (as the paper's figure 2): as it is, relative to the other corruptions of its "
-            "step, and relative to the other steps of its corruption. Brighter is better."
+            f"{what} (like the paper's figure 2): absolute, scaled within each step, and scaled "
+            "within each corruption. Brighter is better."
         )
         found.append(web_page.Picture(path, alt, caption, "figures"))
     return found
 
 
 def through_training(records: list[logbook.Record]) -> tuple[list[int], dict[str, list[float]]]:
-    """What figure 2 shows, out of a log's records of kind 'corruptions'.
+    """Collects the values of the paper's figure 2.
 
     Args:
-      records: with 'step' and fields 'error/NAME/SEVERITY' in percent.
+      records: records with 'step' and fields 'error/NAME/SEVERITY' in percent.
 
     Returns:
-      The steps [T] and, for each corruption that occurs, the accuracies in percent [T], means over
-      the severities that were measured; NaN where a record lacks the corruption.
+      The steps [T] and, for each corruption that occurs, the accuracies in percent [T], averaged
+      over the severities measured; NaN if a record lacks the corruption.
     """
     accuracies = {}
     for name in results_files.NAMES + results_files.EXTRA:
@@ -128,7 +126,7 @@ def through_training(records: list[logbook.Record]) -> tuple[list[int], dict[str
 
 
 def _pairs(results: list[results_files.Result]) -> list[web_page.Picture]:
-    """The pictures of clean and augmented images that training left beside the results."""
+    """Finds the pictures of clean and augmented images in the folders of the results."""
     found = []
     for result in results:
         for path in paths.glob(os.path.dirname(result.file), "adversarial_*.png"):
@@ -137,22 +135,19 @@ def _pairs(results: list[results_files.Result]) -> list[web_page.Picture]:
                 f"{result.fields['name']}, seed {result.fields['seed']}, attacked through {net}: "
                 "clean images, what AdA renders of them, and the difference."
             )
-            said = "A wrong verdict is red."
+            caption = "Wrong predictions are red."
             if attacked := result.fields.get("ada", {}).get(net):
-                said += (
+                caption += (
                     f" Of {attacked['examples']} attacked images {attacked['error']:.2f}% are "
-                    "classified wrongly"
+                    "misclassified"
                     + (f"; mean SSIM {attacked['ssim']:.3f}." if "ssim" in attacked else ".")
                 )
-            found.append(web_page.Picture(str(path), alt, f"{alt} {said}", "pairs"))
+            found.append(web_page.Picture(str(path), alt, f"{alt} {caption}", "pairs"))
     return found
 
 
-# ------------------------------------------------------------------------ the binary
-
-
-def evaluated(named: list[str]) -> list[str]:
-    """What is named without folders that have no results, as runs/* has; if all are so, all."""
+def with_results(named: list[str]) -> list[str]:
+    """Removes folders without results, as in runs/*; returns the argument if all are such."""
     empty = [
         path
         for path in named
@@ -161,5 +156,5 @@ def evaluated(named: list[str]) -> list[str]:
     if len(empty) == len(named):
         return named
     for path in empty:
-        logging.warning("%s has no results.json and is left out.", path)
+        logging.warning("%s has no results.json and is ignored.", path)
     return [path for path in named if path not in empty]

@@ -1,4 +1,4 @@
-"""Pictures."""
+"""Figures, drawn with matplotlib."""
 
 import io
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ def adversarial_rows(
     class_names: Sequence[str],
     columns: int = 10,
 ) -> None:
-    """Draws pairs as the paper's figure 1a: clean, augmented and difference (x5) under each other.
+    """Draws rows of clean images, augmented images and differences (x5), like figure 1a.
 
     Args:
       path: PNG to write.
@@ -29,12 +29,12 @@ def adversarial_rows(
       augmented: as clean.
       similarity: SSIM [B]; None for images smaller than its window.
       label: true classes [B].
-      clean_verdict: classes given to the clean images [B]; a wrong one is printed red.
-      augmented_verdict: classes given to the augmented images [B].
+      clean_verdict: predicted classes of the clean images [B]; wrong ones are printed red.
+      augmented_verdict: predicted classes of the augmented images [B].
       class_names: names of the classes.
-      columns: pairs drawn at most.
+      columns: maximum number of columns.
     """
-    from matplotlib.figure import Figure  # takes a second to import
+    from matplotlib.figure import Figure  # Slow to import.
 
     count = min(columns, len(clean))
     figure = Figure(figsize=(1.25 * count, 4.4), layout="constrained")
@@ -59,13 +59,13 @@ def adversarial_rows(
 
 
 def contact_sheet(path: str, columns: dict[str, np.ndarray]) -> None:
-    """Draws images in rows, a column for each of their renderings.
+    """Draws images in rows, with one column per rendering.
 
     Args:
       path: PNG to write.
       columns: images [N,H,W,3] uint8 by the column's title.
     """
-    from matplotlib.figure import Figure  # takes a second to import
+    from matplotlib.figure import Figure
 
     count = len(next(iter(columns.values())))
     figure = Figure(figsize=(1.25 * len(columns), 1.2 * count + 0.3), layout="constrained")
@@ -79,11 +79,11 @@ def contact_sheet(path: str, columns: dict[str, np.ndarray]) -> None:
 
 
 def ssim_densities(path: str, results: dict[str, dict[str, dict]]) -> None:
-    """Draws the densities of SSIM at each radius, a panel for each network (paper, figure 1b).
+    """Draws the density of SSIM at each radius, one panel per network (paper, figure 1b).
 
     Args:
       path: PNG to write.
-      results: by network and radius: 'values', a list of SSIMs.
+      results: dicts with 'values', a list of SSIMs, by network and radius.
     """
     import scipy.stats
     from matplotlib.figure import Figure
@@ -98,7 +98,7 @@ def ssim_densities(path: str, results: dict[str, dict[str, dict]]) -> None:
         for nu, density in densities.items():
             axis.plot(grid, density, label=f"$\\nu$ = {nu}")
             axis.fill_between(grid, density, 1e-3, alpha=0.15)
-        # The narrowest densities are hundreds of times as high as the widest.
+        # Logarithmic, because the narrowest densities are hundreds of times as high as the widest.
         most = 2 * max(density.max() for density in densities.values())
         axis.set(title=net, xlabel="SSIM to the clean image", yscale="log", ylim=(0.1, most))
         axis.legend(frameon=False, fontsize=8)
@@ -107,11 +107,11 @@ def ssim_densities(path: str, results: dict[str, dict[str, dict]]) -> None:
 
 
 def reconstruction_bars(path: str, results: dict[str, dict[str, dict]]) -> None:
-    """Draws SSIM of reconstructed corruptions, networks side by side (paper, figure 3).
+    """Draws the SSIM of reconstructed corruptions for each network (paper, figure 3).
 
     Args:
       path: PNG to write.
-      results: by network and corruption: 'mean' and 'std'.
+      results: dicts with 'mean' and 'std', by network and corruption.
     """
     from matplotlib.figure import Figure
 
@@ -127,11 +127,12 @@ def reconstruction_bars(path: str, results: dict[str, dict[str, dict]]) -> None:
 def corruption_bars(
     path: str, results: dict[str, dict[str, dict]], *, order: Sequence[str]
 ) -> None:
-    """Draws the errors on each corruption, runs side by side.
+    """Draws the error on each corruption for each run.
 
     Args:
       path: PNG to write.
-      results: by run and corruption: 'mean' and 'std' in percent; NaN draws no whisker.
+      results: dicts with 'mean' and 'std' in percent, by run and corruption; a 'std' of NaN is not
+        drawn.
       order: the corruptions from left to right; those that no run has are left out.
     """
     from matplotlib.figure import Figure
@@ -152,13 +153,13 @@ def corruption_bars(
 def severity_curves(
     path: str, results: dict[str, dict[str, Sequence[float]]], *, order: Sequence[str]
 ) -> None:
-    """Draws error against severity, a panel for each corruption.
+    """Draws error against severity, one panel per corruption.
 
     Args:
       path: PNG to write.
-      results: by run and corruption: errors in percent at severities 1 to 5, NaN where missing.
-      order: the corruptions, panel after panel; those that no run has are left out. 'mce' stands
-        for the mean over the standard 15.
+      results: errors in percent at severities 1 to 5 (NaN if missing), by run and corruption.
+      order: the corruptions in the order of the panels; those that no run has are left out. 'mce'
+        is the mean over the standard 15.
     """
     from matplotlib.figure import Figure
 
@@ -169,7 +170,7 @@ def severity_curves(
     colours = _colours(len(results))
     for axis, corruption in zip(panels, corruptions, strict=False):
         for (label, run), colour in zip(results.items(), colours, strict=True):
-            # A run without this corruption still gets its line in the legend.
+            # Runs without this corruption are drawn as NaN, for the legend.
             errors = run.get(corruption, [np.nan] * 5)
             axis.plot(range(1, 6), errors, marker=".", color=colour, label=_plain(label))
         axis.set_title("mean of the 15" if corruption == "mce" else _words(corruption), fontsize=9)
@@ -186,15 +187,15 @@ def severity_curves(
 
 
 def training_maps(path: str, steps: Sequence[int], accuracies: dict[str, Sequence[float]]) -> None:
-    """Draws accuracy by corruption and step three times (paper, figure 2): brighter is better.
+    """Draws heat maps of accuracy by corruption and step (paper, figure 2).
 
-    As it is; each column scaled to [0,1], which shows what is best at that step; each row scaled
-    to [0,1], which shows when a corruption was best.
+    The three panels show the accuracy, the accuracy scaled to [0,1] within each step, and the
+    accuracy scaled to [0,1] within each corruption.
 
     Args:
       path: PNG to write.
       steps: [T].
-      accuracies: by corruption, top to bottom: percent [T], NaN where not measured.
+      accuracies: percent [T] by corruption, from top to bottom; NaN if not measured.
     """
     from matplotlib.figure import Figure
 
@@ -218,14 +219,14 @@ def training_maps(path: str, steps: Sequence[int], accuracies: dict[str, Sequenc
 
 
 def _scaled(values: np.ndarray, axis: int) -> np.ndarray:
-    """Values scaled along an axis so that the least is 0 and the greatest 1; equal ones are 1."""
+    """Scales values to [0,1] along an axis; constant ones become 1."""
     low, high = (f(values, axis=axis, keepdims=True) for f in (np.fmin.reduce, np.fmax.reduce))
     flat = high == low
     return np.where(flat & np.isfinite(values), 1, (values - low) / np.where(flat, 1, high - low))
 
 
 def _side_by_side(axis: Any, results: dict[str, dict[str, dict]], names: Sequence[str]) -> None:
-    """Bars in groups, one group for each name and in it one bar for each of the results."""
+    """Draws grouped bars: one group per name with one bar per result."""
     width = 0.8 / len(results)
     colours = _colours(len(results))
     for i, (label, entries) in enumerate(results.items()):
@@ -258,13 +259,13 @@ def _words(name: str) -> str:
 
 
 def _plain(name: str) -> str:
-    """A name that matplotlib draws as it is, without mathematics."""
+    """Escapes a name for matplotlib's mathematical notation."""
     name = name.encode(errors="backslashreplace").decode().replace("$", r"\$")
-    return f"\u200b{name}" if name.startswith("_") else name  # Else no legend has it.
+    return f"\u200b{name}" if name.startswith("_") else name  # Legends ignore names with '_'.
 
 
 def _save(figure: Any, path: str) -> None:
-    """Writes a PNG whole or not at all."""
+    """Writes a PNG atomically."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120)
     paths.write(path, content.getvalue())

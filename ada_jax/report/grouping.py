@@ -1,4 +1,4 @@
-"""Joins results that differ in seed alone, and names their row of the paper."""
+"""Joins results that differ only in their seed, and finds their row in the paper's table 1."""
 
 import hashlib
 import json
@@ -10,33 +10,33 @@ from typing import Any, NamedTuple
 from ada_jax import results as results_files
 from ada_jax.errors import UserError
 
-# Two runs are one method, whatever these are. What was evaluated is in 'data' and
-# 'corruption_source'.
+# Fields of the config that do not distinguish two methods. The evaluation data are compared by
+# 'data' and 'corruption_source'.
 _BOOKKEEPING = results_files.BOOKKEEPING | {"seed"}
 
 
 class Row(NamedTuple):
-    """A line of a table before its columns are chosen."""
+    """A line of a table with all its values."""
 
     label: str
-    method: str  # the paper's row it compares with; '' for none
-    values: dict[str, float]  # means over seeds; what is missing is absent
-    spread: dict[str, float]  # their standard deviations, where there are several seeds
-    seeds: int = 0  # 0 for published numbers
+    method: str  # The paper's row to compare with; '' for none.
+    values: dict[str, float]  # Means over seeds, without missing ones.
+    spread: dict[str, float]  # Standard deviations over seeds, if there are several.
+    seeds: int = 0  # 0 for published numbers.
     measured_on: str = ""
-    tables: tuple[str, ...] = ()  # of the paper, that have this row
-    sampling: float = 0.0  # standard error of the clean error, of one seed; 0 is unknown
-    attacked: str = ""  # what the accuracies in balls are of, in words
+    tables: tuple[str, ...] = ()  # The paper's tables that have this row.
+    sampling: float = 0.0  # Standard error of one seed's clean error; 0 if unknown.
+    attacked: str = ""  # Description of the attacked images and attacks.
 
 
 def method(config: dict[str, Any]) -> str:
-    """Which row of the paper's table 1 a run compares with, by its config, whatever its name.
+    """The row of the paper's table 1 that corresponds to a config, whatever the run's name.
 
     Args:
-      config: of the results file.
+      config: the config in the results file.
 
     Returns:
-      As 'nominal' or 'ada+deepaugment10x+augmix'; '' where table 1 has no such row.
+      A row such as 'nominal' or 'ada+deepaugment10x+augmix'; '' if table 1 has no such row.
     """
     copies = config.get("deepaugment", {}).get("copies", 0)
     if config.get("method") not in ("nominal", "ada") or copies not in (0, 1, 10):
@@ -51,10 +51,10 @@ def method(config: dict[str, Any]) -> str:
 
 
 def rows(results: Iterable[results_files.Result]) -> list[Row]:
-    """One row for each method, sorted by mCE: results that differ in seed alone are joined.
+    """Joins results that differ only in their seed to one row each, sorted by mCE.
 
-    Where several settings share a name, what differs is added to it. A value that some of the
-    seeds lack is absent.
+    If several settings have the same name, the differing fields are added to the label. A value is
+    missing if any of the seeds lacks it.
 
     Raises:
       UserError: two results have the same name, settings and seed.
@@ -90,7 +90,7 @@ def rows(results: Iterable[results_files.Result]) -> list[Row]:
 
 
 def by_mce(values: dict[str, float]) -> tuple[float, float]:
-    """The key that sorts by mCE, then by clean error; what is missing comes last."""
+    """Sorting key: mCE, then clean error; missing values come last."""
     return values.get("mce", math.inf), values.get("clean", math.inf)
 
 
@@ -101,17 +101,17 @@ def _check_seeds(same: list[results_files.Result]) -> None:
         if seed in files:
             raise UserError(
                 f"{files[seed]} and {result.file} have the same name={result.fields['name']}, "
-                f"settings and seed={seed}: leave one of them out."
+                f"settings and seed={seed}: remove one of them."
             )
         files[seed] = result.file
 
 
 def settings(result: results_files.Result) -> dict[str, Any]:
-    """What must agree for results to differ in seed alone: config, steps, data, corruptions.
+    """The fields that are equal for results that differ only in their seed.
 
-    What a run was trained from and measured on counts by its content, as far as its file has
-    digests: files of older versions have none, and are joined among themselves. Weights that
-    training started from count by what they were trained from in turn, see `setup.describe`.
+    These are the config, steps, data and corruptions. Training and evaluation data are compared by
+    digest; files of older versions have no digests and are joined only with each other. Initial
+    weights are compared by the data that they were trained on, see `setup.describe`.
     """
     flat = {"published": result.published, "corrupted": _corrupted(result)}
     flat |= results_files.comparable(result.fields.get("config") or {})
@@ -125,13 +125,13 @@ def settings(result: results_files.Result) -> dict[str, Any]:
         text = json.dumps(files, sort_keys=True).encode()
         flat["corruption_source.files"] = hashlib.sha256(text).hexdigest()[:12]
     if flat.get("init_weights"):
-        flat["init_weights"] = "trained"  # each seed's its own
+        flat["init_weights"] = "trained"  # Every seed starts from other weights.
     unused = {"ada.microbatch"} if flat.get("ada.batch_norm") != "batch" else set()
     return {k: v for k, v in flat.items() if k not in _BOOKKEEPING | unused}
 
 
 def _difference(result: results_files.Result, others: list[results_files.Result]) -> str:
-    """In brackets, the settings of a result that others of its name do not share."""
+    """The settings of a result, in brackets, that differ from others of the same name."""
     mine, missing = settings(result), object()
     differing = [
         k for k, v in mine.items() if any(settings(o).get(k, missing) != v for o in others)
@@ -140,12 +140,12 @@ def _difference(result: results_files.Result, others: list[results_files.Result]
 
 
 def paper_row(result: results_files.Result) -> str:
-    """The paper's row that a result compares with; '' for none."""
+    """The row of the paper's table 1 to compare a result with; '' for none."""
     fields = result.fields
     if result.published:
         return fields["name"]
     config = fields["config"]
-    # The paper has nothing to compare with.
+    # The paper has neither fine-tuning nor random perturbations.
     other = config.get("init_weights") or config.get("ada", {}).get("steps") == 0
     if other or fields["data"].get("name") != "cifar10":
         return ""
@@ -153,14 +153,14 @@ def paper_row(result: results_files.Result) -> str:
 
 
 def _corrupted(result: results_files.Result) -> int | None:
-    """How many images the corruptions were measured on, where it is one number for all."""
+    """Number of images of the corruptions; None if it is not equal for all."""
     cells = [e for entries in result.fields.get("corruptions", {}).values() for e in entries]
     counts = {cell.get("examples") for cell in cells}
     return counts.pop() if len(counts) == 1 else None
 
 
 def _sampling_error(result: results_files.Result) -> float:
-    """The standard error in percent of the clean error for so many images; 0 is unknown."""
+    """Standard error of the clean error in percentage points; 0 if unknown."""
     clean = result.fields.get("clean", {})
     if result.published or not clean.get("examples"):
         return 0.0
@@ -168,7 +168,7 @@ def _sampling_error(result: results_files.Result) -> float:
 
 
 def measured_on(result: results_files.Result) -> str:
-    """What a result was measured on, in words; where it is from, for published numbers."""
+    """Describes the evaluation data of a result, or the source of published numbers."""
     if result.published:
         return result.fields["source"].rstrip(".")
     data, source = result.fields["data"], result.fields.get("corruption_source", {})
@@ -186,11 +186,11 @@ def measured_on(result: results_files.Result) -> str:
 
 
 def attacked_on(result: results_files.Result) -> str:
-    """How many images were attacked in balls of pixels, and by what; '' where it is not one way."""
+    """Describes the attacked images and attacks of table 2; '' if they are not equal for all."""
     balls = [ball for radii in result.fields.get("lp", {}).values() for ball in radii.values()]
     ways = {(ball.get("examples"), ball.get("attacks")) for ball in balls}
     if len(ways) != 1 or None in next(iter(ways)):
         return ""
     ((count, attacks),) = ways
     error = 50 / math.sqrt(count)
-    return f"{attacks} on {count} images, so that standard errors are at most {error:.1f}"
+    return f"{attacks} on {count} images; standard errors are at most {error:.1f}"

@@ -1,12 +1,10 @@
-"""The paper's tables with rows of one's own."""
+"""The paper's tables with our results."""
 
 from ada_jax import results as results_files
 from ada_jax.report import grouping
 from ada_jax.report.tables import Cell, Table
 
-# ------------------------------------------------------------------------ tables
-
-_SUMMARY = {  # values, headings and digits
+_SUMMARY = {  # Value: (heading, digits).
     "clean": ("clean error", 2),
     "mce": ("mCE, un-normalised", 2),
     "mce_alexnet": ("mCE, AlexNet's errors as 100%", 2),
@@ -28,25 +26,22 @@ _BALLS = {
 }
 _OPTIONAL = {"mce_alexnet", "extra", "cifar10_1", *results_files.EXTRA, *_BALLS} - {
     "clean"
-}  # columns that are left out where nobody has them
+}  # Columns that are left out if no row has them.
 
 
 def table_1(ours: list[grouping.Row], paper: list[grouping.Row]) -> Table:
-    """A line for each method: clean error, mCE, means over the paper's groups of corruptions.
+    """Table 1: clean error, mCE and the means of the groups of corruptions, sorted by mCE.
 
     Args:
       ours: rows of results.
-      paper: published rows; those of the paper's table 1 get lines of their own, and below each of
-        ours comes its difference to the paper's, ours minus theirs.
-
-    Returns:
-      A table sorted by mCE, the paper's lines among ours.
+      paper: published rows. Those of the paper's table 1 are shown, and each of our rows is
+        followed by its difference from the paper's, ours minus theirs.
     """
     return _table("Table 1: robustness to common corruptions", _SUMMARY, ours, paper, "1")
 
 
 def table_beside(ours: list[grouping.Row], paper: list[grouping.Row]) -> Table:
-    """Our lines of `table_1`, each with the paper's clean error and mCE of its method beside."""
+    """Our rows of table 1 with two columns of the paper's clean error and mCE."""
     theirs = {row.method: row.values for row in paper}
     head, lines = ["setup"], [[Cell(row.label)] for row in ours]
     for key in ("clean", "mce", *results_files.GROUPS):
@@ -62,13 +57,13 @@ def table_beside(ours: list[grouping.Row], paper: list[grouping.Row]) -> Table:
 
 
 def table_2(ours: list[grouping.Row], paper: list[grouping.Row]) -> Table:
-    """As `table_1`, with robust accuracies: the worst case of AutoAttack and MultiTargeted."""
+    """Like `table_1`, with robust accuracies: the worst case of AutoAttack and MultiTargeted."""
     shown = [row for row in ours if any(key in row.values for key in _BALLS if " " in key)]
     return _table("Table 2: accuracy in balls of pixels", _BALLS, shown, paper, "2")
 
 
 def table_3(ours: list[grouping.Row], paper: list[grouping.Row]) -> Table:
-    """As `table_1`, with the error on every corruption, averaged over its five severities."""
+    """Like `table_1`, with the error on every corruption, averaged over its five severities."""
     return _table("Table 3: errors on each corruption", _EACH, ours, paper, "3")
 
 
@@ -113,40 +108,40 @@ def _notes(shown: list[grouping.Row]) -> list[str]:
         notes.append("Over seeds: mean ± sample standard deviation.")
     if errors := [row.sampling for row in shown if row.sampling]:
         notes.append(
-            f"Standard error of a clean error for its number of images: at most {max(errors):.2f}; "
-            "of a mean over corruptions of the same images about as much."
+            f"Sampling error of the clean error, one standard error: at most {max(errors):.2f} "
+            "points, and about as much for means over corruptions of the same images."
         )
-    return notes + _where(shown, {row.label: row.measured_on for row in shown})
+    return notes + _data_notes(shown, {row.label: row.measured_on for row in shown})
 
 
 def _notes_on_balls(shown: list[grouping.Row]) -> list[str]:
-    notes = ["In percent; of the accuracies, an image counts that no attack broke."]
+    notes = ["In percent. Accuracies count the images that no attack broke."]
     if any(row.seeds > 1 for row in shown):
         notes.append("Over seeds: mean ± sample standard deviation.")
-    of = {row.label: row.attacked or row.measured_on for row in shown}
-    return notes + _where(shown, of)
+    descriptions = {row.label: row.attacked or row.measured_on for row in shown}
+    return notes + _data_notes(shown, descriptions)
 
 
-def _where(shown: list[grouping.Row], words_of: dict[str, str]) -> list[str]:
-    """A note for all rows of which the same words are true."""
-    where: dict[str, list[str]] = {}
+def _data_notes(shown: list[grouping.Row], descriptions: dict[str, str]) -> list[str]:
+    """One note for each description of the data, with the labels of its rows."""
+    labels_of: dict[str, list[str]] = {}
     for row in shown:
-        labels = where.setdefault(words_of[row.label], [])
+        labels = labels_of.setdefault(descriptions[row.label], [])
         labels += [row.label] if row.seeds else ["(paper)"] * (not labels)
-    ours = [words for words, labels in where.items() if labels != ["(paper)"]]
-    names = {words: ", ".join(labels) for words, labels in where.items()}
-    if len(ours) == 1 and len(where[ours[0]]) > 1:
-        names[ours[0]] = "all rows but the paper's" if len(where) > 1 else "all rows"
+    ours = [words for words, labels in labels_of.items() if labels != ["(paper)"]]
+    names = {words: ", ".join(labels) for words, labels in labels_of.items()}
+    if len(ours) == 1 and len(labels_of[ours[0]]) > 1:
+        names[ours[0]] = "all rows except the paper's" if len(labels_of) > 1 else "all rows"
     return [f"{name}: {words}." for words, name in names.items()]
 
 
 def table_list(results: list[results_files.Result], paper: list[grouping.Row]) -> Table:
-    """A line for each results file, sorted by mCE, with all that says where it comes from.
+    """One line for each results file with its provenance, sorted by mCE.
 
     Args:
-      results: of `read`.
-      paper: published rows to compare with; where there are any, each line has the mCE of the
-        paper's row of its method and the difference, ours minus theirs.
+      results: results of `results.read`.
+      paper: published rows; if there are any, each line has the mCE of the corresponding row and
+        the difference, ours minus theirs.
     """
     theirs = {row.method: row.values["mce"] for row in paper if "mce" in row.values}
     sets = [k for k in ("clean", "extra", "cifar10_1") if any(k in r.values for r in results)]

@@ -1,4 +1,4 @@
-"""Tables of numbers with their spread, written as Markdown, LaTeX and CSV."""
+"""Tables of numbers with standard deviations, formatted as Markdown, LaTeX and CSV."""
 
 import csv as csv_format
 import io
@@ -7,30 +7,30 @@ from typing import NamedTuple
 
 
 class Cell(NamedTuple):
-    """One cell: a text, a number, or nothing (None), which stays empty and never becomes zero."""
+    """One cell: a text, a number, or None, which is left empty."""
 
     value: float | int | str | None = None
-    digits: int = 0  # after the point
-    spread: float | None = None  # standard deviation, printed behind a plus-minus
-    signed: bool = False  # prints the plus, as differences have it
+    digits: int = 0  # After the decimal point.
+    spread: float | None = None  # Standard deviation, printed after a plus-minus.
+    signed: bool = False  # Whether to print a plus sign, for differences.
 
 
 class Table(NamedTuple):
-    """A table; a group is a line and the lines that stay below it when the table is sorted."""
+    """A table; a group is a line and the lines that belong to it, such as differences."""
 
     title: str
     head: list[str]
-    groups: list[list[list[Cell]]]  # groups of lines of cells
-    notes: list[str] = []  # noqa: RUF012 (a default that nobody changes)
+    groups: list[list[list[Cell]]]  # Groups of lines of cells.
+    notes: list[str] = []  # noqa: RUF012 (never modified)
 
     @property
     def lines(self) -> list[list[Cell]]:
-        """All lines, top to bottom."""
+        """All lines from top to bottom."""
         return [line for group in self.groups for line in group]
 
 
 def text(cell: Cell) -> str:
-    """A cell as people read it: '12.49', '12.49 ± 0.12', '+0.30' or ''."""
+    """Formats a cell: '12.49', '12.49 ± 0.12', '+0.30' or ''."""
     if cell.value is None or isinstance(cell.value, str):
         return cell.value or ""
     sign = "+" if cell.signed else ""
@@ -39,8 +39,8 @@ def text(cell: Cell) -> str:
 
 
 def markdown(table: Table) -> str:
-    """The table in Markdown, its columns aligned for the terminal."""
-    numeric = [any(not isinstance(c.value, str | None) for c in column) for column in _turn(table)]
+    """Formats a table as Markdown, with aligned columns."""
+    numeric = _numeric(table)
     cells = [[_escape_markdown(text(c)) for c in line] for line in table.lines]
     cells.insert(0, [_escape_markdown(name) for name in table.head])
     widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
@@ -60,8 +60,8 @@ def markdown(table: Table) -> str:
 
 
 def latex(table: Table) -> str:
-    r"""The table in LaTeX, for \usepackage{booktabs}; the notes are part of the caption."""
-    numeric = [any(not isinstance(c.value, str | None) for c in column) for column in _turn(table)]
+    r"""Formats a table as LaTeX, for \usepackage{booktabs}; the notes are in the caption."""
+    numeric = _numeric(table)
     body = [" & ".join(_escape_latex(text(c)) for c in line) + r" \\" for line in table.lines]
     head = " & ".join(map(_escape_latex, table.head)) + r" \\"
     caption = " ".join(f"{note.rstrip('.')}." for note in (table.title, *table.notes))
@@ -83,8 +83,8 @@ def latex(table: Table) -> str:
 
 
 def csv(table: Table) -> str:
-    """The table as CSV, for programs: six digits, the spread in columns of its own, no notes."""
-    spreads = [any(c.spread is not None for c in column) for column in _turn(table)]
+    """Formats a table as CSV with six digits and columns of standard deviations, without notes."""
+    spreads = [any(c.spread is not None for c in column) for column in _columns(table)]
     file = io.StringIO()
     writer = csv_format.writer(file, lineterminator="\n")
     pairs = zip(table.head, spreads, strict=True)
@@ -99,13 +99,18 @@ def csv(table: Table) -> str:
 FORMATS = {"markdown": markdown, "latex": latex, "csv": csv}
 
 
-def _turn(table: Table) -> list[list[Cell]]:
-    """The columns, without their heads."""
+def _columns(table: Table) -> list[list[Cell]]:
+    """The columns without their headings."""
     return [[line[i] for line in table.lines] for i in range(len(table.head))]
 
 
+def _numeric(table: Table) -> list[bool]:
+    """Whether each column has a number."""
+    return [any(not isinstance(c.value, str | None) for c in col) for col in _columns(table)]
+
+
 def _escape_markdown(words: str) -> str:
-    # An underscore inside a word is no emphasis, and & begins an entity with its semicolon alone.
+    # Underscores inside words are not emphasis, and only '&word;' is an entity.
     words = re.sub(r"([|*`\\<$~]|&(?=#?\w+;)|(?<!\w)_|_(?!\w))", r"\\\1", words)
     return " ".join(words.splitlines())
 

@@ -1,4 +1,4 @@
-"""A report as one self-contained HTML page: tables that sort, figures, pictures; no requests."""
+"""A report as one self-contained HTML page of tables and pictures, which loads nothing else."""
 
 import base64
 import html
@@ -13,9 +13,9 @@ class Picture(NamedTuple):
     """A PNG for the page."""
 
     path: str
-    alt: str  # what it says, for who cannot see it
+    alt: str  # Text alternative.
     caption: str
-    section: str  # 'figures' or 'pairs'
+    section: str  # 'figures' or 'pairs'.
 
 
 _SECTIONS = {"figures": "Figures", "pairs": "Clean and augmented images"}
@@ -36,13 +36,8 @@ a { color: var(--mark); }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .4rem .55rem; text-align: left; white-space: nowrap; }
 .number { text-align: right; }
-thead th { border-bottom: 1px solid var(--line); background: var(--band); padding: 0;
-  vertical-align: bottom; white-space: normal; }
-thead button { all: unset; box-sizing: border-box; width: 100%; padding: .5rem .55rem;
-  cursor: pointer; color: var(--soft); font-weight: 600; }
-thead button:focus-visible { outline: 2px solid var(--mark); outline-offset: -2px; }
-[aria-sort=ascending] button::after { content: " \\2191"; }
-[aria-sort=descending] button::after { content: " \\2193"; }
+thead th { border-bottom: 1px solid var(--line); background: var(--band); color: var(--soft);
+  font-weight: 600; vertical-align: bottom; white-space: normal; }
 tbody { border-bottom: 1px solid var(--line); }
 tbody th { position: sticky; left: 0; background: var(--paper); font-weight: 500; }
 tbody tr + tr > * { color: var(--soft); font-size: .8125rem; padding-top: 0; }
@@ -52,42 +47,19 @@ figure img { display: block; width: 100%; min-width: 44rem; background: #fff; }
 figcaption { color: var(--soft); font-size: .875rem; margin-top: .5rem; overflow-wrap: anywhere; }
 @media (max-width: 40rem) {
   table { font-size: .8125rem; }
-  th, td, thead button { padding-left: .35rem; padding-right: .35rem; }
+  th, td { padding-left: .35rem; padding-right: .35rem; }
   tbody th { white-space: normal; overflow-wrap: anywhere; min-width: 7.5rem; }
-}
-"""
-
-# A click on a heading sorts; empty cells stay last, and lines of one group stay together.
-_SCRIPT = """
-for (const button of document.querySelectorAll("thead button")) {
-  button.addEventListener("click", () => {
-    const heading = button.parentElement, table = heading.closest("table");
-    const up = heading.getAttribute("aria-sort") !== "ascending";
-    const value = body => body.rows[0].cells[heading.cellIndex].dataset.value;
-    const compare = (a, b) => {
-      const [x, y] = [value(a), value(b)];
-      if (x === "" || y === "") return (x === "") - (y === "");
-      const order = isNaN(x) || isNaN(y) ? x.localeCompare(y) : x - y;
-      return up ? order : -order;
-    };
-    for (const other of heading.parentElement.cells) other.removeAttribute("aria-sort");
-    heading.setAttribute("aria-sort", up ? "ascending" : "descending");
-    table.append(...[...table.tBodies].sort(compare));
-  });
 }
 """
 
 
 def page(title: str, shown: list[Table], pictures: list[Picture]) -> str:
-    """The page.
+    """Makes the HTML page; pictures are embedded in it.
 
     Args:
-      title: its heading.
-      shown: tables, in this order.
-      pictures: PNGs; they become part of the page.
-
-    Returns:
-      HTML that needs nothing else and may ask for nothing else.
+      title: heading of the page.
+      shown: tables, in order.
+      pictures: pictures, in order.
     """
     parts = [(f"table{i}", table.title, _table(table)) for i, table in enumerate(shown)]
     for section, heading in _SECTIONS.items():
@@ -104,7 +76,7 @@ def page(title: str, shown: list[Table], pictures: list[Picture]) -> str:
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; \
-style-src 'unsafe-inline'; script-src 'unsafe-inline'">
+style-src 'unsafe-inline'">
 <link rel="icon" href="data:,">
 <title>{html.escape(title)}</title>
 <style>{_STYLE}</style>
@@ -117,7 +89,6 @@ style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <main>
 {sections}
 </main>
-<script>{_SCRIPT}</script>
 </body>
 </html>
 """
@@ -125,7 +96,7 @@ style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 
 def _table(table: Table) -> str:
     head = "".join(
-        f'<th scope="col"{_align(cell)}><button type="button">{html.escape(name)}</button></th>'
+        f'<th scope="col"{_align(cell)}>{html.escape(name)}</th>'
         for name, cell in zip(table.head, _samples(table), strict=True)
     )
     bodies = "\n".join(f"<tbody>{''.join(map(_line, group))}</tbody>" for group in table.groups)
@@ -138,19 +109,15 @@ def _table(table: Table) -> str:
 
 
 def _samples(table: Table) -> list[Cell]:
-    """A cell of each column that is not empty, where there is one."""
+    """The first non-empty cell of each column."""
     columns = zip(*table.lines, strict=True)
     return [next((c for c in column if c.value is not None), Cell()) for column in columns]
 
 
 def _line(line: list[Cell]) -> str:
-    words = [html.escape(tables.text(cell)) for cell in line]
-    values = [html.escape("" if c.value is None else str(c.value)) for c in line]
-    cells = "".join(
-        f'<td{_align(cell)} data-value="{value}">{word}</td>'
-        for cell, value, word in zip(line[1:], values[1:], words[1:], strict=True)
-    )
-    return f'<tr><th scope="row" data-value="{values[0]}">{words[0]}</th>{cells}</tr>'
+    head, *rest = (html.escape(tables.text(cell)) for cell in line)
+    cells = (f"<td{_align(c)}>{word}</td>" for c, word in zip(line[1:], rest, strict=True))
+    return f'<tr><th scope="row">{head}</th>{"".join(cells)}</tr>'
 
 
 def _align(cell: Cell) -> str:
