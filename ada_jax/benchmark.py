@@ -1,11 +1,11 @@
-"""Measures the package's hot paths on this machine, all in one process.
+"""Measures the speed of the package's main computations on this machine.
 
 python -m ada_jax.benchmark [--rows=peak,conv,inner,step,augment,memory,scaling] [--cpu_devices=2]
 python -m ada_jax.benchmark --rows=peak,conv,inner,step --peer=torch   # on a GPU, with '.[torch]'
 
-Every row gives useful work per second, counted as the floating-point operations of ordinary direct
-convolutions, and its share of the speed of a large matrix product of the same type measured in
-between: float32 on a CPU, bfloat16 on a GPU or a TPU, where the batches are larger too.
+Every row has the useful work per second, counted as the floating-point operations of direct
+convolutions, and its share of the speed of a large matrix product measured just before. The type is
+float32 on a CPU, and bfloat16 with larger batches on a GPU or a TPU.
 """
 
 import concurrent.futures
@@ -31,24 +31,24 @@ from ada_jax.run import cli, costs, setup
 
 ROWS = ("peak", "conv", "inner", "step", "augment", "memory", "scaling")
 
-Timing = tuple[float, float]  # best seconds per call, seconds to compile
-Row = tuple[str, float, float, str, float]  # title, flops, seconds, rate, seconds to compile
+Timing = tuple[float, float]  # Least seconds per call, seconds to compile.
+Row = tuple[str, float, float, str, float]  # Title, flops, seconds, rate, seconds to compile.
 
 
 class Scale(NamedTuple):
-    """How large the measured problems are.
+    """Sizes of the measured problems.
 
     Attributes:
       dtype: type of convolutions.
-      matmul: size of the matrix product that rows are compared with.
+      matmul: size of the reference matrix product.
       copied: bytes of the copied array.
       conv: (examples, pixels, input channels, output channels) of convolutions.
-      inner: (corruption network, classifier, batch).
-      words: of experiments/cifar10.py, for training steps.
-      batch: of training steps; 0 is the config's.
-      rendered: images for DeepAugment to render.
+      inner: (corruption network, classifier, batch) of inner maximisations.
+      words: words for experiments/cifar10.py, of training steps.
+      batch: batch size of training steps; 0 means the config's.
+      rendered: number of images for DeepAugment to render.
       memory: (batch, batch with microbatches, microbatch) for the first of `inner`.
-      seconds: how long a row is measured.
+      seconds: how long each row is repeated.
     """
 
     dtype: str
@@ -103,7 +103,7 @@ SCALES = {
         memory=(256, 256, 64),
         seconds=0.3,
     ),
-    # To rehearse on a CPU what a GPU will run.
+    # For a quick test of the accelerator's rows on a CPU.
     "tiny": Scale(
         dtype="bfloat16",
         matmul=256,
@@ -119,8 +119,8 @@ SCALES = {
 }
 
 
-def measure(f: Callable[..., Any], *args: Any, seconds: float) -> Timing:
-    """Compiles and times a function of arrays, as one program per device.
+def time_calls(f: Callable[..., Any], *args: Any, seconds: float) -> Timing:
+    """Compiles and times a function of arrays, mapped over the devices.
 
     Args:
       f: a function of one device's arrays.
@@ -128,8 +128,7 @@ def measure(f: Callable[..., Any], *args: Any, seconds: float) -> Timing:
       seconds: how long to repeat it.
 
     Returns:
-      The least seconds of a call, which other load on the machine disturbs least, and the seconds
-      of compilation.
+      The least seconds per call, which depend little on other load, and the seconds to compile.
     """
     devices = jax.local_device_count()
     mapped = jax.pmap(f, axis_name=sharding.AXIS)
@@ -148,14 +147,16 @@ def measure(f: Callable[..., Any], *args: Any, seconds: float) -> Timing:
 
 
 def forward_flops(f: Callable[..., Any], *shapes: Any) -> float:
-    """Floating-point operations of f's direct convolutions and products, for shapes or arrays."""
+    """Floating-point operations of f's convolutions and matrix products."""
     return costs.useful_flops(jax.make_jaxpr(f)(*shapes))
 
 
 def peak(scale: Scale, dtype: str, precision: str = "default") -> float:
-    """Speed of a matrix product over all devices, in flop/s."""
+    """Speed of a matrix product on all devices together, in flop/s."""
     a = jnp.ones((jax.local_device_count(), scale.matmul, scale.matmul), dtype)
-    seconds, _ = measure(lambda a: jnp.matmul(a, a, precision=precision), a, seconds=scale.seconds)
+    seconds, _ = time_calls(
+        lambda a: jnp.matmul(a, a, precision=precision), a, seconds=scale.seconds
+    )
     return len(a) * 2 * scale.matmul**3 / seconds
 
 
@@ -163,14 +164,14 @@ def peak(scale: Scale, dtype: str, precision: str = "default") -> float:
 
 
 def peak_rows(scale: Scale) -> Iterator[Row]:
-    """Matrix products by type and precision, and a copy, which reads and writes."""
+    """Matrix products by type and precision, and a copy."""
     flops = jax.local_device_count() * 2 * scale.matmul**3
     kinds = {"float32": "highest", "float32 by default": "default", "bfloat16": "default"}
     for name, precision in kinds.items():
         seconds = flops / peak(scale, name.partition(" ")[0], precision)
         yield f"matrix product {scale.matmul}, {name}", flops, seconds, "", 0.0
     a = jnp.ones((jax.local_device_count(), scale.copied // 4))
-    seconds, compilation = measure(lambda a: a + 1, a, seconds=scale.seconds)
+    seconds, compilation = time_calls(lambda a: a + 1, a, seconds=scale.seconds)
     rate = f"{2 * a.nbytes / seconds / 1e9:.0f} GB/s"
     yield f"copy of {a.nbytes / 2**20:.0f} MiB", 0.0, seconds, rate, compilation
 
@@ -187,10 +188,10 @@ def conv_rows(scale: Scale) -> Iterator[Row]:
         aligned = inputs % 8 == outputs % 8 == 0
         for name, forward, gradients in lowerings():
             if aligned and "by 8" in name:
-                continue  # there is nothing to fill up
-            seconds, compilation = measure(forward, x, w, seconds=scale.seconds)
+                continue  # Nothing to pad.
+            seconds, compilation = time_calls(forward, x, w, seconds=scale.seconds)
             yield f"conv forward, {title}, {name}", flops, seconds, "", compilation
-            seconds, compilation = measure(gradients, x, w, dy, seconds=scale.seconds)
+            seconds, compilation = time_calls(gradients, x, w, dy, seconds=scale.seconds)
             yield f"conv gradients, {title}, {name}", 2 * flops, seconds, "", compilation
 
 
@@ -213,7 +214,7 @@ def lowerings() -> Iterator[tuple[str, Callable[..., Any], Callable[..., Any]]]:
 def inner_rows(scale: Scale, steps: int = 5) -> Iterator[Row]:
     """Inner maximisation, in example-steps per second."""
     for name, classifier, batch in scale.inner:
-        net, logits_fn, x, y = problem(name, classifier, batch, scale.dtype)
+        net, logits_fn, x, y = inner_problem(name, classifier, batch, scale.dtype)
         flops = attack_flops(net, logits_fn) * batch * steps
 
         def attack(x, y, net=net, logits_fn=logits_fn):
@@ -222,18 +223,18 @@ def inner_rows(scale: Scale, steps: int = 5) -> Iterator[Row]:
             delta, _ = ada.maximise(keys, x, loss_fn, net, nu=0.015, steps=steps)
             return delta
 
-        seconds, compilation = measure(attack, x, y, seconds=scale.seconds)
+        seconds, compilation = time_calls(attack, x, y, seconds=scale.seconds)
         rate = f"{batch * steps / seconds:.0f} example-steps/s"
         title = f"inner maximisation, {name} + {classifier}, batch {batch}"
         yield title, flops, seconds, rate, compilation
 
 
 def peer_rows(scale: Scale, rows: str) -> Iterator[Row]:
-    """The same in PyTorch: the inner maximisation, or the nominal training step."""
+    """The inner maximisation or the nominal training step in PyTorch."""
     from ada_jax import benchmark_torch
 
     batch, steps = scale.inner[0][2], 5
-    net, logits_fn, x, _ = problem("edsr_baseline", "preact_resnet18", batch, scale.dtype)
+    net, logits_fn, x, _ = inner_problem("edsr_baseline", "preact_resnet18", batch, scale.dtype)
     if rows == "inner":
         flops = attack_flops(net, logits_fn) * batch * steps
         found = benchmark_torch.inner_rows(batch, scale.dtype, steps, scale.seconds)
@@ -244,8 +245,8 @@ def peer_rows(scale: Scale, rows: str) -> Iterator[Row]:
         yield title, flops, seconds, rate, compilation
 
 
-def problem(name: str, classifier: str, batch: int, dtype: str) -> tuple[Any, ...]:
-    """A corruption network without training, a random classifier and a random batch."""
+def inner_problem(name: str, classifier: str, batch: int, dtype: str) -> tuple[Any, ...]:
+    """A random corruption network, a random classifier and a random batch."""
     architecture = corruption_nets.architecture(name)
     apply = corruption_nets.cast(architecture.apply, dtype)
     net = ada.CorruptionNet(apply, architecture.init(jax.random.key(0)))
@@ -261,13 +262,13 @@ def problem(name: str, classifier: str, batch: int, dtype: str) -> tuple[Any, ..
 
 
 def attack_flops(net: ada.CorruptionNet, logits_fn: Callable[..., Any]) -> float:
-    """Operations of one step for one example: 3 passes of the network, 2 of the classifier."""
+    """Operations of a step per example: 3 passes of the network and 2 of the classifier."""
     x = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     return 3 * net_flops(net) + 2 * forward_flops(logits_fn, x)
 
 
 def net_flops(net: ada.CorruptionNet) -> float:
-    """Operations of a corruption network's forward pass for one image of 32x32."""
+    """Operations of a corruption network's forward pass for one 32x32 image."""
     x = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     return forward_flops(net.apply, net.theta, x, jax.random.key(0))
 
@@ -278,14 +279,14 @@ def cifar10(words: str) -> Any:
 
 
 def step_rows(scale: Scale) -> Iterator[Row]:
-    """The whole training step of experiments/cifar10.py, nominal, with AugMix and with AdA."""
+    """The training step of experiments/cifar10.py, nominal, with AugMix and with AdA."""
     for words in scale.words:
         config = cifar10(words).unlock()
         config.batch_size = scale.batch or config.batch_size
         images = jax.random.uniform(jax.random.key(0), (config.batch_size, 32, 32, 3))
         labels = jnp.arange(config.batch_size) % 10
         one_step, model, state, nets = first_step(config, images)
-        seconds, compilation = measure(one_step, images, labels, seconds=scale.seconds)
+        seconds, compilation = time_calls(one_step, images, labels, seconds=scale.seconds)
         logits_fn = functools.partial(
             model.apply, state.params, state.net_state, None, is_training=False
         )
@@ -300,7 +301,7 @@ def step_rows(scale: Scale) -> Iterator[Row]:
 
 
 def first_step(config: Any, images: jax.Array) -> tuple[Any, ...]:
-    """A config's first update of one device's images and labels; its model, state and networks."""
+    """A config's first update as a function of images and labels; its model, state and networks."""
     model = scoring.make_classifier(config, 10)
     optimizer = training.make_optimizer(
         config, training.learning_rate_schedule(config, 100.0, 1000)
@@ -317,7 +318,7 @@ def first_step(config: Any, images: jax.Array) -> tuple[Any, ...]:
 
 
 def augment_rows(scale: Scale) -> Iterator[Row]:
-    """AugMix of a batch, and DeepAugment's renderings."""
+    """AugMix of a batch, and DeepAugment's rendering."""
     batch = 128
     x = jax.random.uniform(jax.random.key(0), (batch, 32, 32, 3))
 
@@ -325,7 +326,7 @@ def augment_rows(scale: Scale) -> Iterator[Row]:
         return augmix.augment_and_mix(jax.random.key(seed[0]), x)
 
     devices = np.arange(jax.local_device_count())
-    seconds, compilation = measure(mix, x, devices, seconds=scale.seconds)
+    seconds, compilation = time_calls(mix, x, devices, seconds=scale.seconds)
     yield f"AugMix, batch {batch}", 0.0, seconds, f"{1e3 * seconds:.1f} ms", compilation
     images = np.random.default_rng(0).integers(0, 256, (scale.rendered, 32, 32, 3), np.uint8)
     for name, enlarge in (("edsr_small", 1), ("cae", 1), ("cae", 2)):
@@ -345,8 +346,8 @@ def augment_rows(scale: Scale) -> Iterator[Row]:
 
 
 def memory_rows(scale: Scale) -> Iterator[str]:
-    """Temporary memory of the inner maximisation with and without microbatches."""
-    net, logits_fn, _, _ = problem(*scale.inner[0], scale.dtype)
+    """Temporary memory of the inner maximisation, with and without microbatches."""
+    net, logits_fn, _, _ = inner_problem(*scale.inner[0], scale.dtype)
 
     def temporary(batch, microbatch):
         def attack(x, y):
@@ -376,7 +377,7 @@ def memory_rows(scale: Scale) -> Iterator[str]:
 
 
 def scaling_rows(scale: Scale, rounds: int = 5) -> Iterator[str]:
-    """Steps of 1, 2, 4, ... devices as one program, against as many that know of no other."""
+    """Steps on 1, 2, 4, ... devices as one program, against one program per device."""
     per_device = scale.batch or 64
     for words in (scale.words[0], scale.words[-1]):
         config = cifar10(words)
@@ -386,23 +387,23 @@ def scaling_rows(scale: Scale, rounds: int = 5) -> Iterator[str]:
         count = 1
         while count <= jax.local_device_count():
             groups = [jax.local_devices()[:count]], [[d] for d in jax.local_devices()[:count]]
-            joined, alone = (Together(one_step, g, images, labels) for g in groups)
-            # By turns, for the machine's speed drifts; the least, which other load disturbs least.
+            joined, alone = (ConcurrentPrograms(one_step, g, images, labels) for g in groups)
+            # In turn, because the machine's speed drifts.
             times = [(joined.seconds(), alone.seconds()) for _ in range(rounds)]
             one, other = map(min, zip(*times, strict=True))
             yield (
                 f"weak scaling, cifar10.py:{words}, {per_device} examples on each of {count} "
-                f"devices: {1e3 * one:.1f} ms a step, {1e3 * other:.1f} ms without each other, "
+                f"devices: {1e3 * one:.1f} ms a step, {1e3 * other:.1f} ms as separate programs, "
                 f"{100 * (one / other - 1):+.1f}%"
             )
             count *= 2
 
 
-class Together:
-    """A function as one program for each group of devices, which run at the same time."""
+class ConcurrentPrograms:
+    """A function compiled as one program per group of devices, which run at the same time."""
 
     def __init__(self, f: Callable[..., Any], groups: list[list[Any]], *args: jax.Array) -> None:
-        """Compiles it; every device has the same arguments."""
+        """Compiles the programs; every device gets the same arguments."""
         self._programs = []
         for devices in groups:
             placed = [jnp.broadcast_to(a, (len(devices), *a.shape)) for a in args]
@@ -413,7 +414,7 @@ class Together:
         self.seconds()
 
     def seconds(self, least: float = 1.0) -> float:
-        """Least seconds until all programs have run."""
+        """Least seconds until all programs have ended."""
         times, end = [], time.perf_counter() + least
         while time.perf_counter() < end or len(times) < 3:
             start = time.perf_counter()
@@ -430,8 +431,8 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--rows={','.join(unknown)} is unknown: choose from {', '.join(ROWS)}.")
     if f.peer:
         if importlib.util.find_spec("torch") is None:
-            raise UserError("--peer=torch needs PyTorch: install it by -e '.[torch]'.")
-        # So that PyTorch has memory beside JAX, which would take three quarters at once.
+            raise UserError("--peer=torch needs PyTorch: pip install -e '.[torch]'.")
+        # Otherwise JAX reserves three quarters of the memory, which PyTorch needs.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     cli.set_up_devices(f.cpu_devices, "")
     scale = SCALES[f.scale or ("cpu" if jax.default_backend() == "cpu" else "accelerator")]
@@ -465,7 +466,7 @@ def main(argv: list[str]) -> None:
 
 
 def print_row(row: Row, reference: float) -> None:
-    """Prints a line of the table; `reference` is what its share is of, in flop/s."""
+    """Prints a line of the table; `reference` is the speed of the matrix product in flop/s."""
     title, flops, seconds, rate, compilation = row
     speed, rate = flops / seconds, rate or f"{1e3 * seconds:.1f} ms"
     counted = f"{speed / 1e9:.0f} | {100 * speed / reference:.1f}%" if speed > 0 else "|"
@@ -473,8 +474,8 @@ def print_row(row: Row, reference: float) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_list("rows", list(ROWS), "Which rows: " + ", ".join(ROWS) + ".")
-    flags.DEFINE_integer("cpu_devices", 2, "Devices that a CPU is split into.")
-    flags.DEFINE_enum("peer", None, ["torch"], "Also measure the same in PyTorch.")
-    flags.DEFINE_enum("scale", None, list(SCALES), "How large; by default as the device is.")
+    flags.DEFINE_list("rows", list(ROWS), "Rows to measure: " + ", ".join(ROWS) + ".")
+    flags.DEFINE_integer("cpu_devices", 2, "Number of devices that a CPU is split into.")
+    flags.DEFINE_enum("peer", None, ["torch"], "Also measure inner and step in PyTorch.")
+    flags.DEFINE_enum("scale", None, list(SCALES), "Problem sizes; the device's by default.")
     cli.start(main, computes=True)

@@ -1,7 +1,4 @@
-"""PyTorch's side of `python -m ada_jax.benchmark --peer=torch`: the same work, idiomatically.
-
-Needs PyTorch; nothing else in the package does, so import it only where PyTorch is asked for.
-"""
+"""The PyTorch rows of `python -m ada_jax.benchmark --peer=torch`."""
 
 import functools
 import gc
@@ -16,9 +13,9 @@ from torch import Tensor, nn
 
 from ada_jax.nets import classifiers, corruption_nets, edsr
 
-Theta = dict[str, tuple[Tensor, Tensor]]  # name of a convolution: kernel [O,C,3,3], bias [O]
-Row = tuple[str, float, str, float]  # title, seconds per call, rate, seconds of the first call
-Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]  # torch.compile, or nothing
+Theta = dict[str, tuple[Tensor, Tensor]]  # Convolution: (kernel [O,C,3,3], bias [O]).
+Row = tuple[str, float, str, float]  # Title, seconds per call, rate, seconds of the first call.
+Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]  # torch.compile or the identity.
 
 _MEAN = edsr.DIV2K_MEAN.tolist()
 _TINY = 1e-30
@@ -28,15 +25,12 @@ _TINY = 1e-30
 
 
 def edsr_init(blocks: int, features: int, device: str = "cpu") -> Theta:
-    """Random parameters of an EDSR of scale 1, named as `ada_jax.nets.corruption_nets` names them.
+    """Random parameters of an EDSR of scale 1, U(-1/sqrt(fan_in), 1/sqrt(fan_in)), float32.
 
     Args:
-      blocks: residual blocks.
+      blocks: number of residual blocks.
       features: channels.
-      device: where they go.
-
-    Returns:
-      Kernels and biases U(-1/sqrt(fan_in), 1/sqrt(fan_in)), float32.
+      device: device of the parameters.
     """
     widths = {"head": (3, features)}
     for i in range(blocks):
@@ -47,13 +41,11 @@ def edsr_init(blocks: int, features: int, device: str = "cpu") -> Theta:
 
 
 def edsr(theta: Theta, delta: Theta, images: Tensor) -> Tensor:
-    """EDSR of scale 1 with parameters of its own for every image.
-
-    The examples are the groups of one grouped convolution, so that a batch is one call per layer.
+    """EDSR of scale 1 with separate parameters for every image, as grouped convolutions.
 
     Args:
       theta: the shared parameters.
-      delta: what each example adds to them, with a leading axis [B].
+      delta: the perturbation of each example, with a leading axis [B].
       images: [B,3,H,W] in [0,1].
 
     Returns:
@@ -63,11 +55,11 @@ def edsr(theta: Theta, delta: Theta, images: Tensor) -> Tensor:
     def conv(name: str, h: Tensor) -> Tensor:
         (w, b), (dw, db) = theta[name], delta[name]
         w = (w + dw).flatten(0, 1)
-        # Flattened first: torch.compile on a CPU fails where a bias is a view of a sum.
+        # Flattened before the sum: torch.compile on a CPU fails if a bias is a view of a sum.
         b = b.repeat(len(images)) + db.flatten()
         return F.conv2d(h, w, b, padding=1, groups=len(images))
 
-    # Filled on the device: a copy of the mean from the host would wait for the device.
+    # Created on the device: a copy from the host would synchronise.
     mean = torch.cat([images.new_full((1, 1, 1), value) for value in _MEAN])
     x = h = conv("head", (255 * (images - mean)).reshape(1, -1, *images.shape[2:]))
     for i in range(sum(name.endswith("/conv0") for name in theta)):
@@ -76,7 +68,7 @@ def edsr(theta: Theta, delta: Theta, images: Tensor) -> Tensor:
 
 
 def render(theta: Theta, delta: Theta, images: Tensor) -> Tensor:
-    """Every image through its own EDSR as `edsr` does it, float32 and clipped to [0,1]."""
+    """The output of `edsr` as float32, clipped to [0,1]."""
     return edsr(theta, delta, images).float().clamp(0.0, 1.0)
 
 
@@ -84,15 +76,14 @@ def render(theta: Theta, delta: Theta, images: Tensor) -> Tensor:
 
 
 class PreActResNet18(nn.Module):
-    """The preact_resnet18 of `ada_jax.classifiers`, which normalises its images by itself."""
+    """The preact_resnet18 of `ada_jax.nets.classifiers`, which normalises its input."""
 
     def __init__(self, num_classes: int = 10, local_stats: bool = False) -> None:
-        """Makes it with PyTorch's own random parameters.
+        """Initialises the parameters at random.
 
         Args:
           num_classes: number of logits.
-          local_stats: whether batch normalisation takes the batch's statistics in eval mode, too,
-            and keeps no running ones.
+          local_stats: whether batch normalisation uses the batch's statistics in eval mode, too.
         """
         super().__init__()
         norm = functools.partial(nn.BatchNorm2d, track_running_stats=not local_stats)
@@ -149,19 +140,19 @@ def maximise(
     dtype: str = "float32",
     wrap: Wrap = lambda f: f,
 ) -> Theta:
-    """Projected sign-gradient ascent on delta from a random start, as `ada_jax.ada.maximise`.
+    """Projected sign-gradient ascent on delta from a random start, like `ada_jax.ada.maximise`.
 
     Args:
       x: images [B,3,H,W] in [0,1], float32.
       y: labels [B], int64.
-      theta: EDSR's parameters, float32; they are not changed.
+      theta: EDSR's parameters, float32.
       classifier: images to logits [B,K]. A `PreActResNet18` should be in eval mode with
-        `local_stats`, its parameters without gradients.
-      steps: number of steps, 0 or more.
-      nu: radius of every leaf's ball relative to the leaf's norm, 0 or more.
-      step_scale: step in units of the median radius, positive.
-      dtype: 'bfloat16' runs the forward pass under autocast; delta is float32 all the same.
-      wrap: `torch.compile`, remembering what it has compiled, or nothing.
+        `local_stats`, and its parameters should not require gradients.
+      steps: number of steps.
+      nu: radius of every leaf's ball relative to the leaf's norm.
+      step_scale: step in units of the median radius.
+      dtype: 'bfloat16' runs the forward pass under autocast; delta is float32.
+      wrap: cached `torch.compile`, or the identity.
 
     Returns:
       delta inside its balls, with a leading axis [B], float32.
@@ -169,7 +160,7 @@ def maximise(
     loss_fn, ascend = wrap(_total_loss), wrap(_ascend)
     leaves = _leaves(theta)
     radii = nu * torch.stack([torch.linalg.vector_norm(leaf) for leaf in leaves])
-    # Unlike torch.median, the mean of the two in the middle.
+    # Unlike torch.median, torch.quantile averages the two middle values.
     eta = step_scale * torch.quantile(radii, 0.5)
     delta = random_start(len(x), leaves, radii)
     for _ in range(steps):
@@ -186,15 +177,15 @@ def random_start(batch: int, leaves: list[Tensor], radii: Tensor) -> list[Tensor
     Args:
       batch: number of examples B.
       leaves: parameters, for their shapes.
-      radii: a radius per leaf.
+      radii: radii of the leaves.
 
     Returns:
-      A tensor [B, *leaf.shape] for every leaf, of norms up to its radius.
+      A tensor [B, *leaf.shape] for every leaf.
     """
     delta = []
     for leaf, radius in zip(leaves, radii, strict=True):
         d = torch.randn(batch, *leaf.shape, device=leaf.device)
-        # U^(1/d) makes the distance from the centre that of a uniform point of a d-ball.
+        # U^(1/d) is distributed like the distance from the centre of a uniform point in a d-ball.
         distances = radius * torch.rand(batch, device=leaf.device) ** (1 / leaf.numel())
         delta.append(d.mul_(_along(distances / _norms(d), d)))
     return delta
@@ -207,7 +198,7 @@ def _total_loss(
     theta: Theta,
     classifier: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    # The sum, not the mean: an example's gradient must not depend on the size of the batch.
+    # A sum, not a mean, makes an example's gradient independent of the batch size.
     logits = classifier(render(theta, _tree(theta, leaves), x))
     return F.cross_entropy(logits, y, reduction="sum")
 
@@ -248,8 +239,8 @@ def inner_rows(batch: int, dtype: str, steps: int = 5, seconds: float = 3.0) -> 
       seconds: how long to repeat each.
 
     Yields:
-      Title, least seconds of a call, example-steps per second in words, seconds of the first call.
-      A form that fails has NaN for seconds and the error's first line for the rate.
+      Title, least seconds per call, example-steps per second as text, seconds of the first call.
+      If it fails, the seconds are NaN and the rate is the first line of the error.
     """
     title = f"inner maximisation, edsr_baseline + preact_resnet18, batch {batch}"
     prepare = functools.partial(_prepare_attack, batch, dtype, steps)
@@ -270,14 +261,13 @@ def _rows(
     unit: str,
     seconds: float,
 ) -> Iterator[Row]:
-    """Rows of `work` units in every call of what `prepare` makes."""
-    # A batch of another size is compiled for that size.
+    """Rows for the function that `prepare` returns, which does `work` units per call."""
     compiler = functools.partial(torch.compile, dynamic=False)
     for form, wrap in (("eager", lambda f: f), ("torch.compile", functools.cache(compiler))):
         try:
             least, first = _measure(prepare(wrap), seconds)
             rate = f"{work / least:.0f} {unit}"
-        except Exception as error:  # Whatever fails, the other rows are wanted.
+        except Exception as error:  # The other rows are still measured.
             least = first = math.nan
             rate = (str(error).strip() or repr(error)).splitlines()[0]
         _free()
@@ -319,7 +309,7 @@ def _mean_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _set_up() -> str:
-    """Chooses the device, and its fastest kernels."""
+    """Selects the device and enables its fastest kernels."""
     torch.manual_seed(0)
     if not torch.cuda.is_available():
         return "cpu"
@@ -339,7 +329,7 @@ def _autocast(device: str, dtype: str) -> torch.autocast:
 
 
 def _measure(f: Callable[[], Any], seconds: float) -> tuple[float, float]:
-    """Least seconds of a call, and those of the first, in which kernels are compiled and chosen."""
+    """Least seconds per call, and the seconds of the first call, which compiles."""
     first = _timed(f)
     times, end = [], time.perf_counter() + seconds
     while time.perf_counter() < end or len(times) < 3:

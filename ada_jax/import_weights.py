@@ -1,12 +1,12 @@
-"""Takes corruption networks over from PyTorch, and gives them back.
+"""Converts corruption networks' weights from and to PyTorch.
 
 python -m ada_jax.import_weights edsr edsr_baseline_x4.pt OUT.safetensors
 python -m ada_jax.import_weights edsr model.safetensors OUT.safetensors
 python -m ada_jax.import_weights cae model_final.state OUT.safetensors
 python -m ada_jax.import_weights --export cae IN.safetensors OUT.pt
 
-'edsr' is whichever preset of EDSR the file fits. All but safetensors files need PyTorch:
-pip install -e '.[torch]'.
+'edsr' is the EDSR preset that matches the file. All files except safetensors need PyTorch
+(pip install -e '.[torch]').
 """
 
 import hashlib
@@ -29,26 +29,26 @@ from ada_jax.run import cli
 
 StateDict = dict[str, np.ndarray]
 _NETWORKS = ("edsr", *corruption_nets.names())
-_SHIFT = {"sub_mean": -255.0, "add_mean": 255.0}  # EDSR's MeanShift layers, in units of the mean
+_SHIFT = {"sub_mean": -255.0, "add_mean": 255.0}  # EDSR's MeanShift layers: factors of the mean.
 
 
 # ------------------------------------------------------------------------ the mapping
 
 
 def torch_name(preset: str, name: str) -> str:
-    """The published network's name of a layer.
+    """A layer's name in the published network.
 
     Args:
-      preset: a name of `corruption_nets.names()`.
+      preset: one of `corruption_nets.names()`.
       name: a layer of its theta, such as 'block03/conv0'.
 
     Returns:
-      The prefix of its '.weight' and '.bias', such as 'body.3.body.0'.
+      The prefix of '.weight' and '.bias', such as 'body.3.body.0'.
     """
     if preset == "cae":
         layer, _, part = name.partition("/")
         kind = layer.rstrip("123").rstrip("_")
-        # Positions inside the published nn.Sequentials, among paddings and activations.
+        # Positions in the published nn.Sequential modules, which include padding and activations.
         at = {"e_conv": {"": 1}, "e_block": {"conv0": 1, "conv1": 4}}
         at |= {"d_block": at["e_block"], "d_up_conv": {"conv": 0, "up": 3, "conv0": 0, "conv1": 3}}
         position = 0 if layer == "e_conv_3" else at[kind][part]
@@ -62,19 +62,19 @@ def torch_name(preset: str, name: str) -> str:
 
 
 def to_torch(preset: str, theta: Mapping[str, Any]) -> StateDict:
-    """Parameters in PyTorch's layout and with the published network's names.
+    """Converts parameters to the published network's PyTorch state dict.
 
     Args:
-      preset: a name of `corruption_nets.names()`.
+      preset: one of `corruption_nets.names()`.
       theta: its parameters.
 
     Returns:
-      The state dict as float32 arrays, with EDSR's fixed MeanShift layers.
+      The state dict as float32 arrays, including EDSR's fixed MeanShift layers.
     """
     state = {}
     for name, layer in theta.items():
         prefix, w = torch_name(preset, name), np.asarray(layer["w"], np.float32)
-        # Convolutions are stored [out,in,h,w], transposed ones [in,out,h,w]; ours are [h,w,in,out].
+        # [h,w,in,out] becomes [out,in,h,w], and [in,out,h,w] in transposed convolutions.
         state[f"{prefix}.weight"] = (
             w.transpose(2, 3, 0, 1) if _is_up(name) else w.transpose(3, 2, 0, 1)
         )
@@ -87,25 +87,24 @@ def to_torch(preset: str, theta: Mapping[str, Any]) -> StateDict:
 
 
 def from_torch(preset: str, state: StateDict) -> dict[str, dict[str, np.ndarray]]:
-    """Parameters of a preset from a PyTorch state dict.
+    """Converts a PyTorch state dict to the parameters of a preset.
 
     Args:
-      preset: a name of `corruption_nets.names()`.
-      state: floating-point arrays by name; 'module.' or 'model.' before every name is ignored.
+      preset: one of `corruption_nets.names()`.
+      state: floating-point arrays by name; a common prefix 'module.' or 'model.' is ignored.
 
     Returns:
       theta, float32.
 
     Raises:
-      UserError: other names, shapes or mean shifts than the network's, or values that are not
-        finite.
+      UserError: names, shapes or mean shifts do not match, or values are not finite.
     """
     state = {name: _float32(a) for name, a in _without_prefix(state).items()}
     if mismatch := _mismatch(preset, state):
-        raise UserError(f"The file is not {preset}: {mismatch}.")
+        raise UserError(f"The file is not {preset} ({mismatch}): give the file of this network.")
     for name, array in state.items():
         if not np.isfinite(array).all():
-            raise UserError(f"The file's {name} holds NaN or infinity: take another file.")
+            raise UserError(f"The file's {name} holds NaN or infinity: use another file.")
     _check_mean_shift({name: a for name, a in state.items() if _is_mean_shift(name)})
     return {name: _layer(preset, name, state) for name in _zeros(preset)}
 
@@ -117,7 +116,7 @@ def _without_prefix(state: StateDict) -> StateDict:
 
 
 def _float32(array: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):  # Infinities are found afterwards.
+    with np.errstate(over="ignore"):  # Infinities are reported by the caller.
         return np.asarray(array, np.float32)
 
 
@@ -127,16 +126,16 @@ def _zeros(preset: str) -> dict[str, dict[str, np.ndarray]]:
 
 
 def _mismatch(preset: str, state: StateDict) -> str | None:
-    """What keeps a state dict's names and shapes from being a preset's; None where they are."""
+    """The difference between a state dict's names and shapes and a preset's; None if equal."""
     expected = _shapes(preset)
     required = {name for name in expected if not _is_mean_shift(name)}
     if missing := sorted(required - set(state)):
         return f"it lacks {len(missing)} arrays, {missing[0]} first"
     if unknown := sorted(set(state) - set(expected)):
-        return f"it has {len(unknown)} arrays more, {unknown[0]} first"
+        return f"it has {len(unknown)} unexpected arrays, {unknown[0]} first"
     for name, array in state.items():
         if array.shape != expected[name]:
-            return f"{name} has the shape {array.shape} and should have {expected[name]}"
+            return f"{name} has the shape {array.shape}, expected {expected[name]}"
     return None
 
 
@@ -167,18 +166,18 @@ def _check_mean_shift(shifts: StateDict) -> None:
         expected = _SHIFT[layer] * edsr.DIV2K_MEAN
         if kind == "weight":
             expected = np.eye(3)[:, :, None, None]
-        if not np.allclose(array, expected, rtol=2**-9):  # what bfloat16 rounds
+        if not np.allclose(array, expected, rtol=2**-9):  # bfloat16's precision.
             raise UserError(
-                f"The file's {name} is {array.ravel().tolist()}, not DIV2K's fixed mean shift: the "
-                "network was trained with another normalisation, which is not supported."
+                f"The file's {name} is {array.ravel().tolist()}, not DIV2K's fixed mean shift: use "
+                "a network that was trained with DIV2K's normalisation."
             )
 
 
 def preset_of(network: str, state: StateDict) -> str:
-    """The preset that a file is: the network asked for, or for 'edsr' the one whose layers fit.
+    """Returns `network`, or for 'edsr' the preset that matches the state dict.
 
     Raises:
-      UserError: no preset of EDSR fits.
+      UserError: no EDSR preset matches.
     """
     if network != "edsr":
         return network
@@ -192,50 +191,52 @@ def preset_of(network: str, state: StateDict) -> str:
     why = f"for {nearest}, {_mismatch(nearest, state)}"
     if not shared[nearest]:
         why = f"its first arrays are {', '.join(list(state)[:3]) or 'none'}"
-    raise UserError(f"The file is no EDSR that is known here ({', '.join(presets)}): {why}.")
+    raise UserError(
+        f"The file is not a known EDSR ({why}): give the weights of {', '.join(presets)}."
+    )
 
 
 # ------------------------------------------------------------------------ files
 
 
 def read_torch(path: str | os.PathLike[str]) -> StateDict:
-    """Reads a PyTorch file of tensors, old, new or safetensors, without running code from it.
+    """Reads the tensors of a PyTorch or safetensors file without executing code from it.
 
     Args:
-      path: the file; a state dict, or one inside a dict under 'state_dict' or 'model'. PyTorch
-        is not needed for safetensors.
+      path: a file with a state dict, or with a dict that has one under 'state_dict' or 'model'.
+        safetensors files do not need PyTorch.
 
     Returns:
       Arrays by name.
 
     Raises:
-      UserError: no such file, not a whole PyTorch file, or one that holds more than tensors.
+      UserError: the file is missing or damaged, or holds more than tensors.
     """
     try:
         with open(path, "rb") as file:
             start = file.read(9)
     except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist: name the PyTorch file.") from error
+        raise UserError(f"{path} does not exist: check the path.") from error
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): name the file.") from error
+        raise UserError(f"{path} cannot be read ({error.strerror}): give a file.") from error
     if start[8:] == b"{" or os.fspath(path).endswith(".safetensors"):
         return weight_files.read_safetensors(os.fspath(path))[0]
     if not start.startswith((b"PK", b"\x80")):
         raise UserError(
-            f"{path} is neither a PyTorch nor a safetensors file (it starts with {start!r}): fetch "
-            "it again, and see that it is not a page that says why it could not be had."
+            f"{path} is neither a PyTorch nor a safetensors file (it starts with {start!r}): "
+            "download it again, and check that it is not an error page."
         )
     torch = _torch()
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path} was refused: it is damaged or holds more than tensors, which could run code "
-            "on loading. Save the network's state_dict() alone."
+            f"{path} is damaged or holds more than tensors, which could execute code on loading: "
+            "save only the network's state_dict()."
         ) from error
-    except Exception as error:  # torch raises a different type for each way a file can be broken
+    except Exception as error:  # torch raises errors of many types for damaged files.
         raise UserError(
-            f"{path} is not a whole PyTorch file ({type(error).__name__}): fetch it again."
+            f"{path} is not a complete PyTorch file ({type(error).__name__}): download it again."
         ) from error
     for key in ("state_dict", "model"):
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
@@ -245,13 +246,13 @@ def read_torch(path: str | os.PathLike[str]) -> StateDict:
         for name, a in loaded.items()
     ):
         raise UserError(f"{path} holds no state dict of tensors: save the network's state_dict().")
-    # NumPy has neither bfloat16 nor quantised numbers.
+    # NumPy supports neither bfloat16 nor quantised tensors.
     wide = {name: a.dequantize() if a.is_quantized else a.double() for name, a in loaded.items()}
     return {name: a.detach().numpy() for name, a in wide.items()}
 
 
 def write_torch(path: str | os.PathLike[str], state: StateDict) -> None:
-    """Writes a state dict for `torch.load`, whole or not at all."""
+    """Writes a state dict for `torch.load`, atomically."""
     torch = _torch()
     with io.BytesIO() as file:
         torch.save({name: torch.from_numpy(a.copy()) for name, a in state.items()}, file)
@@ -261,7 +262,7 @@ def write_torch(path: str | os.PathLike[str], state: StateDict) -> None:
         paths.write(path, content)
     except OSError as error:
         raise UserError(
-            f"{path} cannot be written ({error}): free some space, or name another file."
+            f"{path} cannot be written ({error}): free some space, or give another file."
         ) from error
 
 
@@ -270,7 +271,7 @@ def _torch() -> Any:
         import torch
     except ModuleNotFoundError as error:
         raise UserError(
-            "PyTorch is not installed, and all but safetensors files need it: pip install -e "
+            "PyTorch, which all files except safetensors need, is not installed: pip install -e "
             "'.[torch]'."
         ) from error
     return torch
@@ -280,7 +281,7 @@ def _torch() -> Any:
 
 
 def import_file(network: str, source: str, out: str) -> str:
-    """Turns a PyTorch file into weights for `corruption_nets.make`; returns a line about them."""
+    """Converts a PyTorch file to weights for `corruption_nets.make`; returns a summary line."""
     state = read_torch(source)
     preset = preset_of(network, state)
     theta = from_torch(preset, state)
@@ -297,9 +298,9 @@ def import_file(network: str, source: str, out: str) -> str:
 
 
 def export_file(network: str, source: str, out: str) -> str:
-    """Turns our weights into a PyTorch file; returns a line about it."""
+    """Converts weights to a PyTorch file; returns a summary line."""
     if network == "edsr":
-        raise UserError("Name the preset to export: edsr_baseline_x4, for example, and not edsr.")
+        raise UserError("'edsr' is not a preset: give the one to export, such as edsr_baseline_x4.")
     net = corruption_nets.make(network, weights=source)
     state = to_torch(network, net.theta)
     write_torch(out, state)
@@ -309,16 +310,18 @@ def export_file(network: str, source: str, out: str) -> str:
 def main(argv: list[str]) -> None:
     """Imports or exports a file."""
     if len(argv) != 4:
-        raise UserError("Give three words: NETWORK IN OUT, as in: edsr edsr_baseline_x4.pt OUT.")
+        raise UserError(
+            "There must be three arguments: NETWORK IN OUT, such as edsr edsr_baseline_x4.pt OUT."
+        )
     _, network, source, out = argv
     if network not in _NETWORKS:
         raise UserError(f"{network!r} is unknown: choose one of {', '.join(_NETWORKS)}.")
     paths.check_bucket(out, out)
     if paths.exists(out):
-        raise UserError(f"{out} exists and is not overwritten: rename it or name another file.")
+        raise UserError(f"{out} exists and is not overwritten: rename it or give another file.")
     print((export_file if flags.FLAGS.export else import_file)(network, source, out))
 
 
 if __name__ == "__main__":
-    flags.DEFINE_bool("export", False, "From our weights to a PyTorch file.")
+    flags.DEFINE_bool("export", False, "Whether to convert to PyTorch instead of from it.")
     cli.start(main)

@@ -1,24 +1,22 @@
-r"""Tells, without a TPU, whether a config fits on one and how long a step takes there at least.
+"""Checks without a TPU whether a config fits on one, and gives a lower bound of the step time.
 
-    python -m ada_jax.plan --config=experiments/cifar10.py --topology=v5e:2x2,v3:2x2 \
-        [--hours_price=PRICE] [--json=FILE]
+    python -m ada_jax.plan --config=experiments/cifar10.py --topology=v5e:2x2,v3:2x2 [--json=FILE]
 
-The TPU's own compiler (`pip install -e '.[tpu]'`) compiles the update step of `ada_jax.train` for
-all cores of the topology; neither data nor weights are needed. Exit status 1 says that the step
-does not fit into a core's memory. A FILE collects the figures of several configs, and ends as one
-table; what it has of the same config and topology is not compiled again.
+The TPU compiler (`pip install -e '.[tpu]'`) compiles the update step of `ada_jax.train` for all
+cores of the topology; neither data nor weights are needed. The exit status is 1 if the step does
+not fit in a core's memory. FILE collects the figures of several configs, which are then printed as
+one table; a config and topology in it are not compiled again.
 
-What the table's figures are, all of them for one core:
-  useful flops     of the matrix products and convolutions that the step needs; a loop's body is
-                   counted as often as it runs (XLA's cost analysis counts it once).
-  compiled flops   the same for the program that the compiler made of it: many more than the
-                   useful ones mean that it chose a wasteful algorithm.
-  HBM traffic      bytes that the compiled program moves to and from HBM, on-chip memory left out.
-  floor            the longer of compiled flops over the chip's published peak and HBM traffic over
-                   its published bandwidth. No step is faster; most are several times slower, for
+The figures, all for one core:
+  useful flops     of the matrix products and convolutions in the step; loops are multiplied by
+                   their number of iterations (XLA's cost analysis counts them once).
+  compiled flops   the same for the compiled program; many more than the useful ones mean that the
+                   compiler chose an inefficient algorithm.
+  HBM traffic      bytes that the compiled program moves to and from HBM.
+  floor            the larger of compiled flops / the chip's published peak and HBM traffic / its
+                   published bandwidth. No step is faster; most are several times slower, because
                    64 channels do not fill a matrix unit of 128 x 128.
-  whole run        hours for all steps where each takes the floor, and where it takes 1 / 0.4 and
-                   1 / 0.2 of it; with --hours_price also what they cost.
+  whole run        hours for all steps at the floor, and at 40% and 20% of its speed.
 """
 
 import hashlib
@@ -47,15 +45,15 @@ from ada_jax.run import cli, config_checks, costs
 
 
 class Chip(NamedTuple):
-    """A generation of TPUs, one core of it.
+    """One core of a generation of TPUs.
 
     Attributes:
       example: the smallest topology.
-      cores: of a chip, as the compiler counts them.
-      peak: published peak, bfloat16 flops per second. XLA multiplies float32 in one bfloat16 pass
-        too, unless a precision is asked for.
+      cores: cores per chip, as the compiler counts them.
+      peak: published peak, bfloat16 flops per second. By default XLA multiplies float32 in one
+        bfloat16 pass, too.
       bandwidth: published HBM bandwidth, bytes per second.
-      hbm: bytes that the compiler gives a program; less than the published size.
+      hbm: bytes that the compiler allows a program, less than the published size.
     """
 
     example: str
@@ -66,8 +64,8 @@ class Chip(NamedTuple):
 
 
 GIB = 2**30
-# Peak and bandwidth: Google's, cloud.google.com/tpu/docs/{v3,v4,v5e,v5p,v6e}, a chip's divided by
-# its cores. hbm: what libtpu 0.0.42 says is available when it refuses a program.
+# Peak and bandwidth: cloud.google.com/tpu/docs/{v3,v4,v5e,v5p,v6e}, divided by the cores per chip.
+# hbm: the available memory in libtpu 0.0.42's error messages.
 CHIPS = {
     "v3": Chip("v3:2x2", 2, 123e12 / 2, 900e9 / 2, 15.48 * GIB),
     "v4": Chip("v4:2x2x1", 2, 275e12 / 2, 1200e9 / 2, 15.25 * GIB),
@@ -75,15 +73,15 @@ CHIPS = {
     "v5p": Chip("v5p:2x2x1", 1, 459e12, 2765e9, 95.74 * GIB),
     "v6e": Chip("v6e:2x2", 1, 918e12, 1638e9, 31.25 * GIB),
 }
-_UTILISATIONS = (1.0, 0.4, 0.2)  # of the floor's speed
-# Training examples and classes of a data set that is not looked at: ImageNet's, or CIFAR-10's.
+_UTILISATIONS = (1.0, 0.4, 0.2)  # Shares of the floor's speed.
+# Training examples and classes: ImageNet's, or CIFAR-10's for other data sets.
 _SIZES = {"imagenet2012": (1_281_167, 1000)}
 _SIZES_OF_OTHERS = (50_000, 10)
 _ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",  # asks no metadata server about the TPU, for there is none
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any: silences a warning
+    "TPU_SKIP_MDS_QUERY": "1",  # There is no metadata server.
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # Any value silences a warning.
     "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several plans at once
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # Several plans may run at once.
 }
 
 
@@ -94,13 +92,13 @@ def chip_of(topology: str) -> Chip:
     """The chip of a topology such as 'v5e:2x2'.
 
     Raises:
-      UserError: another spelling, or a generation without published figures here.
+      UserError: the topology or its generation is unknown.
     """
     generation, _, shape = topology.partition(":")
     if generation not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
         known = ", ".join(chip.example for chip in CHIPS.values())
         raise UserError(
-            f"--topology={topology!r} is unknown: take {known} or a larger shape of one of these."
+            f"--topology={topology!r} is unknown: use {known} or a larger shape of one of these."
         )
     return CHIPS[generation]
 
@@ -112,10 +110,10 @@ def cores_of(topology: str) -> int:
 
 
 def devices_of(topology: str) -> Sequence[jax.Device]:
-    """The cores of a topology, as the TPU compiler describes them.
+    """The TPU compiler's devices for a topology.
 
     Raises:
-      UserError: libtpu is not installed, or does not know the topology.
+      UserError: libtpu is not installed, or does not support the topology.
     """
     chip = chip_of(topology)
     if importlib.util.find_spec("libtpu") is None:
@@ -128,8 +126,8 @@ def devices_of(topology: str) -> Sequence[jax.Device]:
         return topologies.get_topology_desc(topology, platform="tpu").devices
     except jax.errors.JaxRuntimeError as error:
         raise UserError(
-            f"The TPU compiler refuses --topology={topology!r} ({_first_line(error)}): take "
-            f"{chip.example} or a larger one."
+            f"The TPU compiler does not support --topology={topology!r} ({_first_line(error)}): "
+            f"use {chip.example} or a larger one."
         ) from error
 
 
@@ -141,21 +139,18 @@ def _first_line(error: BaseException) -> str:
 
 
 class Step(NamedTuple):
-    """The update step of one device and the shapes it takes: state, theta, batch and key."""
+    """The update step of one device, and the shapes of its arguments state, theta, batch, key."""
 
     update: Any
     arguments: tuple[Any, ...]
 
 
 def step_of(config: ml_collections.ConfigDict, batch_size: int) -> Step:
-    """The config's update step as `ada_jax.train` makes it, without data or weights.
+    """Makes a config's update step like `ada_jax.train`, without data or weights.
 
     Args:
       config: the run's config.
-      batch_size: examples of one device.
-
-    Returns:
-      The step, with the shapes of one device.
+      batch_size: examples per device.
     """
     size = config.image_size
     schedule = training.learning_rate_schedule(config, steps_per_epoch=100, total_steps=1000)
@@ -185,13 +180,13 @@ def step_of(config: ml_collections.ConfigDict, batch_size: int) -> Step:
 
 
 def useful_flops(step: Step, cores: int) -> float:
-    """What the step needs on one core, see `costs.useful_flops`."""
+    """Flops of the step on one core, see `costs.useful_flops`."""
     jaxpr = jax.make_jaxpr(step.update, axis_env=[(sharding.AXIS, cores)])(*step.arguments)
     return costs.useful_flops(jaxpr)
 
 
 def compile_step(step: Step, devices: Sequence[jax.Device]) -> jax.stages.Compiled:
-    """Compiles the step for these devices, mapped as `train.compile_update_step` maps it."""
+    """Compiles the step for these devices, mapped like in `ada_jax.train`."""
     *mapped, key = step.arguments
     mapped = jax.tree.map(lambda a: jax.ShapeDtypeStruct((len(devices), *a.shape), a.dtype), mapped)
     update = jax.pmap(
@@ -203,23 +198,23 @@ def compile_step(step: Step, devices: Sequence[jax.Device]) -> jax.stages.Compil
 # ------------------------------------------------------------------------ the figures
 
 
-def measure(
+def plan_step(
     config: ml_collections.ConfigDict, topology: str, examples: int | None = None
 ) -> dict[str, Any]:
-    """Compiles the step for a topology and takes its figures.
+    """Compiles the step for a topology and returns its figures.
 
     Args:
       config: the run's config.
       topology: such as 'v5e:2x2'.
-      examples: training examples, for the length of a run; None takes the data set's.
+      examples: training examples, for the length of a run; None means the data set's.
 
     Returns:
-      The figures of one core, flops, bytes and seconds; `fits` says whether the compiler found
-      room, and where it did not `refusal` says what it said and the figures of the program are
-      missing.
+      The figures of one core in flops, bytes and seconds. If the step does not fit in memory,
+      'fits' is False, 'refusal' has the compiler's message, and there are no figures of the
+      program.
 
     Raises:
-      UserError: a topology or a batch size that does not work.
+      UserError: the topology or the batch size is invalid.
     """
     config_checks.validate_devices(config, cores_of(topology))
     chip, devices = chip_of(topology), devices_of(topology)
@@ -284,8 +279,8 @@ def program_figures(compiled: jax.stages.Compiled, chip: Chip) -> dict[str, floa
     }
 
 
-def table(figures: dict[str, Any], price: float = 0.0) -> str:
-    """The figures of one topology as a table; see `run_rows` for the price."""
+def table(figures: dict[str, Any]) -> str:
+    """Formats the figures of one topology as a table."""
     f = figures
     rows = [
         ("topology", f"{f['topology']}, {f['cores']} cores of {f['device']}"),
@@ -313,14 +308,14 @@ def table(figures: dict[str, Any], price: float = 0.0) -> str:
                 f"{f['traffic_seconds']:.3f} at {chip.bandwidth / 1e9:.0f} GB/s",
             ),
             ("floor", f"{f['floor_seconds']:.3f} seconds a step"),
-            *run_rows(f, f["steps"], price),
+            run_row(f),
             ("compiled in", f"{f['compile_seconds']:.0f} seconds"),
         ]
     return "\n".join(f"| {name:24} | {value:44} |" for name, value in rows)
 
 
 def comparison(results: Sequence[dict[str, Any]]) -> tables.Table:
-    """One line for each of several figures of `measure`, a core's; a config's lines together."""
+    """A table with one line for each result of `plan_step`, grouped by config."""
     head = [
         "config",
         "topology",
@@ -355,37 +350,27 @@ def _gib(size: float) -> str:
     return f"{size / GIB:.2f} GiB"
 
 
-def run_rows(figures: dict[str, Any], steps: int, price: float) -> list[tuple[str, str]]:
-    """The whole run's hours, and its cost, at several shares of the floor's speed.
-
-    Args:
-      figures: of `measure`, of a step that fits.
-      steps: of the run.
-      price: of an hour of the whole topology; 0 leaves the cost out.
-    """
-    hours = [steps * figures["floor_seconds"] / share / 3600 for share in _UTILISATIONS]
+def run_row(figures: dict[str, Any]) -> tuple[str, str]:
+    """The hours of the whole run at several shares of the floor's speed, as a line of `table`."""
+    steps, seconds = figures["steps"], figures["floor_seconds"]
+    hours = ", ".join(f"{steps * seconds / share / 3600:.1f}" for share in _UTILISATIONS)
     shares = ", ".join(f"{share:.0%}" for share in _UTILISATIONS)
-    rows = [
-        (f"{steps:,} steps, hours", f"{', '.join(f'{h:.1f}' for h in hours)} at {shares} of that"),
-    ]
-    if price:
-        rows.append(("their price", ", ".join(f"{price * h:,.0f}" for h in hours)))
-    return rows
+    return f"{steps:,} steps, hours", f"{hours} at {shares} of that"
 
 
 def steps_of(config: ml_collections.ConfigDict, examples: int | None = None) -> int:
-    """Steps of a whole run on so many training examples, by default the data set's."""
+    """Number of steps of a whole run; `examples` defaults to the data set's."""
     if examples is None:
         examples, _ = _SIZES.get(config.dataset, _SIZES_OF_OTHERS)
     return config.train_steps or round(config.epochs * examples / config.batch_size)
 
 
 def refusal(figures: dict[str, Any]) -> str:
-    """One sentence about a step that does not fit: what the compiler said, and the way out."""
+    """The error message for a step that does not fit."""
     local = figures["batch_per_core"]
     return (
         f"{figures['config']} does not fit on {figures['topology']} with {local} examples a core "
-        f"({figures['refusal']}): set config.ada.microbatch, as to 1, or take more cores."
+        f"({figures['refusal']}): set config.ada.microbatch, for example to 1, or use more cores."
     )
 
 
@@ -398,31 +383,27 @@ def main(
     json_path: str | None = None,
     *,
     examples: int | None = None,
-    price: float = 0.0,
 ) -> int | None:
     """Prints a table for every topology.
 
     Args:
       config: the run's config.
-      topologies: names, or several with commas between them.
-      json_path: file for the figures, a list with a dictionary per config and topology. What it
-        has already is kept and, if it is of this config, not compiled again.
-      examples: training examples, for the length of a run; None takes the data set's.
-      price: of an hour of a whole topology; 0 leaves the cost out.
+      topologies: names, or several names separated by commas.
+      json_path: file of figures, a list with a dict per config and topology. Those in it are kept
+        and, if they are of this config, not compiled again.
+      examples: training examples, for the length of a run; None means the data set's.
 
     Returns:
       1 if the step does not fit on one of them, else None.
 
     Raises:
-      UserError: a mistake in the config or a topology.
+      UserError: the config or a topology is invalid.
     """
     names = [name.strip() for given in topologies for name in given.split(",") if name.strip()]
     if not names:
-        raise UserError(f"Name a topology: --topology={CHIPS['v5e'].example}, for example.")
-    if (examples is not None and examples < 1) or not 0 <= price < math.inf:
-        raise UserError(
-            f"--examples={examples} must be 1 or more, and --hours_price={price} 0 or more."
-        )
+        raise UserError(f"--topology is not set: give {CHIPS['v5e'].example}, for example.")
+    if examples is not None and examples < 1:
+        raise UserError(f"--examples={examples} must be at least 1.")
     config_checks.validate(config)
     for name in names:
         config_checks.validate_devices(config, cores_of(name))
@@ -432,10 +413,10 @@ def main(
         wanted = _identity(config, name, examples)
         figures = next((f for f in results if wanted.items() <= f.items()), None)
         if figures is None:
-            figures = measure(config, name, examples)
+            figures = plan_step(config, name, examples)
             results.append(figures)
         planned.append(figures)
-        print("\n" + table(figures, price), flush=True)
+        print("\n" + table(figures), flush=True)
         if not figures["fits"]:
             print(f"error: {refusal(figures)}", file=sys.stderr, flush=True)
         if json_path:
@@ -446,10 +427,10 @@ def main(
 
 
 def _read(path: str) -> list[dict[str, Any]]:
-    """What earlier plans left in a file.
+    """Reads the figures in a file.
 
     Raises:
-      UserError: another kind of file, which would be lost.
+      UserError: it is another kind of file, which must not be overwritten.
     """
     if not paths.exists(path):
         return []
@@ -459,18 +440,18 @@ def _read(path: str) -> list[dict[str, Any]]:
     except (ValueError, TypeError):
         known = False
     if not known:
-        raise UserError(f"--json={path} is no file of plans: name another one.")
+        raise UserError(f"--json={path} is not a file of plans: give another file.")
     return results
 
 
 def _run(config: ml_collections.ConfigDict, workdir: str) -> int | None:
-    del workdir  # every binary has the flag; this one writes nothing there
+    del workdir  # Nothing is written there.
     f = flags.FLAGS
-    return main(config, f.topology, f.json, examples=f.examples, price=f.hours_price)
+    return main(config, f.topology, f.json, examples=f.examples)
 
 
-def _take_deep_stacks() -> None:
-    """Starts the binary anew with the deepest stacks allowed: for v6e the compiler overran 8 MB."""
+def _enlarge_stack() -> None:
+    """Restarts with the largest stack allowed: for v6e the compiler overflows 8 MB."""
     soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
     if sys.platform.startswith("linux") and soft != hard:
         resource.setrlimit(resource.RLIMIT_STACK, (hard, hard))
@@ -478,10 +459,9 @@ def _take_deep_stacks() -> None:
 
 
 if __name__ == "__main__":
-    _take_deep_stacks()
-    jax.config.update("jax_platforms", "cpu")  # a TPU that is there is left alone
-    flags.DEFINE_multi_string("topology", [], "Such as v5e:2x2; repeat it, or separate by commas.")
-    flags.DEFINE_string("json", None, "File that the figures are added to.")
+    _enlarge_stack()
+    jax.config.update("jax_platforms", "cpu")  # Does not occupy a TPU on this machine.
+    flags.DEFINE_multi_string("topology", [], "Topologies such as v5e:2x2, separated by commas.")
+    flags.DEFINE_string("json", None, "File to which the figures are added.")
     flags.DEFINE_integer("examples", None, "Training examples, for the length of a run.")
-    flags.DEFINE_float("hours_price", 0.0, "Price of an hour of the whole topology.")
     cli.run(_run)

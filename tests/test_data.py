@@ -634,7 +634,7 @@ def test_one_line_says_what_was_left_out(tmp_path, caplog):
         dataset = sources.load("folder", split, data_dir=tmp_path)
     assert (dataset.class_names, len(dataset)) == (("a", "b"), 60)
     (message,) = [r.getMessage() for r in caplog.records if str(tmp_path) in r.getMessage()]
-    head, _, kinds = message.rstrip(".").partition(" left out what is not an image in a class's ")
+    head, _, kinds = message.rstrip(".").partition(" ignored everything except images in a class's ")
     assert head == f"{str(tmp_path)!r}:" and set(kinds.removeprefix("folder: ").split(", ")) == {
         *("'.txt' (2)", "'.mp4' (1)", "without a suffix (1)", "'.csv' (1)", "folders (1)"),
         "images outside of the classes' folders (1)",
@@ -658,7 +658,7 @@ def test_each_of_several_held_out_folders_goes_by_its_name(tmp_path, caplog):
     for split, size in (("train", 2), ("test", 3), ("Test", 3), ("val", 4)):
         assert len(sources.load("folder", split, data_dir=tmp_path)) == size
     assert [r.getMessage() for r in caplog.records if str(tmp_path) in r.getMessage()] == [
-        f"{str(tmp_path)!r}: left out the folders 'extra', which are not splits."
+        f"{str(tmp_path)!r}: ignored the folders 'extra', which are not splits."
     ]
 
 

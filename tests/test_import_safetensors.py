@@ -47,7 +47,7 @@ def test_another_mean_shift_is_refused(tmp_path):
 
 def test_only_a_prefix_of_all_names_is_ignored(tmp_path):
     source = written(tmp_path / "in.safetensors", **{"module.tail.1.bias": np.zeros(3)})
-    with pytest.raises(UserError, match=r"edsr_small, it has 1 arrays more, module\.tail\.1\.bias"):
+    with pytest.raises(UserError, match=r"edsr_small, it has 1 unexpected arrays, module\.tail\.1\.bias"):
         import_weights.import_file("edsr", source, str(tmp_path / "out"))
 
 
@@ -58,7 +58,7 @@ def test_only_a_prefix_of_all_names_is_ignored(tmp_path):
         (b"", "not a complete safetensors file"),
         (safetensors.numpy.save({"a": np.zeros(2)}), "its first arrays are a"),
         (safetensors.numpy.save({"a": np.zeros(2)})[:-1], "not a complete safetensors file"),
-        (b"PK", "PyTorch is not installed, and all but safetensors files need it"),
+        (b"PK", "PyTorch, which all files except safetensors need, is not installed"),
     ],
 )
 def test_other_files_are_refused_in_a_sentence(tmp_path, content, said):

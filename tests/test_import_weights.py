@@ -257,15 +257,15 @@ def damaged(path, kind):
         ("code", "more than tensors"),
         ("module", "more than tensors"),
         ("text", r"is neither a PyTorch nor a safetensors file \(it starts with b'not a net'\)"),
-        ("page", "starts with b'<!DOCTYPE'.* that it is not a page"),
+        ("page", "starts with b'<!DOCTYPE'.* that it is not an error page"),
         ("empty", "starts with b''"),
         ("folder", "cannot be read .Is a directory"),
-        ("zip", "not a whole PyTorch file"),
+        ("zip", "not a complete PyTorch file"),
         ("number", "no state dict of tensors"),
         ("sparse", "no state dict of tensors"),
-        ("more", r"has 1 arrays more, body\.4\.scale first"),
+        ("more", r"has 1 unexpected arrays, body\.4\.scale first"),
         ("large", r"tail\.1\.bias holds NaN or infinity"),
-        ("half", "not a whole PyTorch file"),
+        ("half", "not a complete PyTorch file"),
         ("list", "no state dict"),
         ("nan", r"tail\.1\.bias holds NaN"),
         ("mean", "mean shift"),
@@ -301,7 +301,7 @@ def test_what_cannot_be_written_is_told_in_a_sentence(tmp_path):
 
 def test_a_file_of_another_network_is_refused(tmp_path, torch_cae):
     torch.save(torch_cae.state_dict(), tmp_path / "cae.pt")
-    with pytest.raises(UserError, match="no EDSR that is known here"):
+    with pytest.raises(UserError, match="not a known EDSR"):
         import_weights.import_file("edsr", str(tmp_path / "cae.pt"), str(tmp_path / "out"))
     with pytest.raises(UserError, match="The file is not edsr_small"):
         import_weights.import_file("edsr_small", str(tmp_path / "cae.pt"), str(tmp_path / "out"))
@@ -319,7 +319,7 @@ def test_the_binary(tmp_path):
     for words, said in (
         (("edsr", source, out), "exists and is not overwritten"),
         (("vdsr", source, tmp_path / "x"), "'vdsr' is unknown"),
-        (("edsr", source), "three words"),
+        (("edsr", source), "three arguments"),
         (("edsr", tmp_path / "none.pt", tmp_path / "x"), "does not exist"),
     ):
         refused = run(*words)
