@@ -1,24 +1,25 @@
-"""The paper's CIFAR-10 set-up (appendix A): PreActResNet50 trained with AdA through EDSR.
+"""The paper's CIFAR-10 set-up (appendix A): PreActResNet50 trained with AdA and EDSR.
 
     python -m ada_jax.train --config=experiments/cifar10.py
     python -m ada_jax.train --config=experiments/cifar10.py:small
     python -m ada_jax.train --config=experiments/cifar10.py:ada+augmix,gpu
 
-After the colon a row of the paper's table 1, its words joined by '+', and a preset after a comma:
-  ada                          AdA, through EDSR (the default)
-  augmix                       AugMix, after AdA if that is there
-  deepaugment, deepaugment10x  and images that ada_jax.deepaugment made, 1 or 10 copies
+After the colon: the words of a row of the paper's table 1, joined by '+', and a preset after a
+comma:
+  ada                          AdA with EDSR (the default)
+  augmix                       AugMix, after AdA if both are given
+  deepaugment, deepaugment10x  1 or 10 copies of the images written by ada_jax.deepaugment
   nominal                      none of these
   random                       random perturbations in AdA's ball, for comparison
   linf_at, l2_at               adversarial training by PGD, for comparison (table 3)
   small                        a network and a schedule for two CPU cores
   gpu                          a network and a schedule for one GPU of 24 GB or more
 
-What to expect: the paper reports 3.8% clean error and 12.5% mean corruption error for AdA. A full
-run is about 3e18 floating-point operations: it wants a TPU slice or several GPUs (a v3-8 has the
-HBM for it; see launch/README.md for the compiler's own figures). ':small' takes about forty minutes
-on two cores. ':gpu' trained four rows side by side on one H100 in seven minutes; clean error and
-mCE came to 6.9% and 29.6% for 'nominal', 5.4% and 16.1% for 'ada'.
+What to expect: the paper reports 3.8% clean error and 12.5% mCE for AdA. A full run takes about
+3e18 floating-point operations, for a TPU slice or several GPUs (it fits in a v3-8's memory;
+launch/README.md has the TPU compiler's figures). ':small' takes about forty minutes on two cores.
+':gpu' trained four rows at once on one H100 in seven minutes, to a clean error and mCE of 6.9% and
+29.6% for 'nominal', and of 5.4% and 16.1% for 'ada'.
 
 Without the official test set (CIFAR-10 prepared from its training images only) add
     --config.train_split='train[:45000]' --config.eval_split='train[45000:]'
@@ -45,7 +46,7 @@ PRESETS = ("small", "gpu")
 
 
 def get_config(words: str = "") -> ml_collections.ConfigDict:
-    """The config; every knob of the binary is here, with the paper's value where it gives one."""
+    """The config with all fields of `ada_jax.train`, and the paper's values where it gives them."""
     chosen = _chosen(words)
     config = ml_collections.ConfigDict()
     row = "+".join(word for word in chosen if word not in PRESETS)
@@ -59,8 +60,8 @@ def get_config(words: str = "") -> ml_collections.ConfigDict:
     config.eval_split = "test"
     config.image_size = 32  # pixels, for the data sets 'folder' and 'imagenet2012'
     config.pad = 4  # pixels of zeros around the image before the random crop
-    config.crop_scale = ()  # shares of the area that random crops of photographs have; () is none
-    config.crop_ratio = (3 / 4, 4 / 3)  # their least and greatest width over height
+    config.crop_scale = ()  # range of the area of random crops of photographs; () disables them
+    config.crop_ratio = (3 / 4, 4 / 3)  # range of their width over height
     config.flip = True
 
     # Classifier. mean and std normalise its input.
@@ -70,14 +71,14 @@ def get_config(words: str = "") -> ml_collections.ConfigDict:
     config.bn_decay = 0.99
     config.cross_replica_bn = False
     config.zero_init_logits = False
-    config.compute_dtype = "float32"  # or 'bfloat16', of convolutions; all else is float32
+    config.compute_dtype = "float32"  # type of convolutions, or 'bfloat16'; all else is float32
     config.init_weights = ""  # a run's folder or a safetensors file to start from; '' is random
 
     # Outer minimisation. Set either epochs or train_steps; the other is 0.
     config.epochs = 300.0
     config.train_steps = 0
     config.batch_size = 256  # over all devices
-    config.learning_rate = 0.1  # scaled by batch_size / 256 where that is more than 1
+    config.learning_rate = 0.1  # scaled by batch_size / 256 if that is more than 1
     config.warmup_epochs = 5.0
     config.momentum = 0.9
     config.weight_decay = 1e-4
@@ -87,28 +88,30 @@ def get_config(words: str = "") -> ml_collections.ConfigDict:
     config.method = "ada" if {"ada", "random"} & set(chosen) else "nominal"
     config.method = "pgd" if {"linf_at", "l2_at"} & set(chosen) else config.method
     config.ada = ml_collections.ConfigDict()
-    config.ada.corruption_net = ("edsr_baseline_x4",)  # of several, every batch draws one
-    config.ada.corruption_weights = ("",)  # safetensors files; '' takes the shipped one
+    config.ada.corruption_net = ("edsr_baseline_x4",)  # if several, one is drawn for each batch
+    config.ada.corruption_weights = ("",)  # safetensors files; '' is the shipped one
     config.ada.corruption_enlarge = (1,)  # factors by which images are enlarged for the network
     config.ada.nu = 0.015  # radius of each leaf's ball, relative to the leaf's norm
     config.ada.steps = 0 if "random" in chosen else 10
     config.ada.step_rule = "sign"  # 'sign' (paper) or 'l2' (per leaf)
     config.ada.step_scale = 0.25  # of the median radius ('sign') or of the leaf's own ('l2')
     config.ada.batch_norm = "batch"  # statistics in the attack: 'batch' or 'running'
-    # Attack each so many-th example; the others are trained on as they are. With batch_norm 'batch'
-    # the statistics in the attack are of the attacked ones.
+    # Attack every n-th example; the others are not augmented by AdA. With batch_norm 'batch' the
+    # statistics in the attack are those of the attacked examples.
     config.ada.every = 1
-    config.ada.ssim_threshold = 0.3  # the line search keeps SSIM above it; -1 is off
+    config.ada.ssim_threshold = 0.3  # the line search restores about this SSIM; -1 disables it
     config.ada.root_rule = "in_range"  # or 'interpolated', 'paper': see ada_jax/ssim.py
     config.ada.microbatch = 0  # examples attacked at a time on a device; 0 is all
-    config.ada.remat = False  # compute the features anew for the gradient; microbatch saves more
+    config.ada.remat = (
+        False  # recompute features in the backward pass; microbatch saves more memory
+    )
 
     # Adversarial training in a ball of pixels, for comparison.
     config.pgd = ml_collections.ConfigDict()
     config.pgd.norm = "l2" if "l2_at" in chosen else "linf"
-    config.pgd.epsilon = 1.0 if "l2_at" in chosen else 8 / 255  # those of Laidlaw et al.
+    config.pgd.epsilon = 1.0 if "l2_at" in chosen else 8 / 255  # as in Laidlaw et al.
     config.pgd.steps = 10
-    config.pgd.step_scale = 0.25  # of epsilon
+    config.pgd.step_scale = 0.25  # relative to epsilon
     config.pgd.batch_norm = "batch"  # as for ada
 
     # AugMix, after AdA.
@@ -118,10 +121,10 @@ def get_config(words: str = "") -> ml_collections.ConfigDict:
     config.augmix.width = 3
     config.augmix.depth = -1  # operations in a chain; -1 draws 1 to 3
     config.augmix.alpha = 1.0
-    config.augmix.jsd_weight = 0.0  # of the consistency loss over three views; AugMix's own is 12
+    config.augmix.jsd_weight = 0.0  # of the consistency loss over three views; AugMix uses 12
     config.augmix.extra_ops = False  # also colour, contrast, brightness and sharpness
 
-    # DeepAugment: every image is drawn clean or as one of the set's networks rendered it.
+    # DeepAugment: each image is either clean or rendered by one of the set's networks.
     config.deepaugment = ml_collections.ConfigDict()
     config.deepaugment.copies = 10 if "deepaugment10x" in chosen else int("deepaugment" in chosen)
     config.deepaugment.dir = "runs/deepaugment"
@@ -133,15 +136,15 @@ def get_config(words: str = "") -> ml_collections.ConfigDict:
     config.eval_batch_size = 1024
     config.eval_sets = ("clean", "c")  # at the end; also 'extra' and 'cifar10_1'
     config.eval_c_dir = ""  # folder of a '-C' set, or 'tfds'; '' corrupts on the fly
-    config.corruption_eval_epochs = 0.0  # how often on corrupted images while training; 0 is never
-    config.corruption_eval_examples = 500  # of each corruption and severity, while training
+    config.corruption_eval_epochs = 0.0  # interval of evaluations on corruptions; 0 is never
+    config.corruption_eval_examples = 500  # per corruption and severity, during training
     config.corruption_seed = 0  # of the images corrupted on the fly
     config.corruption_table = "cifar"  # their parameters; 'imagenet' is meant for 224x224 pixels
     config.checkpoint_epochs = 1.0
     config.keep_checkpoints = 3
     config.figure_examples = 64  # images attacked for the picture at the end; 0 draws none
     config.compilation_cache = "~/.cache/ada_jax"
-    config.cpu_devices = 0  # devices a CPU is split into; 0 leaves it one
+    config.cpu_devices = 0  # number of devices that a CPU is split into; 0 does not split it
 
     if "small" in chosen:
         small(config)
@@ -151,7 +154,7 @@ def get_config(words: str = "") -> ml_collections.ConfigDict:
 
 
 def _chosen(words: str) -> list[str]:
-    """The words after the colon, checked and in one order; without a row the row is 'ada'."""
+    """The words after the colon, checked and sorted; the default row is 'ada'."""
     attacks = ("ada", "random", "linf_at", "l2_at")
     rows = ("nominal", *attacks, "deepaugment", "deepaugment10x", "augmix")
     given = [word for word in re.split("[,+]", words) if word]
@@ -163,15 +166,15 @@ def _chosen(words: str) -> list[str]:
     if unknown or twice or ("nominal" in chosen and len(chosen) > 1):
         raise ValueError(
             f"--config=...:{words} "
-            + (f"has the unknown word {unknown[0]!r}" if unknown else "is no row")
-            + f": the rows are {', '.join(ROWS)}; 'random', 'linf_at', "
-            "'l2_at' and one of ',small' and ',gpu' are known beside them."
+            + (f"has the unknown word {unknown[0]!r}" if unknown else "is not a row")
+            + f": choose from {', '.join(ROWS)}, random, linf_at and l2_at, and optionally one of "
+            "',small' and ',gpu'."
         )
     return chosen + presets
 
 
 def small(config: ml_collections.ConfigDict) -> None:
-    """What two CPU cores do in about forty minutes."""
+    """Sets the preset for two CPU cores, about forty minutes with AdA."""
     config.classifier = "resnet9"
     config.bn_decay = 0.9
     config.epochs = 12.0
@@ -180,15 +183,16 @@ def small(config: ml_collections.ConfigDict) -> None:
     config.warmup_epochs = 1.0
     config.weight_decay = 5e-4
     config.ada.corruption_net = ("edsr_small",)
-    # 0.005 did best with one copy and AugMix on train[40000:45000]: see experiments/README.md.
+    # With one copy and AugMix, 0.005 was the best of three radii on train[40000:45000]: see
+    # experiments/README.md.
     config.ada.nu = 0.005 if config.method == "ada" and config.deepaugment.copies else 0.02
-    config.ada.steps = min(config.ada.steps, 1)  # 0 where perturbations are random
+    config.ada.steps = min(config.ada.steps, 1)  # 0 for 'random'
     config.eval_epochs = 1.0
     config.cpu_devices = 2
 
 
 def gpu(config: ml_collections.ConfigDict) -> None:
-    """For one GPU of 24 GB or more; all timings are of an H100 in launch/README.md."""
+    """Sets the preset for one GPU of 24 GB or more; launch/README.md has timings on an H100."""
     config.classifier = "preact_resnet18"
     config.compute_dtype = "bfloat16"
     config.bn_decay = 0.9
@@ -198,4 +202,4 @@ def gpu(config: ml_collections.ConfigDict) -> None:
     config.weight_decay = 5e-4
     config.ada.corruption_net = ("edsr_medium",)
     config.ada.nu = 0.005 if config.method == "ada" and config.deepaugment.copies else 0.02
-    config.ada.steps = min(config.ada.steps, 2)  # 0 where perturbations are random
+    config.ada.steps = min(config.ada.steps, 2)  # 0 for 'random'

@@ -1,13 +1,13 @@
-"""Makes a trained classifier robust in a few epochs: AdA from its weights on.
+"""Fine-tunes a trained classifier with AdA for a few epochs to make it robust.
 
     python -m ada_jax.train --config=experiments/finetune.py \\
         --config.init_weights=runs/cifar10_nominal_small
 
-`init_weights` is a run's folder or its classifier.safetensors; the classifier, its normalisation
-and the data must be those of the run. Words after the colon are those of experiments/cifar10.py:
-'ada+augmix' for both, 'nominal' for the same schedule without AdA, to compare with. The network and
-the data are those of cifar10.py:small, or of :gpu with that word; for others give
---config.classifier and so on.
+`init_weights` is a run's folder or its classifier.safetensors. The classifier, its normalisation
+and the data must be those of the run. By default they are those of experiments/cifar10.py:small;
+the word gpu selects those of :gpu, and flags such as --config.classifier others. The words after
+the colon are those of experiments/cifar10.py: 'ada+augmix' is AdA with AugMix, and 'nominal' the
+same schedule without AdA, for comparison.
 """
 
 import pathlib

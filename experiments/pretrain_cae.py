@@ -1,14 +1,15 @@
-"""Weights for the CAE of DeepAugment: an autoencoder through two random bits a pixel.
+"""Trains weights for DeepAugment's CAE, an autoencoder with two random bits per pixel.
 
     python -m ada_jax.pretrain --config=experiments/pretrain_cae.py
 
-The weights come to runs/pretrain_cae/cae.safetensors, for `config.ada.corruption_weights`. The
-shipped ones were trained on CIFAR-10's training images at 32x32, the last 5,000 held out:
+The weights are written to runs/pretrain_cae/cae.safetensors, for `config.ada.corruption_weights`.
+The shipped ones were trained on CIFAR-10's training images at 32x32, without the last 5,000:
 
     python -m ada_jax.pretrain --config=experiments/pretrain_cae.py --config.dataset=cifar10 \\
         --config.train_split='train[:45000]' --config.eval_split='train[45000:]'
 
-The published network saw 5.8 million steps of 128x128 patches of video frames (learning rate 1e-4).
+The published network was trained for 5.8 million steps on 128x128 patches of video frames (learning
+rate 1e-4).
 """
 
 import pathlib
@@ -18,7 +19,7 @@ import ml_collections
 
 
 def get_config(preset: str = "cae") -> ml_collections.ConfigDict:
-    """The config of the EDSRs with the CAE's loss and schedule."""
+    """The EDSR config with the CAE's loss and schedule."""
     config = _edsr(preset or "cae")
     config.loss = "mse"
     config.noise = 0.0

@@ -1,28 +1,29 @@
-"""Weights for the corruption network: EDSR as a mild denoiser and super-resolver.
+"""Trains weights for EDSR corruption networks, by mild denoising and super-resolution.
 
     python -m ada_jax.pretrain --config=experiments/pretrain_edsr.py
     python -m ada_jax.pretrain --config=experiments/pretrain_edsr.py:edsr_baseline_x4
 
 The word after the colon is a network of `ada_jax/nets/corruption_nets.py`, edsr_small by default.
-The weights come to runs/pretrain_NETWORK/NETWORK.safetensors, for `config.ada.corruption_weights`.
-The images are scikit-image's own photographs, so nothing is downloaded.
+The weights are written to runs/pretrain_NETWORK/NETWORK.safetensors, for
+`config.ada.corruption_weights`. The images are the photographs that scikit-image ships, so nothing
+is downloaded.
 
-The shipped edsr_small was trained on CIFAR-10's training images, the last 5,000 held out:
+The shipped edsr_small was trained on CIFAR-10's training images, without the last 5,000:
 
     python -m ada_jax.pretrain --config=experiments/pretrain_edsr.py --config.dataset=cifar10 \\
         --config.train_split='train[:45000]' --config.eval_split='train[45000:]'
 
 What to expect: 7 minutes on two CPU cores; PSNR 57.6 dB and SSIM 0.9999 on the held-out images. The
-shipped edsr_medium was trained by the same with ':edsr_medium': 6,000 steps, PSNR 61.3 dB.
+shipped edsr_medium was trained with the same command and ':edsr_medium': 6,000 steps, PSNR 61.3 dB.
 """
 
 import ml_collections
 
 
 def get_config(preset: str = "edsr_small") -> ml_collections.ConfigDict:
-    """The config; every knob of the binary is here."""
+    """The config with all fields of `ada_jax.pretrain`."""
     if preset == "cae":
-        raise ValueError("The CAE has a config of its own: --config=experiments/pretrain_cae.py.")
+        raise ValueError("The CAE has its own config: use --config=experiments/pretrain_cae.py.")
     return _config(preset).lock()
 
 
@@ -32,23 +33,23 @@ def _config(preset: str) -> ml_collections.ConfigDict:
     config.name = f"pretrain_{config.corruption_net}"
     config.seed = 0
 
-    # Data. 'photos' are those inside scikit-image, one held out ('test'); 'div2k' is TFDS's (800
-    # 'train', 100 'validation'); any of ada_jax.data else.
+    # Data. 'photos' are scikit-image's photographs, one of them held out ('test'); 'div2k' is
+    # TFDS's (800 'train', 100 'validation'); otherwise any data set of ada_jax.train.
     config.dataset = "photos"
     config.data_dir = ""
     config.train_split = "train"
     config.eval_split = "test"
     config.image_size = 32  # pixels, for the data set 'folder'
-    config.tiles = 4096  # squares cut from a photograph of 'photos' or 'div2k', at most
+    config.tiles = 4096  # maximum number of squares cut from a photograph of 'photos' or 'div2k'
 
-    # Reconstruction at the input's size: the loss of the network on noisy patches to clean ones.
+    # Denoising at the input's size: the loss compares outputs for noisy patches with clean ones.
     config.loss = "l1"  # or 'mse'
     config.batch_size = 16
     config.patch = 32  # pixels
     config.noise = 0.02  # its standard deviation is uniform in [0, noise]; 1 is white
 
-    # Super-resolution by the network's own scale, where that is more than 1, on more patches.
-    config.sr_weight = 1.0  # 0 leaves it out
+    # Super-resolution by the network's scale, if that is more than 1, on additional patches.
+    config.sr_weight = 1.0  # 0 disables it
     config.sr_batch_size = 8
     config.sr_patch = 48  # pixels after the enlargement
 
@@ -77,7 +78,7 @@ def _config(preset: str) -> ml_collections.ConfigDict:
 
 
 def baseline(config: ml_collections.ConfigDict) -> None:
-    """The paper's network."""
+    """Sets the schedule for the paper's network."""
     config.batch_size = 4
     config.train_steps = 2000
     config.learning_rate = 3e-4

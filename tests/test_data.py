@@ -634,7 +634,9 @@ def test_one_line_says_what_was_left_out(tmp_path, caplog):
         dataset = sources.load("folder", split, data_dir=tmp_path)
     assert (dataset.class_names, len(dataset)) == (("a", "b"), 60)
     (message,) = [r.getMessage() for r in caplog.records if str(tmp_path) in r.getMessage()]
-    head, _, kinds = message.rstrip(".").partition(" ignored everything except images in a class's ")
+    head, _, kinds = message.rstrip(".").partition(
+        " ignored everything except images in a class's "
+    )
     assert head == f"{str(tmp_path)!r}:" and set(kinds.removeprefix("folder: ").split(", ")) == {
         *("'.txt' (2)", "'.mp4' (1)", "without a suffix (1)", "'.csv' (1)", "folders (1)"),
         "images outside of the classes' folders (1)",

@@ -47,7 +47,9 @@ def test_another_mean_shift_is_refused(tmp_path):
 
 def test_only_a_prefix_of_all_names_is_ignored(tmp_path):
     source = written(tmp_path / "in.safetensors", **{"module.tail.1.bias": np.zeros(3)})
-    with pytest.raises(UserError, match=r"edsr_small, it has 1 unexpected arrays, module\.tail\.1\.bias"):
+    with pytest.raises(
+        UserError, match=r"edsr_small, it has 1 unexpected arrays, module\.tail\.1\.bias"
+    ):
         import_weights.import_file("edsr", source, str(tmp_path / "out"))
 
 

@@ -1,10 +1,10 @@
-"""Rows of the paper's table 1 at the preset for one GPU, those that tell most first.
+"""Rows of the paper's table 1 with the preset for one GPU, the most informative ones first.
 
     python -m ada_jax.sweep --sweep=experiments/sweeps/gpu.py:nominal,ada,augmix,ada+augmix
 
 Words after the colon, separated by commas:
-  a row     as ada+augmix: this row and the others that are named; without any, all ten.
-  seeds=N   the seeds 0 to N-1; otherwise 0 alone.
+  a row     such as ada+augmix; without any row, all ten are trained.
+  seeds=N   the seeds 0 to N-1; by default only 0.
 
 The rows with DeepAugment need its images, made once:
     python -m ada_jax.deepaugment --config=experiments/deepaugment.py:gpu --copies=10
@@ -29,7 +29,7 @@ ROWS = (
 
 
 def get_hyper(hyper: Any, words: str = "") -> list[dict[str, Any]]:
-    """Seed after seed, so that every row has a result early."""
+    """All rows of a seed before the next seed."""
     chosen = [word for word in words.split(",") if word]
     for word in chosen:
         if word not in ROWS and not re.fullmatch(r"seeds=[1-9]\d*", word):

@@ -1,9 +1,9 @@
-"""How far, how often and how AdA's attack steps: radius, steps and step rule, at the small preset.
+"""AdA's radius, number of steps and step rule, with the small preset.
 
     python -m ada_jax.sweep --sweep=experiments/sweeps/radius.py
 
-It trains on 40,000 of CIFAR-10's training images and measures on the next 5,000, neither the test
-images nor those that the small table is measured on: what is chosen here is not chosen on them.
+It trains on 40,000 of CIFAR-10's training images and evaluates on the next 5,000, so settings are
+chosen neither on the test images nor on those of the results in experiments/README.md.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ CONFIG = "experiments/cifar10.py:small"
 
 
 def get_hyper(hyper: Any) -> list[dict[str, Any]]:
-    """Twelve points; the preset itself is the one with nu 0.02 and one step by the sign."""
+    """Twelve points; the preset is the one with nu 0.02 and one sign step."""
     return hyper.product(
         [
             hyper.fixed("config.train_split", "train[:40000]"),
@@ -22,7 +22,7 @@ def get_hyper(hyper: Any) -> list[dict[str, Any]]:
             hyper.zipit(
                 [
                     hyper.sweep("config.ada.step_rule", ["sign", "l2"]),
-                    # The paper's sign steps leave the ball anyway; one of l2 just reaches its rim.
+                    # A sign step of 0.25 leaves the ball; an l2 step of 1 reaches its surface.
                     hyper.sweep("config.ada.step_scale", [0.25, 1.0]),
                 ]
             ),

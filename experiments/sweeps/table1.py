@@ -4,10 +4,10 @@
     python -m ada_jax.sweep --sweep=experiments/sweeps/table1.py:small,ada,nominal
 
 Words after the colon, separated by commas:
-  a row     as ada+augmix: this row and the others that are named; without any, all ten.
-  random    one more row, random perturbations in AdA's ball; only where it is named.
-  small     rows at the small preset; three seeds for nominal, augmix, ada and ada+augmix.
-  seeds=N   the seeds 0 to N-1 for every row; otherwise 0 alone.
+  a row     such as ada+augmix; without any row, all ten are trained.
+  random    an extra row, random perturbations in AdA's ball.
+  small     the small preset; three seeds for nominal, augmix, ada and ada+augmix.
+  seeds=N   the seeds 0 to N-1 for every row; by default only 0.
 """
 
 import pathlib
@@ -22,7 +22,7 @@ REPEATED = ("nominal", "augmix", "ada", "ada+augmix")  # at the small preset
 
 
 def get_hyper(hyper: Any, words: str = "") -> list[dict[str, Any]]:
-    """Seed after seed, so that every row has a result early."""
+    """All rows of a seed before the next seed."""
     chosen = [word for word in words.split(",") if word]
     for word in chosen:
         if word not in (*KNOWN, "small") and not re.fullmatch(r"seeds=[1-9]\d*", word):
