@@ -1,8 +1,8 @@
 # shellcheck shell=bash disable=SC2034,SC2154
-# Read by the *_tpu.sh scripts, not run: flags, gcloud, quoting. The flags' variables are theirs.
-# Nothing here needs more than the bash 3.2 of a Mac.
+# Functions of the launch scripts for flags, gcloud and quoting. The scripts that source this file
+# set the variables of their flags. Everything works with macOS's bash 3.2.
 
-complain() { # One sentence for a user's mistake, which no repetition mends.
+complain() { # Prints an error and exits with status 2, after which nothing is retried.
   printf 'error: %s\n' "$*" >&2
   exit 2
 }
@@ -11,8 +11,8 @@ usage() { # The comment at the top of the script is its help.
   sed -n '2,${/^#/!q;s/^# \{0,1\}//;p;}' "$0"
 }
 
-# parse VALUES SWITCHES WORD...: sets $zone for --zone=VALUE and dry_run=yes for --dry_run, if the
-# names are among those of VALUES and SWITCHES; what follows -- becomes the array `command`.
+# parse VALUES SWITCHES WORD...: sets $zone for --zone=VALUE if VALUES has zone, and dry_run=yes for
+# --dry_run if SWITCHES has dry_run. The words after -- become the array `command`.
 parse() {
   local values=" $1 " switches=" $2 " flag
   shift 2
@@ -38,8 +38,8 @@ parse() {
   done
 }
 
-# require FLAG...: refuses missing flags, then sets what every call needs: `where` for gcloud and
-# `same` for the other scripts.
+# require FLAG...: exits if a flag is missing; else sets the common arguments, `where` for gcloud
+# and `same` for the other scripts.
 require() {
   local flag
   for flag in "$@"; do
@@ -52,7 +52,7 @@ require() {
   fi
 }
 
-quote() { # Prints the words as one line that a shell reads as the same words.
+quote() { # Prints the words quoted for a shell.
   local word line="" apostrophe="'" escaped="'\\''"
   for word in "$@"; do
     case $word in
@@ -63,14 +63,14 @@ quote() { # Prints the words as one line that a shell reads as the same words.
   printf '%s\n' "$line"
 }
 
-tpus() { # gcloud compute tpus, or its print in a dry run.
+tpus() { # Runs gcloud compute tpus, or prints it in a dry run.
   set -- gcloud compute tpus "$@" "${where[@]}" --quiet
   if [ -n "$dry_run" ]; then quote "$@"; else "$@"; fi
 }
 
-# look KIND FIELD ASSUMED: sets $state to that of the tpu-vm or queued-resources of our name, or to
-# MISSING; a dry run assumes one. Lists, because `describe` answers a missing VM, a missing
-# permission and a missing network all with status 1.
+# look KIND FIELD ASSUMED: sets $state to the state of the tpu-vm or queued-resources called $name,
+# or to MISSING; to ASSUMED in a dry run. It uses `list`, because `describe` has the same status 1
+# for a missing VM, a missing permission and a missing network.
 look() {
   local lines list=("$1" list "--format=value(name.basename(),$2)")
   if [ -n "$dry_run" ]; then
@@ -83,9 +83,9 @@ look() {
   fi
 }
 
-# on_workers LINE: runs the line on every worker, in the home folder. The status is that of the first
-# worker whose status is not 0, 255 if a connection was lost. ssh alone would notice a worker that
-# vanishes only after hours, therefore the flags.
+# on_workers LINE: runs the line on every worker, in the home folder. The status is the first
+# non-zero one of a worker, 255 if a connection was lost. Without the flags, ssh would notice only
+# after hours that a worker has vanished.
 on_workers() {
   tpus tpu-vm ssh "$name" --worker=all --ssh-flag=-oServerAliveInterval=30 \
     --ssh-flag=-oConnectTimeout=30 --command="$1"

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Creates a Cloud TPU VM and waits until it is ready. One that is ready is left alone, one that was
-# preempted is deleted first, one that was stopped is started.
+# Creates a Cloud TPU VM and waits until it is ready. It does nothing if the VM is ready, starts a
+# stopped VM, and replaces a preempted one.
 #
 #   launch/create_tpu.sh --name=ada --zone=europe-west4-a --type=v3-8 --spot
 #
 # --name=NAME        of the VM
 # --zone=ZONE        a zone that has the type
-# --type=TYPE        accelerator type, as v3-8, v4-8, v5e-8, v5p-8 or v6e-8
+# --type=TYPE        accelerator type, such as v3-8, v4-8, v5e-8, v5p-8 or v6e-8
 # --version=VERSION  software version; by default the one for JAX on the type
 # --project=PROJECT  by default gcloud's
-# --spot             spot capacity: much cheaper, may be taken away at any moment
-# --queued           ask for it in a queue (queued resources), rather than now or never
-# --poll_seconds=30  between two looks at the queue
-# --dry_run          print the gcloud commands, run none
+# --spot             spot capacity, much cheaper and preemptible at any time
+# --queued           wait in Google's queue (queued resources)
+# --poll_seconds=30  interval of checking the queue
+# --dry_run          print the gcloud commands without running them
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 name="" zone="" type="" version="" project="" spot="" queued="" poll_seconds=30 dry_run=""
@@ -21,7 +21,7 @@ name="" zone="" type="" version="" project="" spot="" queued="" poll_seconds=30 
 parse "name zone type version project poll_seconds" "spot queued dry_run" "$@"
 require name zone type
 
-type=${type/#v5e-/v5litepod-} # gcloud's name for what everybody calls v5e
+type=${type/#v5e-/v5litepod-} # gcloud's name of v5e
 case ${version:-$type} in
   "$version") ;;
   v[234]-*) version=tpu-ubuntu2204-base ;;
@@ -41,7 +41,7 @@ case $state in
     tpus tpu-vm start "$name"
     exit
     ;;
-  PREEMPTED | TERMINATED) "$here/delete_tpu.sh" "${same[@]}" ;; # its name is taken until then
+  PREEMPTED | TERMINATED) "$here/delete_tpu.sh" "${same[@]}" ;; # to free the name
   MISSING) ;;
   *)
     if [ -z "$queued" ]; then

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Deletes a Cloud TPU VM, and its request if it was queued. Nothing to delete is no error.
+# Deletes a Cloud TPU VM and its queued request. It is not an error if there is nothing to delete.
 #
 #   launch/delete_tpu.sh --name=ada --zone=europe-west4-a
 #
 # --name=NAME        of the VM
-# --zone=ZONE        where it is
+# --zone=ZONE        its zone
 # --project=PROJECT  by default gcloud's
-# --dry_run          print the gcloud commands, run none
+# --dry_run          print the gcloud commands without running them
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 name="" zone="" project="" dry_run=""

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# What one GPU tells in a given time: the numerics' tests, the benchmark (beside PyTorch where it is
-# installed), then rows of the paper's table 1 by experiments/cifar10.py:ROW,gpu.
+# Tests, benchmarks and trains on one GPU in a given time: the tests of the numerics, the benchmark
+# (with PyTorch if it is installed), then rows of the paper's table 1 by
+# experiments/cifar10.py:ROW,gpu.
 #
 #   launch/gpu_study.sh --minutes=10 --out=DIR
 #   launch/gpu_study.sh --minutes=10 --out=DIR -- --config.dataset=npz --config.data_dir=/DIR/FILE.npz
 #   launch/gpu_study.sh --minutes=10 --out=DIR --rehearsal    # tiny sizes, on a CPU
 #
-# What follows -- are flags of every training. The same command goes on where the time was up. DIR
+# The words after -- are flags of every training. The same command resumes after the time is up. DIR
 # has tests.log, benchmark.md, results/ROW.json after each row, report.md and the runs' folders.
 set -euo pipefail
 # shellcheck source=launch/common.sh
@@ -15,8 +16,8 @@ set -euo pipefail
 minutes='' out='' rehearsal=''
 parse "minutes out" "rehearsal" "$@"
 [ -n "$out" ] || complain "The flag --out is missing: see ${0##*/} --help."
-[[ $minutes =~ ^[1-9][0-9]*$ ]] || complain "--minutes=$minutes must be a whole number from 1 on."
-end=$((SECONDS + 60 * minutes - 15)) # the rest is for the report
+[[ $minutes =~ ^[1-9][0-9]*$ ]] || complain "--minutes=$minutes must be a positive integer."
+end=$((SECONDS + 60 * minutes - 15)) # 15 seconds for the report
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
 cd "$(dirname "$0")/.."
@@ -33,7 +34,7 @@ if [ -n "$rehearsal" ]; then
     --config.classifier=resnet9 "--config.ada.corruption_net=('edsr_small',)" ${flags[@]+"${flags[@]}"})
 fi
 
-limited() { # Runs a command until it ends or the time is up, when it can still save.
+limited() { # Runs a command, and stops it by SIGTERM when the time is up.
   local left=$((end - SECONDS))
   [ $left -gt 0 ] || return 143
   timeout --kill-after=60 --signal=TERM $left "$@"
@@ -80,7 +81,7 @@ for row in "${rows[@]}"; do
   fi
   case $ended in
     0) echo "$row: done after $SECONDS s" ;;
-    124 | 143) echo "$row: the time is up, and the same command goes on" && break ;;
+    124 | 143) echo "$row: the time is up; the same command resumes" && break ;;
     *) echo "$row: failed, see $out/$row.log" && status=1 ;;
   esac
 done

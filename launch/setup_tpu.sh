@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Installs ada_jax on all workers of a Cloud TPU VM: this tree as it is, or a git repository.
+# Installs ada_jax on all workers of a Cloud TPU VM, from this folder or from a git repository.
 #
 #   launch/setup_tpu.sh --name=ada --zone=europe-west4-a
 #
 # --name=NAME        of the VM
-# --zone=ZONE        where it is
+# --zone=ZONE        its zone
 # --project=PROJECT  by default gcloud's
-# --source=URL       a git repository to clone; results then name their commit
+# --source=URL       a git repository to clone; results then have its commit
 # --ref=REF          branch, tag or commit of it
-# --dry_run          print the gcloud commands, run none
+# --dry_run          print the gcloud commands without running them
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 name="" zone="" project="" source="" ref=HEAD dry_run=""
@@ -22,13 +22,13 @@ if [ -n "$source" ]; then
   fetch+=" && git -C ada_jax checkout --quiet $(quote "$ref")"
 else
   if [ "$ref" != HEAD ]; then
-    complain "The flag --ref needs --source: this tree is installed as it is."
+    complain "The flag --ref needs --source: without it this folder is installed."
   fi
   folder=/tmp/FOLDER
   if [ -z "$dry_run" ]; then
     folder=$(mktemp -d)
     trap 'rm -rf "$folder"' EXIT
-    # Without .git and other hidden things; not compressed, since most of it are weights.
+    # Without .git and other hidden files; not compressed, because most of it is weights.
     tar -C "$here/.." -cf "$folder/ada_jax.tar" --exclude='./.*' --exclude=./runs \
       --exclude=__pycache__ .
   fi

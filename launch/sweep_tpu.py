@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Maps the points of a sweep over a pool of Cloud TPU VMs.
+"""Runs the points of a sweep on a pool of Cloud TPU VMs.
 
     python -m ada_jax.sweep --sweep=FILE --out=gs://BUCKET/FOLDER --print | \\
       launch/sweep_tpu.py --commands=- --vms=4 --zone=europe-west4-a --type=v3-8 --spot
 
-Each line is one training command, run by run_tpu.sh, which creates, sets up and replaces its VM. A
-point that ended well gets a file `finished` in its workdir and is skipped from then on, so the
-same line goes on after a failure. The VMs are deleted at the end. Needs the standard library only.
+Each line is a training command, run by run_tpu.sh, which creates, sets up and replaces its VM. A
+point that succeeds gets a file `finished` in its workdir and is skipped from then on, so the same
+command resumes after a failure. The VMs are deleted at the end. It only needs Python's standard
+library.
 """
 
 import argparse
@@ -28,34 +29,27 @@ MISTAKE = 2
 
 
 class Parser(argparse.ArgumentParser):
-    """Answers a mistake with one sentence."""
+    """Reports errors in one sentence."""
 
     def error(self, message: str) -> NoReturn:
         complain(f"{message[:1].upper()}{message[1:]}: see {self.prog} --help.")
 
 
 def complain(sentence: str) -> NoReturn:
-    """Prints a user's mistake and leaves with status 2."""
+    """Prints an error and exits with status 2."""
     print(f"error: {sentence}", file=sys.stderr)
     sys.exit(MISTAKE)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Reads the flags.
-
-    Args:
-      argv: the words after the program's name.
-
-    Returns:
-      The values; `vm` are the flags of run_tpu.sh beside --name.
-    """
+    """Parses the flags; `vm` of the result are run_tpu.sh's flags except --name."""
     parser = Parser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--commands", required=True, help="file with a command a line, - for standard input"
+        "--commands", required=True, help="file with one command per line, - for standard input"
     )
     parser.add_argument("--vms", type=int, required=True, help="number of VMs")
     parser.add_argument("--prefix", default="ada", help="VMs are called PREFIX-0, PREFIX-1, ...")
@@ -66,7 +60,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name in ("spot", "queued"):
         parser.add_argument(f"--{name}", action="store_true", help="as for create_tpu.sh")
     parser.add_argument("--keep_vms", action="store_true", help="do not delete the VMs at the end")
-    parser.add_argument("--dry_run", action="store_true", help="print the commands, run none")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="print the commands without running them"
+    )
     values = parser.parse_args(argv)
     if values.vms < 1:
         complain(f"--vms={values.vms} is not a positive number.")
@@ -78,32 +74,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One command of the sweep.
-
-    Attributes:
-      command: its words.
-      workdir: its folder on GCS, one of them.
-    """
+    """A command of the sweep, as words, and its workdir."""
 
     command: tuple[str, ...]
     workdir: str
 
 
 def read_points(lines: list[str]) -> list[Point]:
-    """Reads the commands.
-
-    Args:
-      lines: a shell's words each; empty ones and comments are left out.
-
-    Returns:
-      The points, whose workdirs differ.
-    """
+    """Parses shell commands, one per line, ignoring empty lines and comments."""
     points: dict[str, Point] = {}
     for number, line in enumerate(lines, 1):
         try:
             command = shlex.split(line, comments=True)
         except ValueError as error:
-            complain(f"Line {number} of the commands has a mistake in its quotes: {error}.")
+            complain(f"Line {number} of the commands has unbalanced quotes: {error}.")
         if not command:
             continue
         workdirs = [word for word in command if word.startswith("--workdir=gs://")]
@@ -111,7 +95,7 @@ def read_points(lines: list[str]) -> list[Point]:
             complain(f"Line {number} of the commands needs one --workdir=gs://BUCKET/FOLDER.")
         workdir = workdirs[0].partition("=")[2].rstrip("/")
         if workdir in points:
-            complain(f"Line {number}: another line has --workdir={workdir}, too.")
+            complain(f"Line {number} has the same --workdir={workdir} as another line.")
         points[workdir] = Point(tuple(command), workdir)
     if not points:
         complain("There are no commands to run.")
@@ -119,26 +103,25 @@ def read_points(lines: list[str]) -> list[Point]:
 
 
 class Pool:
-    """VMs that take points off one queue until it is empty."""
+    """VMs that take points from a queue until it is empty."""
 
     def __init__(self, points: list[Point], values: argparse.Namespace) -> None:
-        """Takes points and flags; nothing runs before `run`."""
         self._points, self._values = points, values
-        self._todo: queue.SimpleQueue[Point] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Point] = queue.SimpleQueue()
         for point in points:
-            self._todo.put(point)
+            self._queue.put(point)
         self._running: dict[str, subprocess.Popen[str]] = {}
         self._lock = threading.Lock()
         self._stopped = False
-        self.statuses: dict[str, int] = {}  # by workdir
+        self.statuses: dict[str, int] = {}  # By workdir.
 
     def run(self) -> None:
-        """Runs all points; SIGINT and SIGTERM end what runs, and the VMs are still released."""
+        """Runs all points; after SIGINT or SIGTERM the VMs are still released."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: self.stop())
         count = min(self._values.vms, len(self._points))
         names = [f"{self._values.prefix}-{i}" for i in range(count)]
-        if self._values.dry_run:  # As if all points took the same time.
+        if self._values.dry_run:  # Assumes that all points take the same time.
             for i, point in enumerate(self._points):
                 self._train(names[i % count], point)
             for name in names:
@@ -151,7 +134,7 @@ class Pool:
             thread.join()
 
     def stop(self) -> None:
-        """Starts nothing more and stops following what runs."""
+        """Starts no more points and stops following the running ones."""
         self._stopped = True
         for process in list(self._running.values()):
             self._end(process)
@@ -165,7 +148,7 @@ class Pool:
         used = False
         while not self._stopped:
             try:
-                point = self._todo.get_nowait()
+                point = self._queue.get_nowait()
             except queue.Empty:
                 break
             used = self._train(name, point) or used
@@ -173,7 +156,7 @@ class Pool:
             self._release(name)
 
     def _train(self, name: str, point: Point) -> bool:
-        """Runs a point unless it is finished; says whether the VM was used."""
+        """Runs a point unless it is finished; returns whether the VM was used."""
         if self._finished(name, point):
             self.statuses[point.workdir] = 0
             self._say(name, f"{point.workdir} is finished.")
@@ -184,7 +167,7 @@ class Pool:
         if self._values.dry_run:
             return True
         self._say(name, f"{point.workdir} ended with {status}.")
-        if status == 0:  # results.json says less: it is written from the first measurement on.
+        if status == 0:  # results.json does not suffice: it is written from the first measurement.
             mark = ["gcloud", "storage", "cp", "--quiet", "-", f"{point.workdir}/finished"]
             subprocess.run(mark, input=b"by sweep_tpu.py\n", capture_output=True)
         return True
@@ -204,12 +187,12 @@ class Pool:
             self._call(name, [HERE / "run_tpu.sh", f"--name={name}", *where, "--stop"], last=True)
 
     def _call(self, name: str, command: list[str | pathlib.Path], last: bool = False) -> int:
-        """Runs a script, each line of its output after the VM's name; returns its status."""
+        """Runs a script, prints its output with the VM's name, and returns its status."""
         words = [str(word) for word in command]
         if self._values.dry_run:
             self._say(name, shlex.join(["launch/" + pathlib.Path(words[0]).name, *words[1:]]))
             return 0
-        # A session of its own: a Ctrl-C at the terminal reaches it through `stop` alone.
+        # In its own session, so that Ctrl-C reaches it only through `stop`.
         process = subprocess.Popen(
             words,
             stdin=subprocess.DEVNULL,
@@ -235,14 +218,7 @@ class Pool:
 
 
 def main(argv: list[str]) -> int:
-    """Runs the sweep.
-
-    Args:
-      argv: the words after the program's name.
-
-    Returns:
-      0 if every point is finished, 1 if not; mistakes leave with 2 before anything runs.
-    """
+    """Runs the sweep; returns 0 if every point is finished, else 1."""
     values = parse(argv)
     try:
         path = pathlib.Path("/dev/stdin" if values.commands == "-" else values.commands)
@@ -258,7 +234,7 @@ def main(argv: list[str]) -> int:
     if not values.dry_run:
         print(f"{len(points) - len(failed)} of {len(points)} points are finished.")
     if failed:
-        print("Not finished, the same line goes on with them:", *failed, sep="\n  ")
+        print("Not finished; the same command resumes them:", *failed, sep="\n  ")
     return 1 if failed else 0
 
 

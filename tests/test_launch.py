@@ -200,7 +200,7 @@ def test_a_printed_command_is_the_one_that_runs(cloud):
         ("run_tpu.sh --name=ada --type=v3-8", "The flag --zone is missing"),
         ("run_tpu.sh --name=ada --zone=z --type=v3-8", "The command is missing"),
         ("run_tpu.sh --name=a --zone=z --type=v3-8 -- x --workdir=runs/a", "needs --workdir=gs://"),
-        ("run_tpu.sh --name=a --zone=z --type=v3-8 --max_restarts=x -- x", "not a whole number"),
+        ("run_tpu.sh --name=a --zone=z --type=v3-8 --max_restarts=x -- x", "must be an integer"),
         ("delete_tpu.sh --name=ada --zone", "The flag --zone needs a value"),
         ("delete_tpu.sh --name=ada --zone=", "The flag --zone needs a value"),
         ("delete_tpu.sh --name=ada --zone=z --dry_run=1", "The flag --dry_run takes no value"),
@@ -213,7 +213,7 @@ def test_a_printed_command_is_the_one_that_runs(cloud):
         ("sweep_tpu.py --commands=/dev/null --vms=1 --zone=z --type=t", "no commands to run"),
         ("slurm.sbatch", "The command is missing"),
         ("gpu_study.sh --minutes=5", "The flag --out is missing"),
-        ("gpu_study.sh --out=x --minutes=soon", "--minutes=soon must be a whole number"),
+        ("gpu_study.sh --out=x --minutes=soon", "--minutes=soon must be a positive integer"),
     ],
 )
 def test_a_mistake_costs_one_sentence_and_status_2(cloud, line, sentence):
@@ -517,7 +517,7 @@ def test_a_lost_connection_does_not_start_a_second_training(worker):
     first.kill()  # The connection is gone, the training goes on.
     first.wait()
     other = worker("worker.sh", *command[:3], "python", "c", status=2, env=at_home(worker))
-    assert "Another command runs here" in other.stderr
+    assert "Another command is running" in other.stderr
     (worker.path / "home" / "go").touch()
     assert "end" in ssh(worker, command)
     ssh(worker, command)  # gcloud tries again although it has ended: the same status, no new start
@@ -643,7 +643,7 @@ def test_a_sweep_goes_on_after_a_failure_and_names_it(cloud):
     words = (commands(cloud, "one", "two"), *POOL, "--vms=1")
     done = cloud("sweep_tpu.py", *words, "--keep_vms", status=1)
     assert "1 of 2 points are finished." in done.stdout
-    assert done.stdout.endswith("the same line goes on with them:\n  gs://b/one\n")
+    assert done.stdout.endswith("the same command resumes them:\n  gs://b/one\n")
     assert not (cloud.path / "bucket" / "b" / "one").exists()
     assert (cloud.path / "tpu-vm" / "p-0").exists()
 
@@ -681,7 +681,7 @@ def test_a_sweeps_dry_run_deals_the_points_in_turn(cloud):
         (["train --workdir=a"], "Line 1 of the commands needs one --workdir=gs://"),
         (["train"], "Line 1 of the commands needs one --workdir"),
         (["x --workdir=gs://b/a", "y --workdir=gs://b/a"], "Line 2: another line has"),
-        (["x --workdir='gs://b/a"], "Line 1 of the commands has a mistake in its quotes"),
+        (["x --workdir='gs://b/a"], "Line 1 of the commands has unbalanced quotes"),
     ],
 )
 def test_mistakes_in_a_sweeps_commands(cloud, lines, sentence):
