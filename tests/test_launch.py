@@ -410,7 +410,7 @@ def test_restarts_are_bounded(cloud):
     cloud.write("endings", 143, 143, 143, 0)
     done = cloud("run_tpu.sh", "--max_restarts=2", *RUN, *TRAIN, status=143)
     assert cloud.verbs() == ["run"] * 3
-    assert "after 2 restarts; the same command goes on" in done.stderr
+    assert "after 2 restarts; the same command resumes" in done.stderr
 
 
 @pytest.mark.parametrize(("ending", "status"), [(2, 2), (1, 1), (130, 130), (127, 2)])
@@ -680,7 +680,7 @@ def test_a_sweeps_dry_run_deals_the_points_in_turn(cloud):
     [
         (["train --workdir=a"], "Line 1 of the commands needs one --workdir=gs://"),
         (["train"], "Line 1 of the commands needs one --workdir"),
-        (["x --workdir=gs://b/a", "y --workdir=gs://b/a"], "Line 2: another line has"),
+        (["x --workdir=gs://b/a", "y --workdir=gs://b/a"], "Line 2 has the same --workdir"),
         (["x --workdir='gs://b/a"], "Line 1 of the commands has unbalanced quotes"),
     ],
 )
