@@ -108,8 +108,8 @@ def _notes(shown: list[grouping.Row]) -> list[str]:
         notes.append("Over seeds: mean ± sample standard deviation.")
     if errors := [row.sampling for row in shown if row.sampling]:
         notes.append(
-            f"Sampling error of the clean error, one standard error: at most {max(errors):.2f} "
-            "points, and about as much for means over corruptions of the same images."
+            f"Sampling error (one standard error): at most {max(errors):.2f} points for the clean "
+            "error, and about the same for means over corruptions."
         )
     return notes + _data_notes(shown, {row.label: row.measured_on for row in shown})
 
