@@ -173,11 +173,7 @@ def maximise(
       example_keys: one key per example [B].
       x: images [B,H,W,C] in [0,1].
       loss_fn: images [B,H,W,C] -> losses [B].
-      net: the corruption network; theta is not changed.
-      nu: relative radius.
-      steps: number of steps.
-      step_rule: a key of `perturbation.STEP_RULES`.
-      step_scale: see there.
+      net, nu, steps, step_rule, step_scale: as for `adversarial_augment`.
 
     Returns:
       delta, a tree of [B, *theta_i.shape] inside its balls, and metrics [B]: 'loss_start',

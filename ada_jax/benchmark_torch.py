@@ -25,13 +25,7 @@ _TINY = 1e-30
 
 
 def edsr_init(blocks: int, features: int, device: str = "cpu") -> Theta:
-    """Random parameters of an EDSR of scale 1, U(-1/sqrt(fan_in), 1/sqrt(fan_in)), float32.
-
-    Args:
-      blocks: number of residual blocks.
-      features: channels.
-      device: device of the parameters.
-    """
+    """Random parameters of an EDSR of scale 1, U(-1/sqrt(fan_in), 1/sqrt(fan_in)), float32."""
     widths = {"head": (3, features)}
     for i in range(blocks):
         widths[f"block{i:02d}/conv0"] = widths[f"block{i:02d}/conv1"] = (features, features)
@@ -172,16 +166,7 @@ def maximise(
 
 
 def random_start(batch: int, leaves: list[Tensor], radii: Tensor) -> list[Tensor]:
-    """Draws delta uniformly from the product of balls.
-
-    Args:
-      batch: number of examples B.
-      leaves: parameters, for their shapes.
-      radii: radii of the leaves.
-
-    Returns:
-      A tensor [B, *leaf.shape] for every leaf.
-    """
+    """Draws delta uniformly from the product of balls, a tensor [B, *leaf.shape] for every leaf."""
     delta = []
     for leaf, radius in zip(leaves, radii, strict=True):
         d = torch.randn(batch, *leaf.shape, device=leaf.device)

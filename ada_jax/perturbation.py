@@ -14,14 +14,9 @@ PyTree = object
 
 
 def radii(theta: PyTree, nu: float) -> PyTree:
-    """Radius of every leaf's ball, nu_i = nu * ||theta_i||_2 (paper, section 2).
+    """Radius of every leaf's ball, nu_i = nu * ||theta_i||_2 (paper, section 2), in float32.
 
-    Args:
-      theta: corruption-network parameters.
-      nu: relative radius. A leaf of zeros gets radius 0 and is not perturbed.
-
-    Returns:
-      Tree of float32 scalars.
+    A leaf of zeros gets radius 0 and is not perturbed.
     """
     nu = checks.float32(nu)
     return jax.tree.map(lambda a: nu * jnp.linalg.norm(a.astype(jnp.float32).ravel()), theta)
@@ -73,15 +68,7 @@ def norms(delta: PyTree) -> PyTree:
 
 
 def project(delta: PyTree, radii: PyTree) -> PyTree:
-    """Projects every leaf of every example onto its ball.
-
-    Args:
-      delta: tree of [B, *theta_i.shape].
-      radii: tree of scalars.
-
-    Returns:
-      The nearest point of the product of balls.
-    """
+    """Projects every leaf [B, *theta_i.shape] of every example onto its ball."""
     return jax.tree.map(
         lambda d, n, r: d * _along(jnp.minimum(1.0, r / jnp.maximum(n, _TINY)), d),
         delta,

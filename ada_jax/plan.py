@@ -89,11 +89,7 @@ _ENVIRONMENT = {
 
 
 def chip_of(topology: str) -> Chip:
-    """The chip of a topology such as 'v5e:2x2'.
-
-    Raises:
-      UserError: the topology or its generation is unknown.
-    """
+    """The chip of a topology such as 'v5e:2x2'; raises UserError if it is unknown."""
     generation, _, shape = topology.partition(":")
     if generation not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
         known = ", ".join(chip.example for chip in CHIPS.values())
@@ -110,11 +106,7 @@ def cores_of(topology: str) -> int:
 
 
 def devices_of(topology: str) -> Sequence[jax.Device]:
-    """The TPU compiler's devices for a topology.
-
-    Raises:
-      UserError: libtpu is not installed, or does not support the topology.
-    """
+    """The TPU compiler's devices for a topology; raises UserError if it has none."""
     chip = chip_of(topology)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("The TPU compiler is not installed: run pip install -e '.[tpu]' first.")
@@ -146,12 +138,7 @@ class Step(NamedTuple):
 
 
 def step_of(config: ml_collections.ConfigDict, batch_size: int) -> Step:
-    """Makes a config's update step like `ada_jax.train`, without data or weights.
-
-    Args:
-      config: the run's config.
-      batch_size: examples per device.
-    """
+    """Makes a config's update step like `ada_jax.train`, for `batch_size` examples per device."""
     size = config.image_size
     schedule = training.learning_rate_schedule(config, steps_per_epoch=100, total_steps=1000)
     _, num_classes = _SIZES.get(config.dataset, _SIZES_OF_OTHERS)
@@ -427,11 +414,7 @@ def main(
 
 
 def _read(path: str) -> list[dict[str, Any]]:
-    """Reads the figures in a file.
-
-    Raises:
-      UserError: it is another kind of file, which must not be overwritten.
-    """
+    """Reads the figures in a file; raises UserError if it is another kind of file."""
     if not paths.exists(path):
         return []
     try:

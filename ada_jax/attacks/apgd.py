@@ -59,15 +59,8 @@ def apgd(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Auto-PGD (APGD).
 
-    Every call outside `jax.jit` compiles; see `ada_jax.attacks` for how to compile once.
-
     Args:
-      key: random key, or one per example [B].
-      logits_fn: the classifier in evaluation mode, [b,H,W,C] -> [b,K]; it must not mix examples.
-      x: images [B,H,W,C] of any floating type, in [0,1].
-      y: labels [B], int.
-      epsilon: the ball's radius, positive, in units of pixel values.
-      norm: 'linf' or 'l2'.
+      key, logits_fn, x, y, epsilon, norm, mask, microbatch: as for `attacks.pgd`.
       loss: the loss to maximise, 'ce', 'dlr', 'dlr-targeted' or 'margin-targeted' (the target's
         logit minus the label's).
       steps: steps of a run.
@@ -77,9 +70,6 @@ def apgd(
       rho: share of steps that must increase the loss; with fewer the step size is halved.
       stop_when_broken: whether to stop an example's attack at its first misclassified iterate;
         otherwise the run goes on and the last misclassified iterate is returned.
-      mask: the examples to attack, bool [B]; the others are returned unchanged.
-      microbatch: examples computed at a time, which bounds memory; examples that are no longer
-        attacked cost nothing. None computes the whole batch until no example is attacked.
 
     Returns:
       Images [B,H,W,C] in the ball and in [0,1], misclassified or equal to x, and, per example [B]:

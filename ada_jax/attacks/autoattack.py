@@ -126,10 +126,7 @@ def autoattack(
       logits_fn: the classifier in evaluation mode, [b,H,W,C] -> [b,K]. It must be deterministic,
         return logits, and not mix examples. With fewer than four classes 'apgd-t' maximises the
         targets' margins, because the targeted DLR loss is not defined.
-      x: images [N,H,W,C] of any floating type, in [0,1].
-      y: labels [N], int in [0,K).
-      epsilon: the ball's radius, positive, in units of pixel values.
-      norm: 'linf' or 'l2'.
+      x, y, epsilon, norm: as for `attacks.pgd`, with N examples.
       attacks: names from ATTACKS, in order.
       batch_size: examples per call, over all devices; rounded up to a multiple of their number.
       microbatch: examples computed at a time on a device. Broken examples cost nothing, but a

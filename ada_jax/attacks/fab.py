@@ -47,13 +47,9 @@ def fab(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """FAB-T: follows the decision boundary with a bias towards the original image.
 
-    Every call outside `jax.jit` compiles; see `ada_jax.attacks` for how to compile once.
-
     Args:
+      logits_fn, x, y, mask, microbatch: as for `attacks.pgd`.
       key: random key, or one per example [B]; used from the second restart on.
-      logits_fn: the classifier in evaluation mode, [b,H,W,C] -> [b,K]; it must not mix examples.
-      x: images [B,H,W,C] of any floating type, in [0,1].
-      y: labels [B], int.
       epsilon: distance up to which an example counts as broken, and radius of the random restarts;
         positive.
       norm: 'linf' or 'l2', the distance to minimise.
@@ -67,8 +63,6 @@ def fab(
       search_steps: steps of the final line search between x and the result; AutoAttack uses none.
       stop_when_broken: whether to stop an example's attack within epsilon; False minimises the
         distance further.
-      mask: the examples to attack, bool [B]; the others are returned unchanged.
-      microbatch: examples computed at a time, see `apgd`.
 
     Returns:
       The nearest misclassified images found [B,H,W,C] in [0,1], not always within epsilon, or x if

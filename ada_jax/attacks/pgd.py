@@ -58,22 +58,22 @@ def pgd(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Projected gradient ascent from uniformly random points of the ball.
 
-    Every call outside `jax.jit` compiles; see `ada_jax.attacks` for how to compile once.
-
     Args:
       key: random key, or one per example [B].
-      logits_fn: the classifier, [b,H,W,C] -> [b,K].
+      logits_fn: the classifier in evaluation mode, [b,H,W,C] -> [b,K]; it must not mix examples.
       x: images [B,H,W,C] of any floating type, in [0,1].
       y: labels [B], int.
       epsilon: the ball's radius, positive, in units of pixel values.
-      norm: 'linf' (steps along the gradient's sign) or 'l2' (along the normalised gradient).
+      norm: 'linf' or 'l2'.
       loss: the loss to maximise, 'ce', 'dlr' or 'margin'.
       steps: steps of a run.
-      step_size: length of a step, in units of pixel values; None means 2.5 epsilon / steps.
+      step_size: length of a step along the gradient's sign ('linf') or the normalised gradient
+        ('l2'), in units of pixel values; None means 2.5 epsilon / steps.
       restarts: number of runs; the one that ends with the largest margin is returned.
       stop_when_broken: whether to stop an example's attack at its first misclassified iterate.
       mask: the examples to attack, bool [B]; the others are returned unchanged.
-      microbatch: examples computed at a time, see `apgd`.
+      microbatch: examples computed at a time, which bounds memory; examples that are no longer
+        attacked cost nothing. None computes the whole batch until no example is attacked.
 
     Returns:
       The last iterates [B,H,W,C], in the ball and in [0,1], misclassified or not, and, per example
@@ -134,21 +134,12 @@ def multitargeted(
     It runs Adam on the pixels from uniformly random points of the ball. The step size is divided by
     10 after half of the steps and again after three quarters.
 
-    Every call outside `jax.jit` compiles; see `ada_jax.attacks` for how to compile once.
-
     Args:
-      key: random key, or one per example [B].
-      logits_fn: the classifier in evaluation mode, [b,H,W,C] -> [b,K]; it must not mix examples.
-      x: images [B,H,W,C] of any floating type, in [0,1].
-      y: labels [B], int.
-      epsilon: the ball's radius, positive, in units of pixel values.
-      norm: 'linf' or 'l2'.
+      key, logits_fn, x, y, epsilon, norm, mask, microbatch: as for `attacks.pgd`.
       steps: steps of a run.
       step_size: Adam's initial step size.
       restarts: runs for every class; of all runs, the one with the largest margin is returned.
       stop_when_broken: whether to stop an example's attack at its first misclassified iterate.
-      mask: the examples to attack, bool [B]; the others are returned unchanged.
-      microbatch: examples computed at a time, see `apgd`.
 
     Returns:
       As `pgd`.

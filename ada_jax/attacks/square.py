@@ -48,22 +48,13 @@ def square(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Square Attack on the margin; every example draws its own squares and stops when broken.
 
-    Every call outside `jax.jit` compiles; see `ada_jax.attacks` for how to compile once.
-
     Args:
-      key: random key, or one per example [B].
-      logits_fn: the classifier in evaluation mode, [b,H,W,C] -> [b,K]; it must not mix examples.
-      x: images [B,H,W,C] of any floating type, in [0,1].
-      y: labels [B], int.
-      epsilon: the ball's radius, positive, in units of pixel values.
-      norm: 'linf' or 'l2'.
+      key, logits_fn, x, y, epsilon, norm, mask, microbatch: as for `attacks.pgd`.
       queries: number of squares to try, after the start.
       restarts: number of runs.
       p_init: share of the image's pixels that the first squares cover.
       rescale_schedule: whether to rescale the schedule of 10,000 queries to `queries`; AutoAttack
         does not.
-      mask: the examples to attack, bool [B]; the others are returned unchanged.
-      microbatch: examples computed at a time, see `apgd`.
 
     Returns:
       Images [B,H,W,C] in the ball and in [0,1], misclassified or equal to x, and, per example [B]:

@@ -210,12 +210,7 @@ _UPS = tuple(i for i, name in enumerate(_LAYERS) if name.endswith("/up"))
 
 
 def distort_cae(rng: np.random.Generator, theta: Theta) -> Theta:
-    """Returns the CAE's parameters after one distortion drawn from `CAE_DISTORTIONS`.
-
-    Args:
-      rng: random number generator.
-      theta: trained parameters, which are not modified.
-    """
+    """Returns the CAE's parameters after one distortion drawn from `CAE_DISTORTIONS`."""
     theta = _copy(theta)
     CAE_DISTORTIONS[rng.integers(len(CAE_DISTORTIONS))](rng, theta)
     return theta

@@ -298,14 +298,14 @@ def _sample(x: np.ndarray, down: np.ndarray, right: np.ndarray, repeat_edge: boo
     top, left = np.floor(down).astype(np.int32), np.floor(right).astype(np.int32)
     rows = [_mirrored(top + i, h, repeat_edge) * np.int32(w) for i in (0, 1)]
     columns = [_mirrored(left + i, w, repeat_edge) for i in (0, 1)]
-    below, beside = (down - top)[..., None], (right - left)[..., None]
+    dy, dx = (down - top)[..., None], (right - left)[..., None]
 
     def row(i: int) -> np.ndarray:
         a, b = (filters.gather(x, rows[i] + column).astype(np.float32) for column in columns)
-        return a + beside * (b - a)
+        return a + dx * (b - a)
 
     upper, lower = row(0), row(1)
-    return upper + below * (lower - upper)
+    return upper + dy * (lower - upper)
 
 
 def _mirrored(i: np.ndarray, size: int, repeat_edge: bool) -> np.ndarray:

@@ -117,24 +117,7 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yields every example once over all processes, in order, with a padded last batch.
-
-    All processes yield ceil(len(dataset) / batch_size) batches, so that none waits for another in a
-    collective operation.
-
-    Args:
-      dataset: the examples.
-      batch_size: examples per batch over all processes.
-      process_index: this process, in 0..process_count-1.
-      process_count: number of processes that share each batch.
-
-    Returns:
-      An iterator of batches as in `train_batches`, with 'mask' [b] float32, which is 1 for examples
-      and 0 for padding. The padding repeats the last example.
-
-    Raises:
-      UserError: the batch size is out of range.
-    """
+    """Yields the batches of one data set, see `chained_eval_batches`."""
     batches = chained_eval_batches(
         [dataset],
         batch_size=batch_size,
@@ -152,17 +135,19 @@ def chained_eval_batches(
     process_count: int = 1,
     num_threads: int = 4,
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """Yields the `eval_batches` of several data sets in sequence, prefetched across data sets.
+    """Yields every example of several data sets once over all processes, in order.
+
+    The last batch of a data set is padded. All processes yield the same number of batches, so that
+    none waits for another in a collective operation.
 
     Args:
       datasets: the data sets; a batch has examples of one of them.
-      batch_size: as for `eval_batches`.
-      process_index: as for `eval_batches`.
-      process_count: as for `eval_batches`.
+      batch_size, process_index, process_count: as for `train_batches`.
       num_threads: number of threads that prefetch batches.
 
     Returns:
-      An iterator of (position in `datasets`, batch).
+      An iterator of (position in `datasets`, batch). Batches are as in `train_batches`, with 'mask'
+      [b] float32, which is 1 for examples and 0 for padding. The padding repeats the last example.
 
     Raises:
       UserError: the batch size is out of range.

@@ -45,14 +45,7 @@ def _with_members(dataset: core.Dataset, records: Any) -> core.Dataset:
 
 
 def cifar10_1(data_dir: Any = None) -> core.Dataset:
-    """Loads CIFAR-10.1 v6, a new test set of 2,000 images for CIFAR-10 (Recht et al., 2018).
-
-    Args:
-      data_dir: TFDS's directory; None means $TFDS_DATA_DIR or TFDS's default.
-
-    Raises:
-      UserError: the data is missing.
-    """
+    """Loads CIFAR-10.1 v6, a new test set of 2,000 images for CIFAR-10 (Recht et al., 2018)."""
     records = _tfds_records("cifar10_1/v6", "test", data_dir, "image")
     return _small_images(records, "cifar10_1/v6")
 
@@ -99,19 +92,9 @@ def imagenet2012_corrupted(
     split: str = "validation",
     image_size: int = 128,
 ) -> core.Dataset:
-    """Loads one corruption and severity of ImageNet-C from TFDS; images are decoded on access.
+    """Loads one corruption and severity of ImageNet-C from TFDS, see `cifar10_corrupted`.
 
-    The stored images are central squares of 224 pixels; they are resized without cropping.
-
-    Args:
-      name: the corruption, spelled as published.
-      severity: 1 to 5.
-      data_dir: TFDS's directory; None means $TFDS_DATA_DIR or TFDS's default.
-      split: 'validation' or a slice of it.
-      image_size: side in pixels to which images are resized.
-
-    Raises:
-      UserError: the data is missing.
+    The stored images, central squares of 224 pixels, are resized to `image_size` without cropping.
     """
     full_name = f"imagenet2012_corrupted/{name}_{severity}"
     return _photographs(full_name, split, data_dir, image_size, share=1.0)

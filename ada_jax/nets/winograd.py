@@ -37,14 +37,7 @@ _RESULT = np.array(
 
 
 def pays(x: jax.Array, w: jax.Array, stride: int, padding: int) -> bool:
-    """Whether a convolution is faster by this algorithm, as measured on a CPU.
-
-    Args:
-      x: images [G,H,W,C].
-      w: kernel [kh,kw,C,O].
-      stride: step in pixels.
-      padding: zeros on every side.
-    """
+    """Whether a convolution of images [G,H,W,C] is faster by this algorithm, measured on a CPU."""
     return (
         w.shape[:2] == (3, 3)
         and stride == 1
@@ -74,16 +67,7 @@ def convolve(x: jax.Array, w: jax.Array, padding: int) -> jax.Array:
 
 
 def kernel_gradient(x: jax.Array, dy: jax.Array, padding: int) -> jax.Array:
-    """The gradient of `convolve` with respect to its kernel.
-
-    Args:
-      x: images [G,H,W,C].
-      dy: gradient of the output [G,H',W',O].
-      padding: as for `convolve`.
-
-    Returns:
-      [3,3,C,O].
-    """
+    """The kernel's gradient [3,3,C,O], from images x and the gradient dy of `convolve`'s output."""
 
     def add(total, pair):
         x, dy = pair

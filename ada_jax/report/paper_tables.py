@@ -148,14 +148,14 @@ def table_list(results: list[results_files.Result], paper: list[grouping.Row]) -
     lines = []
     for result in sorted(results, key=lambda r: grouping.by_mce(r.values)):
         fields, mce = result.fields, result.values.get("mce")
-        beside = theirs.get(grouping.paper_row(result))
-        difference = None if None in (mce, beside) else mce - beside
+        paper_mce = theirs.get(grouping.paper_row(result))
+        difference = None if None in (mce, paper_mce) else mce - paper_mce
         lines.append(
             [
                 Cell(fields["name"]),
                 Cell(fields.get("seed")),
                 Cell(mce, 2),
-                *([Cell(beside, 2), Cell(difference, 2, signed=True)] if paper else []),
+                *([Cell(paper_mce, 2), Cell(difference, 2, signed=True)] if paper else []),
                 *(Cell(result.values.get(key), 2) for key in sets),
                 Cell(fields.get("step")),
                 Cell(grouping.measured_on(result)),
