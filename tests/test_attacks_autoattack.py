@@ -191,9 +191,7 @@ def test_it_goes_on_where_it_was_killed_and_ends_with_the_same_numbers(tmp_path,
     assert calls == ["apgd-ce", "square"]
 
 
-def test_a_name_is_not_several_and_a_file_is_no_folder(tmp_path):
-    with pytest.raises(UserError, match=r"attacks='square' is a string: .*\('square',\)"):
-        quick(names="square")
+def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be created"):
         quick(state_dir=tmp_path / "file")

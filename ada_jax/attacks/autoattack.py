@@ -364,10 +364,6 @@ def _check(key, logits_fn, x, y, epsilon, norm, attacks, batch_size, microbatch,
     checks.check_integers(1, batch_size=batch_size, microbatch=microbatch or 1)
     few = min(microbatch or batch_size, len(x))
     checks.check_labels(y, x, logits_fn, few)
-    if isinstance(attacks, str):
-        raise UserError(
-            f"attacks={attacks!r} is a string: give a sequence, such as ({attacks!r},)."
-        )
     for name in (*attacks, *constants):
         if name not in ATTACKS:
             raise UserError(f"The attack {name!r} is unknown: choose from {', '.join(ATTACKS)}.")

@@ -75,16 +75,13 @@ def corrupt(
 
 def check(name: str, severity: int, seed: int, table: str) -> None:
     """Checks the arguments of `corrupt` except the images."""
-    for what, value in {"name": name, "table": table}.items():
-        if not isinstance(value, str):
-            raise UserError(f"{what}={value!r} must be a string.")
     if name not in parameter_tables.NAMES + parameter_tables.EXTRA:
         known = ", ".join(parameter_tables.NAMES + parameter_tables.EXTRA)
         raise UserError(f"The corruption {name!r} is unknown: choose from {known}.")
     is_integer = lambda a: isinstance(a, int | np.integer) and not isinstance(a, bool)  # noqa: E731
     if not is_integer(severity) or severity not in parameter_tables.SEVERITIES:
         raise UserError(f"The severity {severity!r} does not exist: choose it in 1..5.")
-    if table not in parameter_tables.TABLES:
+    if table not in tuple(parameter_tables.TABLES):
         raise UserError(
             f"The table {table!r} is unknown: choose from {', '.join(parameter_tables.TABLES)}."
         )

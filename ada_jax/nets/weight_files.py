@@ -154,7 +154,7 @@ def _check_sealed(path: str, flat: Mapping[str, np.ndarray], fields: Mapping[str
     if fields.get("format") != FORMAT:
         raise UserError(
             f"The file {path} is not a weights file of this version of ada_jax (its format is "
-            f"{fields.get('format')}, not {FORMAT}): save it with "
+            f"{fields.get('format')}, not {FORMAT}): save it again with "
             "ada_jax.nets.weight_files.save_weights, or use a network trained elsewhere in your "
             "own training loop, with ada_jax.adversarial_augment."
         )
