@@ -278,7 +278,7 @@ def pickled(folder: pathlib.Path) -> None:
         (lambda f: spoil(f, "labels.npy", lambda a: 3 - a), "does not have the labels"),
         (lambda f: (f / "spatter.npy").write_bytes(b"\x93NUMPY"), "not a complete array"),
         (pickled, "not a complete array"),
-        (lambda f: (f / "snow.npy.partial").touch(), r"half-written \(snow.npy.partial\)"),
+        (lambda f: (f / "snow.npy.partial").touch(), r"incomplete \(snow.npy.partial\)"),
         (lambda f: (f / "manifest.json").write_text("{"), "manifest.json cannot be read"),
         (other_seed, "made from other images"),
         (three_severities, r"severities \[1, 2, 6\]"),
