@@ -1,9 +1,9 @@
-"""Per-example convolutions of stride 1 as Triton kernels, by Pallas, for NVIDIA GPUs.
+"""Per-example convolutions of stride 1 as Pallas Triton kernels for NVIDIA GPUs.
 
-XLA's grouped convolutions have no fast gradients there, and patches of an image are nine times its
-size. These kernels accumulate on the chip, read an image's taps through the caches, and mask what
-lies outside, so that no padded copy is written. Block sizes are those that were fastest on an H100;
-with three stages of them a program takes 96 KiB of shared memory, which every GPU since Ampere has.
+XLA's grouped convolutions have slow gradients there, and patch matrices are nine times as large as
+the image. These kernels accumulate on the chip, read an image's taps through the caches, and mask
+pixels outside the image, so that no padded copy is written. The block sizes were fastest on an
+H100; with three stages a program uses 96 KiB of shared memory, which every GPU since Ampere has.
 """
 
 import functools
@@ -13,20 +13,20 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-_PIXELS = 128  # outputs of one program of the forward pass
-_PART = 1024  # outputs that one program of the kernel's gradient sums over
-_ROW = 128  # bytes of a row of a block: 64 bfloat16, 32 float32
-_STAGES = 3  # blocks loaded ahead
+_PIXELS = 128  # Output pixels of one program of the forward pass.
+_PART = 1024  # Output pixels that one program of the kernel's gradient sums over.
+_ROW = 128  # Bytes of a row of a block: 64 bfloat16 or 32 float32.
+_STAGES = 3  # Blocks loaded ahead.
 
 
 def fits(x: jax.Array, w: jax.Array, stride: int, padding: int) -> bool:
-    """Whether there is a kernel: stride 1, and outputs as large as the images [G,H,W,C]."""
+    """Whether the kernels support a convolution: stride 1 and 'same' padding."""
     kh, kw = w.shape[:2]
     return stride == 1 and kh == kw == 2 * padding + 1
 
 
 def forward(x: jax.Array, w: jax.Array, padding: int, *, interpret: bool = False) -> jax.Array:
-    """The convolution of images [G,H,W,C] with a kernel [k,k,C,O], see `fits`."""
+    """Convolves images [G,H,W,C] with a kernel [k,k,C,O] for which `fits` holds."""
     (groups, height, width, _), (k, _, _, out) = x.shape, w.shape
     size = height * width
     x, w = _fill(x, 3).reshape(groups, size, -1), _fill(_fill(w, 2), 3)
@@ -71,7 +71,7 @@ def forward(x: jax.Array, w: jax.Array, padding: int, *, interpret: bool = False
 def gradients(
     x: jax.Array, w: jax.Array, dy: jax.Array, padding: int, *, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """Its gradients (dx, dw)."""
+    """Gradients (dx, dw) of `forward`."""
     mirrored = jnp.swapaxes(w[::-1, ::-1], 2, 3)
     dx = forward(dy, mirrored, padding, interpret=interpret)
     return dx, kernel_gradient(x, dy, w.shape[0], padding, interpret=interpret).astype(w.dtype)
@@ -80,7 +80,7 @@ def gradients(
 def kernel_gradient(
     x: jax.Array, dy: jax.Array, k: int, padding: int, *, interpret: bool = False
 ) -> jax.Array:
-    """The gradient [k,k,C,O] of images [G,H,W,C] and their outputs' gradients [G,H,W,O].
+    """The kernel's gradient [k,k,C,O], from images [G,H,W,C] and output gradients [G,H,W,O].
 
     A program sums one row of the kernel's taps over a part of an image.
     """
@@ -137,7 +137,7 @@ def _load(
     channels: pl.Slice,
     offset: tuple[jax.Array | int, jax.Array | int] = (0, 0),
 ) -> jax.Array:
-    """Pixels `first` to `first + size` of an image [H*W,C] moved by an offset, zero outside."""
+    """Loads pixels first, ..., first + size - 1 of an image shifted by an offset; zero outside."""
     pixels = first + jnp.arange(size)
     row, column = (a + b for a, b in zip(_divmod(pixels, image[1]), offset, strict=True))
     inside = (row >= 0) & (row < image[0]) & (column >= 0) & (column < image[1])
@@ -149,22 +149,22 @@ def _load(
 
 
 def _block(channels: int, most: int) -> int:
-    """Channels of one program: the largest power of two that divides them, up to `most`."""
+    """Channels of one program: the largest power of two, up to `most`, that divides them."""
     return min(channels & -channels, most)
 
 
 def _fill(a: jax.Array, axis: int) -> jax.Array:
-    """Adds zeros until an axis is a multiple of 16, the least that a matrix product takes."""
+    """Pads an axis with zeros to a multiple of 16, the smallest size of a Triton product."""
     return jnp.pad(a, [(0, -size % 16 if i == axis else 0) for i, size in enumerate(a.shape)])
 
 
 def _dot(a: jax.Array, b: jax.Array, axis: int = 1) -> jax.Array:
-    """Sums over this axis of a and the first of b, in float32."""
+    """Contracts an axis of a with the first axis of b, in float32."""
     return jax.lax.dot_general(
         a, b, (((axis,), (0,)), ((), ())), preferred_element_type=jnp.float32
     )
 
 
 def _divmod(a: jax.Array, b: int) -> tuple[jax.Array, jax.Array]:
-    """Of numbers from 0 on: Triton has no `//` of JAX, which rounds negative ones down."""
+    """divmod of non-negative numbers; JAX's `//` does not lower to Triton."""
     return jax.lax.div(a, jnp.int32(b)), jax.lax.rem(a, jnp.int32(b))
