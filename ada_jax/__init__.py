@@ -1,7 +1,13 @@
 """AdversarialAugment (AdA) in JAX: image classifiers that are robust to corruptions."""
 
 import importlib
+import os
+import sys
 from typing import Any
+
+if sys.argv[0] == "-m":  # A command, `python -m ada_jax.train`: set before JAX reads it.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's and TensorFlow's messages
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # TensorFlow only writes events here.
 
 _HOMES = {
     "CorruptionNet": "ada_jax.ada",

@@ -4,13 +4,10 @@ python -m ada_jax.pretrain --config=experiments/pretrain_edsr.py[:PRESET] [--wor
 python -m ada_jax.pretrain --config=experiments/pretrain_cae.py [--workdir=DIR]
 """
 
-import contextlib
-import functools
 import json
 import math
 import os
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -18,14 +15,13 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
-from absl import logging
 
 from ada_jax import keys, locks, paths, ssim
 from ada_jax import results as results_files
 from ada_jax.data import batching, core, sources, tfds_sets
 from ada_jax.errors import UserError, require_extra
 from ada_jax.nets import cae, corruption_nets, edsr, layers, weight_files
-from ada_jax.run import checkpoint, cli, distributed, logbook
+from ada_jax.run import cli, logbook, loop
 
 PHOTOS = {  # scikit-image's colour photographs that come inside its package
     "train": ("astronaut", "coffee", "rocket", "stereo_motorcycle"),
@@ -435,97 +431,50 @@ def main(config: ml_collections.ConfigDict, workdir: str) -> int | None:
 
 def run(parts: Parts, workdir: str) -> int | None:
     """Trains and writes in a folder that is locked; returns an exit status."""
-    config = parts.config
-    key = jax.random.key(config.seed)
-    state = initial_state(parts.net, parts.optimizer, key)
-
-    checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints)
-    expect = identity(config) | {"training data": parts.train_set.fingerprint}
-    former = {"training data": core.sampled_fingerprint(parts.train_set)}
-    restored = checkpoints.restore(state, expect, former)
-    extra = {"pending": []}
-    if restored:
-        state, extra, step = restored
-        logging.info("Going on from step %d of %s.", step, workdir)
-    extra["expect"] = expect
-    paths.write_json(os.path.join(workdir, "config.json"), config.to_dict())
-    log = logbook.Logbook(workdir, int(state.step))
-
-    started = time.monotonic()
-    with contextlib.closing(log), checkpoints.closing():
-        state, stopped = train(parts, state, key, checkpoints, extra, log)
-    if stopped:
-        logging.warning("Stopped: saved step %d; the same command goes on.", state.step)
-        return stopped
-    finish(parts, workdir, state, time.monotonic() - started)
+    key = jax.random.key(parts.config.seed)
+    trained = loop.run(
+        make_task(parts, key),
+        workdir,
+        initial_state(parts.net, parts.optimizer, key),
+        config=parts.config.to_dict(),
+        expect=identity(parts.config) | {"training data": parts.train_set.fingerprint},
+        former={"training data": core.sampled_fingerprint(parts.train_set)},
+    )
+    if trained.status:
+        return trained.status
+    finish(parts, workdir, trained.state, trained.seconds)
     return None
 
 
-def train(
-    parts: Parts,
-    state: TrainState,
-    key: jax.Array,
-    checkpoints: checkpoint.Checkpoints,
-    extra: dict[str, Any],
-    log: logbook.Logbook,
-) -> tuple[TrainState, int]:
-    """Trains from `state` to the last step, or until SIGTERM or Ctrl-C.
-
-    Args:
-      parts: the run.
-      state: where to start.
-      key: the run's key.
-      checkpoints: where to save.
-      extra: what is saved beside the state; 'pending' are metrics of steps not yet logged.
-      log: where metrics go.
-
-    Returns:
-      The last state, saved, on the host; and the exit status where it was stopped, else 0.
-
-    Raises:
-      UserError: the loss is no longer finite; the checkpoints saved before are kept.
-    """
-    config, step, pending = parts.config, int(state.step), extra["pending"]
-    total_steps, batch_size = config.train_steps, examples(config, parts.net)
-    finite = functools.partial(logbook.finite, advice="lower config.learning_rate")
+def make_task(parts: Parts, key: jax.Array) -> loop.Task:
+    """What the training loop needs of a run with this key."""
+    config, batch_size = parts.config, examples(parts.config, parts.net)
     update_step = make_update_step(config, parts.net, parts.optimizer)
     update_step = jax.jit(update_step, donate_argnums=0)
     eval_step = jax.jit(make_eval_step(config, parts.net))
-    state = jax.tree.map(jnp.array, state)  # copies: the step donates its argument
-    batches = batching.train_batches(
-        parts.train_set, batch_size=batch_size, seed=config.seed, start_step=step
+
+    def quality(state: TrainState) -> dict[str, float]:
+        return evaluate(eval_step, state.theta, parts.eval_set, config.eval_batch_size)
+
+    def batches(start_step: int) -> Iterator[Batch]:
+        return batching.train_batches(
+            parts.train_set, batch_size=batch_size, seed=config.seed, start_step=start_step
+        )
+
+    return loop.Task(
+        update_step=lambda state, batch: update_step(state, {"image": batch["image"]}, key),
+        batches=batches,
+        evaluations=(loop.Evaluation("eval", config.eval_steps, quality, True),),
+        scalars=lambda step: {"learning_rate": parts.schedule(step - 1)},
+        to_devices=lambda state: jax.tree.map(jnp.array, state),  # copies, as they are donated
+        to_host=jax.device_get,
+        total_steps=config.train_steps,
+        batch_size=batch_size,
+        log_interval=config.log_steps,
+        save_interval=config.checkpoint_steps,
+        keep_checkpoints=config.keep_checkpoints,
+        advice="lower config.learning_rate",
     )
-    timer = logbook.Timer(step, total_steps, batch_size)
-    with distributed.StopSignal() as stop:
-        while step < total_steps and not stop.at(step):
-            with timer.waiting():
-                batch = next(batches)
-            state, metrics = update_step(state, {"image": batch["image"]}, key)
-            pending.append(metrics)
-            step += 1
-            if step % config.log_steps == 0 or step == total_steps:
-                summary = logbook.summarise(finite(pending, step))
-                pending = []
-                rate = {"learning_rate": parts.schedule(step - 1)}
-                log.write(step, "train", summary | rate | timer.lap(step))
-            if every(config.eval_steps, step) or step == total_steps:
-                quality = evaluate(eval_step, state.theta, parts.eval_set, config.eval_batch_size)
-                log.write(step, "eval", finite([quality], step)[0])
-            if every(config.checkpoint_steps, step) and step < total_steps:
-                pending = finite(pending, step)
-                log.flush()
-                checkpoints.save(step, state, extra | {"pending": pending})
-        timer.close()
-        state = jax.device_get(state)
-        # Still inside, for a second SIGTERM must not end the process before this is written.
-        log.flush()
-        checkpoints.save(step, state, extra | {"pending": finite(pending, step)}, wait=True)
-    return state, stop.status
-
-
-def every(period: int, step: int) -> bool:
-    """Whether a step is the last of a period; never for 0."""
-    return period > 0 and step % period == 0
 
 
 _BOOKKEEPING = frozenset(
@@ -581,7 +530,7 @@ def finish(parts: Parts, workdir: str, state: TrainState, seconds: float) -> Non
     if "sr_psnr" in quality:
         psnrs = f"PSNR {quality['sr_psnr']:.2f} dB, bicubic {quality['bicubic_psnr']:.2f} dB"
         rows.insert(2, (f"super-resolution x{parts.net.scale}", psnrs))
-    print("\n" + "\n".join(f"| {name:24} | {value:56} |" for name, value in rows), flush=True)
+    print("\n" + logbook.table(rows), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,19 +3,15 @@
 python -m ada_jax.train --config=experiments/cifar10.py [--workdir=DIR] [--config.FIELD=VALUE]
 """
 
-import contextlib
 import functools
 import os
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import haiku as hk
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from absl import logging
 
 from ada_jax import ada, checks, evaluate, paths, training
 from ada_jax import results as results_files
@@ -24,7 +20,7 @@ from ada_jax.errors import require_extra
 from ada_jax.evaluation import scoring
 from ada_jax.nets import corruption_nets, weight_files
 from ada_jax.report import figures
-from ada_jax.run import checkpoint, cli, config_checks, distributed, logbook, setup
+from ada_jax.run import cli, config_checks, distributed, logbook, loop, setup
 from ada_jax.sharding import AXIS, replicate, shard, unreplicate
 
 
@@ -53,103 +49,55 @@ def run(parts: setup.Parts, workdir: str) -> int | None:
     state = training.initial_state(parts.classifier, parts.optimizer, key, images)
     if config.init_weights:
         state = setup.with_weights(state, parts, config.init_weights)
-
     thetas = tuple(net.theta for net in parts.nets)
-    checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep_checkpoints)
     expect = setup.identity(parts, thetas, state)
-    former = {"training data": core.sampled_fingerprint(parts.train_set)}
-    restored = checkpoints.restore(state, expect, former)
     about = setup.describe(parts, expect)
-    extra = {"pending": [], "seconds": 0.0}
-    if restored:
-        state, extra, step = restored
-        logging.info("Going on from step %d of %s.", step, workdir)
-    else:
-        show_parameters(state.params)
-    if jax.process_index() == 0:
-        paths.write_json(os.path.join(workdir, "config.json"), config.to_dict())
-    log = logbook.Logbook(workdir, int(state.step), write=jax.process_index() == 0)
-    extra |= {"expect": expect, "about": about}
-
-    with contextlib.closing(log), checkpoints.closing():
-        state, seconds, stopped = train(parts, state, thetas, key, checkpoints, extra, log)
-    if stopped:
-        logging.warning("Stopped: saved step %d; the same command goes on.", state.step)
-        return stopped
-    finish(parts, workdir, state, seconds, about)
+    trained = loop.run(
+        make_task(parts, thetas, key),
+        workdir,
+        state,
+        config=config.to_dict(),
+        expect=expect,
+        former={"training data": core.sampled_fingerprint(parts.train_set)},
+        extra={"about": about},
+    )
+    if trained.status:
+        return trained.status
+    finish(parts, workdir, trained.state, trained.seconds, about)
     return None
 
 
-def train(
-    parts: setup.Parts,
-    state: training.TrainState,
-    thetas: Any,
-    key: jax.Array,
-    checkpoints: checkpoint.Checkpoints,
-    extra: dict[str, Any],
-    log: logbook.Logbook,
-) -> tuple[training.TrainState, float, int]:
-    """Trains from `state` to the last step, or until SIGTERM or Ctrl-C.
+def make_task(parts: setup.Parts, thetas: tuple[Any, ...], key: jax.Array) -> loop.Task:
+    """What the training loop needs of a run.
 
     Args:
       parts: the run.
-      state: on the host, one copy.
       thetas: the corruption networks' parameters.
       key: the run's key.
-      checkpoints: where to save.
-      extra: what is saved beside the state; 'pending' are metrics of steps not yet logged,
-        'seconds' what the run has taken so far.
-      log: where metrics go.
-
-    Returns:
-      The last state, saved, on the host; the run's seconds; the exit status where it was stopped,
-      else 0.
-
-    Raises:
-      UserError: the loss is no longer finite; the checkpoints saved before are kept.
     """
-    config, total_steps, step = parts.config, parts.total_steps, int(state.step)
-    started = time.monotonic() - extra.get("seconds", 0.0)
-    finite = functools.partial(logbook.finite, advice="lower config.learning_rate or config.ada.nu")
-    update_step = compile_update_step(parts)
-    if step < total_steps:
-        logging.info("The first step compiles: seconds for small networks, minutes for large ones.")
-    state, thetas = replicate(state), replicate(thetas)
-    batches = train_batches(parts, step)
-    evaluate_at = every_epochs(config.eval_epochs, parts)
-    corrupt_at = every_epochs(config.corruption_eval_epochs, parts)
-    save_at = every_epochs(config.checkpoint_epochs, parts)
-    pending = extra["pending"]
-    timer = logbook.Timer(step, total_steps, config.batch_size, show=jax.process_index() == 0)
-    with distributed.StopSignal() as stop:
-        while step < total_steps and not stop.at(step):
-            with timer.waiting():
-                batch = shard(next(batches))
-            state, metrics = update_step(state, thetas, batch, key)
-            pending.append(metrics)
-            step += 1
-            if step % config.log_steps == 0 or step == total_steps:
-                summary = logbook.summarise(finite(pending, step))
-                pending = []
-                progress = {"epoch": step / parts.steps_per_epoch, **timer.lap(step)}
-                rate = {"learning_rate": parts.schedule(step - 1)}
-                log.write(step, "train", summary | rate | progress)
-            if evaluate_at(step) or step == total_steps:
-                log.write(step, "eval", clean_error(parts, state))
-            if corrupt_at(step):
-                log.write(step, "corruptions", corruption_errors(parts, state))
-            if save_at(step) and step < total_steps:
-                pending = finite(pending, step)
-                log.flush()
-                extra |= {"pending": pending, "seconds": time.monotonic() - started}
-                checkpoints.save(step, unreplicate(state), extra)
-        timer.close()
-        state = unreplicate(state)
-        # Still inside, for a second SIGTERM must not end the process before this is written.
-        log.flush()
-        extra |= {"pending": finite(pending, step), "seconds": time.monotonic() - started}
-        checkpoints.save(step, state, extra, wait=True)
-    return state, extra["seconds"], stop.status
+    config, epoch = parts.config, parts.steps_per_epoch
+    update_step, thetas = compile_update_step(parts), replicate(thetas)
+
+    def evaluation(kind: str, epochs: float, evaluate: Any, at_end: bool) -> loop.Evaluation:
+        return loop.Evaluation(kind, epochs * epoch, functools.partial(evaluate, parts), at_end)
+
+    return loop.Task(
+        update_step=lambda state, batch: update_step(state, thetas, shard(batch), key),
+        batches=functools.partial(train_batches, parts),
+        evaluations=(
+            evaluation("eval", config.eval_epochs, clean_error, True),
+            evaluation("corruptions", config.corruption_eval_epochs, corruption_errors, False),
+        ),
+        scalars=lambda step: {"epoch": step / epoch, "learning_rate": parts.schedule(step - 1)},
+        to_devices=replicate,
+        to_host=unreplicate,
+        total_steps=parts.total_steps,
+        batch_size=config.batch_size,
+        log_interval=config.log_steps,
+        save_interval=config.checkpoint_epochs * epoch,
+        keep_checkpoints=config.keep_checkpoints,
+        advice="lower config.learning_rate or config.ada.nu",
+    )
 
 
 def train_batches(parts: setup.Parts, start_step: int) -> Iterator[dict[str, np.ndarray]]:
@@ -189,16 +137,6 @@ def corruption_errors(parts: setup.Parts, state: training.TrainState) -> dict[st
     variables = state.params, state.net_state
     datasets, size = parts.corruption_sets.datasets, parts.config.eval_batch_size
     return results_files.flat_errors(scoring.measure(parts.eval_step, variables, datasets, size))
-
-
-def every_epochs(epochs: float, parts: setup.Parts) -> Callable[[int], bool]:
-    """Whether a step is the last of a period of so many epochs; never for 0."""
-
-    def at(step: int) -> bool:
-        period = epochs * parts.steps_per_epoch
-        return period > 0 and int(step / period) > int((step - 1) / period)
-
-    return at
 
 
 def finish(
@@ -324,16 +262,6 @@ def show_attack(
     error = float(100 * jnp.mean(jnp.argmax(logits, -1) != y))
     measured = {} if similarity is None else {"ssim": float(similarity.mean())}
     return {"examples": len(x), "error": error, **measured}
-
-
-def show_parameters(params: hk.Params) -> None:
-    """Logs a table of the classifier's parameters."""
-    try:
-        from clu import parameter_overview  # imports Flax: takes seconds
-    except ImportError:
-        logging.info("The classifier has %d parameters.", hk.data_structures.tree_size(params))
-        return
-    parameter_overview.log_parameter_overview(params, include_stats=False)
 
 
 if __name__ == "__main__":

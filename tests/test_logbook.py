@@ -1,12 +1,14 @@
 """What a run writes down: nothing twice, nothing torn, and a sentence when the loss is lost."""
 
 import json
+import re
 
 import pytest
+from absl import logging
 
 from ada_jax import paths
 from ada_jax.errors import UserError
-from ada_jax.run import logbook
+from ada_jax.run import logbook, loop
 
 
 def test_a_resumed_log_drops_what_will_be_written_again_and_a_torn_last_line(tmp_path):
@@ -46,14 +48,14 @@ def test_a_killed_run_s_log_in_a_bucket_lacks_no_line_before_its_last_checkpoint
 
 def test_summary_takes_the_least_of_minima_and_the_mean_of_the_rest():
     steps = [{"loss": 1.0, "ssim_min": 0.5}, {"loss": 3.0, "ssim_min": 0.25}]
-    assert logbook.summarise(steps) == {"loss": 2.0, "ssim_min": 0.25}
+    assert loop.summarise(steps) == {"loss": 2.0, "ssim_min": 0.25}
 
 
 def test_a_loss_that_is_not_finite_names_its_step():
     good, bad = {"loss": 1.0}, {"loss": float("nan")}
-    assert logbook.finite([good, good], 7, advice="rest") == [good, good]
-    with pytest.raises(UserError, match=r"at step 6.*rest"):
-        logbook.finite([good, bad, bad], 7, advice="rest")
+    assert loop.finite([good, good], 7, advice="rest") == [good, good]
+    with pytest.raises(UserError, match=r"at step 6, where the metrics are loss nan;.*rest"):
+        loop.finite([good, bad, bad], 7, advice="rest")
 
 
 def test_json_is_written_whole(tmp_path):
@@ -64,11 +66,34 @@ def test_json_is_written_whole(tmp_path):
     assert json.loads(path.read_text()) == {"b": 1}
 
 
-def test_timer_counts_examples_and_waiting():
-    timer = logbook.Timer(step=0, total=10, batch_size=4, show=False)
-    with timer.waiting():
+def test_progress_prints_one_line_an_interval_where_there_is_no_terminal(capsys):
+    progress = logbook.Progress(step=0, total=10, batch_size=4)
+    with progress.waiting():
         pass
-    lap = timer.lap(5)
-    timer.close()
-    assert lap["examples_per_second"] > 0
-    assert 0 <= lap["input_wait_percent"] <= 100
+    progress.skip_compilation(1)
+    speed = progress.update(6, {"loss": 0.51234, "error": 12.5, "ada_changed": 0.0})
+    progress.note(6, "eval", {"error": 3.2, "examples": 500})
+    progress.close()
+    assert speed["examples_per_second"] > 0
+    assert 0 <= speed["input_wait_percent"] <= 100
+    training, evaluation = capsys.readouterr().err.splitlines()
+    pattern = r"step 6/10, loss 0\.5123, error 12\.5%, \d+ examples/s, 00:00 left"
+    assert re.fullmatch(pattern, training)
+    assert evaluation == "step 6/10, eval: error 3.2%"
+
+
+def test_intervals_may_be_fractions_of_steps():
+    assert [step for step in range(1, 11) if loop.is_due(step, 2.5)] == [3, 5, 8, 10]
+    assert [step for step in range(1, 7) if loop.is_due(step, 3)] == [3, 6]
+    assert not any(loop.is_due(step, 0) for step in range(1, 7))
+
+
+def test_all_metrics_and_messages_go_to_the_log_file(tmp_path):
+    log = logbook.Logbook(str(tmp_path), step=0)
+    log.write(10, "train", {"loss": 0.5, "ada_changed": 0.25})
+    logging.warning("mind the step")
+    log.close()
+    logging.warning("after the end")
+    lines = (tmp_path / "train.log").read_text().splitlines()
+    assert lines[0].endswith("INFO step 10: train/ada_changed=0.25, train/loss=0.5")
+    assert lines[1].endswith("WARNING mind the step") and len(lines) == 2

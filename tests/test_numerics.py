@@ -14,7 +14,7 @@ from ada_jax.data import core
 from ada_jax.errors import NotFiniteError, UserError
 from ada_jax.evaluation import scoring, worst_case
 from ada_jax.report import figures
-from ada_jax.run import logbook
+from ada_jax.run import loop
 
 KEY = jax.random.key(0)
 X = np.float32(np.random.default_rng(0).uniform(0.3, 0.7, (12, 5, 5, 3)))
@@ -282,5 +282,5 @@ def test_no_json_holds_nan(tmp_path):
     with pytest.raises(ValueError):
         paths.write_json(tmp_path / "a.json", {"error": float("nan")})
     assert not (tmp_path / "a.json").exists()
-    with pytest.raises(NotFiniteError, match=r"With ada_loss_end inf the run .* at step 3"):
-        logbook.finite([{"loss": 1.0, "ada_loss_end": np.inf}], 3, advice="rest")
+    with pytest.raises(NotFiniteError, match=r"at step 3, where the metrics are ada_loss_end inf"):
+        loop.finite([{"loss": 1.0, "ada_loss_end": np.inf}], 3, advice="rest")

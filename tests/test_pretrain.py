@@ -15,7 +15,7 @@ from ada_jax import pretrain
 from ada_jax.data import batching, core
 from ada_jax.errors import UserError
 from ada_jax.nets import corruption_nets, layers, weight_files
-from ada_jax.run import distributed, logbook
+from ada_jax.run import distributed, logbook, loop
 
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
 TINY = {
@@ -274,5 +274,5 @@ def test_the_cae_learns_from_its_bits_and_is_measured():
 
 def test_a_loss_that_is_not_finite_stops_the_run():
     pending = [{"loss": 1.0}, {"loss": jnp.float32(jnp.nan)}, {"loss": 2.0}]
-    with pytest.raises(UserError, match=r"nan .* at step 8, .* lower config\.learning_rate and "):
-        logbook.finite(pending, 9, advice="lower config.learning_rate")
+    with pytest.raises(UserError, match=r"at step 8, .* nan; .*: lower config\.learning_rate and "):
+        loop.finite(pending, 9, advice="lower config.learning_rate")

@@ -26,7 +26,7 @@ from ada_jax.data import batching, core, rendered_set, sources
 from ada_jax.errors import UserError
 from ada_jax.evaluation import scoring
 from ada_jax.nets import weight_files
-from ada_jax.run import checkpoint, config_checks, distributed, logbook, setup
+from ada_jax.run import checkpoint, config_checks, distributed, logbook, loop, setup
 from experiments import cifar10, finetune, imagenet, quickstart
 from experiments import deepaugment as deepaugment_config
 from tests.conftest import photograph
@@ -659,12 +659,11 @@ def test_the_seconds_of_a_resumed_run_are_those_of_all_its_parts():
     saved = []
     checkpoints = types.SimpleNamespace(save=lambda *args, **kwargs: saved.append(args))
     log = types.SimpleNamespace(flush=lambda: None)
+    task = train.make_task(parts, (), jax.random.key(0))
     extra = {"pending": [], "seconds": 100.0}
-    _, seconds, interrupted = train.train(
-        parts, done, (), jax.random.key(0), checkpoints, extra, log
-    )
-    assert 100 < seconds < 200 and not interrupted
-    assert saved[0][2]["seconds"] == seconds
+    trained = loop._train(task, done, extra, checkpoints, log)
+    assert 100 < trained.seconds < 200 and not trained.status
+    assert saved[0][2]["seconds"] == trained.seconds
 
 
 def test_networks_named_twice_have_results_each():

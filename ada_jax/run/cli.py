@@ -115,11 +115,11 @@ def start(main: Callable[[list[str]], int | None], *, computes: bool = False) ->
       main: called with the arguments that are no flags; returns an exit status or None.
       computes: whether the binary computes for long, and so is worth huge pages.
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     for stream in filter(None, (sys.stdout, sys.stderr)):  # Of ASCII, say.
         stream.reconfigure(errors="backslashreplace")
     logging.set_verbosity(logging.INFO)
     logging.get_absl_handler().addFilter(_is_ours_or_warning)
+    logging.get_absl_handler().setFormatter(_Sentences())
     sys.unraisablehook = _print_ignored
 
     def guarded(argv: list[str]) -> None:
@@ -178,6 +178,15 @@ def _is_ours_or_warning(record: python_logging.LogRecord) -> bool:
     return record.levelno >= python_logging.WARNING or not any(
         n in record.pathname for n in libraries
     )
+
+
+class _Sentences(python_logging.Formatter):
+    """Messages as they are; warnings and errors say that they are."""
+
+    def format(self, record: python_logging.LogRecord) -> str:
+        text = super().format(record)
+        serious = record.levelno >= python_logging.WARNING
+        return f"{record.levelname.lower()}: {text}" if serious else text
 
 
 def _print_ignored(ignored: Any) -> None:

@@ -1,7 +1,8 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard and the terminal."""
+"""Where a run's metrics go: metrics.jsonl, train.log, TensorBoard and the terminal."""
 
 import contextlib
 import json
+import logging as python_logging
 import os
 import pathlib
 import subprocess
@@ -10,45 +11,51 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import tqdm
 from absl import logging
 
 from ada_jax import paths
 from ada_jax import results as results_files
-from ada_jax.errors import NotFiniteError, UserError
+from ada_jax.errors import UserError
 
 Record = dict[str, Any]
 
 
 class Logbook:
-    """Writes records to metrics.jsonl, where a resumed run leaves none twice, and TensorBoard."""
+    """Writes a run's metrics to metrics.jsonl, train.log and TensorBoard.
+
+    metrics.jsonl has each record once, also after a resume. train.log, which a bucket cannot have,
+    has the messages of the terminal and all metrics, with the time.
+    """
 
     def __init__(self, workdir: str, step: int, *, write: bool = True) -> None:
-        """Opens the run's records and drops those after `step`, which will be written again.
+        """Opens the files and drops records after `step`, which will be written again.
 
         Args:
           workdir: the run's folder.
-          step: step that the run goes on from.
-          write: False on the processes that leave writing to another.
+          step: the step that the run resumes from.
+          write: False in all processes but one.
         """
         workdir = os.fspath(paths.at(workdir))
+        self._workdir, self._files = workdir, contextlib.ExitStack()
         self._journal = self._tensorboard = None
-        self._workdir = workdir
-        # On every process: those that did not import it would give up waiting at the first step.
+        # In every process: importing TensorFlow takes so long that the others would time out, and
+        # a damaged file must stop all of them.
         summary_writer = _summary_writer()
-        # On every process, for a damaged log must stop all of them.
         kept = [json.dumps(r) + "\n" for r in read(workdir) if r["step"] <= step]
-        if write:
-            if summary_writer:
-                self._tensorboard = summary_writer(os.path.join(workdir, "tensorboard"))
-            self._journal = paths.Journal(os.path.join(workdir, "metrics.jsonl"), "".join(kept))
+        if not write:
+            return
+        self._journal = paths.Journal(os.path.join(workdir, "metrics.jsonl"), "".join(kept))
+        if summary_writer:
+            self._tensorboard = summary_writer(os.path.join(workdir, "tensorboard"))
+        if not paths.in_bucket(workdir):
+            self._files.enter_context(_messages_in(os.path.join(workdir, "train.log")))
 
     def write(self, step: int, kind: str, metrics: dict[str, float]) -> None:
-        """Writes one record of scalars: kind is 'train', 'eval' and so on."""
+        """Writes one record of scalars; kind is 'train', 'eval' and so on."""
         metrics = {k: float(v) for k, v in metrics.items()}
         scalars = {f"{kind}/{k}": v for k, v in sorted(metrics.items())}
-        logging.info("[%d] %s", step, ", ".join(f"{k}={v:f}" for k, v in scalars.items()))
+        _METRICS.info("step %d: %s", step, ", ".join(f"{k}={v:g}" for k, v in scalars.items()))
         if self._tensorboard:
             with paths.os_errors(self._workdir):
                 self._tensorboard.write_scalars(step, scalars)
@@ -57,18 +64,43 @@ class Logbook:
             self._journal.write(json.dumps(record, allow_nan=False) + "\n")
 
     def flush(self) -> None:
-        """Call it before a checkpoint: a resumed run does not write the lines before it again."""
+        """Writes out what is buffered; call it before each checkpoint."""
         if self._journal:
             self._journal.flush()
 
     def close(self) -> None:
-        """Writes out what is buffered."""
-        if self._tensorboard:
-            with paths.os_errors(self._workdir):
-                self._tensorboard.flush()
-                self._tensorboard.close()
-        if self._journal:
-            self._journal.close()
+        """Writes out what is buffered and closes the files."""
+        with self._files:
+            if self._tensorboard:
+                with paths.os_errors(self._workdir):
+                    self._tensorboard.flush()
+                    self._tensorboard.close()
+            if self._journal:
+                self._journal.close()
+
+
+_METRICS = python_logging.getLogger("ada_jax.metrics")  # for train.log alone
+_METRICS.setLevel(python_logging.INFO)
+_METRICS.propagate = False
+
+
+@contextlib.contextmanager
+def _messages_in(path: str) -> Iterator[None]:
+    """Appends all messages to a file, with the time."""
+    handler = python_logging.FileHandler(path)
+    handler.setFormatter(python_logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.filters = list(logging.get_absl_handler().filters)
+    handler.handleError = lambda record: None  # A full disk: metrics.jsonl raises it.
+    loggers = _METRICS, python_logging.getLogger()
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+        with contextlib.suppress(OSError):  # What a full disk did not take.
+            handler.close()
 
 
 def _summary_writer() -> type | None:
@@ -78,11 +110,7 @@ def _summary_writer() -> type | None:
 
         return SummaryWriter
     except ImportError as error:
-        logging.info(
-            "Metrics go to metrics.jsonl and this log, and not to TensorBoard (%s); to have it: "
-            "pip install clu tensorboard tensorflow",
-            error,
-        )
+        logging.info("No TensorBoard events (%s): pip install clu tensorboard tensorflow.", error)
         return None
 
 
@@ -110,45 +138,6 @@ def read(workdir: str) -> list[Record]:
     return records
 
 
-def finite(pending: list[dict[str, Any]], step: int, *, advice: str) -> list[dict[str, float]]:
-    """Brings the last steps' metrics to the host, and stops the run where one is not finite.
-
-    Args:
-      pending: metrics of the steps up to `step`, on the host, on a device or replicated over
-        several.
-      step: the last of these steps.
-      advice: what to do against it, for the message.
-
-    Raises:
-      NotFiniteError: naming the first step with a metric that is not finite, such as the loss.
-    """
-    import jax
-
-    from ada_jax import sharding
-
-    fetched = [
-        {name: float(np.ravel(value)[0]) for name, value in metrics.items()}
-        for metrics in jax.device_get(jax.tree.map(sharding.first, pending))
-    ]
-    for i, metrics in enumerate(fetched):
-        bad = [f"{name} {value}" for name, value in metrics.items() if not np.isfinite(value)]
-        if bad:
-            raise NotFiniteError(
-                f"With {' and '.join(bad)} the run cannot go on at step "
-                f"{step - len(fetched) + i + 1}, so it stops; checkpoints of earlier steps "
-                f"are kept: {advice} and start again in another --workdir."
-            )
-    return fetched
-
-
-def summarise(steps: list[dict[str, float]]) -> dict[str, float]:
-    """One value per metric over several steps: the least of those named '*_min', else the mean."""
-    return {
-        name: float((np.min if name.endswith("_min") else np.mean)([s[name] for s in steps]))
-        for name in steps[0]
-    }
-
-
 def table(rows: list[tuple[str, str]]) -> str:
     """Rows of (name, value) as Markdown's, aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -174,40 +163,68 @@ def commit(package: pathlib.Path = pathlib.Path(__file__).parents[1]) -> str:
         return ""
 
 
-class Timer:
-    """Speed, time left and time spent waiting for data, on the terminal and for the log."""
+class Progress:
+    """Progress of training: a bar on a terminal, elsewhere one line for every interval."""
 
     def __init__(self, step: int, total: int, batch_size: int, *, show: bool = True) -> None:
-        """Starts at `step` of `total` steps of `batch_size` examples."""
+        """Starts at `step` of `total` steps of `batch_size` examples; `show` prints it."""
         self._step, self._total, self._batch_size, self._show = step, total, batch_size, show
         self._since, self._waited = time.monotonic(), 0.0
         self._bar = tqdm.tqdm(
-            initial=step * batch_size,
-            total=total * batch_size,
-            unit=" examples",
-            unit_scale=True,
+            initial=step,
+            total=total,
+            bar_format="step {n_fmt}/{total_fmt} |{bar:20}| {remaining} left{postfix}",
             disable=not (show and sys.stderr.isatty()),
         )
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Counts what runs inside as waiting for data."""
+        """Counts the time inside as waiting for data."""
         start = time.monotonic()
         yield
         self._waited += time.monotonic() - start
 
-    def lap(self, step: int) -> dict[str, float]:
-        """Shows progress; returns the speed and the share of waiting since the last lap."""
+    def update(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
+        """Shows the step, its metrics, the speed and the time left.
+
+        Returns:
+          'examples_per_second' and 'input_wait_percent' since the last update.
+        """
         seconds = max(time.monotonic() - self._since, 1e-9)
-        examples = (step - self._step) * self._batch_size
-        rate, waited = examples / seconds, 100 * self._waited / seconds
-        self._bar.update(examples)
-        if self._show and self._bar.disable:
-            left = results_files.clock((self._total - step) * self._batch_size / max(rate, 1e-9))
-            logging.info("step %d of %d, %.0f examples/s, %s left", step, self._total, rate, left)
-        self._step, self._since, self._waited = step, time.monotonic(), 0.0
+        steps = step - self._step
+        rate, waited = steps * self._batch_size / seconds, 100 * self._waited / seconds
+        shown = f"{_in_words(metrics)}, {rate:.0f} examples/s"
+        self._bar.set_postfix_str(shown, refresh=False)
+        self._bar.update(steps)
+        if self._bar.disable:
+            left = results_files.clock((self._total - step) * seconds / steps)
+            self._print(f"step {step}/{self._total}, {shown}, {left} left")
+        self._restart(step)
         return {"examples_per_second": rate, "input_wait_percent": waited}
+
+    def skip_compilation(self, step: int) -> None:
+        """Leaves the first step, which compiles, out of the speed."""
+        self._bar.update(step - self._step)
+        self._bar.unpause()
+        self._restart(step)
+
+    def _restart(self, step: int) -> None:
+        self._step, self._since, self._waited = step, time.monotonic(), 0.0
+
+    def note(self, step: int, kind: str, metrics: dict[str, float]) -> None:
+        """Shows the result of an evaluation."""
+        self._print(f"step {step}/{self._total}, {kind}: {_in_words(metrics)}")
 
     def close(self) -> None:
         """Ends the progress bar."""
         self._bar.close()
+
+    def _print(self, line: str) -> None:
+        if self._show:
+            tqdm.tqdm.write(line, file=sys.stderr)
+
+
+def _in_words(metrics: dict[str, float]) -> str:
+    """The metrics that matter most: 'loss 0.412, error 3.20%'."""
+    units = {"loss": "", "error": "%", "mce": "%", "psnr": " dB", "ssim": ""}
+    return ", ".join(f"{k} {metrics[k]:.4g}{unit}" for k, unit in units.items() if k in metrics)
