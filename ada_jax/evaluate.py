@@ -1,23 +1,21 @@
-"""Measures a classifier's errors on clean, corrupted and newly collected images.
+"""Measures a classifier's errors on clean, corrupted, newly collected and attacked images.
 
     python -m ada_jax.evaluate --workdir=runs/cifar10 --sets=clean,c,extra,cifar10_1
     python -m ada_jax.evaluate --config=FILE --weights=FILE.safetensors --out=results.json
     python -m ada_jax.evaluate --config=FILE --random --out=results.json
 
-The results file has every number as soon as it is measured, and the same command goes on with
-those it lacks.
+The results file is updated after every measurement. The same command measures what is missing.
 """
 
-import contextlib
 import functools
 import json
 import os
 import pathlib
-import re
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+import haiku as hk
 import jax
 import ml_collections
 from absl import flags, logging
@@ -26,12 +24,23 @@ from ada_jax import locks, paths
 from ada_jax import results as results_files
 from ada_jax.data import core, sources
 from ada_jax.errors import UserError, renamed
-from ada_jax.evaluation import image_sets, scoring, worst_case
-from ada_jax.nets import corruption_nets, weight_files
+from ada_jax.evaluation import evaluators, scoring, worst_case
+from ada_jax.nets import weight_files
 from ada_jax.run import cli, config_checks, logbook
 from ada_jax.sharding import replicate
 
-# ------------------------------------------------------------------------ results
+DATA_FLAGS = {  # the flags of binaries with --split and --data_dir, for fields in messages
+    "config.train_split or config.eval_split": "--split",
+    "--config.data_dir": "--data_dir",
+}
+_FIELDS = {  # of the config, set by flags
+    "c_dir": "eval_c_dir",
+    "corruption_seed": "corruption_seed",
+    "corruption_table": "corruption_table",
+    "batch_size": "eval_batch_size",
+    "split": "eval_split",
+    "data_dir": "data_dir",
+}
 
 
 def new_results(
@@ -43,15 +52,15 @@ def new_results(
     clean: core.Dataset,
     source: Mapping[str, Any],
 ) -> results_files.Results:
-    """A results file's content before anything is measured.
+    """The content of a results file before anything is measured.
 
     Args:
       config: of the run.
-      name: what tables call the run.
+      name: name of the run in tables.
       step: updates made.
       weights_digest: of {'params': ..., 'state': ...}, see `weight_files.digest`.
       clean: the clean images of config.eval_split.
-      source: see `Sets`.
+      source: see `evaluators.Sets`.
     """
     results = {
         "schema": results_files.SCHEMA,
@@ -74,62 +83,31 @@ def new_results(
         "class_names": list(clean.class_names),
     }
     results |= {"corruption_source": dict(source)} if source else {}
-    return json.loads(json.dumps(results))  # Tuples become lists, as they come back.
-
-
-# ------------------------------------------------------------------------ the config
-
-_NEEDED = {  # and the kinds of their values; a tuple's elements are of one kind
-    **dict.fromkeys(("name", "dataset", "data_dir", "train_split", "eval_split"), str),
-    **dict.fromkeys(("classifier", "compute_dtype", "compilation_cache"), str),
-    **dict.fromkeys(("eval_c_dir", "corruption_table"), str),
-    **dict.fromkeys(("seed", "image_size", "eval_batch_size", "cpu_devices"), int),
-    **dict.fromkeys(("corruption_seed",), int),
-    **dict.fromkeys(("cross_replica_bn", "zero_init_logits"), bool),
-    **{"bn_decay": float, "mean": (float,), "std": (float,), "eval_sets": (str,)},
-}
-DATA_FLAGS = {  # of binaries with --split and --data_dir, for the fields that `data` names
-    "config.train_split or config.eval_split": "--split",
-    "--config.data_dir": "--data_dir",
-}
-_FLAGS = {
-    "sets": "eval_sets",
-    "c_dir": "eval_c_dir",
-    "corruption_seed": "corruption_seed",
-    "corruption_table": "corruption_table",
-    "batch_size": "eval_batch_size",
-    "split": "eval_split",
-    "data_dir": "data_dir",
-}
-
-
-def _with_flags(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    if missing := [name for name in _NEEDED if name not in config]:
-        raise UserError(
-            f"The config has no field {missing[0]!r}, so it is not of a classifier's training: "
-            "name another with --config or --workdir."
-        )
-    if wrong := [name for name, kind in _NEEDED.items() if not _is_kind(config[name], kind)]:
-        raise UserError(
-            f"config.{wrong[0]}={config[wrong[0]]!r} is of another type than a run's: name another "
-            "config with --config or --workdir, or set the value back."
-        )
-    values = {field: flags.FLAGS[flag].value for flag, field in _FLAGS.items()}
-    config = config.copy_and_resolve_references().unlock()
-    with config.ignore_type():
-        config.update({field: v for field, v in values.items() if v is not None})
-    return config.lock()
-
-
-def _is_kind(value: Any, kind: Any) -> bool:
-    """Whether a config's value is of a kind in `_NEEDED`."""
-    if isinstance(kind, tuple):
-        return isinstance(value, tuple | list) and all(_is_kind(v, kind[0]) for v in value)
-    kinds = (int, float) if kind is float else kind
-    return isinstance(value, kinds) and (kind is bool or not isinstance(value, bool))
+    return json.loads(json.dumps(results))  # Tuples become lists, as in the file.
 
 
 # ------------------------------------------------------------------------ the binary
+
+
+class _Subject(NamedTuple):
+    """The classifier to evaluate."""
+
+    name: str
+    step: int
+    classifier: hk.TransformedWithState
+    params: hk.Params
+    state: hk.State
+    class_names: tuple[str, ...]
+    metadata: Mapping[str, Any]  # of the weights
+
+
+def main(argv: list[str]) -> None:
+    """Evaluates what the flags describe."""
+    try:
+        _check_flags(argv)
+        _evaluate(flags.FLAGS)
+    except UserError as error:
+        raise renamed(error, DATA_FLAGS) from error
 
 
 def _check_flags(argv: list[str]) -> None:
@@ -139,8 +117,8 @@ def _check_flags(argv: list[str]) -> None:
     given = [f for f in ("workdir", "weights", "random") if values[f].value]
     if len(given) != 1:
         raise UserError(
-            f"There are {len(given)} of --workdir, --weights and --random: give one, a run's "
-            "folder, a file of weights or none at all, to say what to evaluate."
+            f"There are {len(given)} of --workdir, --weights and --random: give one, to name the "
+            "classifier."
         )
     if values.workdir and values.config:
         raise UserError(
@@ -148,35 +126,17 @@ def _check_flags(argv: list[str]) -> None:
         )
     for flag in ("config", "out"):
         if not values.workdir and not values[flag].value:
-            raise UserError(f"--{given[0]} needs --{flag}=FILE beside it: give both.")
+            raise UserError(f"--{given[0]} needs --{flag}=FILE: give both.")
     for flag in ("workdir", "weights", "out"):
         paths.check_bucket(f"--{flag}={values[flag].value}", values[flag].value or "")
+    worst_case.check_radii("ada_radii", values.ada_radii)
 
 
-def main(argv: list[str]) -> None:
-    """Evaluates what the flags describe."""
-    try:
-        _check_flags(argv)
-        with contextlib.ExitStack() as locked:
-            _evaluate(flags.FLAGS, locked)
-    except UserError as error:
-        raise renamed(error, DATA_FLAGS) from error
-
-
-def _lock(out: str) -> Any:
-    """What is locked to write a results file: of a run its folder, as in training."""
-    path = paths.at(out)
-    return locks.of_folder(path.parent) if path.name == "results.json" else locks.of_file(path)
-
-
-def _evaluate(values: flags.FlagValues, locked: contextlib.ExitStack) -> None:
-    started, workdir, weights = time.monotonic(), values.workdir, values.weights
-    worst = [name for name in image_sets.WORST if name in (values.sets or ())]
-    if worst:
-        values.sets = [name for name in values.sets if name not in image_sets.WORST] or ["clean"]
-    config = _with_flags(scoring.config_of_run(workdir) if workdir else values.config)
+def _evaluate(values: flags.FlagValues) -> None:
+    started, workdir = time.monotonic(), values.workdir
+    attacks = [name for name in values.sets or () if name in evaluators.ATTACKS]
+    config = _config(values, attacks)
     config_checks.validate_evaluation(config)
-    _check_worst(values, worst)
     cli.set_up_devices(config.cpu_devices, config.compilation_cache)
     clean = sources.load(
         config.dataset,
@@ -184,72 +144,134 @@ def _evaluate(values: flags.FlagValues, locked: contextlib.ExitStack) -> None:
         data_dir=config.data_dir or None,
         image_size=config.image_size,
     )
-    if "ada" in worst:
-        unscaled = [1] * len(values.ada_nets)
-        corruption_nets.check_sizes("--ada_nets", values.ada_nets, unscaled, clean.image_shape)
-    sets = image_sets.open_sets(config, clean, config.eval_sets)
-    about = {} if values.random else scoring.metadata(workdir or weights)
-    class_names = about.get("class_names", clean.class_names)
-    datasets = {
-        cell: core.renumbered(dataset, class_names) for cell, dataset in sets.datasets.items()
-    }
+    out = values.out or os.path.join(workdir, "results.json")
+    options = _options(values, config, out)
+    for name in attacks:
+        evaluators.EVALUATORS[name].check(options, clean.image_shape)
+    sets = evaluators.open_sets(config, clean, config.eval_sets)
+    subject = _load(values, config, clean)
+    with locks.hold(f"--out={out}", _lock(out)):
+        results = _start(config, subject, clean, sets.source, out, workdir)
+        renumber = functools.partial(core.renumbered, class_names=subject.class_names)
+        results = scoring.complete(
+            results,
+            out,
+            scoring.map_eval_step(subject.classifier),
+            replicate((subject.params, subject.state)),
+            {key: renumber(dataset) for key, dataset in sets.datasets.items()},
+            config.eval_batch_size,
+        )
+        save = functools.partial(scoring.write_results, out)
+        examples = worst_case.first_examples(renumber(clean), values.worst_examples)
+        results = _attack(results, attacks, subject, examples, options, save)
+    table = [
+        *results_files.summary(results),
+        ("results", out),
+        ("time of this evaluation", results_files.clock(time.monotonic() - started)),
+    ]
+    print("\n" + logbook.table(table), flush=True)
+
+
+def _config(values: flags.FlagValues, attacks: Sequence[str]) -> ml_collections.ConfigDict:
+    """The run's config with the flags' values; its 'eval_sets' are the image sets."""
+    config = scoring.config_of_run(values.workdir) if values.workdir else values.config
+    config = config.copy_and_resolve_references().unlock()
+    fields = {field: values[flag].value for flag, field in _FIELDS.items()}
+    if values.sets is not None:
+        image_sets = [name for name in values.sets if name not in attacks]
+        fields["eval_sets"] = ["clean"] if attacks and not image_sets else image_sets
+    with config.ignore_type():
+        config.update({field: value for field, value in fields.items() if value is not None})
+    return config.lock()
+
+
+def _options(
+    values: flags.FlagValues, config: ml_collections.ConfigDict, out: str
+) -> worst_case.Options:
+    return worst_case.Options(
+        seed=config.seed,
+        batch_size=min(config.eval_batch_size, 256),
+        state_dir=f"{out}.attacks",
+        nets=values.ada_nets,
+        radii=[float(nu) for nu in values.ada_radii],
+        steps=values.ada_steps,
+        restarts=values.ada_restarts,
+    )
+
+
+def _load(
+    values: flags.FlagValues, config: ml_collections.ConfigDict, clean: core.Dataset
+) -> _Subject:
+    """The classifier that the flags name."""
+    path = values.workdir or values.weights
+    about = {} if values.random else scoring.metadata(path)
+    class_names = tuple(about.get("class_names", clean.class_names))
     classifier = scoring.make_classifier(config, len(class_names))
     if values.random:
         name, step = f"{config.name}_random", 0
         params, state = scoring.random_variables(classifier, clean, config.seed)
     else:
-        name = config.name if workdir else pathlib.Path(weights).stem
-        params, state, step = scoring.load_variables(
-            config, classifier, clean.image_shape, workdir or weights
-        )
-    out = values.out or os.path.join(workdir, "results.json")
-    locked.enter_context(locks.hold(f"--out={out}", _lock(out)))
+        name = config.name if values.workdir else pathlib.Path(path).stem
+        params, state, step = scoring.load_variables(config, classifier, clean.image_shape, path)
+    return _Subject(name, step, classifier, params, state, class_names, about)
+
+
+def _lock(out: str) -> Any:
+    """A run's results file is locked by its folder, as in training; another one by itself."""
+    path = paths.at(out)
+    return locks.of_folder(path.parent) if path.name == "results.json" else locks.of_file(path)
+
+
+def _start(
+    config: ml_collections.ConfigDict,
+    subject: _Subject,
+    clean: core.Dataset,
+    source: Mapping[str, Any],
+    out: str,
+    workdir: str | None,
+) -> results_files.Results:
+    """The results before this evaluation, with what an earlier one has measured."""
     results = new_results(
         config,
-        name=name,
-        step=step,
-        weights_digest=weight_files.digest({"params": params, "state": state}),
+        name=subject.name,
+        step=subject.step,
+        weights_digest=weight_files.digest({"params": subject.params, "state": subject.state}),
         clean=clean,
-        source=sets.source,
+        source=source,
     )
-    results["class_names"] = list(class_names)
-    results |= {"training": about["training"]} if "training" in about else {}
-    if count := _trained_on(config, workdir, about, clean):
+    results["class_names"] = list(subject.class_names)
+    if "training" in subject.metadata:
+        results["training"] = subject.metadata["training"]
+    if count := _trained_on(config, workdir, subject.metadata, clean):
         results["trained_on"] = count
         logging.warning("%d of these %d images were trained on.", count, len(clean))
-    results = results_files.with_earlier(
+    return results_files.with_earlier(
         results, out, recognises=functools.partial(core.recognises, clean)
     )
-    clean = core.renumbered(clean, class_names)
-    variables, eval_step = replicate((params, state)), scoring.map_eval_step(classifier)
-    results = scoring.complete(results, out, eval_step, variables, datasets, config.eval_batch_size)
-    logits_fn = functools.partial(scoring.apply_classifier, classifier, params, state)
-    settings = {"examples": values.worst_examples, "seed": config.seed}
-    settings |= {"batch_size": min(config.eval_batch_size, 256)}
-    save = functools.partial(scoring.write_results, out)
-    if "lp" in worst:
-        results = worst_case.pixel_balls(
-            results, save, logits_fn, clean, state_dir=f"{out}.attacks", **settings
-        )
-    if "ada" in worst:
-        results = worst_case.under_ada(
-            results,
-            save,
+
+
+def _attack(
+    results: results_files.Results,
+    names: Sequence[str],
+    subject: _Subject,
+    examples: tuple[Any, Any],
+    options: worst_case.Options,
+    save: Callable[[results_files.Results], None],
+) -> results_files.Results:
+    """The results with the fields of the attacks."""
+    logits_fn = functools.partial(
+        scoring.apply_classifier, subject.classifier, subject.params, subject.state
+    )
+    for name in names:
+        entry, before = evaluators.EVALUATORS[name], results
+        results = before | entry.attack(
             logits_fn,
-            clean,
-            nets=values.ada_nets,
-            radii=[float(nu) for nu in values.ada_radii],
-            steps=values.ada_steps,
-            restarts=values.ada_restarts,
-            **settings,
+            *examples,
+            options=options,
+            measured={field: results[field] for field in entry.fields if field in results},
+            save=lambda fields, before=before: save(before | fields),
         )
-    table = [
-        *results_files.rows(results),
-        *worst_case.rows(results),
-        ("results", out),
-        ("time of this evaluation", results_files.clock(time.monotonic() - started)),
-    ]
-    print("\n" + logbook.table(table), flush=True)
+    return results
 
 
 def _trained_on(
@@ -258,7 +280,7 @@ def _trained_on(
     about: Mapping[str, Any],
     clean: core.Dataset,
 ) -> int:
-    """How many of the images the classifier was trained on, where its training images are there.
+    """How many of the images the classifier was trained on; 0 if the training images are not there.
 
     Args:
       config: of the evaluation.
@@ -270,7 +292,7 @@ def _trained_on(
         return len(clean)
     trained = scoring.config_of_run(workdir) if workdir else config
     split = trained.train_split if workdir else about.get("train_split")
-    # Files of one's own are those named at training; --data_dir says where copies of others are.
+    # Own files are those named at training; --data_dir names copies of the known data sets.
     own = trained.dataset in ("folder", "npz")
     other = about.get("dataset", trained.dataset) != trained.dataset
     if not split or (not workdir and (own or other)):
@@ -288,47 +310,35 @@ def _trained_on(
     return max(core.overlap(train_set, clean))
 
 
-def check_radii(flag: str, radii: Sequence[str]) -> None:
-    """Refuses what are no relative radii.
-
-    Raises:
-      UserError: naming the flag and the first of them.
-    """
-    for radius in radii:
-        if not re.fullmatch(r"\d*\.?\d+", radius):
-            raise UserError(f"--{flag}={radius} is no radius: give numbers from 0, as 0.015.")
-
-
-def _check_worst(values: flags.FlagValues, worst: Sequence[str]) -> None:
-    known = corruption_nets.names()
-    if "ada" in worst and not (values.ada_nets and values.ada_radii):
-        raise UserError("--ada_nets or --ada_radii is empty: name at least one each.")
-    if unknown := [name for name in values.ada_nets if name not in known]:
-        raise UserError(f"--ada_nets={unknown[0]} is unknown: choose from {', '.join(known)}.")
-    check_radii("ada_radii", values.ada_radii)
-    for name, least in (("worst_examples", 0), ("ada_steps", 0), ("ada_restarts", 1)):
-        if values[name].value < least:
-            raise UserError(f"--{name}={values[name].value} must be {least} or more.")
-
-
 if __name__ == "__main__":
     from ml_collections import config_flags
 
-    config_flags.DEFINE_config_file("config", None, "As for train, with --weights or --random.")
+    config_flags.DEFINE_config_file(
+        "config", None, "Config of the classifier, with --weights or --random."
+    )
     flags.DEFINE_string("workdir", None, "Folder of a run, finished or not.")
     flags.DEFINE_string("weights", None, "A classifier's safetensors file.")
-    flags.DEFINE_bool("random", False, "Evaluate the classifier as it is before training.")
-    flags.DEFINE_list("sets", None, f"Which of {','.join(image_sets.SETS + image_sets.WORST)}.")
-    flags.DEFINE_integer("worst_examples", 0, "lp, ada: images, from the start; 0 is all.")
+    flags.DEFINE_bool("random", False, "Evaluate an untrained classifier.")
+    flags.DEFINE_list("sets", None, f"What to measure: {','.join(evaluators.EVALUATORS)}.")
+    flags.DEFINE_integer(
+        "worst_examples", 0, "lp, ada: number of images, from the start; 0 is all.", lower_bound=0
+    )
     flags.DEFINE_list("ada_nets", ["edsr_small"], "ada: corruption networks.")
     flags.DEFINE_list("ada_radii", ["0.015", "0.03", "0.06"], "ada: relative radii nu.")
-    flags.DEFINE_integer("ada_steps", 10, "ada: steps of ascent.")
-    flags.DEFINE_integer("ada_restarts", 1, "ada: attacks, of which one is enough.")
+    flags.DEFINE_integer("ada_steps", 10, "ada: steps of gradient ascent.", lower_bound=0)
+    flags.DEFINE_integer(
+        "ada_restarts",
+        1,
+        "ada: restarts; an image counts as wrong if any succeeds.",
+        lower_bound=1,
+    )
     flags.DEFINE_string("c_dir", None, "Folder of a '-C' set, 'tfds', or '' to corrupt on the fly.")
-    flags.DEFINE_integer("corruption_seed", None, "Of the corruptions on the fly.")
-    flags.DEFINE_string("corruption_table", None, "Whose parameters on the fly: cifar or imagenet.")
-    flags.DEFINE_integer("batch_size", None, "Images at a time over all devices.")
-    flags.DEFINE_string("split", None, "Clean images, such as test[:500].")
-    flags.DEFINE_string("data_dir", None, "Where the data is.")
+    flags.DEFINE_integer("corruption_seed", None, "Seed of corruptions on the fly.")
+    flags.DEFINE_string(
+        "corruption_table", None, "Parameters of corruptions on the fly: cifar or imagenet."
+    )
+    flags.DEFINE_integer("batch_size", None, "Images at a time, over all devices.")
+    flags.DEFINE_string("split", None, "Split of clean images, such as test[:500].")
+    flags.DEFINE_string("data_dir", None, "Folder or file of the data.")
     flags.DEFINE_string("out", None, "Results file; by default results.json in the workdir.")
     cli.start(main, computes=True)

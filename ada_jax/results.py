@@ -1,4 +1,28 @@
-"""The results file: its schema, checks and means."""
+"""The results file: its schema, checks and means. Imports no JAX.
+
+A results file is JSON, one object:
+
+| field | content |
+|---|---|
+| schema | 1 |
+| name, seed, step, config | of the run |
+| published | true in files of published numbers, which have `rows` and `source` instead |
+| commit, device, devices, seconds | of the code, the machine and the time |
+| weights_digest, training, class_names | of the classifier; digests of weights and data |
+| data | `name`, `split`, `examples` and `fingerprint` of the clean images |
+| trained_on | number of these images that were in the training set; absent for 0 |
+| clean | `examples`, `wrong`, `error` in percent, `loss` in nats |
+| cifar10_1 | `examples`, `wrong`, `error`; so has any further image set |
+| corruptions | for each corruption a list of `severity`, `examples`, `wrong`, `error` |
+| corruption_source | where the corrupted images come from |
+| mce_unnormalised, mean_extra | mean error over the 15 corruptions, over the extra four |
+| mce_alexnet | ImageNet only: mCE relative to AlexNet, in percent |
+| lp, lp_accuracy | for each norm and radius: attack reports; robust accuracy in percent |
+| under_ada | errors under AdA's attack, a list over networks and radii |
+| ada | the same at the end of training: `examples`, `error`, `ssim` for each network |
+
+`ada_jax.evaluation.evaluators` lists which evaluator writes which field.
+"""
 
 import json
 import os
@@ -14,7 +38,7 @@ from ada_jax import paths
 from ada_jax.corruptions import parameter_tables
 from ada_jax.errors import UserError
 
-# Fields of a config that change what is written, kept or measured, not what is trained.
+# Fields of a config that do not change the trained weights.
 BOOKKEEPING = frozenset(
     {
         *("data_dir", "deepaugment.dir", "compilation_cache", "cpu_devices", "ada.remat"),
@@ -26,7 +50,7 @@ BOOKKEEPING = frozenset(
 
 
 def comparable(config: dict[str, Any]) -> dict[str, Any]:
-    """A config, flattened, without the fields that older ones lack where they are switched off.
+    """A flattened config, without switched-off fields that older configs lack.
 
     Args:
       config: of nested dicts, with tuples or, from JSON, lists.
@@ -57,8 +81,13 @@ def clock(seconds: float) -> str:
 
 
 SCHEMA = 1
+NAMES, EXTRA = parameter_tables.NAMES, parameter_tables.EXTRA
+_MEANS = {  # fields, written once all severities of these corruptions are measured
+    "mce_unnormalised": ("mCE, un-normalised", NAMES),
+    "mean_extra": ("mean of the 4 extra", EXTRA),
+}
 
-Cell = tuple[str, int]  # A corruption and its severity; another set and 0.
+Condition = tuple[str, int]  # a corruption and its severity; another image set and 0
 Counts = dict[str, Any]
 Results = dict[str, Any]
 
@@ -70,17 +99,19 @@ def with_earlier(
     replace: bool = False,
     recognises: Callable[[str | None], bool] = lambda fingerprint: False,
 ) -> Results:
-    """Adds what a results file of the same weights and data has measured already, if there is one.
+    """Adds the measurements of an earlier results file of the same weights and data, if any.
 
     Args:
-      results: from `new_results`.
+      results: of `evaluate.new_results`.
       path: the file, which need not exist.
-      replace: take a file of other weights for none.
-      recognises: whether a fingerprint, perhaps of an older version, is of the same images; what
-        is returned has the one of now.
+      replace: ignore a file of other weights.
+      recognises: whether a fingerprint in the format of an older version is of the same images.
+
+    Returns:
+      The results; what the earlier file says of the run itself is kept.
 
     Raises:
-      UserError: it is damaged, of another schema, or of other weights, data or corruptions.
+      UserError: the file is damaged, of another schema, or of other weights, data or corruptions.
     """
     if not paths.exists(path):
         return results
@@ -88,74 +119,54 @@ def with_earlier(
         before = dict(paths.read_json(path))
         if replace and before["weights_digest"] != results["weights_digest"]:
             return results
-        if recognises(before["data"].get("fingerprint")):
-            if before["data"]["fingerprint"] != results["data"]["fingerprint"]:
-                logging.warning(
-                    "%s is of an older version, which knew data by 256 examples: rename it to "
-                    "measure anew if the others may have changed.",
-                    path,
-                )
-            before["data"]["fingerprint"] = results["data"]["fingerprint"]
-        _check_same(results, before, path)
-        _check_rows(before)
-        seconds = float(before["seconds"])
-    except UserError:
-        raise
+        flatten(os.fspath(path), before)
+        data, seconds = before["data"], float(before["seconds"])
+        former = data.get("fingerprint")
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
-            f"The results file {path} cannot be read ({error!r}): rename it, or name another with "
+            f"The results file {path} cannot be read ({error}): rename it, or name another with "
             "--out."
         ) from error
-    if "corruption_source" in results and "corruption_source" in before:
-        files = [of["corruption_source"].get("files", {}) for of in (before, results)]
-        if any(files):
-            before["corruption_source"]["files"] = files[0] | files[1]
-    # What the file says of the run itself stays, as what it was trained and first measured by.
+    if recognises(former):
+        if former != results["data"]["fingerprint"]:
+            logging.warning(
+                "%s is of an older version, whose fingerprint covers 256 examples: rename it to "
+                "measure again if the others may have changed.",
+                path,
+            )
+        data["fingerprint"] = results["data"]["fingerprint"]
+    _check_same(results, before, path)
+    if files := results.get("corruption_source", {}).get("files"):
+        source = before.get("corruption_source", {})
+        source["files"] = source.get("files", {}) | files
     return results | before | {"seconds": seconds} | means_of(before)
 
 
 def _check_same(results: Results, before: Results, path: paths.AnyPath) -> None:
-    """Refuses a file whose numbers cannot stand beside those that are to be measured."""
+    """Checks that two results are of the same weights, data and corruptions."""
 
-    def facts(of: Results) -> dict[str, Any]:
-        kept = {name: of.get(name) for name in ("schema", "weights_digest", "data")}
-        config = dict(of.get("config") or {})
-        return kept | {name: config.get(name) for name in ("classifier", "mean", "std")}
+    def identity(of: Results) -> dict[str, Any]:
+        config = of.get("config") or {}
+        facts = {name: of.get(name) for name in ("schema", "weights_digest", "data")}
+        return facts | {name: config.get(name) for name in ("classifier", "mean", "std")}
 
-    now, then = facts(results), facts(before)
-    if "corruption_source" in results and "corruption_source" in before:
-        now["corruption_source"] = dict(results["corruption_source"])
-        then["corruption_source"] = dict(before["corruption_source"])
-        files = [of["corruption_source"].pop("files", {}) for of in (now, then)]
-        if all(files):  # Of the images themselves, wherever they lie.
-            both = files[0].keys() & files[1].keys()
-            for of, digests in zip((now, then), files, strict=True):
-                of["corruption_source"].pop("folder", None)
-                of["corruption_source.files"] = {name: digests[name] for name in sorted(both)}
-    for field, value in now.items():
-        if (old := then[field]) == value:
-            continue
-        if isinstance(value, dict) and isinstance(old, dict):  # What differs of them is enough.
-            part = next(k for k in (*value, *old) if value.get(k) != old.get(k))
-            field, value, old = f"{field}.{part}", value.get(part), old.get(part)
-        raise UserError(
-            f"The results file {path} has {field} = {json.dumps(old)}, and this evaluation has "
-            f"{json.dumps(value)}: move it away, or name another with "
-            "python -m ada_jax.evaluate --out."
-        )
-
-
-def _check_rows(results: Results) -> None:
-    for name, rows in results.get("corruptions", {}).items():
-        severities = [row["severity"] for row in rows]
-        known = name in parameter_tables.NAMES + parameter_tables.EXTRA
-        if not known or not set(severities) <= set(parameter_tables.SEVERITIES):
-            raise ValueError(f"no corruption {name} of the severities {severities}")
-        if len(set(severities)) != len(rows):
-            raise ValueError(f"a severity of {name} is there twice")
-        for row in rows:
-            if row["error"] != 100 * row["wrong"] / row["examples"]:
-                raise ValueError(f"the counts and errors of {name} do not agree")
+    now, then = identity(results), identity(before)
+    sources = [dict(of.get("corruption_source") or {}) for of in (results, before)]
+    if all(sources):
+        files = [source.pop("files", {}) for source in sources]
+        for facts, source, digests in zip((now, then), sources, files, strict=True):
+            if all(files):  # The content counts, not the folder.
+                source.pop("folder", None)
+                source["files"] = {k: v for k, v in digests.items() if all(k in f for f in files)}
+            facts["corruption_source"] = source
+    now, then = flat(now), flat(then)
+    for field in now | then:
+        if now.get(field) != then.get(field):
+            raise UserError(
+                f"The results file {path} has {field} = {json.dumps(then.get(field))}, and this "
+                f"evaluation has {json.dumps(now.get(field))}: move it away, or name another with "
+                "python -m ada_jax.evaluate --out."
+            )
 
 
 def write(path: str | os.PathLike[str], results: Results) -> None:
@@ -171,30 +182,31 @@ def write(path: str | os.PathLike[str], results: Results) -> None:
         ) from error
 
 
-def has_cell(results: Results, cell: Cell) -> bool:
-    """Whether a cell has been measured."""
-    name, severity = cell
+def is_measured(results: Results, condition: Condition) -> bool:
+    """Whether the results have this set, or this corruption at this severity."""
+    name, severity = condition
     if not severity:
         return name in results
     return any(row["severity"] == severity for row in results.get("corruptions", {}).get(name, ()))
 
 
-def with_cell(results: Results, cell: Cell, counts: Counts) -> Results:
-    """The results with one more cell."""
-    name, severity = cell
+def with_counts(results: Results, condition: Condition, counts: Counts) -> Results:
+    """The results with the counts of one more condition, and the means that it completes."""
+    name, severity = condition
     measured = {field: counts[field] for field in ("examples", "wrong", "error")}
     if not severity:
         return results | {name: counts if name == "clean" else measured}
     grid = results.get("corruptions", {})
-    rows = [*grid.get(name, ()), {"severity": severity, **measured}]
-    results = results | {"corruptions": grid | {name: sorted(rows, key=lambda r: r["severity"])}}
+    entries = [*grid.get(name, ()), {"severity": severity, **measured}]
+    entries.sort(key=lambda entry: entry["severity"])
+    results = results | {"corruptions": grid | {name: entries}}
     return results | means_of(results)
 
 
 def mean_error(
     grid: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequence[str]
 ) -> float | None:
-    """The mean over corruptions of the mean error over severities: mCE, un-normalised.
+    """The mean over corruptions of the mean error over severities, such as the un-normalised mCE.
 
     Args:
       grid: results' 'corruptions'.
@@ -229,44 +241,45 @@ def alexnet_mce(grid: Mapping[str, Sequence[Mapping[str, Any]]]) -> float | None
 
 
 def means_of(results: Results) -> Results:
-    """The means that the results are complete enough for."""
-    names = {"mce_unnormalised": parameter_tables.NAMES, "mean_extra": parameter_tables.EXTRA}
+    """The means over corruptions that are complete."""
     grid = results.get("corruptions", {})
-    means = {f: mean_error(grid, names[f]) for f in names}
+    means = {field: mean_error(grid, names) for field, (_, names) in _MEANS.items()}
     if results["data"]["name"] == "imagenet2012":
         means["mce_alexnet"] = alexnet_mce(grid)
     return {field: mean for field, mean in means.items() if mean is not None}
 
 
-def flat_errors(
-    measured: Iterable[tuple[Cell, Counts]],
-) -> dict[str, float]:
-    """The corruption errors of `measure` for a log: 'error/NAME/SEVERITY' and 'mce', in percent."""
+def flat_errors(measured: Iterable[tuple[Condition, Counts]]) -> dict[str, float]:
+    """Corruption errors for a log: 'error/NAME/SEVERITY' and 'mce', in percent."""
     errors = {f"error/{name}/{severity}": c["error"] for (name, severity), c in measured}
     # Every corruption has all its severities, so that the mean of means is the mean.
     return errors | {"mce": float(np.mean(list(errors.values())))}
 
 
-def rows(results: Results) -> list[tuple[str, str]]:
-    """The results as a table's (name, value)."""
+def summary(results: Results) -> list[tuple[str, str]]:
+    """The results as (name, value) lines of the commands' final table."""
 
     def of(counts: Counts) -> str:
         return f"{counts['error']:.2f}% of {counts['examples']} images"
 
-    shown = [("clean error", of(results["clean"]))] if "clean" in results else []
+    lines = [("clean error", of(results["clean"]))] if "clean" in results else []
     grid = results.get("corruptions", {})
-    for names, field, title in (
-        (parameter_tables.NAMES, "mce_unnormalised", "mCE, un-normalised"),
-        (parameter_tables.EXTRA, "mean_extra", "mean of the 4 extra"),
-    ):
+    for field, (title, names) in _MEANS.items():
         errors = {name: mean_error(grid, [name]) for name in names}
-        shown += [(n.replace("_", " "), f"{e:.2f}%") for n, e in errors.items() if e is not None]
-        shown += [(title, f"{results[field]:.2f}%")] if field in results else []
+        lines += [(n.replace("_", " "), f"{e:.2f}%") for n, e in errors.items() if e is not None]
+        lines += [(title, f"{results[field]:.2f}%")] if field in results else []
     if "mce_alexnet" in results:
-        shown.append(("mCE, AlexNet's errors as 100%", f"{results['mce_alexnet']:.2f}%"))
+        lines.append(("mCE, AlexNet's errors as 100%", f"{results['mce_alexnet']:.2f}%"))
     if "cifar10_1" in results:
-        shown.append(("CIFAR-10.1 v6 error", of(results["cifar10_1"])))
-    return shown
+        lines.append(("CIFAR-10.1 v6 error", of(results["cifar10_1"])))
+    for norm, balls in results.get("lp", {}).items():
+        for radius, ball in balls.items():
+            value = f"{ball['accuracy']:.2f}% of {ball['examples']} ({ball['autoattack']:.2f}%)"
+            lines.append((f"robust, {norm} {radius} (AutoAttack alone)", value))
+    for entry in results.get("under_ada", []):
+        title = f"error under AdA, {entry['net']}, nu {entry['nu']:g}, {entry['steps']} steps"
+        lines.append((title, f"{entry['error']:.2f}% of {entry['examples']}"))
+    return lines
 
 
 # The paper's table 2, and 8/255 beside it.
@@ -277,7 +290,6 @@ RADII = {
 
 
 PUBLISHED = paths.EXPERIMENTS / "results" / "published.json"
-NAMES, EXTRA = parameter_tables.NAMES, parameter_tables.EXTRA
 GROUPS = {  # the paper's headings
     "noise": NAMES[:3],
     "blur": NAMES[3:7],
@@ -298,7 +310,7 @@ _FIELDS: dict[str, Any] = {
     "weights_digest": str,
 }
 _PUBLISHED_FIELDS: dict[str, Any] = {"name": str, "label": str, "tables": list}
-_SETS: dict[str, Any] = {  # absent where they were not evaluated
+_SETS: dict[str, Any] = {  # optional
     "clean": dict,
     "cifar10_1": dict,
     "corruptions": dict,
@@ -322,7 +334,7 @@ class Result(NamedTuple):
 
     @property
     def published(self) -> bool:
-        """Whether it is somebody else's."""
+        """Whether the numbers are published ones, not our own."""
         return "label" in self.fields
 
 
@@ -330,18 +342,17 @@ class Result(NamedTuple):
 
 
 def read(path: str) -> list[Result]:
-    """The results in a file or in a run's folder: one, or the many rows of published numbers.
+    """Reads a results file, a run's folder, or a file of published numbers.
 
     Raises:
-      UserError: there is no such file, it is cut short, of another schema, or its numbers
-        contradict each other.
+      UserError: the file is missing, truncated, of another schema, or inconsistent.
     """
     paths.check_bucket(path, path)
     file = os.path.join(path, "results.json") if paths.is_dir(path) else path
     if not paths.at(file).is_file():
         raise UserError(
-            f"{file} is not there: name results files or folders of runs, and evaluate a run first "
-            "with python -m ada_jax.evaluate --workdir=DIR."
+            f"{file} is not there: name results files or folders of runs. To evaluate a run: "
+            "python -m ada_jax.evaluate --workdir=DIR."
         )
     try:
         content = paths.read_json(file)
@@ -374,13 +385,13 @@ def _check_fields(file: str, fields: dict[str, Any], kinds: dict[str, Any]) -> N
             raise UserError(f"{file} lacks the field {key!r}: evaluate again with this version.")
         if not isinstance(fields[key], kind):
             raise UserError(
-                f"{file} has {key}={fields[key]!r}, which is not of the kind "
+                f"{file} has {key}={fields[key]!r}, which must be "
                 f"{getattr(kind, '__name__', kind)}: evaluate again with this version."
             )
 
 
 def flatten(file: str, fields: dict[str, Any], rounding: float = 0.005) -> dict[str, float]:
-    """All errors of a result under plain names.
+    """All errors of a result by name.
 
     Args:
       file: for messages.
@@ -395,17 +406,16 @@ def flatten(file: str, fields: dict[str, Any], rounding: float = 0.005) -> dict[
       accuracies, 'l2 0.5', 'linf 1/255' and so on.
 
     Raises:
-      UserError: an error that is no percentage or not wrong / examples, an unknown corruption or
-        severity, or a mean that is not the mean.
+      UserError: an error that is not a percentage or not wrong / examples, a severity outside of
+        1..5, or a mean that does not fit its errors.
     """
     errors = {k: _error(file, k, fields[k]) for k in ("clean", "cifar10_1") if k in fields}
     for name, entries in fields.get("corruptions", {}).items():
-        _check_corruption(file, name, entries)
+        _check_severities(file, name, entries)
         errors |= {f"{name}/{e['severity']}": _error(file, name, e) for e in entries}
         if len(entries) == len(parameter_tables.SEVERITIES):
             errors[name] = statistics.fmean(e["error"] for e in entries)
     for name, error in fields.get("corruption_errors", {}).items():
-        _check_corruption(file, name, [])
         errors[name] = _error(file, name, {"error": error})
     for norm, accuracies in fields.get("lp_accuracy", {}).items():
         for radius, accuracy in accuracies.items():
@@ -421,7 +431,7 @@ def flatten(file: str, fields: dict[str, Any], rounding: float = 0.005) -> dict[
             stated = _error(file, field, {"error": fields[field]})
             if abs(errors.get(key, stated) - stated) > rounding:
                 raise UserError(
-                    f"{file} has {field}={stated} and its corruptions give {errors[key]:.3f}: "
+                    f"{file} has {field}={stated}, but its corruptions give {errors[key]:.3f}: "
                     "evaluate again."
                 )
             errors[key] = stated
@@ -431,16 +441,12 @@ def flatten(file: str, fields: dict[str, Any], rounding: float = 0.005) -> dict[
     return errors
 
 
-def _check_corruption(file: str, name: str, entries: Any) -> None:
-    if name not in NAMES + EXTRA:
-        raise UserError(
-            f"{file} has the unknown corruption {name!r}: known are {', '.join(NAMES + EXTRA)}."
-        )
+def _check_severities(file: str, name: str, entries: Any) -> None:
     rows = isinstance(entries, list) and all(isinstance(e, dict) for e in entries)
     severities = [e.get("severity") for e in entries] if rows else entries
     if not rows or len({*severities} & {*parameter_tables.SEVERITIES}) < len(entries):
         raise UserError(
-            f"{file} has the severities {severities!r} for {name}: each of 1..5 may be there once; "
+            f"{file} has the severities {severities!r} for {name}: each of 1..5 may occur once; "
             "evaluate again."
         )
 
@@ -450,11 +456,11 @@ def _error(file: str, what: str, entry: dict[str, Any]) -> float:
     error = entry.get("error")
     if not isinstance(error, int | float) or not 0 <= error <= 100:
         raise UserError(
-            f"{file} has error={error!r} for {what}, which is no percentage: evaluate again."
+            f"{file} has error={error!r} for {what}, which must be a percentage: evaluate again."
         )
     wrong, examples = entry.get("wrong"), entry.get("examples")
     if None not in (wrong, examples) and abs(100 * wrong - error * examples) > 0.01 * examples:
         raise UserError(
-            f"{file} has error={error} for {what}, and {wrong} wrong of {examples}: evaluate again."
+            f"{file} has error={error} for {what}, but {wrong} wrong of {examples}: evaluate again."
         )
     return float(error)

@@ -22,7 +22,7 @@ from ada_jax import ada, checks, evaluate, locks, losses, paths, perturbation, p
 from ada_jax.corruptions import functions, parameter_tables
 from ada_jax.data import core, sources
 from ada_jax.errors import UserError, renamed, require_extra
-from ada_jax.evaluation import scoring
+from ada_jax.evaluation import scoring, worst_case
 from ada_jax.nets import corruption_nets, weight_files
 from ada_jax.report import figures
 from ada_jax.run import cli
@@ -377,7 +377,7 @@ def _run(argv: list[str], locked: contextlib.ExitStack) -> None:
     for flag in ("nets", "radii", "corruptions"):
         if not f[flag].value:
             raise UserError(f"--{flag} is empty: name at least one.")
-    evaluate.check_radii("radii", f.radii)
+    worst_case.check_radii("radii", f.radii)
     for flag in ("out", "workdir"):
         paths.check_bucket(f"--{flag}={f[flag].value}", f[flag].value)
     require_extra("The study's figure", "matplotlib")

@@ -129,14 +129,17 @@ def clean_error(parts: setup.Parts, state: training.TrainState) -> dict[str, flo
     """The replicated state's 'examples', 'wrong', 'error' in percent and 'loss'."""
     variables = state.params, state.net_state
     size = parts.config.eval_batch_size
-    return scoring.measure_one(parts.eval_step, variables, parts.eval_set, size)
+    datasets = {("clean", 0): parts.eval_set}
+    ((_, counts),) = scoring.count_errors(parts.eval_step, variables, datasets, size)
+    return counts
 
 
 def corruption_errors(parts: setup.Parts, state: training.TrainState) -> dict[str, float]:
     """The replicated state's 'error/NAME/SEVERITY' on some corrupted images, and 'mce'."""
     variables = state.params, state.net_state
     datasets, size = parts.corruption_sets.datasets, parts.config.eval_batch_size
-    return results_files.flat_errors(scoring.measure(parts.eval_step, variables, datasets, size))
+    counts = scoring.count_errors(parts.eval_step, variables, datasets, size)
+    return results_files.flat_errors(counts)
 
 
 def finish(
@@ -179,7 +182,7 @@ def finish(
     results = scoring.complete(
         results, path, parts.eval_step, variables, parts.sets.datasets, config.eval_batch_size
     )
-    rows = results_files.rows(results)
+    rows = results_files.summary(results)
     shown = zip(parts.nets, config_checks.net_labels(config.ada), strict=False)
     for net, name in shown if config.figure_examples else ():
         picture = os.path.join(workdir, f"adversarial_{name}.png")

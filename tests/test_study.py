@@ -139,7 +139,7 @@ def test_figures_are_drawn(tmp_path):
         (["reconstruct", "--corruptions=rain"], "--corruptions=rain is unknown"),
         (["ssim", "--batch_size=3"], "--batch_size=3"),
         (["ssim", "--cpu_devices=0"], "--cpu_devices=0 must be"),
-        (["ssim", "--radii=-0.1"], "--radii=-0.1 is no radius"),
+        (["ssim", "--radii=-0.1"], "--radii=-0.1 is not a radius"),
         (["reconstruct", "--corruptions="], "--corruptions is empty"),
         (
             ["ssim", "--dataset=npz", "--data_dir=33x47.npz", "--split=all"],

@@ -39,14 +39,11 @@ def test_every_radius_of_table_2_is_measured_once(monkeypatch, tmp_path):
     monkeypatch.setattr(attacks, "autoattack", functools.partial(report_of, calls))
     measure = functools.partial(
         worst_case.pixel_balls,
-        write=written.append,
-        logits_fn=None,
-        dataset=DATASET,
-        seed=0,
-        batch_size=8,
-        state_dir=tmp_path,
+        None,
+        save=written.append,
+        options=worst_case.Options(batch_size=8, state_dir=tmp_path),
     )
-    results = measure({}, examples=10)
+    results = measure(*worst_case.first_examples(DATASET, 10), measured={})
     assert [(norm, round(255 * e, 1)) for norm, e, _, _ in calls] == [
         ("l2", 127.5), ("l2", 255.0), *(("linf", n) for n in (1, 2, 4, 8))
     ]  # fmt: skip
@@ -59,8 +56,9 @@ def test_every_radius_of_table_2_is_measured_once(monkeypatch, tmp_path):
         75,
     )
     assert results["lp_accuracy"]["l2"] == {"0.5": 50, "1": 50}
-    assert measure(written[2], examples=10) == results and len(calls) == 9
-    measure(results, examples=0)
+    again = measure(*worst_case.first_examples(DATASET, 10), measured=written[2])
+    assert again == results and len(calls) == 9
+    measure(*worst_case.first_examples(DATASET, 0), measured=results)
     assert len(calls) == 15 and calls[-1][2] == 12
 
 
@@ -78,10 +76,12 @@ def test_table_2_has_the_accuracies_beside_the_paper_s():
 @pytest.mark.slow
 def test_errors_under_ada_are_the_worst_of_the_restarts_and_kept():
     written, fn = [], logits_fn()
-    settings = {"nets": ["edsr_small"], "steps": 1, "examples": 10, "seed": 0, "batch_size": 8}
+    examples = worst_case.first_examples(DATASET, 10)
 
-    def measure(results, **changes):
-        return worst_case.under_ada(results, written.append, fn, DATASET, **settings | changes)
+    def measure(measured, **changes):
+        options = worst_case.Options(**{"steps": 1, "batch_size": 8} | changes)
+        save = written.append
+        return worst_case.under_ada(fn, *examples, options=options, measured=measured, save=save)
 
     once = measure({}, radii=[0.0, 0.05], restarts=1)
     plain = np.mean(
@@ -102,7 +102,7 @@ def test_errors_under_ada_are_the_worst_of_the_restarts_and_kept():
 def test_the_tables_of_the_binary():
     cell = {"accuracy": 50.0, "autoattack": 51.0, "examples": 8}
     under = {"net": "cae", "nu": 0.03, "steps": 5, "error": 25.0, "examples": 8}
-    rows = worst_case.rows({"lp": {"l2": {"1": cell}}, "under_ada": [under]})
+    rows = results_files.summary({"lp": {"l2": {"1": cell}}, "under_ada": [under]})
     assert rows == [
         ("robust, l2 1 (AutoAttack alone)", "50.00% of 8 (51.00%)"),
         ("error under AdA, cae, nu 0.03, 5 steps", "25.00% of 8"),
@@ -113,8 +113,8 @@ def test_the_tables_of_the_binary():
     ("flag", "said"),
     [
         ("--ada_nets=edsr", "--ada_nets=edsr is unknown"),
-        ("--ada_radii=far", "--ada_radii=far is no radius"),
-        ("--ada_restarts=0", "--ada_restarts=0 must be 1 or more"),
+        ("--ada_radii=far", "--ada_radii=far is not a radius"),
+        ("--ada_restarts=0", "--ada_restarts=0"),
     ],
 )
 def test_mistakes_are_said_before_anything_is_loaded(tmp_path, flag, said):

@@ -199,7 +199,7 @@ def _leave_with_parent() -> None:
 
 def open_set(
     folder: str, clean: core.Dataset, names: Sequence[str], size: int
-) -> tuple[dict[results_files.Cell, core.Dataset], dict[str, Any]]:
+) -> tuple[dict[results_files.Condition, core.Dataset], dict[str, Any]]:
     """Opens a "-C" folder in the published layout, see `write_set`, memory-mapped.
 
     Args:

@@ -137,57 +137,48 @@ def metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 # ------------------------------------------------------------------------ counting
 
 
-def measure(
+def count_errors(
     eval_step: Callable[..., dict[str, jax.Array]],
     variables: Sequence[Any],
-    datasets: Mapping[results_files.Cell, core.Dataset],
+    datasets: Mapping[results_files.Condition, core.Dataset],
     batch_size: int,
-) -> Iterator[tuple[results_files.Cell, results_files.Counts]]:
+) -> Iterator[tuple[results_files.Condition, results_files.Counts]]:
     """Counts errors; every example counts once, whatever the batch size and number of devices.
 
     Args:
-      eval_step: mapped over devices.
+      eval_step: the evaluation step, mapped over devices.
       variables: the classifier's parameters and batch-norm averages, replicated.
       datasets: images and labels.
       batch_size: over all devices; rounded up to a multiple of them, and no larger than the
         largest set needs.
 
     Yields:
-      A set's name in `datasets` as soon as it is measured, with 'examples' and how many of them
-      are 'wrong', 'error' in percent and 'loss'.
+      A key of `datasets` as soon as it is measured, with 'examples' and how many of them are
+      'wrong', 'error' in percent and 'loss'.
 
     Raises:
       UserError: logits that are not finite.
     """
-    largest, count = max(map(len, datasets.values()), default=0), jax.device_count()
+    largest, devices = max(map(len, datasets.values()), default=0), jax.device_count()
     batches = batching.chained_eval_batches(
         list(datasets.values()),
-        batch_size=max(1, -(-min(batch_size, largest) // count)) * count,
+        batch_size=max(1, -(-min(batch_size, largest) // devices)) * devices,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         num_threads=max(4, os.cpu_count() or 1),
     )
-    cells, total = list(datasets), sum(map(len, datasets.values()))
-    with _progress(total) as progress:
+    conditions = list(datasets)
+    with _progress(sum(map(len, datasets.values()))) as progress:
         for i, group in itertools.groupby(batches, key=lambda item: item[0]):
-            progress.set_description(" ".join(map(str, filter(None, cells[i]))), refresh=False)
+            name, severity = conditions[i]
+            what = f"{name} severity {severity}" if severity else name
+            progress.set_description(what, refresh=False)
             sums = []
             for _, batch in group:
                 sums.append(eval_step(*variables, shard(batch)))
                 jax.block_until_ready(sums[-3:][0])  # More in flight would take more memory.
                 progress.update(int(batch["mask"].sum()) * jax.process_count())
-            yield cells[i], _counts(sums, _described_cell(cells[i]))
-
-
-def measure_one(
-    eval_step: Callable[..., dict[str, jax.Array]],
-    variables: Sequence[Any],
-    dataset: core.Dataset,
-    batch_size: int,
-) -> results_files.Counts:
-    """As `measure`, of one data set."""
-    ((_, counts),) = measure(eval_step, variables, {("", 0): dataset}, batch_size)
-    return counts
+            yield conditions[i], _counts(sums, f"{what} images")
 
 
 def corruption_errors(
@@ -231,14 +222,9 @@ def corruption_errors(
     results = {"data": {"name": clean.name}, "corruption_source": source}
     eval_step = jax.pmap(make_eval_step(logits_fn), AXIS)
     datasets = {("clean", 0): clean, **corrupted}
-    for cell, counts in measure(eval_step, (), datasets, batch_size):
-        results = results_files.with_cell(results, cell, counts)
+    for condition, counts in count_errors(eval_step, (), datasets, batch_size):
+        results = results_files.with_counts(results, condition, counts)
     return results
-
-
-def _described_cell(cell: results_files.Cell) -> str:
-    name, severity = cell
-    return f"images of {name} at severity {severity}" if severity else f"{name} images".lstrip()
 
 
 def _counts(sums: Iterable[dict[str, jax.Array]], what: str) -> results_files.Counts:
@@ -273,29 +259,28 @@ def complete(
     path: str | os.PathLike[str],
     eval_step: Callable[..., dict[str, jax.Array]],
     variables: Sequence[Any],
-    datasets: Mapping[results_files.Cell, core.Dataset],
+    datasets: Mapping[results_files.Condition, core.Dataset],
     batch_size: int,
 ) -> results_files.Results:
-    """Measures what the results lack, writing the file after every cell.
+    """Measures the sets that the results lack, writing the file after each of them.
 
     Args:
-      results: so far.
-      path: the file.
-      eval_step: see `measure`.
-      variables: see `measure`.
-      datasets: all that the results should have; see `measure`.
-      batch_size: see `measure`.
+      results: the results so far.
+      path: the results file.
+      eval_step: see `count_errors`, as for the arguments below.
+      variables: the classifier's.
+      datasets: all sets that the results should have.
+      batch_size: over all devices.
 
     Returns:
       The results with everything in `datasets` measured.
     """
-    have = distributed.of_first(
-        np.array([results_files.has_cell(results, cell) for cell in datasets])
-    )
-    todo = {cell: datasets[cell] for cell, done in zip(datasets, have, strict=True) if not done}
+    measured = [results_files.is_measured(results, condition) for condition in datasets]
+    measured = distributed.of_first(np.array(measured))
+    missing = {c: d for (c, d), done in zip(datasets.items(), measured, strict=True) if not done}
     started, before = time.monotonic(), results["seconds"]
-    for cell, counts in measure(eval_step, variables, todo, batch_size):
-        results = results_files.with_cell(results, cell, counts)
+    for condition, counts in count_errors(eval_step, variables, missing, batch_size):
+        results = results_files.with_counts(results, condition, counts)
         results["seconds"] = before + time.monotonic() - started
         write_results(path, results)
     write_results(path, results)

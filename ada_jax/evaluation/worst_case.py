@@ -1,13 +1,14 @@
-"""Worst-case errors for a results file: AutoAttack with MultiTargeted, and AdA's own attack.
+"""Worst-case errors: AutoAttack with MultiTargeted in pixel balls, and AdA's own attack.
 
-Both are measured cell by cell; a cell that a file has of as many images is not measured again.
+Both skip what an interrupted call has measured on as many images.
 """
 
 import dataclasses
 import functools
 import os
+import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +21,34 @@ from ada_jax.attacks import loops
 from ada_jax.attacks.loops import LogitsFn
 from ada_jax.corruptions import c_folder
 from ada_jax.data import batching, core
+from ada_jax.errors import UserError
 from ada_jax.nets import corruption_nets
 from ada_jax.sharding import AXIS, shard
 
-Results = dict[str, Any]
-Write = Callable[[Results], None]
+Fields = dict[str, Any]  # of a results file
 _SEQUENCE = (*attacks.STANDARD, "multitargeted")
+
+
+class Options(NamedTuple):
+    """The options of the attacks.
+
+    Attributes:
+      seed: seed of the attacks.
+      batch_size: examples at a time, over all devices.
+      state_dir: folder for the progress of AutoAttack.
+      nets: corruption networks of AdA, with shipped weights.
+      radii: relative radii nu of AdA.
+      steps: steps of AdA's gradient ascent.
+      restarts: random starts of AdA; an image counts as wrong if any succeeds.
+    """
+
+    seed: int = 0
+    batch_size: int = 256
+    state_dir: str | os.PathLike[str] = ""
+    nets: Sequence[str] = ("edsr_small",)
+    radii: Sequence[float] = (0.015, 0.03, 0.06)
+    steps: int = 10
+    restarts: int = 1
 
 
 def first_examples(dataset: core.Dataset, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -35,71 +58,63 @@ def first_examples(dataset: core.Dataset, count: int) -> tuple[np.ndarray, np.nd
 
 
 def pixel_balls(
-    results: Results,
-    write: Write,
     logits_fn: LogitsFn,
-    dataset: core.Dataset,
+    images: np.ndarray,
+    labels: np.ndarray,
     *,
-    examples: int,
-    seed: int,
-    batch_size: int,
-    state_dir: str | os.PathLike[str],
-) -> Results:
-    """Robust accuracy in balls of pixels: AutoAttack, then MultiTargeted on what it leaves.
+    options: Options,
+    measured: Fields,
+    save: Callable[[Fields], None],
+) -> Fields:
+    """Robust accuracy in pixel balls: AutoAttack, then MultiTargeted on the remaining images.
 
     Args:
-      results: so far; what they lack of RADII is measured.
-      write: called with the results after every radius.
       logits_fn: the classifier in evaluation mode, closed over its parameters.
-      dataset: clean images.
-      examples: how many to take from the start; 0 is all.
-      seed: of the attacks.
-      batch_size: examples a call, over all devices.
-      state_dir: folder for what an interrupted radius has finished.
+      images: [N,H,W,3] float32 in [0,1].
+      labels: [N].
+      options: 'seed', 'batch_size' and 'state_dir' are used.
+      measured: fields of an earlier call; radii in it are not measured again.
+      save: called with the fields after every radius.
 
     Returns:
-      The results with 'lp', by norm and radius: 'examples', those 'robust', 'accuracy' against
-      both (the worst case for each example), 'autoattack' and 'clean', all in percent, and the
-      attacks' accounts and warnings; and 'lp_accuracy', the accuracies alone.
+      'lp', for each norm and radius: 'examples', the number of 'robust' ones, 'accuracy' against
+      all attacks, 'autoattack' and 'clean', in percent, and the attacks' accounts and warnings;
+      and 'lp_accuracy', the accuracies alone.
 
     Source: Calian et al. (2021), table 2.
     """
-    x, y = first_examples(dataset, examples)
-    programs = {}
+    programs, balls = {}, measured.get("lp", {})
     for norm, radii in results_files.RADII.items():
         for name, epsilon in radii.items():
-            if results.get("lp", {}).get(norm, {}).get(name, {}).get("examples") == len(x):
+            if balls.get(norm, {}).get(name, {}).get("examples") == len(images):
                 continue
+            folder = f"{norm}_{name.replace('/', '_')}_{len(images)}_seed{options.seed}"
             report = attacks.autoattack(
-                jax.random.key(seed),
+                jax.random.key(options.seed),
                 logits_fn,
-                x,
-                y,
+                images,
+                labels,
                 epsilon,
                 norm=norm,
                 attacks=_SEQUENCE,
-                batch_size=batch_size,
-                state_dir=os.path.join(
-                    state_dir, f"{norm}_{name.replace('/', '_')}_{len(x)}_seed{seed}"
-                ),
+                batch_size=options.batch_size,
+                state_dir=os.path.join(options.state_dir, folder),
                 programs=programs,
             )
-            results = _with_ball(results, norm, name, report)
-            write(results)
+            balls = balls | {norm: balls.get(norm, {}) | {name: _ball(report)}}
+            save(_lp_fields(balls))
             logging.info("%s %s: %.2f%% robust", norm, name, 100 * report.robust_accuracy)
-    return results
+    return _lp_fields(balls)
 
 
-def _with_ball(results: Results, norm: str, name: str, report: attacks.Report) -> Results:
-    count = len(report.robust)
-
+def _ball(report: attacks.Report) -> dict[str, Any]:
     def percent(share: float) -> float:
         return round(100 * share, 10)  # 100 * 0.07 is more than 7
 
     after = {account.attack: percent(account.robust_accuracy) for account in report.accounts}
-    cell = {
+    return {
         "attacks": report.name,
-        "examples": count,
+        "examples": len(report.robust),
         "robust": int(report.robust.sum()),
         "accuracy": percent(report.robust_accuracy),
         "autoattack": after[attacks.STANDARD[-1]],
@@ -107,73 +122,92 @@ def _with_ball(results: Results, norm: str, name: str, report: attacks.Report) -
         "accounts": [dataclasses.asdict(account) for account in report.accounts],
         "warnings": report.warnings,
     }
-    balls = results.get("lp", {})
-    balls = balls | {norm: balls.get(norm, {}) | {name: cell}}
+
+
+def _lp_fields(balls: Fields) -> Fields:
     accuracies = {
-        norm: {name: c["accuracy"] for name, c in cells.items()} for norm, cells in balls.items()
+        norm: {name: ball["accuracy"] for name, ball in entries.items()}
+        for norm, entries in balls.items()
     }
-    return results | {"lp": balls, "lp_accuracy": accuracies}
+    return {"lp": balls, "lp_accuracy": accuracies}
+
+
+def check_radii(flag: str, radii: Sequence[str]) -> None:
+    """Checks that a flag's words are radii.
+
+    Raises:
+      UserError: naming the flag and the first one that is not a number of 0 or more.
+    """
+    for radius in radii:
+        if not re.fullmatch(r"\d*\.?\d+", radius):
+            raise UserError(
+                f"--{flag}={radius} is not a radius: give numbers of 0 or more, such as 0.015."
+            )
+
+
+def check_under_ada(options: Options, image_shape: Sequence[int]) -> None:
+    """Checks the options of `under_ada` for images [H,W,3].
+
+    Raises:
+      UserError: naming the flag of `ada_jax.evaluate`.
+    """
+    known = corruption_nets.names()
+    if not options.nets or not options.radii:
+        raise UserError("--ada_nets or --ada_radii is empty: name at least one of each.")
+    if unknown := [name for name in options.nets if name not in known]:
+        raise UserError(f"--ada_nets={unknown[0]} is unknown: choose from {', '.join(known)}.")
+    corruption_nets.check_sizes("--ada_nets", options.nets, [1] * len(options.nets), image_shape)
 
 
 def under_ada(
-    results: Results,
-    write: Write,
     logits_fn: LogitsFn,
-    dataset: core.Dataset,
+    images: np.ndarray,
+    labels: np.ndarray,
     *,
-    nets: Sequence[str],
-    radii: Sequence[float],
-    steps: int,
-    restarts: int,
-    examples: int,
-    seed: int,
-    batch_size: int,
-) -> Results:
-    """Errors under AdA's maximisation, as the worst of some restarts.
+    options: Options,
+    measured: Fields,
+    save: Callable[[Fields], None],
+) -> Fields:
+    """Errors under AdA's maximisation.
 
     Args:
-      results: so far.
-      write: called with the results after every cell.
       logits_fn: the classifier in evaluation mode, closed over its parameters.
-      dataset: clean images.
-      nets: names of corruption networks with shipped weights.
-      radii: relative radii nu.
-      steps: of gradient ascent.
-      restarts: attacks from other random starts; one that succeeds is enough.
-      examples: images to take from the start; 0 is all.
-      seed: of the attacks.
-      batch_size: examples at a time, over all devices.
+      images: [N,H,W,3] float32 in [0,1].
+      labels: [N].
+      options: all but 'state_dir' are used.
+      measured: fields of an earlier call; what is in it is not measured again.
+      save: called with the fields after every network and radius.
 
     Returns:
-      The results with 'under_ada', one entry a network and radius: 'examples', 'wrong', 'error' in
-      percent, and the mean 'ssim' of the last restart's images. For images smaller than SSIM's
-      window there is none, and AdA's line search is off.
+      'under_ada', one entry per network and radius: 'examples', 'wrong', 'error' in percent, and
+      the mean 'ssim' of the last restart's images. For images smaller than SSIM's window there is
+      no 'ssim', and AdA's line search is off.
 
     Raises:
       UserError: logits that are not finite.
     """
-    x, y = first_examples(dataset, examples)
+    entries, count = measured.get("under_ada", []), len(images)
     devices = jax.local_device_count()
-    size = -(-min(batch_size, len(x)) // devices) * devices
-    for name in nets:
+    size = -(-min(options.batch_size, count) // devices) * devices
+    for name in options.nets:
         net = corruption_nets.make(name)
-        attack = jax.pmap(_attacker(logits_fn, net, steps, restarts), AXIS, in_axes=(0, None))
-        for nu in radii:
-            cell = {"net": name, "nu": nu, "steps": steps, "restarts": restarts}
-            cell |= {"examples": len(x), "seed": seed}
-            before = results.get("under_ada", [])
-            if any(cell.items() <= entry.items() for entry in before):
+        attack = _attacker(logits_fn, net, options.steps, options.restarts)
+        attack = jax.pmap(attack, AXIS, in_axes=(0, None))
+        for nu in options.radii:
+            entry = {"net": name, "nu": nu, "steps": options.steps, "restarts": options.restarts}
+            entry |= {"examples": count, "seed": options.seed}
+            if any(entry.items() <= earlier.items() for earlier in entries):
                 continue
-            found = _in_batches(attack, x, y, nu, seed, size)
+            found = _in_batches(attack, images, labels, nu, options.seed, size)
             bad = int(found["not_finite"].sum())
-            checks.check_finite(bad, len(x), f"images of AdA's attack by {name} at nu {nu:g}")
+            checks.check_finite(bad, count, f"images of AdA's attack by {name} at nu {nu:g}")
             wrong = found["wrong"]
-            cell |= {"wrong": int(wrong.sum()), "error": 100 * float(wrong.mean())}
-            cell |= {"ssim": float(found["ssim"].mean())} if "ssim" in found else {}
-            results = results | {"under_ada": [*before, cell]}
-            write(results)
-            logging.info("AdA, %s, nu %g: %.2f%% wrong", name, nu, cell["error"])
-    return results
+            entry |= {"wrong": int(wrong.sum()), "error": 100 * float(wrong.mean())}
+            entry |= {"ssim": float(found["ssim"].mean())} if "ssim" in found else {}
+            entries = [*entries, entry]
+            save({"under_ada": entries})
+            logging.info("AdA, %s, nu %g: %.2f%% wrong", name, nu, entry["error"])
+    return {"under_ada": entries}
 
 
 def _attacker(
@@ -210,7 +244,7 @@ def _attacker(
 def _in_batches(
     attack: Callable[..., Any], x: np.ndarray, y: np.ndarray, nu: float, seed: int, size: int
 ) -> dict[str, np.ndarray]:
-    """What the attack finds for each example; the last batch is filled up."""
+    """The attack's outputs for each example; the last batch repeats the last example."""
     example_keys = keys.of_positions(jax.random.key(seed), 0, len(x))
     parts = []
     for start in range(0, len(x), size):
@@ -218,16 +252,3 @@ def _in_batches(
         batch = shard({"x": x[place], "y": y[place], "key": example_keys[place]})
         parts.append({name: np.asarray(a).ravel() for name, a in attack(batch, nu).items()})
     return {name: np.concatenate([p[name] for p in parts])[: len(x)] for name in parts[0]}
-
-
-def rows(results: Results) -> list[tuple[str, str]]:
-    """The worst cases as a table's (name, value)."""
-    shown = []
-    for norm, cells in results.get("lp", {}).items():
-        for name, cell in cells.items():
-            value = f"{cell['accuracy']:.2f}% of {cell['examples']} ({cell['autoattack']:.2f}%)"
-            shown.append((f"robust, {norm} {name} (AutoAttack alone)", value))
-    for cell in results.get("under_ada", []):
-        title = f"error under AdA, {cell['net']}, nu {cell['nu']:g}, {cell['steps']} steps"
-        shown.append((title, f"{cell['error']:.2f}% of {cell['examples']}"))
-    return shown

@@ -18,7 +18,7 @@ from ada_jax.augment import augmix
 from ada_jax.corruptions import parameter_tables
 from ada_jax.data import sources
 from ada_jax.errors import UserError
-from ada_jax.evaluation import image_sets
+from ada_jax.evaluation import evaluators
 from ada_jax.nets import classifiers, corruption_nets
 
 
@@ -28,12 +28,12 @@ def validate_evaluation(config: ml_collections.ConfigDict) -> None:
     Raises:
       UserError: naming the field, its value and the fix.
     """
-    unknown = [name for name in config.eval_sets if name not in image_sets.SETS]
+    unknown = [name for name in config.eval_sets if name not in evaluators.IMAGE_SETS]
     if unknown or not config.eval_sets:
         raise UserError(
             f"config.eval_sets (--sets) = {tuple(config.eval_sets)} is empty or has an unknown "
-            f"name: choose from {', '.join(image_sets.SETS)}; ada_jax.evaluate has "
-            f"{', '.join(image_sets.WORST)} besides."
+            f"name: choose from {', '.join(evaluators.IMAGE_SETS)}; ada_jax.evaluate has "
+            f"{', '.join(evaluators.ATTACKS)} besides."
         )
     if not 0 <= config.corruption_seed < 2**32:
         raise UserError(

@@ -16,7 +16,7 @@ from ada_jax import ada, paths, training
 from ada_jax import results as results_files
 from ada_jax.data import core, rendered_set, sources
 from ada_jax.errors import UserError
-from ada_jax.evaluation import image_sets, scoring
+from ada_jax.evaluation import evaluators, scoring
 from ada_jax.nets import corruption_nets, weight_files
 from ada_jax.run import devices
 
@@ -33,8 +33,8 @@ class Parts(NamedTuple):
     train_set: core.Dataset
     renderings: rendered_set.RenderedSet | None  # of the training images, for DeepAugment
     eval_set: core.Dataset
-    sets: image_sets.Sets  # what the finished classifier is measured on
-    corruption_sets: image_sets.Sets  # and what it is measured on while it trains
+    sets: evaluators.Sets  # what the finished classifier is measured on
+    corruption_sets: evaluators.Sets  # and what it is measured on while it trains
     nets: tuple[ada.CorruptionNet, ...]  # none without AdA
     classifier: hk.TransformedWithState
     eval_step: Callable[..., dict[str, jax.Array]]  # mapped over devices
@@ -161,8 +161,8 @@ def build(config: ml_collections.ConfigDict) -> Parts:
         train_set,
         rendered_set.open_set(folder, train_set, copies) if copies else None,
         eval_set,
-        image_sets.open_sets(config, eval_set, config.eval_sets),
-        image_sets.open_sets(config, eval_set, during, config.corruption_eval_examples),
+        evaluators.open_sets(config, eval_set, config.eval_sets),
+        evaluators.open_sets(config, eval_set, during, config.corruption_eval_examples),
         nets,
         classifier,
         scoring.map_eval_step(classifier),
