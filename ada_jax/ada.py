@@ -85,7 +85,8 @@ def adversarial_augment(
         checked; images that are out of range, or whose label is, become NaN instead.
     """
     x, y = checks.as_images(jnp.asarray(x)), jnp.asarray(y)
-    _check(net, x, nu, steps, step_rule, step_scale, ssim_threshold, root_rule, microbatch)
+    check_settings(nu, steps, step_rule, step_scale, ssim_threshold, root_rule)
+    _check(net, x, ssim_threshold, microbatch)
     classes = checks.check_labels(y, x, logits_fn, microbatch)
     spec = checks.microbatch_spec(x, microbatch)
     logits_fn = checks.float32_logits(logits_fn, spec, gradients=steps != 0)
@@ -223,7 +224,7 @@ def render(net: CorruptionNet, delta: PyTree, x: jax.Array, example_keys: jax.Ar
     return jnp.clip(jax.vmap(one)(delta, x, example_keys), 0.0, 1.0)
 
 
-def _check(net, x, nu, steps, step_rule, step_scale, ssim_threshold, root_rule, microbatch) -> None:
+def _check(net, x, ssim_threshold, microbatch) -> None:
     if not isinstance(net, CorruptionNet):
         raise UserError(
             f"net={net!r} is not an ada_jax.CorruptionNet: use ada_jax.make_corruption_net(name), "
@@ -246,28 +247,39 @@ def _check(net, x, nu, steps, step_rule, step_scale, ssim_threshold, root_rule, 
             f"net.apply must preserve the image shape, floating-point {list(one.shape)}, but gives "
             f"{rendered}: use a network for images of this shape."
         )
+    if checks.scalar("ssim_threshold", ssim_threshold, 0.0) > -1 and not ssim.fits(x):
+        raise UserError(
+            f"ssim_threshold={ssim_threshold} needs images of at least {ssim.WINDOW}x{ssim.WINDOW} "
+            f"pixels, not {x.shape[1]}x{x.shape[2]}: set it to -1, which disables the search."
+        )
+    checks.check_integers(0, microbatch=microbatch or 0)
+    if microbatch and len(x) % microbatch:
+        raise UserError(
+            f"microbatch={microbatch} does not divide the batch of {len(x)}: use a divisor."
+        )
+
+
+def check_settings(
+    nu: jax.Array | float,
+    steps: int,
+    step_rule: str,
+    step_scale: jax.Array | float,
+    ssim_threshold: jax.Array | float,
+    root_rule: str,
+) -> None:
+    """Raises UserError for a setting of `adversarial_augment` that is out of range."""
     if not 0 <= checks.scalar("nu", nu, 0.0) < np.inf:
         raise UserError(f"nu={nu} must be non-negative and finite (the paper's value is 0.015).")
     if not 0 < checks.scalar("step_scale", step_scale, 1.0) < np.inf:
         raise UserError(
             f"step_scale={step_scale} must be positive and finite (the paper's value is 0.25)."
         )
-    threshold = checks.scalar("ssim_threshold", ssim_threshold, 0.0)
-    if not -1 <= threshold < 1:
+    if not -1 <= checks.scalar("ssim_threshold", ssim_threshold, 0.0) < 1:
         raise UserError(f"ssim_threshold={ssim_threshold} must be in [-1, 1); -1 disables it.")
-    if threshold > -1 and not ssim.fits(x):
-        raise UserError(
-            f"ssim_threshold={ssim_threshold} needs images of at least {ssim.WINDOW}x{ssim.WINDOW} "
-            f"pixels, not {x.shape[1]}x{x.shape[2]}: set it to -1, which disables the search."
-        )
-    checks.check_integers(0, steps=steps, microbatch=microbatch or 0)
+    checks.check_integers(0, steps=steps)
     if step_rule not in perturbation.STEP_RULES:
         known = ", ".join(perturbation.STEP_RULES)
         raise UserError(f"step_rule={step_rule!r} is unknown: choose one of {known}.")
     if root_rule not in ssim.ROOT_RULES:
         known = ", ".join(ssim.ROOT_RULES)
         raise UserError(f"root_rule={root_rule!r} is unknown: choose one of {known}.")
-    if microbatch and len(x) % microbatch:
-        raise UserError(
-            f"microbatch={microbatch} does not divide the batch of {len(x)}: use a divisor."
-        )

@@ -303,9 +303,7 @@ def step_rows(scale: Scale) -> Iterator[Row]:
 def first_step(config: Any, images: jax.Array) -> tuple[Any, ...]:
     """A config's first update as a function of images and labels; its model, state and networks."""
     model = scoring.make_classifier(config, 10)
-    optimizer = training.make_optimizer(
-        config, training.learning_rate_schedule(config, 100.0, 1000)
-    )
+    optimizer, _ = training.make_optimizer(config, 100.0, 1000)
     nets = setup.make_corruption_nets(config.ada) if config.method == "ada" else ()
     state = training.initial_state(model, optimizer, jax.random.key(0), images[:8])
     step = training.make_update_step(config, model, [net.apply for net in nets], optimizer)

@@ -140,10 +140,9 @@ class Step(NamedTuple):
 def step_of(config: ml_collections.ConfigDict, batch_size: int) -> Step:
     """Makes a config's update step like `ada_jax.train`, for `batch_size` examples per device."""
     size = config.image_size
-    schedule = training.learning_rate_schedule(config, steps_per_epoch=100, total_steps=1000)
     _, num_classes = _SIZES.get(config.dataset, _SIZES_OF_OTHERS)
     classifier = scoring.make_classifier(config, num_classes)
-    optimizer = training.make_optimizer(config, schedule)
+    optimizer, _ = training.make_optimizer(config, steps_per_epoch=100, total_steps=1000)
     nets = [
         corruption_nets.architecture(name)
         for name in (config.ada.corruption_net if config.method == "ada" else ())

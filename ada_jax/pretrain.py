@@ -5,7 +5,6 @@ python -m ada_jax.pretrain --config=experiments/pretrain_cae.py [--workdir=DIR]
 """
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -16,12 +15,12 @@ import ml_collections
 import numpy as np
 import optax
 
-from ada_jax import keys, locks, paths, ssim
+from ada_jax import keys, paths, ssim
 from ada_jax import results as results_files
 from ada_jax.data import batching, core, sources, tfds_sets
 from ada_jax.errors import UserError, require_extra
 from ada_jax.nets import cae, corruption_nets, edsr, layers, weight_files
-from ada_jax.run import cli, logbook, loop
+from ada_jax.run import cli, config_checks, distributed, logbook, loop
 
 PHOTOS = {  # scikit-image's colour photographs that come inside its package
     "train": ("astronaut", "coffee", "rocket", "stereo_motorcycle"),
@@ -333,58 +332,46 @@ def photo(name: str) -> np.ndarray:
 # ------------------------------------------------------------------------ the config
 
 
+CHOICES = {
+    "dataset": ("photos", "div2k", *sources.NAMES),
+    "schedule": SCHEDULES,
+    "loss": tuple(LOSSES),
+    "store_dtype": STORE_DTYPES,
+}
+RULES = (
+    (*config_checks.AT_LEAST_1, ("train_steps", "batch_size", "sr_batch_size", "halve_steps")),
+    (*config_checks.AT_LEAST_1, ("eval_batch_size", "log_steps", "keep_checkpoints")),
+    (*config_checks.AT_LEAST_1, ("image_size", "tiles")),
+    (*config_checks.AT_LEAST_0, ("eval_steps", "checkpoint_steps", "sr_weight", "weight_decay")),
+    (*config_checks.POSITIVE, ("learning_rate",)),
+    (lambda value: 0 <= value <= 1, "must be in [0, 1], where 1 is white", ("noise",)),
+    (
+        lambda value: value >= ssim.WINDOW,
+        f"is too small to measure SSIM: use {ssim.WINDOW} pixels or more",
+        ("patch",),
+    ),
+)
+
+
 def validate(config: ml_collections.ConfigDict) -> None:
-    """Finds what is wrong with a config before anything is compiled.
-
-    Raises:
-      UserError: a field out of its range; the sentence names the field, its value and the fix.
-    """
-
-    def require(good: bool, field: str, fix: str) -> None:
-        if not good:
-            raise UserError(f"config.{field}={config[field]!r} {fix}.")
-
-    def one_of(field: str, known: tuple[str, ...]) -> None:
-        require(config[field] in known, field, f"is unknown: choose one of {', '.join(known)}")
-
-    one_of("corruption_net", corruption_nets.names())
-    one_of("dataset", ("photos", "div2k", *sources.NAMES))
-    one_of("schedule", SCHEDULES)
-    one_of("loss", tuple(LOSSES))
-    one_of("store_dtype", STORE_DTYPES)
+    """Raises UserError for the first field that is out of range, with its name, value and fix."""
+    require = config_checks.require
+    config_checks.check_values(config)
+    with config_checks.named_in("config."):
+        scale = corruption_nets.architecture(config.corruption_net).scale
+    config_checks.check_fields(config, CHOICES, RULES)
     if config.dataset == "photos":
-        one_of("train_split", tuple(PHOTOS))
-        one_of("eval_split", tuple(PHOTOS))
-    positive = ("train_steps", "batch_size", "sr_batch_size", "eval_batch_size", "halve_steps")
-    for field in (*positive, "log_steps", "keep_checkpoints", "image_size", "tiles"):
-        require(config[field] >= 1, field, "must be 1 or more")
-    for field in ("eval_steps", "checkpoint_steps"):
-        require(config[field] >= 0, field, "must be 0 (off) or more")
-    require(0 < config.learning_rate < math.inf, "learning_rate", "must be positive and finite")
-    require(0 <= config.noise <= 1, "noise", "must be in [0, 1], where 1 is white")
-    for field in ("sr_weight", "weight_decay"):
-        require(config[field] >= 0, field, "must be 0 (off) or more")
-    require(
-        0 <= config.warmup_steps < config.train_steps,
-        "warmup_steps",
-        f"must be 0 or more and below config.train_steps={config.train_steps}",
-    )
-    require(
-        config.patch >= ssim.WINDOW,
-        "patch",
-        f"is too small to measure SSIM: take {ssim.WINDOW} pixels or more",
-    )
-    require(
-        config.corruption_net != "cae" or cae.fits_cae(config.patch),
-        "patch",
-        "does not fit the CAE: take a multiple of 4 of at least 12 pixels",
-    )
-    scale = corruption_nets.architecture(config.corruption_net).scale
-    require(
-        config.sr_patch >= scale and config.sr_patch % scale == 0,
-        "sr_patch",
-        f"must be a positive multiple of the network's scale, {scale}",
-    )
+        splits = dict.fromkeys(("train_split", "eval_split"), tuple(PHOTOS))
+        config_checks.check_fields(config, splits, ())
+    good = 0 <= config.warmup_steps < config.train_steps
+    fix = f"must be 0 or more and below config.train_steps={config.train_steps}"
+    require(good, config, "warmup_steps", fix)
+    good = config.corruption_net != "cae" or cae.fits_cae(config.patch)
+    fix = "does not fit the CAE: use a multiple of 4 of at least 12 pixels"
+    require(good, config, "patch", fix)
+    good = config.sr_patch >= scale and config.sr_patch % scale == 0
+    fix = f"must be a positive multiple of the network's scale, {scale}"
+    require(good, config, "sr_patch", fix)
 
 
 # ------------------------------------------------------------------------ the run
@@ -402,30 +389,30 @@ class Parts(NamedTuple):
 
 
 def build(config: ml_collections.ConfigDict) -> Parts:
-    """Loads the data and makes the network and its optimiser."""
+    """Opens what a valid config names: the data, the network and its optimiser.
+
+    Raises:
+      UserError: a package or data is missing, or the data do not fit the config.
+    """
+    photos = ["skimage"] if config.dataset == "photos" else []
+    require_extra("Training", "grain", "orbax.checkpoint", *photos)
     net = corruption_nets.architecture(config.corruption_net)
     size = max(config.patch, config.sr_patch) if super_resolves(config, net) else config.patch
-    schedule = learning_rate_schedule(config)
-    return Parts(
-        config,
-        load_images(config, config.train_split, size=size),
-        load_images(config, config.eval_split, size=size),
-        net,
-        optax.chain(optax.add_decayed_weights(config.weight_decay), optax.adam(schedule)),
-        schedule,
+    train_set, eval_set = (
+        load_images(config, split, size=size) for split in (config.train_split, config.eval_split)
     )
+    core.check_held_out(train_set, eval_set, config.train_split, config.eval_split)
+    schedule = learning_rate_schedule(config)
+    optimizer = optax.chain(optax.add_decayed_weights(config.weight_decay), optax.adam(schedule))
+    return Parts(config, train_set, eval_set, net, optimizer, schedule)
 
 
 def main(config: ml_collections.ConfigDict, workdir: str) -> int | None:
-    """Trains, or goes on training, in `workdir`; returns an exit status."""
+    """Trains, or resumes training, in `workdir`; returns an exit status."""
     validate(config)
-    photos = ["skimage"] if config.dataset == "photos" else []
-    require_extra("Training", "grain", "orbax.checkpoint", *photos)
-    paths.check_bucket(f"--workdir={workdir}", workdir)
     cli.set_up_devices(0, config.compilation_cache)
     parts = build(config)
-    core.check_held_out(parts.train_set, parts.eval_set, config.train_split, config.eval_split)
-    with locks.hold(f"--workdir={workdir}", locks.of_folder(workdir)):
+    with distributed.lock_workdir(workdir):
         return run(parts, workdir)
 
 

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from ada_jax import ada, checks, evaluate, paths, training
+from ada_jax import ada, checks, evaluate, training
 from ada_jax import results as results_files
 from ada_jax.data import batching, core
-from ada_jax.errors import require_extra
 from ada_jax.evaluation import scoring
 from ada_jax.nets import corruption_nets, weight_files
 from ada_jax.report import figures
@@ -25,19 +24,11 @@ from ada_jax.sharding import AXIS, replicate, shard, unreplicate
 
 
 def main(config: ml_collections.ConfigDict, workdir: str) -> int | None:
-    """Trains, or goes on training, in `workdir`; returns an exit status."""
+    """Trains, or resumes training, in `workdir`; returns an exit status."""
     config_checks.validate(config)
-    pictures = ["matplotlib"] if config.method == "ada" and config.figure_examples else []
-    require_extra("Training", "grain", "orbax.checkpoint", *pictures)
-    paths.check_bucket(f"--workdir={workdir}", workdir)
-    paths.check_bucket(f"config.init_weights={config.init_weights!r}", config.init_weights)
     cli.set_up_devices(config.cpu_devices, config.compilation_cache)
-    config_checks.validate_devices(config, jax.device_count())
-    distributed.check_shared(workdir)
     parts = setup.build(config)
-    core.check_held_out(parts.train_set, parts.eval_set, config.train_split, config.eval_split)
-    setup.check_memory(parts)
-    with distributed.alone_in(f"--workdir={workdir}", workdir):
+    with distributed.lock_workdir(workdir):
         return run(parts, workdir)
 
 
@@ -244,7 +235,7 @@ def show_attack(
             logits_fn=logits_fn,
             net=net._replace(apply=cast(net.apply)),
             microbatch=max(n for n in at_once if len(x) % n == 0),
-            **training.attack_settings(config),
+            **training.attack_settings(config.ada),
         )
         return images, metrics.get("ssim_after"), logits_fn(x), logits_fn(images)
 

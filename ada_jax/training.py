@@ -137,7 +137,7 @@ def make_attack(
             logits_fn=functools.partial(logits_fn, state, config.ada.batch_norm),
             net=ada.CorruptionNet(net_applies[i], thetas[i]),
             microbatch=config.ada.microbatch or None,
-            **attack_settings(config),
+            **attack_settings(config.ada),
         )
 
     def ada_attack(key, state, thetas, example_keys, x, y):
@@ -175,16 +175,16 @@ def mixed_views(
     def view(i):
         # 0 and 1 would be the keys of the crop and of AdA.
         view_keys = jax.vmap(lambda key: jax.random.fold_in(key, i))(example_keys)
-        return augmix.augment_and_mix(view_keys, x, **augmix_settings(config))
+        return augmix.augment_and_mix(view_keys, x, **augmix_settings(config.augmix))
 
     return jnp.concatenate([x, view(2), view(3)]) if config.augmix.jsd_weight else view(2)
 
 
-def augmix_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """AugMix's part of the config, as arguments of `augmix.augment_and_mix`."""
-    ops = augmix.OPS + (augmix.EXTRA_OPS if config.augmix.extra_ops else ())
+def augmix_settings(settings: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The arguments of `augmix.augment_and_mix` from config.augmix."""
+    ops = augmix.OPS + (augmix.EXTRA_OPS if settings.extra_ops else ())
     names = ("severity", "width", "depth", "alpha")
-    return {name: config.augmix[name] for name in names} | {"ops": ops}
+    return {name: settings[name] for name in names} | {"ops": ops}
 
 
 def average(tree: Any) -> Any:
@@ -194,10 +194,10 @@ def average(tree: Any) -> Any:
     )
 
 
-def attack_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """The attack's part of the config, as arguments of `ada.adversarial_augment`."""
+def attack_settings(settings: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The arguments of `ada.adversarial_augment` from config.ada."""
     names = ("nu", "steps", "step_rule", "step_scale", "ssim_threshold", "root_rule")
-    return {name: config.ada[name] for name in names}
+    return {name: settings[name] for name in names}
 
 
 def attack_metrics(method: str, attacked: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -215,23 +215,20 @@ def reduce_metrics(metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
     }
 
 
-def learning_rate_schedule(
+def make_optimizer(
     config: ml_collections.ConfigDict, steps_per_epoch: float, total_steps: int
-) -> optax.Schedule:
-    """Linear warm-up from 0, then cosine to 0 at the last step (paper, appendix A).
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """SGD with Nesterov momentum, and its learning rate; weight decay is part of the loss.
 
-    The peak follows the linear scaling rule, max(lr * batch size / 256, lr).
+    The rate rises linearly from 0 to max(lr * batch size / 256, lr), the linear scaling rule, and
+    falls as a cosine to 0 at the last step (paper, appendix A).
     """
     peak = max(config.learning_rate * config.batch_size / 256, config.learning_rate)
     warmup = min(round(config.warmup_epochs * steps_per_epoch), total_steps - 1)
-    return optax.warmup_cosine_decay_schedule(0.0 if warmup else peak, peak, warmup, total_steps)
-
-
-def make_optimizer(
-    config: ml_collections.ConfigDict, schedule: optax.Schedule
-) -> optax.GradientTransformation:
-    """SGD with Nesterov momentum; weight decay is part of the loss."""
-    return optax.sgd(schedule, momentum=config.momentum, nesterov=True)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0 if warmup else peak, peak, warmup, total_steps
+    )
+    return optax.sgd(schedule, momentum=config.momentum, nesterov=True), schedule
 
 
 def initial_state(

@@ -14,7 +14,7 @@ import ml_collections
 import pytest
 
 from ada_jax.errors import UserError
-from ada_jax.run import cli, distributed
+from ada_jax.run import cli, config_checks, distributed
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -131,16 +131,16 @@ def test_ctrl_c_in_a_garbage_collection_is_not_lost(monkeypatch):
     [
         (float("inf"), "config.a.b=inf must be finite"),
         ((1.0, float("nan")), "must be finite"),
-        (10**30, "too large: take less than 2**31"),
+        (10**30, "too large: use less than 2**31"),
         ((1, "a"), "mixes numbers and words"),
     ],
 )
 def test_values_that_no_field_takes_are_named(value, said):
-    cli.check_values(
+    config_checks.check_values(
         ml_collections.ConfigDict({"seed": 2**32 - 1, "a": {"b": 1.5, "c": ("x", ""), "d": True}})
     )
     with pytest.raises(UserError, match=re.escape(said)):
-        cli.check_values(ml_collections.ConfigDict({"a": {"b": value}}))
+        config_checks.check_values(ml_collections.ConfigDict({"a": {"b": value}}))
 
 
 def test_ctrl_c_stays_ignored_where_it_was():

@@ -217,7 +217,7 @@ def test_schedules():
         ({"loss": "l3"}, r"config\.loss='l3' is unknown: choose one of l1, mse"),
         ({"weight_decay": -1.0}, r"config\.weight_decay=-1\.0 must be 0"),
         ({"train_split": "train[:10]"}, r"config\.train_split='train\[:10\]' is unknown"),
-        ({"patch": 8}, r"config\.patch=8 is too small to measure SSIM: take 11 pixels or more"),
+        ({"patch": 8}, r"config\.patch=8 is too small to measure SSIM: use 11 pixels or more"),
         ({"sr_patch": 15}, r"config\.sr_patch=15 must be a positive multiple of .* scale, 2"),
         ({"noise": -0.1}, r"config\.noise=-0\.1 must be in \[0, 1\]"),
         ({"learning_rate": 0.0}, r"config\.learning_rate=0\.0 must be positive"),
@@ -236,7 +236,7 @@ def test_bad_configs_are_refused_in_a_sentence(fields, message, tmp_path):
 
 def test_patches_that_the_cae_does_not_take_are_refused():
     for patch in (30, 45):
-        with pytest.raises(UserError, match=rf"config\.patch={patch} does not fit the CAE: take "):
+        with pytest.raises(UserError, match=rf"config\.patch={patch} does not fit the CAE: use "):
             pretrain.validate(get_config("cae", patch=patch))
     pretrain.validate(get_config("cae", patch=12))
 

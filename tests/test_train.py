@@ -118,10 +118,11 @@ def test_crops_that_cannot_be_are_found_before_anything_is_compiled(changes, sai
 
 def test_crops_are_of_a_run_s_identity_only_where_they_are_used(tmp_path):
     for i in range(4):
-        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
-        (tmp_path / "ab"[i % 2] / f"{i}.jpg").write_bytes(photograph(i))
+        of_class = tmp_path / ("train", "test")[i // 2] / "ab"[i % 2]
+        of_class.mkdir(parents=True)
+        (of_class / f"{i}.jpg").write_bytes(photograph(i))
     folder = {"dataset": "folder", "data_dir": str(tmp_path), "batch_size": 2, "eval_sets": ()}
-    folder |= {"train_split": "all", "eval_split": "all", "method": "nominal"}
+    folder |= {"train_split": "train", "eval_split": "test", "method": "nominal"}
     for scale in ((), (0.5, 1.0)):
         parts = setup.build(tiny(**folder, crop_scale=scale))
         fields = setup.identity(parts, (), state=None)
@@ -180,7 +181,7 @@ def test_the_paper_s_values_are_the_defaults():
 def test_learning_rate_schedule(batch_size):
     config = cifar10.get_config().unlock()
     config.batch_size = batch_size
-    schedule = training.learning_rate_schedule(config, steps_per_epoch=10, total_steps=3000)
+    _, schedule = training.make_optimizer(config, steps_per_epoch=10, total_steps=3000)
     peak = max(0.1 * batch_size / 256, 0.1)
     expected = [
         peak * min(s / 50, 0.5 * (1 + np.cos(np.pi * max(s - 50, 0) / 2950)))
@@ -205,16 +206,16 @@ def test_learning_rate_schedule(batch_size):
         ("compute_dtype", "float16", "bfloat16"),
         ("pgd.norm", "l1", "linf"),
         ("pgd.epsilon", 0.0, "positive"),
-        ("pgd.steps", 0, "1 or more"),
+        ("pgd.steps", 0, "at least 1"),
         ("ada.corruption_net", ("edsr",), "edsr_small"),
         ("ada.corruption_net", ("edsr_small", "cae"), "2 networks"),
-        ("ada.corruption_enlarge", (0,), "factors"),
+        ("ada.corruption_enlarge", (0,), "at least 1"),
         ("ada.step_rule", "fgsm", "sign"),
         ("ada.root_rule", "x", "paper"),
         ("ada.batch_norm", "x", "running"),
         ("ada.nu", -0.1, "negative"),
-        ("ada.steps", -1, "0 (random) or more"),
-        ("ada.every", 0, "1 (all examples) or more"),
+        ("ada.steps", -1, "at least 0"),
+        ("ada.every", 0, "1 or more"),
         ("deepaugment.copies", -1, "0 (off) or more"),
         ("ada.ssim_threshold", 1.0, "[-1, 1)"),
         ("augmix.severity", 0.0, "severity=0.0"),
@@ -263,7 +264,7 @@ def test_images_that_a_corruption_network_does_not_take_are_found_before_compili
     images = np.random.default_rng(0).integers(0, 256, (64, 30, 30, 3), np.uint8)
     np.savez(tmp_path / "x.npz", images=images, labels=np.arange(64) % 4)
     fields = {"dataset": "npz", "data_dir": str(tmp_path / "x.npz"), "method": "ada"}
-    fields |= {"train_split": "all", "eval_split": "all", "ada.corruption_net": ("cae",)}
+    fields |= {"train_split": "train", "eval_split": "test", "ada.corruption_net": ("cae",)}
     with pytest.raises(UserError, match=r"config\.ada\.corruption_net=.* fit images of 30x30"):
         setup.build(tiny(**fields))
     setup.build(tiny(**fields | {"ada.corruption_enlarge": (2,)}))

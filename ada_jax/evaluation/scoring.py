@@ -276,7 +276,7 @@ def complete(
       The results with everything in `datasets` measured.
     """
     measured = [results_files.is_measured(results, condition) for condition in datasets]
-    measured = distributed.of_first(np.array(measured))
+    measured = distributed.broadcast(np.array(measured))
     missing = {c: d for (c, d), done in zip(datasets.items(), measured, strict=True) if not done}
     started, before = time.monotonic(), results["seconds"]
     for condition, counts in count_errors(eval_step, variables, missing, batch_size):

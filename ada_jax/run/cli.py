@@ -3,7 +3,6 @@
 import ctypes
 import itertools
 import logging as python_logging
-import math
 import os
 import pathlib
 import re
@@ -60,38 +59,13 @@ def run(
         if len(argv) > 1:
             raise UserError(f"The argument {argv[1]!r} is not a flag: write --flag=value.")
         config = config_flag.value
-        check_values(config)
+        folder = workdir.value or default_folder(config)
+        paths.check_bucket(f"--workdir={folder}", folder)
         if several:
             distributed.connect(_complain)
-        return main(config, workdir.value or default_folder(config))
+        return main(config, folder)
 
     start(with_flags, computes=True)
-
-
-def check_values(config: ml_collections.ConfigDict) -> None:
-    """Checks what holds for every field: finite numbers, integers of 31 bits, one kind in a tuple.
-
-    Raises:
-      UserError: naming the first field that is otherwise.
-    """
-    for field, value in config.to_dict().items():
-        _check_value(f"config.{field}", value)
-
-
-def _check_value(field: str, value: Any) -> None:
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            _check_value(f"{field}.{name}", inner)
-        return
-    parts = value if isinstance(value, tuple | list) else (value,)
-    if len({isinstance(part, str) for part in parts}) > 1:
-        raise UserError(f"{field}={value!r} mixes numbers and words: give one kind.")
-    bits = 32 if field.endswith("seed") else 31
-    for number in parts:
-        if isinstance(number, float) and not math.isfinite(number):
-            raise UserError(f"{field}={value!r} must be finite.")
-        if isinstance(number, int) and abs(number) >= 2**bits:
-            raise UserError(f"{field}={value!r} is too large: take less than 2**{bits}.")
 
 
 def default_folder(config: ml_collections.ConfigDict) -> str:

@@ -1,19 +1,19 @@
-"""Measures a classifier's errors on clean, corrupted and newly collected images.
+"""Checks of a training config, made before data are read or anything is compiled.
 
-    python -m ada_jax.evaluate --workdir=runs/cifar10 --sets=clean,c,extra,cifar10_1
-    python -m ada_jax.evaluate --config=FILE --weights=FILE.safetensors --out=results.json
-    python -m ada_jax.evaluate --config=FILE --random --out=results.json
-
-The results file has every number as soon as it is measured, and the same command goes on with
-those it lacks.
+A field is checked by the module that uses it, if that has a check: here the message gets the name
+of the field. Ranges and choices of the others are in `RULES` and `CHOICES`.
 """
 
+import contextlib
 import functools
 import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import ml_collections
 
-from ada_jax import perturbation, ssim, training
+from ada_jax import ada, checks, training
+from ada_jax.attacks import loops
 from ada_jax.augment import augmix
 from ada_jax.corruptions import parameter_tables
 from ada_jax.data import sources
@@ -21,13 +21,128 @@ from ada_jax.errors import UserError
 from ada_jax.evaluation import evaluators
 from ada_jax.nets import classifiers, corruption_nets
 
+Rule = tuple[Callable[[Any], bool], str, Sequence[str]]
+
+CHOICES = {
+    "method": training.METHODS,
+    "dataset": sources.NAMES,
+    "classifier": classifiers.names(),
+    "compute_dtype": ("float32", "bfloat16"),
+    "pgd.batch_norm": ("batch", "running"),
+    "ada.batch_norm": ("batch", "running"),
+}
+AT_LEAST_1 = (lambda value: value >= 1, "must be 1 or more")
+AT_LEAST_0 = (lambda value: value >= 0, "must be 0 (off) or more")
+POSITIVE = (lambda value: value > 0, "must be positive")
+RULES = (
+    (*AT_LEAST_1, ("batch_size", "log_steps", "keep_checkpoints", "image_size", "ada.every")),
+    (*AT_LEAST_1, ("corruption_eval_examples",)),
+    (*AT_LEAST_0, ("eval_epochs", "corruption_eval_epochs", "checkpoint_epochs", "cpu_devices")),
+    (*AT_LEAST_0, ("figure_examples", "deepaugment.copies", "augmix.jsd_weight")),
+    (*AT_LEAST_0, ("weight_decay", "warmup_epochs", "epochs", "train_steps")),
+    (*POSITIVE, ("learning_rate", "pgd.step_scale")),
+    (lambda value: 0 <= value < 1, "must be in [0, 1)", ("momentum", "bn_decay")),
+    (lambda value: 0 <= value < 2**32, "must be in 0..2**32-1", ("seed",)),
+    (lambda value: value <= 4096, "must be at most 4096 pixels", ("image_size",)),
+    (lambda value: value <= 1024, "must be at most 1024", ("cpu_devices",)),
+    (lambda value: len(value) == 3, "must be three numbers, one per channel", ("mean",)),
+    (
+        lambda value: len(value) == 3 and min(value) > 0,
+        "must be three positive numbers, one per channel",
+        ("std",),
+    ),
+)
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError for the first field that is out of range, with its name, value and fix."""
+    check_values(config)
+    check_fields(config, CHOICES, RULES)
+    validate_evaluation(config)
+    require("clean" in config.eval_sets, config, "eval_sets", "lacks 'clean': add it")
+    _check_nets(config.ada)
+    with named_in("config.ada."):
+        ada.check_settings(**training.attack_settings(config.ada))
+        checks.check_integers(0, microbatch=config.ada.microbatch)
+    with named_in("config.pgd."):
+        loops.check(config.pgd.epsilon, config.pgd.norm)
+        checks.check_integers(1, steps=config.pgd.steps)
+    with named_in("config.augmix."):
+        augmix.check(**training.augmix_settings(config.augmix))
+    _check_crops(config)
+    pixels = f"must be pixels, from 0 to image_size={config.image_size}"
+    require(0 <= config.pad <= config.image_size, config, "pad", pixels)
+    steps = f"and config.train_steps={config.train_steps}"
+    both = f"{steps} must not both be set: make one of them 0"
+    require(not config.epochs * config.train_steps, config, "epochs", both)
+    neither = f"{steps} are both 0: set one of them"
+    require(config.epochs + config.train_steps > 0, config, "epochs", neither)
+
+
+# ------------------------------------------------------------------------ checks of any config
+
+
+def check_values(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError for a value that fits no field.
+
+    Numbers must be finite and integers fit into 31 bits; a tuple holds values of one kind.
+    """
+    for field, value in config.to_dict().items():
+        _check_value(f"config.{field}", value)
+
+
+def _check_value(field: str, value: Any) -> None:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _check_value(f"{field}.{name}", inner)
+        return
+    parts = value if isinstance(value, tuple | list) else (value,)
+    if len({isinstance(part, str) for part in parts}) > 1:
+        raise UserError(f"{field}={value!r} mixes numbers and words: give one kind.")
+    bits = 32 if field.endswith("seed") else 31
+    for number in parts:
+        if isinstance(number, float) and not math.isfinite(number):
+            raise UserError(f"{field}={value!r} must be finite.")
+        if isinstance(number, int) and abs(number) >= 2**bits:
+            raise UserError(f"{field}={value!r} is too large: use less than 2**{bits}.")
+
+
+def check_fields(
+    config: ml_collections.ConfigDict, choices: Mapping[str, Sequence[str]], rules: Sequence[Rule]
+) -> None:
+    """Checks choices, {field: known words}, and rules, (predicate, what it demands, fields)."""
+    for field, known in choices.items():
+        fix = f"is unknown: choose one of {', '.join(known)}"
+        require(_value(config, field) in known, config, field, fix)
+    for holds, must, fields in rules:
+        for field in fields:
+            require(holds(_value(config, field)), config, field, must)
+
+
+def require(good: bool, config: ml_collections.ConfigDict, field: str, fix: str) -> None:
+    """Raises UserError with a field's name, its value and the fix, unless it is good."""
+    if not good:
+        raise UserError(f"config.{field}={_value(config, field)!r} {fix}.")
+
+
+def _value(config: ml_collections.ConfigDict, field: str) -> Any:
+    return functools.reduce(lambda part, name: part[name], field.split("."), config)
+
+
+@contextlib.contextmanager
+def named_in(prefix: str) -> Iterator[None]:
+    """Puts a prefix, such as 'config.ada.', in front of the messages of a module's own check."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{prefix}{error}") from error
+
+
+# ------------------------------------------------------------------------ parts of a config
+
 
 def validate_evaluation(config: ml_collections.ConfigDict) -> None:
-    """Finds what is wrong with the evaluation's part of a config.
-
-    Raises:
-      UserError: naming the field, its value and the fix.
-    """
+    """Raises UserError for a field of the evaluation that is out of range."""
     unknown = [name for name in config.eval_sets if name not in evaluators.IMAGE_SETS]
     if unknown or not config.eval_sets:
         raise UserError(
@@ -51,84 +166,8 @@ def validate_evaluation(config: ml_collections.ConfigDict) -> None:
         )
 
 
-# ------------------------------------------------------------------------ the config
-
-
-def validate(config: ml_collections.ConfigDict) -> None:
-    """Finds what is wrong with a config before anything is compiled.
-
-    Raises:
-      UserError: a field out of its range; the sentence names the field, its value and the fix.
-    """
-
-    def require(good: bool, field: str, fix: str) -> None:
-        value = functools.reduce(lambda c, name: c[name], field.split("."), config)
-        if not good:
-            raise UserError(f"config.{field}={value!r} {fix}.")
-
-    def one_of(field: str, value: str, known: tuple[str, ...]) -> None:
-        require(value in known, field, f"is unknown: choose one of {', '.join(known)}")
-
-    one_of("method", config.method, training.METHODS)
-    one_of("dataset", config.dataset, sources.NAMES)
-    one_of("classifier", config.classifier, classifiers.names())
-    validate_evaluation(config)
-    require("clean" in config.eval_sets, "eval_sets", "lacks 'clean': add it")
-    validate_corruption_nets(config.ada)
-    augmix.check(**training.augmix_settings(config))
-    good = 0 <= config.augmix.jsd_weight < math.inf
-    require(good, "augmix.jsd_weight", "must be 0 (off) or more, and finite")
-    require(config.deepaugment.copies >= 0, "deepaugment.copies", "must be 0 (off) or more")
-    validate_crops(config)
-    one_of("compute_dtype", config.compute_dtype, ("float32", "bfloat16"))
-    one_of("pgd.norm", config.pgd.norm, ("linf", "l2"))
-    one_of("pgd.batch_norm", config.pgd.batch_norm, ("batch", "running"))
-    for field in ("pgd.epsilon", "pgd.step_scale"):
-        value = config.pgd[field.partition(".")[2]]
-        require(0 < value < math.inf, field, "must be positive and finite")
-    require(config.pgd.steps >= 1, "pgd.steps", "must be 1 or more")
-    one_of("ada.step_rule", config.ada.step_rule, tuple(perturbation.STEP_RULES))
-    one_of("ada.root_rule", config.ada.root_rule, ssim.ROOT_RULES)
-    one_of("ada.batch_norm", config.ada.batch_norm, ("batch", "running"))
-    good = 0 <= config.ada.nu < math.inf
-    require(good, "ada.nu", "is negative or not finite: a radius is 0 or more (paper: 0.015)")
-    require(config.ada.steps >= 0, "ada.steps", "must be 0 (random) or more (paper: 10)")
-    good = 0 < config.ada.step_scale < math.inf
-    require(good, "ada.step_scale", "must be positive and finite (paper: 0.25)")
-    require(-1 <= config.ada.ssim_threshold < 1, "ada.ssim_threshold", "must be in [-1, 1)")
-    require(config.ada.microbatch >= 0, "ada.microbatch", "must be 0 (off) or more")
-    require(config.ada.every >= 1, "ada.every", "must be 1 (all examples) or more")
-    require(0 < config.learning_rate < math.inf, "learning_rate", "must be positive and finite")
-    require(0 <= config.seed < 2**32, "seed", "must be in 0..2**32-1")
-    good = len(config.mean) == 3 and all(map(math.isfinite, config.mean))
-    require(good, "mean", "must be three numbers, one a channel")
-    good = len(config.std) == 3 and all(0 < value < math.inf for value in config.std)
-    require(good, "std", "must be three positive numbers, one a channel")
-    require(0 <= config.momentum < 1, "momentum", "must be in [0, 1)")
-    require(0 <= config.bn_decay < 1, "bn_decay", "must be in [0, 1)")
-    for field in ("weight_decay", "warmup_epochs", "epochs", "train_steps"):
-        require(0 <= config[field] < math.inf, field, "must be finite and 0 or more")
-    require(0 <= config.pad <= config.image_size, "pad", "must be pixels, from 0 to image_size")
-    require(config.image_size <= 4096, "image_size", "must be at most 4096 pixels")
-    require(config.cpu_devices <= 1024, "cpu_devices", "must be at most 1024")
-    at_least_1 = "batch_size", "log_steps", "keep_checkpoints", "image_size"
-    for field in (*at_least_1, "corruption_eval_examples"):
-        require(config[field] >= 1, field, "must be 1 or more")
-    at_least_0 = "eval_epochs", "corruption_eval_epochs", "checkpoint_epochs"
-    for field in (*at_least_0, "figure_examples", "cpu_devices"):
-        require(config[field] >= 0, field, "must be 0 (off) or more")
-    steps, both = f"and config.train_steps={config.train_steps}", config.epochs * config.train_steps
-    require(not both, "epochs", f"{steps} must not both be set: make one of them 0")
-    some = config.epochs + config.train_steps
-    require(some > 0, "epochs", f"{steps} are both 0: set one of them")
-
-
-def validate_crops(config: ml_collections.ConfigDict) -> None:
-    """Checks the random crops of photographs.
-
-    Raises:
-      UserError: a range that is none, or images that cannot be cropped so.
-    """
+def _check_crops(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError for random crops with wrong ranges, or of images without them."""
     scale, ratio = tuple(config.crop_scale), tuple(config.crop_ratio)
     if scale and not (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1):
         raise UserError(
@@ -154,67 +193,50 @@ def validate_crops(config: ml_collections.ConfigDict) -> None:
         )
 
 
-def validate_corruption_nets(config: ml_collections.ConfigDict) -> None:
-    """Checks the tuples of corruption networks, their weights and enlargements.
-
-    Raises:
-      UserError: an unknown name, or tuples of different lengths.
-    """
-    nets, known = tuple(config.corruption_net), corruption_nets.names()
-    if not nets or not all(name in known for name in nets):
-        raise UserError(
-            f"config.ada.corruption_net={nets} is unknown: choose from {', '.join(known)}; several "
-            "are written ('edsr_small','cae')."
-        )
+def _check_nets(settings: ml_collections.ConfigDict) -> None:
+    """Raises UserError for corruption networks, weights or enlargements that do not fit."""
+    nets = tuple(settings.corruption_net)
+    with named_in("config.ada."):
+        for name in nets or ("",):
+            corruption_nets.architecture(name)
+        for factor in settings.corruption_enlarge:
+            checks.check_integers(1, corruption_enlarge=factor)
     for field in ("corruption_weights", "corruption_enlarge"):
-        if len(config[field]) != len(nets):
+        if len(settings[field]) != len(nets):
             raise UserError(
-                f"config.ada.{field}={tuple(config[field])} has {len(config[field])} values for "
-                f"the {len(nets)} networks of config.ada.corruption_net={nets}: give one for each."
+                f"config.ada.{field}={tuple(settings[field])} has {len(settings[field])} values "
+                f"for the {len(nets)} networks of config.ada.corruption_net={nets}: give one each."
             )
-    if not all(isinstance(path, str) for path in config.corruption_weights):
+    if not all(isinstance(path, str) for path in settings.corruption_weights):
         raise UserError(
-            f"config.ada.corruption_weights={tuple(config.corruption_weights)} must be paths, or "
-            "'' for the weights that ship."
-        )
-    if not all(isinstance(n, int) and n >= 1 for n in config.corruption_enlarge):
-        raise UserError(
-            f"config.ada.corruption_enlarge={tuple(config.corruption_enlarge)} must be whole "
-            "factors of 1 (off) or more."
+            f"config.ada.corruption_weights={tuple(settings.corruption_weights)} must be paths; "
+            "'' takes the shipped weights."
         )
 
 
-def net_labels(config: ml_collections.ConfigDict) -> list[str]:
-    """Names of the corruption networks in results and files; those named twice get a number.
-
-    Args:
-      config: the attack's part of a run's.
-    """
-    nets = list(config["corruption_net"])
+def net_labels(settings: Mapping[str, Any]) -> list[str]:
+    """Names of config.ada's networks in results and files; repeated names get a number."""
+    nets = list(settings["corruption_net"])
     return [n if nets.count(n) == 1 else f"{n}_{i}" for i, n in enumerate(nets, 1)]
 
 
 def validate_devices(config: ml_collections.ConfigDict, devices: int) -> None:
-    """Finds batch sizes that so many devices do not divide.
-
-    Raises:
-      UserError: naming the field, its value and the number of devices.
-    """
+    """Raises UserError for a batch size that cannot be split over so many devices."""
     for field in ("batch_size", "eval_batch_size"):
         if config[field] % devices:
             raise UserError(
                 f"config.{field}={config[field]} is not divisible by the {devices} devices: "
-                f"take a multiple of {devices}."
+                f"use a multiple of {devices}."
             )
     local = config.batch_size // devices
     if config.method == "ada" and local % config.ada.every:
         raise UserError(
             f"config.ada.every={config.ada.every} does not divide the {local} examples of a "
-            "device: take a divisor."
+            "device: use a divisor."
         )
     attacked = local // config.ada.every
     if config.method == "ada" and config.ada.microbatch and attacked % config.ada.microbatch:
         raise UserError(
             f"config.ada.microbatch={config.ada.microbatch} does not divide the {attacked} "
-            "examples of a device that are attacked: take a divisor."
+            "examples of a device that are attacked: use a divisor."
         )

@@ -1,4 +1,4 @@
-"""Several processes, on one host or many, as one run: meeting, a shared folder, a common end."""
+"""Several processes as one run: connecting, locking the shared folder, stopping at one step."""
 
 import contextlib
 import os
@@ -15,63 +15,50 @@ from absl import flags
 from ada_jax import locks
 from ada_jax.errors import INTERRUPTED, UserError
 
-_MEETING_SECONDS = 50  # for all processes to find the coordinator
-_HEARTBEAT_SECONDS = 60  # after which a process that is silent counts as dead, and the others end
+_CONNECT_SECONDS = 50  # until all processes have found the coordinator
+_HEARTBEAT_SECONDS = 60  # a process that is silent for so long counts as dead; the others end
+_MEMBERS = ("coordinator", "processes", "process")  # flags that describe the processes
 
 
 def define_flags() -> None:
-    """Defines what `connect` reads."""
+    """Defines the flags that `connect` reads."""
     flags.DEFINE_bool(
         "distributed",
         False,
-        "Run as one of several processes; a TPU slice and Slurm say themselves which.",
+        "Run as one of several processes. TPU slices and Slurm need no other flag.",
     )
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, with --distributed.")
-    flags.DEFINE_integer("processes", None, "How many there are, with --coordinator.")
-    flags.DEFINE_integer("process", None, "Which one this is, from 0, with --coordinator.")
+    flags.DEFINE_integer("processes", None, "Number of processes, with --coordinator.")
+    flags.DEFINE_integer("process", None, "Index of this process, with --coordinator.")
 
 
-def connect(complain: Callable[[str], Any]) -> None:
-    """Meets the other processes if --distributed is set; call it before a device is touched.
+def connect(print_error: Callable[[str], Any]) -> None:
+    """Connects to the other processes if --distributed is set; call it before using a device.
 
     Args:
-      complain: prints a sentence, where the process has to end at once.
+      print_error: prints a message if the process must exit at once.
 
     Raises:
       UserError: flags are missing or contradict each other, or the processes do not find each
         other within a minute.
     """
     f = flags.FLAGS
-    given = [name for name in ("coordinator", "processes", "process") if f[name].value is not None]
+    given = [name for name in _MEMBERS if f[name].value is not None]
+    _check_flags(given)
     if not f.distributed:
-        if given:
-            raise UserError(f"--{given[0]} has no meaning without --distributed: add it.")
         return
-    if given and len(given) < 3:
-        missing = {"coordinator", "processes", "process"} - {*given}
-        raise UserError(
-            f"--{sorted(missing)[0]} is not set beside --{given[0]}: give --coordinator=HOST:PORT, "
-            "--processes and --process together, or none of them on a TPU slice or under Slurm."
-        )
-    if given and not (f.processes >= 1 and 0 <= f.process < f.processes):
-        raise UserError(
-            f"--process={f.process} and --processes={f.processes} do not fit: processes are "
-            "numbered from 0 to one less than there are."
-        )
-    if given and not re.fullmatch(r".+:[0-9]{1,5}", f.coordinator):
-        raise UserError(f"--coordinator={f.coordinator} has no port: write HOST:PORT.")
-    sentence = (
-        f"--distributed could not bring the processes together within {_MEETING_SECONDS} seconds "
+    failure = (
+        f"--distributed could not connect the processes within {_CONNECT_SECONDS} seconds "
         f"(--coordinator={f.coordinator}, --processes={f.processes}, --process={f.process}): start "
-        "all of them with the same --coordinator and --processes, and a number each."
+        "all of them with the same --coordinator and --processes, each with its own --process."
     )
 
     def give_up() -> None:
-        complain(sentence)
+        print_error(failure)
         os._exit(2)
 
-    # JAX itself would abort the process, with a stack trace.
-    watch = threading.Timer(_MEETING_SECONDS, give_up)
+    # JAX itself would abort the process with a stack trace.
+    watch = threading.Timer(_CONNECT_SECONDS, give_up)
     watch.daemon = True
     watch.start()
     try:
@@ -79,37 +66,74 @@ def connect(complain: Callable[[str], Any]) -> None:
             f.coordinator,
             f.processes,
             f.process,
-            initialization_timeout=2 * _MEETING_SECONDS,
+            initialization_timeout=2 * _CONNECT_SECONDS,
             heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=_HEARTBEAT_SECONDS,
         )
     except ValueError as error:
         if given:
-            raise UserError(f"{sentence} ({error})") from error
+            raise UserError(f"{failure} ({error})") from error
         raise UserError(
             "--distributed finds neither a TPU slice nor Slurm here: give --coordinator=HOST:PORT, "
-            "--processes and --process beside it, or leave it out where there is one process."
+            "--processes and --process too, or omit it for a single process."
         ) from error
     except RuntimeError as error:
-        raise UserError(f"{sentence} ({' '.join(str(error).split())[:200]})") from error
+        raise UserError(f"{failure} ({' '.join(str(error).split())[:200]})") from error
     finally:
         watch.cancel()
 
 
-def check_shared(workdir: str) -> None:
-    """Finds out whether all processes see the same folder.
+def _check_flags(given: list[str]) -> None:
+    f = flags.FLAGS
+    if not f.distributed:
+        if given:
+            raise UserError(f"--{given[0]} has no meaning without --distributed: add it.")
+        return
+    if given and len(given) < len(_MEMBERS):
+        missing = {*_MEMBERS} - {*given}
+        raise UserError(
+            f"--{sorted(missing)[0]} is not set beside --{given[0]}: give --coordinator=HOST:PORT, "
+            "--processes and --process together, or none of them on a TPU slice or under Slurm."
+        )
+    if given and not (f.processes >= 1 and 0 <= f.process < f.processes):
+        raise UserError(
+            f"--process={f.process} and --processes={f.processes} do not fit: number the processes "
+            "from 0 to --processes minus 1."
+        )
+    if given and not re.fullmatch(r".+:[0-9]{1,5}", f.coordinator):
+        raise UserError(f"--coordinator={f.coordinator} has no port: write HOST:PORT.")
+
+
+@contextlib.contextmanager
+def lock_workdir(workdir: str) -> Iterator[None]:
+    """Locks a workdir that all processes share; see `locks.hold`.
 
     Raises:
-      UserError: on every process, if one does not.
+      UserError: in every process, if the folder is not shared or cannot be locked.
     """
-    if jax.process_count() == 1:
-        return
+    what = f"--workdir={workdir}"
+    if jax.process_count() > 1:
+        _check_shared(workdir)
+    with contextlib.ExitStack() as stack:
+        error = None
+        if jax.process_index() == 0:
+            try:
+                stack.enter_context(locks.hold(what, locks.of_folder(workdir)))
+            except UserError as caught:
+                error = caught
+        if broadcast(np.asarray(error is not None)):
+            raise error or UserError(f"{what} cannot be used: see the message of process 0.")
+        yield
+
+
+def _check_shared(workdir: str) -> None:
+    """Raises UserError, in every process, unless all see the same folder."""
     from etils import epath
     from jax.experimental import multihost_utils
 
+    number = broadcast(np.int32(np.random.default_rng().integers(2**31)))
     folder = epath.Path(workdir)
-    drawn = np.asarray(np.random.default_rng().integers(2**31), np.int32)
-    mark = folder / f".shared-{int(of_first(drawn))}"
+    mark = folder / f".shared-{int(number)}"
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         mark.write_text("")
@@ -121,91 +145,57 @@ def check_shared(workdir: str) -> None:
         blind = ", ".join(str(i) for i in np.flatnonzero(~seen.ravel()))
         raise UserError(
             f"--workdir={workdir} is not the same folder for all processes (process {blind} does "
-            "not see what process 0 writes there): name one on a shared file system, or gs://..."
+            "not see what process 0 writes there): use a shared file system, or gs://..."
         )
 
 
-@contextlib.contextmanager
-def alone_in(what: str, folder: str) -> Iterator[None]:
-    """Locks a folder by the first process, for all of them; see `locks.hold`.
-
-    Raises:
-      UserError: on every process, if it cannot be locked.
-    """
-    with contextlib.ExitStack() as stack:
-        error = None
-        if jax.process_index() == 0:
-            try:
-                stack.enter_context(locks.hold(what, locks.of_folder(folder)))
-            except UserError as caught:
-                error = caught
-        if of_first(np.asarray(error is not None)):
-            raise error or UserError(f"{what} cannot be used: process 0 says why.")
-        yield
-
-
-def preempted(step: int) -> bool:
-    """Whether to save before this step and leave, after a notice to any of several processes.
-
-    All are told the same step. Every process must ask at every step; `StopSignal` does, and
-    notes the signal itself where there is one process.
-    """
-    if not jax.distributed.is_initialized():
-        return False
-    from jax.experimental import multihost_utils
-
-    return multihost_utils.reached_preemption_sync_point(step)
-
-
-def of_first(values: np.ndarray) -> np.ndarray:
-    """Process 0's values, for all: what was read from a file that it may be writing."""
-    if jax.process_count() == 1:
-        return values
+def broadcast(values: np.ndarray) -> np.ndarray:
+    """The values of process 0, in every process."""
     from jax.experimental import multihost_utils
 
     return np.asarray(multihost_utils.broadcast_one_to_all(values))
 
 
-# Exit statuses after SIGTERM and Ctrl-C: state saved, start the same command to go on.
-
-
 class StopSignal:
-    """Notes SIGTERM and Ctrl-C while it is open, so that a loop can save before it leaves.
+    """Records SIGTERM and Ctrl-C within a block, so that a loop can save before it stops.
 
-    Ctrl-C a second time raises KeyboardInterrupt.
+    A second Ctrl-C raises KeyboardInterrupt. With several processes, a signal to one of them stops
+    all at the same step.
 
     Attributes:
-      status: the exit status for what came first; 0 where nothing came.
+      status: the exit status of the first signal, 128 plus its number; 0 without one.
     """
 
     def __enter__(self) -> "StopSignal":
         self.status = 0
-        # Where there are several processes JAX itself listens to SIGTERM, and tells the others.
-        several = jax.distributed.is_initialized()
+        self._distributed = jax.distributed.is_initialized()
         self._before = {}
-        # A shell script starts its background commands with Ctrl-C ignored.
+        # Background commands of shell scripts start with Ctrl-C ignored.
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupted)
-        if not several:
-            self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._note)
+        if not self._distributed:  # Else JAX handles SIGTERM, and informs the other processes.
+            self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._record)
         return self
 
-    def _note(self, number: int, _: Any) -> None:
+    def _record(self, number: int, _: Any) -> None:
         self.status = self.status or 128 + number
 
     def _interrupted(self, number: int, frame: Any) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        # Not print: the signal may have come while a line is written.
-        os.write(2, b"Ctrl-C: saving; once more leaves at once.\n")
-        if jax.distributed.is_initialized():
+        # Not print: the signal may arrive while a line is being written.
+        os.write(2, b"Ctrl-C: saving; press it again to stop at once.\n")
+        if self._distributed:
             signal.raise_signal(signal.SIGTERM)
         else:
-            self._note(number, frame)
+            self._record(number, frame)
 
     def at(self, step: int) -> bool:
-        """Whether to save before this step and leave; see `preempted`."""
-        if preempted(step):
-            self.status = self.status or INTERRUPTED
+        """Whether to save before this step and stop; every process must ask at every step."""
+        if self._distributed:
+            from jax.experimental import multihost_utils
+
+            if multihost_utils.reached_preemption_sync_point(step):
+                self.status = self.status or INTERRUPTED
         return bool(self.status)
 
     def __exit__(self, *_: Any) -> None:

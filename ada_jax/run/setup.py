@@ -1,10 +1,10 @@
-"""Checks a training config, and says what of it identifies a run."""
+"""Opens what a training config names, and identifies a run."""
 
 import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import haiku as hk
@@ -15,10 +15,10 @@ import optax
 from ada_jax import ada, paths, training
 from ada_jax import results as results_files
 from ada_jax.data import core, rendered_set, sources
-from ada_jax.errors import UserError
+from ada_jax.errors import UserError, require_extra
 from ada_jax.evaluation import evaluators, scoring
 from ada_jax.nets import corruption_nets, weight_files
-from ada_jax.run import devices
+from ada_jax.run import config_checks, devices
 
 _BOOKKEEPING = results_files.BOOKKEEPING | {
     *("name", "init_weights", "corruption_seed", "corruption_table"),
@@ -112,50 +112,45 @@ def describe(parts: Parts, expect: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_files(config: ml_collections.ConfigDict) -> None:
-    """Finds files that are missing, before data is read and without touching a device.
-
-    Raises:
-      UserError: naming the field.
-    """
-    # Not init_weights, which an earlier point of the same sweep may be there to train.
+    """Raises UserError for weights or rendered images that are missing, before data are read."""
+    # init_weights may yet have to be trained, by an earlier point of the same sweep.
     weights = config.ada.corruption_weights if config.method == "ada" else ()
     if missing := [path for path in weights if path and not paths.exists(path)]:
         raise UserError(
-            f"config.ada.corruption_weights names {missing[0]!r}, which is not there: check it."
+            f"config.ada.corruption_weights names {missing[0]!r}, which does not exist: check it."
         )
     if config.deepaugment.copies:
         rendered_set.read_manifest(config.deepaugment.dir)
 
 
 def build(config: ml_collections.ConfigDict) -> Parts:
-    """Loads the data and the corruption network and makes the classifier and its optimiser."""
+    """Opens everything that a valid config names: files, data, networks and optimiser.
+
+    Raises:
+      UserError: a package, a file or data is missing or does not fit the config; the devices cannot
+        share the batches or have too little memory.
+    """
+    pictures = ["matplotlib"] if config.method == "ada" and config.figure_examples else []
+    require_extra("Training", "grain", "orbax.checkpoint", *pictures)
+    config_checks.validate_devices(config, jax.device_count())
     check_files(config)
     nets = make_corruption_nets(config.ada) if config.method == "ada" else ()
+    check_memory(config, nets)
     load = functools.partial(
         sources.load, config.dataset, data_dir=config.data_dir or None, image_size=config.image_size
     )
     train_set = load(config.train_split, encoded=bool(config.crop_scale))
+    eval_set = load(config.eval_split)
+    core.check_held_out(train_set, eval_set, config.train_split, config.eval_split)
     if nets:
         names, enlarge = config.ada.corruption_net, config.ada.corruption_enlarge
         shape = train_set.image_shape
         corruption_nets.check_sizes("config.ada.corruption_net", names, enlarge, shape)
-    eval_set = load(config.eval_split)
+    steps_per_epoch, total_steps = _count_steps(config, train_set)
+    folder, copies = config.deepaugment.dir, config.deepaugment.copies
     during = ("c",) if config.corruption_eval_epochs else ()
     classifier = scoring.make_classifier(config, train_set.num_classes)
-    steps_per_epoch = len(train_set) / config.batch_size
-    total_steps = config.train_steps or round(config.epochs * steps_per_epoch)
-    if config.batch_size > len(train_set):
-        raise UserError(
-            f"config.batch_size={config.batch_size} is larger than the {len(train_set)} examples "
-            f"of config.train_split={config.train_split!r}: make it smaller."
-        )
-    if not total_steps:
-        raise UserError(
-            f"config.epochs={config.epochs} are less than one step of {config.batch_size} "
-            f"examples of {len(train_set)}: take more."
-        )
-    schedule = training.learning_rate_schedule(config, steps_per_epoch, total_steps)
-    folder, copies = config.deepaugment.dir, config.deepaugment.copies
+    optimizer, schedule = training.make_optimizer(config, steps_per_epoch, total_steps)
     return Parts(
         config,
         train_set,
@@ -166,49 +161,61 @@ def build(config: ml_collections.ConfigDict) -> Parts:
         nets,
         classifier,
         scoring.map_eval_step(classifier),
-        training.make_optimizer(config, schedule),
+        optimizer,
         schedule,
         steps_per_epoch,
         total_steps,
     )
 
 
-def check_memory(parts: Parts) -> None:
-    """Checks that the devices have memory for the perturbations, before anything is compiled.
-
-    Raises:
-      UserError: they have not.
-    """
-    per_device, there = parts.config.batch_size // jax.device_count(), devices.device_memory()
-    if not parts.nets or there is None:
-        return
-    numbers = max(sum(a.size for a in jax.tree.leaves(net.theta)) for net in parts.nets)
-    one = 3 * 4 * numbers  # float32: delta, its gradient and the next delta
-    attacked = parts.config.ada.microbatch or per_device
-    if one * attacked > there:
-        fits = [n for n in range(1, attacked + 1) if attacked % n == 0 and 2 * n * one <= there]
-        fix = (
-            f"{fits[-1]}, or a smaller divisor"
-            if fits
-            else "1, or take a smaller config.ada.corruption_net"
-        )
+def _count_steps(config: ml_collections.ConfigDict, train_set: core.Dataset) -> tuple[float, int]:
+    """Steps per epoch, and steps in all."""
+    size, batch_size = len(train_set), config.batch_size
+    if batch_size > size:
         raise UserError(
-            f"config.ada.microbatch={parts.config.ada.microbatch} attacks {attacked} examples at "
-            f"once on each device: their perturbations take {one * attacked / 2**30:.1f} GiB at "
-            f"least, and a device has {there / 2**30:.1f}. Set it to {fix}."
+            f"config.batch_size={batch_size} is larger than the {size} examples of "
+            f"config.train_split={config.train_split!r}: make it smaller."
+        )
+    steps_per_epoch = size / batch_size
+    total_steps = config.train_steps or round(config.epochs * steps_per_epoch)
+    if not total_steps:
+        raise UserError(
+            f"config.epochs={config.epochs} are less than one step of {batch_size} of {size} "
+            "examples: increase it."
+        )
+    return steps_per_epoch, total_steps
+
+
+def check_memory(config: ml_collections.ConfigDict, nets: Sequence[ada.CorruptionNet]) -> None:
+    """Raises UserError if the devices have too little memory for AdA's perturbations."""
+    available = devices.device_memory()
+    if not nets or available is None:
+        return
+    parameters = max(sum(a.size for a in jax.tree.leaves(net.theta)) for net in nets)
+    per_example = 3 * 4 * parameters  # float32: delta, its gradient and the next delta
+    attacked = config.ada.microbatch or config.batch_size // jax.device_count()
+    if per_example * attacked > available:
+        divisors = [n for n in range(1, attacked + 1) if attacked % n == 0]
+        fits = [n for n in divisors if 2 * n * per_example <= available]
+        fix = f"{fits[-1]}, or a smaller divisor" if fits else "1, or use a smaller network"
+        raise UserError(
+            f"config.ada.microbatch={config.ada.microbatch} attacks {attacked} examples at once on "
+            f"each device: their perturbations need at least {per_example * attacked / 2**30:.1f} "
+            f"GiB, and a device has {available / 2**30:.1f}. Set it to {fix}."
         )
 
 
 def with_weights(state: training.TrainState, parts: Parts, path: str) -> training.TrainState:
-    """The state before the first step with a trained classifier's weights; see `load_variables`.
+    """The initial state with a trained classifier's weights; see `scoring.load_variables`.
 
     Raises:
-      UserError: there are none at `path`, or they are of another architecture.
+      UserError: there are none at `path`, or they are of another architecture or other classes.
     """
+    paths.check_bucket(f"config.init_weights={path!r}", path)
     if paths.is_dir(path):
-        path = os.path.join(path, "classifier.safetensors")  # Not a checkpoint half-way.
+        path = os.path.join(path, "classifier.safetensors")  # Not a checkpoint.
     own = parts.train_set.class_names
-    try:
+    with config_checks.named_in(f"config.init_weights={path!r} cannot be used: "):
         theirs = scoring.metadata(path).get("class_names", own)
         if not core.same_classes(own, theirs):
             raise UserError(
@@ -218,25 +225,20 @@ def with_weights(state: training.TrainState, parts: Parts, path: str) -> trainin
         params, net_state, _ = scoring.load_variables(
             parts.config, parts.classifier, parts.train_set.image_shape, path
         )
-    except UserError as error:
-        raise UserError(f"config.init_weights={path!r} cannot be used: {error}") from error
     return state._replace(params=params, net_state=net_state)
 
 
-def make_corruption_nets(
-    config: ml_collections.ConfigDict,
-) -> tuple[ada.CorruptionNet, ...]:
-    """The corruption networks of the attack's part of a config.
+def make_corruption_nets(settings: ml_collections.ConfigDict) -> tuple[ada.CorruptionNet, ...]:
+    """The corruption networks of config.ada.
 
     Raises:
       UserError: weights that are missing, damaged or of another network.
     """
-    fields = (config.corruption_net, config.corruption_weights, config.corruption_enlarge)
-    try:
+    fields = (settings.corruption_net, settings.corruption_weights, settings.corruption_enlarge)
+    with config_checks.named_in(
+        f"config.ada.corruption_weights={tuple(settings.corruption_weights)}: "
+    ):
         return tuple(
             corruption_nets.make(name, weights or None, enlarge=enlarge)
             for name, weights, enlarge in zip(*fields, strict=True)
         )
-    except UserError as error:
-        weights = tuple(config.corruption_weights)
-        raise UserError(f"config.ada.corruption_weights={weights}: {error}") from error
