@@ -19,7 +19,6 @@ import numpy as np
 import optax
 import pytest
 import safetensors.numpy
-from absl import logging
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -342,12 +341,8 @@ def test_an_empty_workdir_has_no_checkpoint(tmp_path):
         assert checkpoints.restore(make_state(0), EXPECT) is None
 
 
-@pytest.mark.parametrize(
-    "name", ["run[a]", "a*b", "a?b", r"a\b", "{a} b%c#d'e\"f", "-ü ", "a\nb", "~a", "a:b"]
-)
+@pytest.mark.parametrize("name", ["{a} b%c#d'e\"f", "-ü ", "a\nb", "~a", "a:b"])
 def test_any_folder_s_name_comes_back(tmp_path, name):
-    for neighbour in ("runa", "aab", "a"):  # What the names mean as patterns.
-        (tmp_path / neighbour).mkdir()
     workdir = tmp_path / name / "run"
     save_steps(workdir, 1)
     workdir = workdir.rename(tmp_path / "renamed")
@@ -357,14 +352,12 @@ def test_any_folder_s_name_comes_back(tmp_path, name):
     save_steps(workdir, 2)
     with opened(workdir) as checkpoints:
         assert_same(checkpoints.restore(make_state(0), EXPECT)[0], make_state(2))
-    assert {p.name for p in tmp_path.iterdir()} == {"runa", "aab", "a", name}
-    assert not any(os.listdir(tmp_path / neighbour) for neighbour in ("runa", "aab", "a"))
 
 
-def test_a_name_that_is_no_utf_8_is_refused_before_anything_is_written(tmp_path):
-    workdir = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
-    with pytest.raises(UserError, match=r"caf\\xe9.*not UTF-8.*rename it"):
-        Checkpoints(workdir, 1)
+@pytest.mark.parametrize("name", ["run[a]", "a*b", "a?b", r"a\b"])
+def test_a_name_that_orbax_takes_for_a_pattern_is_refused(tmp_path, name):
+    with pytest.raises(UserError, match="takes for a pattern: rename it"):
+        Checkpoints(tmp_path / name, 1)
     assert not os.listdir(tmp_path)
 
 
@@ -397,11 +390,6 @@ def test_the_last_k_are_kept(tmp_path):
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["3", "4"]
 
 
-def test_keep_must_be_positive(tmp_path):
-    with pytest.raises(UserError, match="keep is 0"):
-        Checkpoints(tmp_path, 0)
-
-
 def test_a_file_in_the_place_of_the_folder(tmp_path):
     (tmp_path / "checkpoints").write_text("")
     with pytest.raises(UserError, match="another --workdir"):
@@ -432,61 +420,46 @@ def test_training_that_diverges_keeps_the_save_under_way(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.usefixtures("torn_reads")
-def test_each_damaged_file_gives_right_values_or_the_step_before(two_steps, tmp_path):
-    warnings = []
-    fell_back = set()
-    for source in files_of(two_steps / "checkpoints" / "2"):
-        content = source.read_bytes()
-        half = len(content) // 2
-        damaged = [None, b"", content[:half]]
-        damaged += [flip(content, at) for at in (0, half, len(content) - 2)]
-        for number, bad in enumerate(damaged):
-            run = tmp_path / str(number) / source.name
-            shutil.copytree(two_steps, run)
-            target = run / source.relative_to(two_steps)
-            target.unlink() if bad is None else target.write_bytes(bad)
-            with pytest.MonkeyPatch.context() as patch, opened(run) as checkpoints:
-                patch.setattr(logging, "warning", lambda text, *a: warnings.append(text % a))
-                state, extra, step = checkpoints.restore(make_state(0), EXPECT)
-            assert_same(state, make_state(step))
-            assert extra == {"expect": EXPECT, "seen": step * 10}
-            names = {"1", "2"} if step == 2 else {"1", "torn-2"}
-            assert set(os.listdir(run / "checkpoints")) == names
-            if step == 1:
-                fell_back.add(source.relative_to(two_steps / "checkpoints" / "2").parts[0])
-            shutil.rmtree(run)
-    assert {"state", "meta"} <= fell_back
-    assert all("damaged" in text and text.endswith("from step 1.") for text in warnings)
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.usefixtures("torn_reads")
-def test_a_torn_step_can_be_saved_again_and_torn_again(workdir):
-    for torn in ({"torn-2"}, {"torn-2", "torn-2-2"}):
-        tear(workdir / "checkpoints" / "2")
-        with opened(workdir) as checkpoints:
-            assert checkpoints.restore(make_state(0), EXPECT)[2] == 1
-            assert checkpoints.latest_step() == 1
-            checkpoints.save(2, make_state(2), {"expect": EXPECT}, wait=True)
-            state, _, step = checkpoints.restore(make_state(0), EXPECT)
-        assert step == 2
-        assert_same(state, make_state(2))
-        assert set(os.listdir(workdir / "checkpoints")) == {"1", "2"} | torn
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.usefixtures("torn_reads")
-def test_all_torn_is_an_error_and_deletes_nothing(workdir):
-    for step in "12":
-        tear(workdir / "checkpoints" / step)
+def test_a_damaged_checkpoint_is_an_error_that_says_what_to_do_and_nothing_is_deleted(workdir):
+    newest = workdir / "checkpoints" / "2"
+    tear(newest)
     before = files_of(workdir)
     with (
         opened(workdir) as checkpoints,
-        pytest.raises(UserError, match=r"can be read \(steps \[1, 2\]") as error,
+        pytest.raises(UserError, match=r"checkpoints/2 cannot be read .*: move this f") as error,
     ):
         checkpoints.restore(make_state(0), EXPECT)
     assert_one_sentence(error)
     assert files_of(workdir) == before
+    newest.rename(workdir / "damaged")
+    with opened(workdir) as checkpoints:
+        state, _, step = checkpoints.restore(make_state(0), EXPECT)
+        assert step == 1
+        assert_same(state, make_state(1))
+        checkpoints.save(2, make_state(2), {"expect": EXPECT}, wait=True)
+        assert_same(checkpoints.restore(make_state(0), EXPECT)[0], make_state(2))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.usefixtures("torn_reads")
+def test_each_file_that_is_missing_or_cut_short_gives_right_values_or_an_error(two_steps, tmp_path):
+    failed = set()
+    for source in files_of(two_steps / "checkpoints" / "2"):
+        content = source.read_bytes()
+        for number, bad in enumerate((None, b"", content[: len(content) // 2])):
+            run = tmp_path / str(number) / source.name
+            shutil.copytree(two_steps, run)
+            target = run / source.relative_to(two_steps)
+            target.unlink() if bad is None else target.write_bytes(bad)
+            with opened(run) as checkpoints:
+                try:
+                    state, extra, step = checkpoints.restore(make_state(0), EXPECT)
+                    assert_same(state, make_state(step))
+                    assert extra == {"expect": EXPECT, "seen": step * 10}
+                except UserError:
+                    failed.add(source.relative_to(two_steps / "checkpoints" / "2").parts[0])
+            shutil.rmtree(run)
+    assert {"state", "meta"} <= failed
 
 
 @pytest.mark.parametrize(
@@ -588,17 +561,15 @@ def test_weights_in_a_bucket(cloud):
 
 
 @pytest.mark.slow
-def test_unfinished_and_damaged_steps_in_a_bucket_give_the_one_before(cloud):
+def test_an_unfinished_step_in_a_bucket_gives_the_one_before(cloud):
     workdir = cloud.folder()
     save_steps(workdir, 1, 2, 3, keep=3)
     cloud.remove(f"{workdir}/checkpoints/3/commit_success.txt")  # As a kill leaves it.
-    cloud.cut(f"{workdir}/checkpoints/2/meta/metadata")
     with opened(workdir) as checkpoints:
         state, _, step = checkpoints.restore(make_state(0), EXPECT)
-        assert step == 1
-        assert_same(state, make_state(1))
-    assert cloud.has(f"{workdir}/checkpoints/torn-2/meta/metadata")
-    save_steps(workdir, 2, 3, keep=1)
+        assert step == 2
+        assert_same(state, make_state(2))
+    save_steps(workdir, 3, keep=1)
     with opened(workdir) as checkpoints:
         assert_same(checkpoints.restore(make_state(0), EXPECT)[0], make_state(3))
     assert not cloud.has(f"{workdir}/checkpoints/1/commit_success.txt")

@@ -931,7 +931,7 @@ def test_a_signal_during_the_last_step_is_not_forgotten(number, tmp_path, monkey
 
 @pytest.mark.slow
 def test_a_full_disk_costs_one_sentence_and_the_same_command_goes_on(small_disk):
-    workdir, flags = small_disk / "run[a]", flags_of(tiny(method="nominal"))
+    workdir, flags = small_disk / "run", flags_of(tiny(method="nominal"))
     done = run(workdir, *flags)
     assert done.returncode == 2, done.stderr
     said = done.stderr.splitlines()

@@ -168,17 +168,6 @@ def _check_sealed(path: str, flat: Mapping[str, np.ndarray], fields: Mapping[str
         )
 
 
-def check_utf_8(folder: Any) -> None:
-    """Raises UserError unless a folder's name is UTF-8, as orbax requires."""
-    try:
-        os.fspath(folder).encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"The folder {os.fsencode(folder)!r} has a name that is not UTF-8, which checkpoints "
-            "do not support: rename it, or use another --workdir."
-        ) from error
-
-
 def named(tree: Tree) -> dict[str, Any]:
     """The leaves by name, in the order of `jax.tree.leaves`.
 
