@@ -476,4 +476,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("cpu_devices", 2, "Number of devices that a CPU is split into.")
     flags.DEFINE_enum("peer", None, ["torch"], "Also measure inner and step in PyTorch.")
     flags.DEFINE_enum("scale", None, list(SCALES), "Problem sizes; the device's by default.")
-    cli.start(main, computes=True)
+    cli.start(main)

@@ -62,4 +62,4 @@ if __name__ == "__main__":
             config.copies = copies_flag.value
         main(config, out_flag.value or cli.default_folder(config))
 
-    cli.start(with_flags, computes=True)
+    cli.start(with_flags)

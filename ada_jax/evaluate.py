@@ -341,4 +341,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("split", None, "Split of clean images, such as test[:500].")
     flags.DEFINE_string("data_dir", None, "Folder or file of the data.")
     flags.DEFINE_string("out", None, "Results file; by default results.json in the workdir.")
-    cli.start(main, computes=True)
+    cli.start(main)

@@ -437,7 +437,8 @@ def _enlarge_stack() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
     if sys.platform.startswith("linux") and soft != hard:
         resource.setrlimit(resource.RLIMIT_STACK, (hard, hard))
-        cli.start_anew()
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 if __name__ == "__main__":

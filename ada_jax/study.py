@@ -434,4 +434,4 @@ if __name__ == "__main__":
     )
     flags.DEFINE_integer("steps", 50, "reconstruct: steps of Adam.")
     flags.DEFINE_float("learning_rate", 1e-3, "reconstruct: of Adam.")
-    cli.start(main, computes=True)
+    cli.start(main)

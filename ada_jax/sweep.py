@@ -227,9 +227,6 @@ def load_config(arguments: list[str]) -> dict[str, Any]:
     values = flags.FlagValues()
     arguments = cli.found_configs(arguments)
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
-    file = arguments[0].partition("=")[2].partition(":")[0]
-    if not os.path.isfile(file):
-        raise UserError(f"--config={file} is not a file: name one from the current folder.")
     try:
         values(["ada_jax.train", *arguments])
         config_checks.validate(values.config)

@@ -17,8 +17,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-# The binaries that tests start would otherwise start a second time, for huge pages.
-os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
 # What tests and the programs that they start compile is compiled once. A folder that is set here
 # from outside lasts longer.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

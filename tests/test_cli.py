@@ -1,14 +1,11 @@
-"""What binaries share: the second start for huge pages (the rest is tested with the binaries)."""
+"""What the commands share: flags, signals and one-line errors."""
 
-import gc
 import os
 import pathlib
 import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 
 import ml_collections
 import pytest
@@ -17,58 +14,6 @@ from ada_jax.errors import UserError
 from ada_jax.run import cli, config_checks, distributed
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
-SETTING = "glibc.malloc.hugetlb=1"
-asked_for = pytest.mark.skipif(
-    not PAGES.exists() or "[madvise]" not in PAGES.read_text(),
-    reason="the kernel gives huge pages to all or to nobody",
-)
-
-
-def wait_until(process: subprocess.Popen, happened: Callable[[], bool]) -> None:
-    """Until something happened, as long as the process lives, at most for two minutes."""
-    for _ in range(1200):
-        assert process.poll() is None
-        if happened():
-            return
-        time.sleep(0.1)
-    raise AssertionError("nothing happened in two minutes")
-
-
-@pytest.mark.slow
-@asked_for
-@pytest.mark.parametrize("given", ["", "glibc.malloc.arena_max=8"])
-def test_a_binary_starts_anew_with_huge_pages_and_the_same_flags(given, tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ada_jax.train", "--config=experiments/quickstart.py:nominal"]
-        + [f"--workdir={tmp_path}/a run"],
-        env=os.environ | {"GLIBC_TUNABLES": given},
-        cwd=ROOT,
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    )
-    try:
-        # glibc writes zeros between the settings.
-        environment = pathlib.Path(f"/proc/{process.pid}/environ")
-        settings = {given.encode(), SETTING.encode()}
-        wait_until(process, lambda: all(s in environment.read_bytes() for s in settings))
-        wait_until(process, (tmp_path / "a run" / "config.json").exists)
-    finally:
-        process.kill()
-        process.wait()
-
-
-def test_a_user_s_own_program_is_not_started_twice():
-    program = "from ada_jax.run import cli; cli._take_huge_pages(); print('once')"
-    environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
-    done = subprocess.run(
-        [sys.executable, "-c", f"print('start'); {program}"],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout.split() == ["start", "once"]
 
 
 def test_a_pipe_that_closes_early_costs_no_traceback():
@@ -105,25 +50,6 @@ def test_the_first_signal_is_noted_and_only_a_second_ctrl_c_raises(number):
             signal.raise_signal(signal.SIGINT)
         assert stop.status == 128 + number
     assert before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
-
-
-def test_ctrl_c_in_a_garbage_collection_is_not_lost(monkeypatch):
-    """Python prints what a callback of the collector raises, and goes on."""
-    monkeypatch.setattr(sys, "unraisablehook", cli._print_ignored)
-
-    def callback(phase, _):
-        if phase == "start":
-            raise KeyboardInterrupt
-
-    gc.callbacks.append(callback)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            gc.collect()
-            gc.callbacks.remove(callback)
-            time.sleep(60)
-    finally:
-        if callback in gc.callbacks:
-            gc.callbacks.remove(callback)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +111,7 @@ def test_what_the_system_refuses_costs_one_sentence_on_any_terminal():
         capture_output=True,
         text=True,
     )
-    advice = "see that it is there, that you may use it, and that its disk has space."
+    advice = "check that it exists, that you have access, and that its disk has space."
     assert done.stderr.splitlines() == [
         rf"error: a\xfcb cannot be read or written (No space left on device): {advice}",
         "status 2",
@@ -195,8 +121,8 @@ def test_what_the_system_refuses_costs_one_sentence_on_any_terminal():
         "status 130",
         "status None",
         "status None",
-        r"error: The argument b'caf\xe9' is not UTF-8, as names of folders have to be: rename the "
-        "folder, or set LC_ALL=C.UTF-8 where it is.",
+        r"error: The argument b'caf\xe9' is not UTF-8, as names of folders must be: rename the "
+        "folder, or set LC_ALL=C.UTF-8.",
         "status 2",
     ]
     assert done.stdout.splitlines() == [
@@ -208,9 +134,9 @@ def test_what_the_system_refuses_costs_one_sentence_on_any_terminal():
 def test_the_home_folder_is_meant_by_every_flag(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     for flag in ("--workdir", "--config.ada.x", "-out"):
-        assert cli._at_home(f"{flag}=~/a=~") == f"{flag}=/home/me/a=~"
-    assert cli._at_home("--config=~/c.py:a,b") == "--config=/home/me/c.py:a,b"
-    assert cli._at_home("--name=a~") == "--name=a~" and cli._at_home("--flag") == "--flag"
+        assert cli._expand_home(f"{flag}=~/a=~") == f"{flag}=/home/me/a=~"
+    assert cli._expand_home("--config=~/c.py:a,b") == "--config=/home/me/c.py:a,b"
+    assert cli._expand_home("--name=a~") == "--name=a~" and cli._expand_home("--flag") == "--flag"
 
 
 def test_the_package_lists_its_commands():
