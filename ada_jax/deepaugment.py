@@ -60,6 +60,6 @@ if __name__ == "__main__":
         config = config_flag.value
         if copies_flag.value is not None:
             config.copies = copies_flag.value
-        main(config, out_flag.value or cli.default_folder(config))
+        main(config, out_flag.value or cli.default_folder(config.name, config.seed))
 
     cli.start(with_flags)

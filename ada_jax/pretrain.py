@@ -4,6 +4,7 @@ python -m ada_jax.pretrain --config=experiments/pretrain_edsr.py[:PRESET] [--wor
 python -m ada_jax.pretrain --config=experiments/pretrain_cae.py [--workdir=DIR]
 """
 
+import functools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -17,15 +18,11 @@ import optax
 
 from ada_jax import keys, paths, ssim
 from ada_jax import results as results_files
-from ada_jax.data import batching, core, sources, tfds_sets
+from ada_jax.data import batching, core, sources, tfds_sets, tiles
 from ada_jax.errors import UserError, require_extra
 from ada_jax.nets import cae, corruption_nets, edsr, layers, weight_files
 from ada_jax.run import cli, config_checks, distributed, logbook, loop
 
-PHOTOS = {  # scikit-image's colour photographs that come inside its package
-    "train": ("astronaut", "coffee", "rocket", "stereo_motorcycle"),
-    "test": ("chelsea",),
-}
 SCHEDULES = ("cosine", "halving")
 LOSSES = {"l1": jnp.abs, "mse": jnp.square}  # of the difference, averaged
 STORE_DTYPES = ("float32", "float16")
@@ -64,7 +61,8 @@ def make_update_step(
 
     Returns:
       `update_step(state, batch, key) -> (state, metrics)`, to be jitted; `batch` has 'image'
-      [examples(config, net),S,S,3] with S no less than the patches, `key` is the run's.
+      [batch_size + sr_batch_size,S,S,3], without the latter if there is no super-resolution, with S
+      no less than the patches; `key` is the run's.
     """
 
     def distance(a, b):
@@ -73,7 +71,7 @@ def make_update_step(
     def loss_fn(theta, clean, noisy, fine, net_key):
         loss = distance(net.apply(theta, noisy, net_key), clean)
         metrics = {"reconstruction_loss": loss}
-        if super_resolves(config, net):
+        if super_resolves(net, config.sr_weight):
             metrics["sr_loss"] = distance(super_resolve(theta, fine, net.scale), fine)
             loss += config.sr_weight * metrics["sr_loss"]
         return loss, metrics | {"loss": loss}
@@ -99,14 +97,9 @@ def make_update_step(
     return update_step
 
 
-def super_resolves(config: ml_collections.ConfigDict, net: layers.Architecture) -> bool:
+def super_resolves(net: layers.Architecture, sr_weight: float) -> bool:
     """Whether super-resolution is part of the loss."""
-    return net.scale > 1 and config.sr_weight > 0
-
-
-def examples(config: ml_collections.ConfigDict, net: layers.Architecture) -> int:
-    """Images a step takes: those to reconstruct, then those to super-resolve."""
-    return config.batch_size + (config.sr_batch_size if super_resolves(config, net) else 0)
+    return net.scale > 1 and sr_weight > 0
 
 
 def super_resolve(theta: dict, fine: jax.Array, scale: int) -> jax.Array:
@@ -207,7 +200,7 @@ def make_eval_step(
         x = centre(images, config.patch)
         y = jnp.clip(net.apply(theta, x, jax.random.key(0)), 0, 1)
         values = {"examples": jnp.ones_like(mask), "psnr": psnr(y, x), "ssim": ssim.ssim(y, x)}
-        if super_resolves(config, net):
+        if super_resolves(net, config.sr_weight):
             x = centre(images, config.sr_patch)
             bicubic = jax.image.resize(reduce(x, net.scale), x.shape, "cubic")
             values["sr_psnr"] = psnr(super_resolve(theta, x, net.scale), x)
@@ -278,9 +271,13 @@ def load_images(config: ml_collections.ConfigDict, split: str, *, size: int) -> 
     data_dir = config.data_dir or None
     if config.dataset in ("photos", "div2k"):
         photos = config.dataset == "photos"
-        images = map(photo, PHOTOS[split]) if photos else tfds_sets.div2k_images(split, data_dir)
+        images = (
+            map(tiles.photo, tiles.PHOTOS[split])
+            if photos
+            else tfds_sets.div2k_images(split, data_dir)
+        )
         side = 2 * size if split.startswith("train") else size
-        found = [tiles(image, side=side, step=size, most=config.tiles) for image in images]
+        found = [tiles.cut(image, side=side, step=size, most=config.tiles) for image in images]
         images = np.concatenate(found)
         labels = np.zeros(len(images), np.int32)
         return core.from_arrays(images, labels, class_names=("photo",), name=config.dataset)
@@ -292,41 +289,6 @@ def load_images(config: ml_collections.ConfigDict, split: str, *, size: int) -> 
             f"images of {dataset.name}, which are {height}x{width}: make it smaller."
         )
     return dataset
-
-
-def tiles(image: np.ndarray, *, side: int, step: int, most: int) -> np.ndarray:
-    """Cuts a photograph into squares that cover it.
-
-    Args:
-      image: [H,W,3] uint8.
-      side: of the squares, in pixels.
-      step: from one to the next; the last of a row lies at the photograph's edge.
-      most: the most squares; where there would be more, evenly spread ones are kept.
-
-    Returns:
-      [N,side,side,3] uint8.
-
-    Raises:
-      UserError: the photograph is smaller than a square.
-    """
-    if side > min(image.shape[:2]):
-        raise UserError(
-            f"config.patch or config.sr_patch needs squares of {side} pixels, more than a "
-            f"photograph of {image.shape[0]}x{image.shape[1]} has: make it smaller."
-        )
-    tops, lefts = ([*range(0, n - side, step), n - side] for n in image.shape[:2])
-    corners = [(i, j) for i in tops for j in lefts]
-    if len(corners) > most:
-        corners = [corners[k] for k in np.linspace(0, len(corners) - 1, most).astype(int)]
-    return np.stack([image[i : i + side, j : j + side] for i, j in corners])
-
-
-def photo(name: str) -> np.ndarray:
-    """A photograph of scikit-image, [H,W,3] uint8; of a stereo pair the left one."""
-    import skimage.data
-
-    image = getattr(skimage.data, name)()
-    return image[0] if isinstance(image, tuple) else image
 
 
 # ------------------------------------------------------------------------ the config
@@ -355,23 +317,24 @@ RULES = (
 
 def validate(config: ml_collections.ConfigDict) -> None:
     """Raises UserError for the first field that is out of range, with its name, value and fix."""
-    require = config_checks.require
-    config_checks.check_values(config)
+    fields = results_files.flat(config.to_dict())
+    require = functools.partial(config_checks.require, fields)
+    config_checks.check_values(fields)
     with config_checks.named_in("config."):
         scale = corruption_nets.architecture(config.corruption_net).scale
-    config_checks.check_fields(config, CHOICES, RULES)
+    config_checks.check_fields(fields, CHOICES, RULES)
     if config.dataset == "photos":
-        splits = dict.fromkeys(("train_split", "eval_split"), tuple(PHOTOS))
-        config_checks.check_fields(config, splits, ())
+        splits = dict.fromkeys(("train_split", "eval_split"), tuple(tiles.PHOTOS))
+        config_checks.check_fields(fields, splits, ())
     good = 0 <= config.warmup_steps < config.train_steps
     fix = f"must be 0 or more and below config.train_steps={config.train_steps}"
-    require(good, config, "warmup_steps", fix)
+    require("warmup_steps", good, fix)
     good = config.corruption_net != "cae" or cae.fits_cae(config.patch)
     fix = "does not fit the CAE: use a multiple of 4 of at least 12 pixels"
-    require(good, config, "patch", fix)
+    require("patch", good, fix)
     good = config.sr_patch >= scale and config.sr_patch % scale == 0
     fix = f"must be a positive multiple of the network's scale, {scale}"
-    require(good, config, "sr_patch", fix)
+    require("sr_patch", good, fix)
 
 
 # ------------------------------------------------------------------------ the run
@@ -386,6 +349,7 @@ class Parts(NamedTuple):
     net: layers.Architecture
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
+    examples: int  # of a step: those to reconstruct, then those to super-resolve
 
 
 def build(config: ml_collections.ConfigDict) -> Parts:
@@ -397,14 +361,16 @@ def build(config: ml_collections.ConfigDict) -> Parts:
     photos = ["skimage"] if config.dataset == "photos" else []
     require_extra("Training", "grain", "orbax.checkpoint", *photos)
     net = corruption_nets.architecture(config.corruption_net)
-    size = max(config.patch, config.sr_patch) if super_resolves(config, net) else config.patch
+    size, examples = config.patch, config.batch_size
+    if super_resolves(net, config.sr_weight):
+        size, examples = max(size, config.sr_patch), examples + config.sr_batch_size
     train_set, eval_set = (
         load_images(config, split, size=size) for split in (config.train_split, config.eval_split)
     )
     core.check_held_out(train_set, eval_set, config.train_split, config.eval_split)
     schedule = learning_rate_schedule(config)
     optimizer = optax.chain(optax.add_decayed_weights(config.weight_decay), optax.adam(schedule))
-    return Parts(config, train_set, eval_set, net, optimizer, schedule)
+    return Parts(config, train_set, eval_set, net, optimizer, schedule, examples)
 
 
 def main(config: ml_collections.ConfigDict, workdir: str) -> int | None:
@@ -435,7 +401,7 @@ def run(parts: Parts, workdir: str) -> int | None:
 
 def make_task(parts: Parts, key: jax.Array) -> loop.Task:
     """What the training loop needs of a run with this key."""
-    config, batch_size = parts.config, examples(parts.config, parts.net)
+    config = parts.config
     update_step = make_update_step(config, parts.net, parts.optimizer)
     update_step = jax.jit(update_step, donate_argnums=0)
     eval_step = jax.jit(make_eval_step(config, parts.net))
@@ -445,7 +411,7 @@ def make_task(parts: Parts, key: jax.Array) -> loop.Task:
 
     def batches(start_step: int) -> Iterator[Batch]:
         return batching.train_batches(
-            parts.train_set, batch_size=batch_size, seed=config.seed, start_step=start_step
+            parts.train_set, batch_size=parts.examples, seed=config.seed, start_step=start_step
         )
 
     return loop.Task(
@@ -456,7 +422,7 @@ def make_task(parts: Parts, key: jax.Array) -> loop.Task:
         to_devices=lambda state: jax.tree.map(jnp.array, state),  # copies, as they are donated
         to_host=jax.device_get,
         total_steps=config.train_steps,
-        batch_size=batch_size,
+        batch_size=parts.examples,
         log_interval=config.log_steps,
         save_interval=config.checkpoint_steps,
         keep_checkpoints=config.keep_checkpoints,

@@ -18,9 +18,9 @@ import tqdm
 from absl import flags
 from jax import lax
 
-from ada_jax import ada, checks, evaluate, locks, losses, paths, perturbation, pretrain, ssim
+from ada_jax import ada, checks, evaluate, locks, losses, paths, perturbation, ssim
 from ada_jax.corruptions import functions, parameter_tables
-from ada_jax.data import core, sources
+from ada_jax.data import core, sources, tiles
 from ada_jax.errors import UserError, renamed, require_extra
 from ada_jax.evaluation import scoring, worst_case
 from ada_jax.nets import corruption_nets, weight_files
@@ -301,12 +301,12 @@ def load_images(
       UserError: fewer images than asked for, images that are not uint8, or of other classes.
     """
     if dataset == "photos":
-        tiles = [
-            pretrain.tiles(pretrain.photo(name), side=32, step=32, most=4096)
-            for name in pretrain.PHOTOS["test"]
+        squares = [
+            tiles.cut(tiles.photo(name), side=32, step=32, most=4096)
+            for name in tiles.PHOTOS["test"]
         ]
         source = core.from_arrays(
-            np.concatenate(tiles), np.zeros(sum(map(len, tiles)), int), class_names=("photo",)
+            np.concatenate(squares), np.zeros(sum(map(len, squares)), int), class_names=("photo",)
         )
     else:
         source = sources.load(dataset, split, data_dir=data_dir or None)

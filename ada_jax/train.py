@@ -143,15 +143,7 @@ def finish(
     """Writes the run's weights, results and pictures, and prints its table."""
     config, path = parts.config, os.path.join(workdir, "results.json")
     weights = {"params": state.params, "state": state.net_state}
-    results = evaluate.new_results(
-        config,
-        name=config.name,
-        step=int(state.step),
-        weights_digest=weight_files.digest(weights),
-        clean=parts.eval_set,
-        source=parts.sets.source,
-    )
-    results |= {"seconds": seconds, "training": about["training"]}
+    weights_file = os.path.join(workdir, "classifier.safetensors")
     if jax.process_index() == 0:
         metadata = {
             "classifier": config.classifier,
@@ -161,14 +153,17 @@ def finish(
             "step": int(state.step),
             **about,
         }
-        weight_files.save_weights(
-            os.path.join(workdir, "classifier.safetensors"), weights, metadata
-        )
-    now = results["config"]
-    results = results_files.with_earlier(
-        results, path, replace=True, recognises=functools.partial(core.recognises, parts.eval_set)
+        weight_files.save_weights(weights_file, weights, metadata)
+    results = evaluate.new_results(
+        config,
+        name=config.name,
+        step=int(state.step),
+        weights_digest=weight_files.digest(weights),
+        clean=parts.eval_set,
+        source=parts.sets.source,
     )
-    results |= {"config": now}
+    results |= {"seconds": seconds, "training": about["training"]}
+    results = _with_earlier(results, path, parts)
     variables = replicate((state.params, state.net_state))
     results = scoring.complete(
         results, path, parts.eval_step, variables, parts.sets.datasets, config.eval_batch_size
@@ -177,27 +172,28 @@ def finish(
     shown = zip(parts.nets, config_checks.net_labels(config.ada), strict=False)
     for net, name in shown if config.figure_examples else ():
         picture = os.path.join(workdir, f"adversarial_{name}.png")
-        # On every process: one that had left would not meet the others at the end.
+        # In every process: one that left early would not meet the others at the end.
         attacked = show_attack(parts, net, state, picture)
         results["ada"] = results.get("ada", {}) | {name: attacked}
-        rows += [
-            (
-                f"error under AdA, {name}",
-                f"{attacked['error']:.2f}% of {attacked['examples']} images",
-            ),
-        ]
+        error = f"{attacked['error']:.2f}% of {attacked['examples']} images"
+        rows.append((f"error under AdA, {name}", error))
         if "ssim" in attacked:
             rows.append(("mean SSIM of its images", f"{attacked['ssim']:.3f}"))
         rows.append(("picture", picture))
-    if jax.process_index() != 0:
-        return
-    scoring.write_results(path, results)
-    rows += [
-        ("weights", os.path.join(workdir, "classifier.safetensors")),
-        ("results", path),
-        ("time", results_files.clock(results["seconds"])),
-    ]
-    print("\n" + logbook.table(rows), flush=True)
+    if jax.process_index() == 0:
+        scoring.write_results(path, results)
+        rows += [("weights", weights_file), ("results", path)]
+        rows += [("time", results_files.clock(results["seconds"]))]
+        print("\n" + logbook.table(rows), flush=True)
+
+
+def _with_earlier(
+    results: results_files.Results, path: str, parts: setup.Parts
+) -> results_files.Results:
+    """Adds what an earlier results file of the same weights has; the config is this command's."""
+    config = {"config": results["config"]}
+    recognises = functools.partial(core.recognises, parts.eval_set)
+    return results_files.with_earlier(results, path, replace=True, recognises=recognises) | config
 
 
 def show_attack(

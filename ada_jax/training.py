@@ -58,28 +58,24 @@ def make_update_step(
       has a tree for each network, `batch` 'image' [b,H,W,3] and 'label' [b] of this device, `key`
       is the run's.
     """
-
-    cast = functools.partial(
-        corruption_nets.cast, dtype=config.compute_dtype, remat=config.ada.remat
-    )
-    attack = make_attack(config, classifier, [cast(apply) for apply in net_applies])
+    precision = {"dtype": config.compute_dtype, "remat": config.ada.remat}
+    casted = [corruption_nets.cast(apply, **precision) for apply in net_applies]
+    attack = make_attack(config, classifier, casted)
 
     def loss_fn(params, net_state, views, y):
         logits, net_state = classifier.apply(params, net_state, None, views, is_training=True)
         decay = config.weight_decay * losses.weight_decay(params, include_bn=config.weight_decay_bn)
         logits, *mixed = jnp.split(logits, len(views) // len(y))
         loss = losses.cross_entropy(logits, y).mean()
-        total = loss + decay
-        if mixed:
-            total += config.augmix.jsd_weight * losses.jsd(logits, *mixed).mean()
+        consistency = losses.jsd(logits, *mixed).mean() if mixed else 0.0
+        total = loss + decay + config.augmix.jsd_weight * consistency
         return total, (net_state, loss, logits)
 
     def update_step(state, thetas, batch, key):
         x, y = batching.to_float(batch["image"]), batch["label"]
         # Keys by position in the global batch: the number of devices does not change the draw.
-        first = jax.lax.axis_index(AXIS) * len(y)
         key = jax.random.fold_in(key, state.step)
-        example_keys = keys.of_positions(key, first, len(y))
+        example_keys = keys.of_positions(key, jax.lax.axis_index(AXIS) * len(y), len(y))
         crop_keys, ada_keys = jnp.moveaxis(jax.vmap(jax.random.split)(example_keys), 1, 0)
 
         x = cropping.random_crop_flip(crop_keys, x, pad=config.pad, flip=config.flip)
@@ -89,7 +85,7 @@ def make_update_step(
             metrics = attack_metrics(config.method, attacked)
 
         if config.augmix.use:
-            x = mixed_views(config, example_keys, x)
+            x = mixed_views(example_keys, x, config.augmix)
         gradient_fn = jax.grad(loss_fn, has_aux=True)
         gradient, (net_state, loss, logits) = gradient_fn(state.params, state.net_state, x, y)
         gradient, net_state = average((gradient, net_state))
@@ -168,16 +164,20 @@ def make_attack(
 
 
 def mixed_views(
-    config: ml_collections.ConfigDict, example_keys: jax.Array, x: jax.Array
+    example_keys: jax.Array, x: jax.Array, settings: ml_collections.ConfigDict
 ) -> jax.Array:
-    """AugMix of images [b,H,W,3]; with its consistency loss [3b,H,W,3], the images first."""
+    """Applies AugMix to images [b,H,W,3], with the settings of config.augmix.
+
+    Returns:
+      Images [b,H,W,3]; for the consistency loss [3b,H,W,3], the images and two views of them.
+    """
 
     def view(i):
-        # 0 and 1 would be the keys of the crop and of AdA.
+        # `split` made the keys of the crop and of AdA, which are those of 0 and 1.
         view_keys = jax.vmap(lambda key: jax.random.fold_in(key, i))(example_keys)
-        return augmix.augment_and_mix(view_keys, x, **augmix_settings(config.augmix))
+        return augmix.augment_and_mix(view_keys, x, **augmix_settings(settings))
 
-    return jnp.concatenate([x, view(2), view(3)]) if config.augmix.jsd_weight else view(2)
+    return jnp.concatenate([x, view(2), view(3)]) if settings.jsd_weight else view(2)
 
 
 def augmix_settings(settings: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 
-import ml_collections
 import pytest
 
 from ada_jax.errors import UserError
@@ -27,13 +26,13 @@ def test_a_pipe_that_closes_early_costs_no_traceback():
 
 @pytest.mark.parametrize(("seed", "folder"), [(0, "runs/a"), (3, "runs/a-seed3")])
 def test_each_seed_has_a_folder_of_its_own(seed, folder):
-    assert cli.default_folder(ml_collections.ConfigDict({"name": "a", "seed": seed})) == folder
+    assert cli.default_folder("a", seed) == folder
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "/x", "x/", "a\0b"])
 def test_a_name_that_is_no_folder_is_refused(name):
     with pytest.raises(UserError, match=r"^config\.name=.* cannot name a folder in runs/: .*[.]$"):
-        cli.default_folder(ml_collections.ConfigDict({"name": name, "seed": 0}))
+        cli.default_folder(name, 0)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -62,11 +61,9 @@ def test_the_first_signal_is_noted_and_only_a_second_ctrl_c_raises(number):
     ],
 )
 def test_values_that_no_field_takes_are_named(value, said):
-    config_checks.check_values(
-        ml_collections.ConfigDict({"seed": 2**32 - 1, "a": {"b": 1.5, "c": ("x", ""), "d": True}})
-    )
+    config_checks.check_values({"seed": 2**32 - 1, "a.b": 1.5, "a.c": ("x", ""), "a.d": True})
     with pytest.raises(UserError, match=re.escape(said)):
-        config_checks.check_values(ml_collections.ConfigDict({"a": {"b": value}}))
+        config_checks.check_values({"a.b": value})
 
 
 def test_ctrl_c_stays_ignored_where_it_was():

@@ -71,15 +71,15 @@ def test_configs_for_cpus_only_warn(monkeypatch):
 
 def test_perturbations_that_do_not_fit_are_told_before_anything_is_compiled(monkeypatch):
     parts = setup.build(test_train.tiny())
-    setup.check_memory(parts.config, parts.nets)  # A CPU does not say.
+    setup.check_memory(parts.nets, 16)  # A CPU does not say.
     numbers = sum(a.size for a in jax.tree.leaves(parts.nets[0].theta))
     monkeypatch.setattr(devices, "device_memory", lambda: 12 * numbers * 9)
     with pytest.raises(
         UserError, match=r"attacks 16 examples at once.*Set it to 4, or a smaller divisor"
     ):
-        setup.check_memory(parts.config, parts.nets)
+        setup.check_memory(parts.nets, 16)
     monkeypatch.setattr(devices, "device_memory", lambda: 12 * numbers * 16)
-    setup.check_memory(parts.config, parts.nets)
+    setup.check_memory(parts.nets, 16)
 
 
 def test_a_full_device_is_one_sentence(monkeypatch, capsys):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from ada_jax import pretrain
-from ada_jax.data import batching, core
+from ada_jax.data import batching, core, tiles
 from ada_jax.errors import UserError
 from ada_jax.nets import corruption_nets, layers, weight_files
 from ada_jax.run import distributed, logbook, loop
@@ -82,7 +82,7 @@ def test_updates_lower_the_loss():
     parts = pretrain.build(config)
     update_step = jax.jit(pretrain.make_update_step(config, parts.net, parts.optimizer))
     first = state = pretrain.initial_state(parts.net, parts.optimizer, jax.random.key(0))
-    count = pretrain.examples(config, parts.net)
+    count = parts.examples
     batch = next(batching.train_batches(parts.train_set, batch_size=count, seed=0))
     batch = {"image": batch["image"]}
 
@@ -186,13 +186,13 @@ def test_noise_is_as_strong_as_it_says():
 
 
 def test_tiles_cover_the_photographs_and_hold_one_out():
-    photo = pretrain.photo("chelsea")
-    tiles = pretrain.tiles(photo, side=64, step=32, most=1000)
-    assert (tiles[0] == photo[:64, :64]).all() and (tiles[-1] == photo[-64:, -64:]).all()
-    assert tiles.dtype == np.uint8 and len(tiles) == 9 * 14
-    few = pretrain.tiles(photo, side=64, step=32, most=7)
-    assert len(few) == 7 and (few[0] == tiles[0]).all() and (few[-1] == tiles[-1]).all()
-    assert not set(pretrain.PHOTOS["train"]) & set(pretrain.PHOTOS["test"])
+    photo = tiles.photo("chelsea")
+    squares = tiles.cut(photo, side=64, step=32, most=1000)
+    assert (squares[0] == photo[:64, :64]).all() and (squares[-1] == photo[-64:, -64:]).all()
+    assert squares.dtype == np.uint8 and len(squares) == 9 * 14
+    few = tiles.cut(photo, side=64, step=32, most=7)
+    assert len(few) == 7 and (few[0] == squares[0]).all() and (few[-1] == squares[-1]).all()
+    assert not set(tiles.PHOTOS["train"]) & set(tiles.PHOTOS["test"])
 
 
 def test_schedules():

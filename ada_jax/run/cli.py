@@ -54,7 +54,7 @@ def run(
         if len(argv) > 1:
             raise UserError(f"The argument {argv[1]!r} is not a flag: write --flag=value.")
         config = config_flag.value
-        folder = workdir.value or default_folder(config)
+        folder = workdir.value or default_folder(config.name, config.seed)
         paths.check_bucket(f"--workdir={folder}", folder)
         if several:
             distributed.connect(print_error)
@@ -63,18 +63,17 @@ def run(
     start(with_flags)
 
 
-def default_folder(config: ml_collections.ConfigDict) -> str:
+def default_folder(name: str, seed: int) -> str:
     """runs/NAME, or runs/NAME-seedN for a seed N other than 0.
 
     Raises:
       UserError: config.name cannot be the name of a folder.
     """
-    name = config.name
     if name in ("", ".", "..") or "/" in name or "\0" in name:
         raise UserError(
             f"config.name={name!r} cannot name a folder in runs/: use one word, as 'cifar10_ada'."
         )
-    return os.path.join("runs", name if config.seed == 0 else f"{name}-seed{config.seed}")
+    return os.path.join("runs", name if seed == 0 else f"{name}-seed{seed}")
 
 
 def start(main: Callable[[list[str]], int | None]) -> None:

@@ -5,7 +5,6 @@ of the field. Ranges and choices of the others are in `RULES` and `CHOICES`.
 """
 
 import contextlib
-import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import ml_collections
 
 from ada_jax import ada, checks, training
+from ada_jax import results as results_files
 from ada_jax.attacks import loops
 from ada_jax.augment import augmix
 from ada_jax.corruptions import parameter_tables
@@ -56,10 +56,11 @@ RULES = (
 
 def validate(config: ml_collections.ConfigDict) -> None:
     """Raises UserError for the first field that is out of range, with its name, value and fix."""
-    check_values(config)
-    check_fields(config, CHOICES, RULES)
+    fields = results_files.flat(config.to_dict())
+    check_values(fields)
+    check_fields(fields, CHOICES, RULES)
     validate_evaluation(config)
-    require("clean" in config.eval_sets, config, "eval_sets", "lacks 'clean': add it")
+    require(fields, "eval_sets", "clean" in config.eval_sets, "lacks 'clean': add it")
     _check_nets(config.ada)
     with named_in("config.ada."):
         ada.check_settings(**training.attack_settings(config.ada))
@@ -71,62 +72,51 @@ def validate(config: ml_collections.ConfigDict) -> None:
         augmix.check(**training.augmix_settings(config.augmix))
     _check_crops(config)
     pixels = f"must be pixels, from 0 to image_size={config.image_size}"
-    require(0 <= config.pad <= config.image_size, config, "pad", pixels)
+    require(fields, "pad", 0 <= config.pad <= config.image_size, pixels)
     steps = f"and config.train_steps={config.train_steps}"
     both = f"{steps} must not both be set: make one of them 0"
-    require(not config.epochs * config.train_steps, config, "epochs", both)
+    require(fields, "epochs", not config.epochs * config.train_steps, both)
     neither = f"{steps} are both 0: set one of them"
-    require(config.epochs + config.train_steps > 0, config, "epochs", neither)
+    require(fields, "epochs", config.epochs + config.train_steps > 0, neither)
 
 
 # ------------------------------------------------------------------------ checks of any config
 
 
-def check_values(config: ml_collections.ConfigDict) -> None:
-    """Raises UserError for a value that fits no field.
+def check_values(fields: Mapping[str, Any]) -> None:
+    """Raises UserError for a value that no field takes, of a flat config, {'ada.nu': 0.02}.
 
     Numbers must be finite and integers fit into 31 bits; a tuple holds values of one kind.
     """
-    for field, value in config.to_dict().items():
-        _check_value(f"config.{field}", value)
-
-
-def _check_value(field: str, value: Any) -> None:
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            _check_value(f"{field}.{name}", inner)
-        return
-    parts = value if isinstance(value, tuple | list) else (value,)
-    if len({isinstance(part, str) for part in parts}) > 1:
-        raise UserError(f"{field}={value!r} mixes numbers and words: give one kind.")
-    bits = 32 if field.endswith("seed") else 31
-    for number in parts:
-        if isinstance(number, float) and not math.isfinite(number):
-            raise UserError(f"{field}={value!r} must be finite.")
-        if isinstance(number, int) and abs(number) >= 2**bits:
-            raise UserError(f"{field}={value!r} is too large: use less than 2**{bits}.")
+    for field, value in fields.items():
+        parts = value if isinstance(value, tuple | list) else (value,)
+        mixed = len({isinstance(part, str) for part in parts}) > 1
+        require(fields, field, not mixed, "mixes numbers and words: give one kind")
+        bits = 32 if field.endswith("seed") else 31
+        for number in parts:
+            if isinstance(number, float):
+                require(fields, field, math.isfinite(number), "must be finite")
+            if isinstance(number, int):
+                small = abs(number) < 2**bits
+                require(fields, field, small, f"is too large: use less than 2**{bits}")
 
 
 def check_fields(
-    config: ml_collections.ConfigDict, choices: Mapping[str, Sequence[str]], rules: Sequence[Rule]
+    fields: Mapping[str, Any], choices: Mapping[str, Sequence[str]], rules: Sequence[Rule]
 ) -> None:
     """Checks choices, {field: known words}, and rules, (predicate, what it demands, fields)."""
     for field, known in choices.items():
         fix = f"is unknown: choose one of {', '.join(known)}"
-        require(_value(config, field) in known, config, field, fix)
-    for holds, must, fields in rules:
-        for field in fields:
-            require(holds(_value(config, field)), config, field, must)
+        require(fields, field, fields[field] in known, fix)
+    for holds, must, names in rules:
+        for field in names:
+            require(fields, field, holds(fields[field]), must)
 
 
-def require(good: bool, config: ml_collections.ConfigDict, field: str, fix: str) -> None:
+def require(fields: Mapping[str, Any], field: str, good: bool, fix: str) -> None:
     """Raises UserError with a field's name, its value and the fix, unless it is good."""
     if not good:
-        raise UserError(f"config.{field}={_value(config, field)!r} {fix}.")
-
-
-def _value(config: ml_collections.ConfigDict, field: str) -> Any:
-    return functools.reduce(lambda part, name: part[name], field.split("."), config)
+        raise UserError(f"config.{field}={fields[field]!r} {fix}.")
 
 
 @contextlib.contextmanager
