@@ -1,4 +1,4 @@
-"""Trains a corruption network's weights: EDSR to denoise and super-resolve, the CAE to compress.
+"""Pre-trains a corruption network: EDSR to denoise and super-resolve, the CAE to compress.
 
 python -m ada_jax.pretrain --config=experiments/pretrain_edsr.py[:PRESET] [--workdir=DIR]
 python -m ada_jax.pretrain --config=experiments/pretrain_cae.py [--workdir=DIR]
@@ -24,14 +24,14 @@ from ada_jax.nets import cae, corruption_nets, edsr, layers, weight_files
 from ada_jax.run import cli, config_checks, distributed, logbook, loop
 
 SCHEDULES = ("cosine", "halving")
-LOSSES = {"l1": jnp.abs, "mse": jnp.square}  # of the difference, averaged
+LOSSES = {"l1": jnp.abs, "mse": jnp.square}  # applied to the difference, then averaged
 STORE_DTYPES = ("float32", "float16")
 Batch = dict[str, Any]
 Metrics = dict[str, jax.Array]
 
 
 class TrainState(NamedTuple):
-    """All that changes during training.
+    """The state of training.
 
     Attributes:
       step: updates made, int32 scalar.
@@ -57,7 +57,7 @@ def make_update_step(
     Args:
       config: the run's config.
       net: the network to train.
-      optimizer: of its parameters.
+      optimizer: its optimiser.
 
     Returns:
       `update_step(state, batch, key) -> (state, metrics)`, to be jitted; `batch` has 'image'
@@ -103,7 +103,7 @@ def super_resolves(net: layers.Architecture, sr_weight: float) -> bool:
 
 
 def super_resolve(theta: dict, fine: jax.Array, scale: int) -> jax.Array:
-    """What EDSR makes of bicubically reduced images.
+    """Reduces images bicubically and restores them with EDSR.
 
     Args:
       theta: its parameters.
@@ -111,7 +111,7 @@ def super_resolve(theta: dict, fine: jax.Array, scale: int) -> jax.Array:
       scale: its scale.
 
     Returns:
-      [B,H,W,3], near `fine` in a trained network; not clipped.
+      [B,H,W,3], close to `fine` for a trained network; not clipped.
     """
     return edsr.edsr_apply(theta, reduce(fine, scale))
 
@@ -123,7 +123,7 @@ def reduce(x: jax.Array, scale: int) -> jax.Array:
 
 
 def random_patches(key: jax.Array, images: jax.Array, *, size: int) -> jax.Array:
-    """Cuts a random square from each image, turned or mirrored at random (eight ways).
+    """Cuts a random square from each image, rotated or mirrored at random (eight ways).
 
     Args:
       key: one key, or one per example [B].
@@ -136,8 +136,8 @@ def random_patches(key: jax.Array, images: jax.Array, *, size: int) -> jax.Array
 
     def one(key, image):
         corner_key, turn_key = jax.random.split(key)
-        room = jnp.array(image.shape[:2], jnp.int32) - size + 1
-        corner = jax.random.randint(corner_key, (2,), 0, room, jnp.int32)
+        corners = jnp.array(image.shape[:2], jnp.int32) - size + 1
+        corner = jax.random.randint(corner_key, (2,), 0, corners, jnp.int32)
         patch = jax.lax.dynamic_slice(image, (*corner, jnp.int32(0)), (size, size, image.shape[2]))
         down, right, across = jax.random.bernoulli(turn_key, np.float32(0.5), (3,))
         patch = jnp.where(down, patch[::-1], patch)
@@ -148,7 +148,7 @@ def random_patches(key: jax.Array, images: jax.Array, *, size: int) -> jax.Array
 
 
 def add_noise(key: jax.Array, images: jax.Array, most: float) -> jax.Array:
-    """Adds Gaussian noise, its standard deviation drawn per image.
+    """Adds Gaussian noise whose standard deviation is drawn for each image.
 
     Args:
       key: one key, or one per example [B].
@@ -213,7 +213,7 @@ def make_eval_step(
 def evaluate(
     eval_step: Callable[[dict, Batch], Metrics], theta: dict, dataset: core.Dataset, batch_size: int
 ) -> dict[str, float]:
-    """Quality on the centres of clean images; every image counts once.
+    """Measures quality on the centres of clean images; every image counts once.
 
     Args:
       eval_step: jitted.
@@ -222,8 +222,8 @@ def evaluate(
       batch_size: images at a time.
 
     Returns:
-      'examples', mean 'psnr' in dB and mean 'ssim' of the reconstruction; where super-resolution
-      is trained also its 'sr_psnr', and 'bicubic_psnr' for comparison.
+      'examples', mean 'psnr' in dB and mean 'ssim' of the reconstruction; with super-resolution
+      also its 'sr_psnr', and 'bicubic_psnr' for comparison.
     """
     sums = [eval_step(theta, b) for b in batching.eval_batches(dataset, batch_size=batch_size)]
     total = {name: sum(float(s[name]) for s in sums) for name in sums[0]}
@@ -260,10 +260,10 @@ def load_images(config: ml_collections.ConfigDict, split: str, *, size: int) -> 
     Args:
       config: the run's config.
       split: its train_split or eval_split.
-      size: side in pixels of the largest patch that will be cut from an image.
+      size: side in pixels of the largest patch to be cut from an image.
 
     Returns:
-      Images of one size; photographs come as tiles from which every patch of them can be cut.
+      Images of one size; photographs are cut into overlapping tiles.
 
     Raises:
       UserError: no such data, or images smaller than `size`.
@@ -286,7 +286,7 @@ def load_images(config: ml_collections.ConfigDict, split: str, *, size: int) -> 
         height, width, _ = dataset.image_shape
         raise UserError(
             f"config.patch={config.patch} or config.sr_patch={config.sr_patch} is larger than the "
-            f"images of {dataset.name}, which are {height}x{width}: make it smaller."
+            f"images of {dataset.name}, which are {height}x{width}: decrease it."
         )
     return dataset
 
@@ -341,7 +341,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
 
 
 class Parts(NamedTuple):
-    """What a run is made of; nothing here changes during training."""
+    """Everything that a run is made of and that training does not change."""
 
     config: ml_collections.ConfigDict
     train_set: core.Dataset
@@ -447,13 +447,13 @@ _BOOKKEEPING = frozenset(
 
 
 def identity(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """The values a checkpoint must agree on with the config: all but the bookkeeping."""
+    """The config's fields that change what is trained, which a checkpoint must agree with."""
     fields = {f"config.{k}": v for k, v in config.items() if k not in _BOOKKEEPING}
     return json.loads(json.dumps(fields))
 
 
 def finish(parts: Parts, workdir: str, state: TrainState, seconds: float) -> None:
-    """Measures the weights as they are stored, writes them and prints the run's table."""
+    """Evaluates the weights in the stored precision, writes them and prints the run's table."""
     config, name = parts.config, parts.config.corruption_net
     stored = jax.tree.map(lambda a: np.asarray(a, config.store_dtype), state.theta)
     theta = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), stored)

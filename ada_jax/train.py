@@ -199,17 +199,17 @@ def _with_earlier(
 def show_attack(
     parts: setup.Parts, net: ada.CorruptionNet, state: training.TrainState, path: str
 ) -> dict[str, float]:
-    """Attacks the finished classifier on the first evaluation images, and draws some.
+    """Attacks the trained classifier on the first evaluation images, and draws some of them.
 
     Args:
       parts: the run.
       net: one of its corruption networks.
       state: its last state.
-      path: the PNG to write: clean, augmented, difference, SSIM and verdicts (paper, figure 1a).
+      path: the PNG to write: clean, augmented, difference, SSIM, predictions (paper, figure 1a).
 
     Returns:
-      'examples', 'error' in percent and mean 'ssim' of the attacked images; without the latter if
-      they are smaller than its window.
+      'examples', 'error' in percent and mean 'ssim' of the attacked images; images smaller than
+      SSIM's window have no 'ssim'.
     """
     config = parts.config
     batch = next(batching.eval_batches(parts.eval_set, batch_size=config.figure_examples))

@@ -1,4 +1,4 @@
-"""The update step: crop, AdA, AugMix, then the classifier's update."""
+"""The update step: crop and flip, AdA, AugMix, classifier update, metrics."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ METHODS = ("ada", "nominal", "pgd")
 
 
 class TrainState(NamedTuple):
-    """All that changes during training.
+    """The state of training.
 
     Attributes:
       step: updates made, int32 scalar.
@@ -49,14 +49,13 @@ def make_update_step(
     Args:
       config: the run's config.
       classifier: Haiku classifier.
-      net_applies: the corruption networks' functions, of which every batch draws one; none trains
-        without AdA.
-      optimizer: of the classifier.
+      net_applies: functions of the corruption networks, one of which is drawn for every batch;
+        empty without AdA.
+      optimizer: the classifier's.
 
     Returns:
       `update_step(state, thetas, batch, key) -> (state, metrics)`, to be mapped over AXIS; `thetas`
-      has a tree for each network, `batch` 'image' [b,H,W,3] and 'label' [b] of this device, `key`
-      is the run's.
+      has a tree for each network, `batch` has a device's 'image' [b,H,W,3] and 'label' [b].
     """
     precision = {"dtype": config.compute_dtype, "remat": config.ada.remat}
     casted = [corruption_nets.cast(apply, **precision) for apply in net_applies]
@@ -73,7 +72,7 @@ def make_update_step(
 
     def update_step(state, thetas, batch, key):
         x, y = batching.to_float(batch["image"]), batch["label"]
-        # Keys by position in the global batch: the number of devices does not change the draw.
+        # Keys depend on the position in the global batch, not on the number of devices.
         key = jax.random.fold_in(key, state.step)
         example_keys = keys.of_positions(key, jax.lax.axis_index(AXIS) * len(y), len(y))
         crop_keys, ada_keys = jnp.moveaxis(jax.vmap(jax.random.split)(example_keys), 1, 0)
@@ -137,7 +136,7 @@ def make_attack(
         )
 
     def ada_attack(key, state, thetas, example_keys, x, y):
-        # The same network on every device; the key is of no example's position.
+        # The same network on every device. No example has this position.
         key = jax.random.fold_in(key, config.batch_size)
         drawn = jax.random.randint(key, (), 0, len(net_applies))
         branches = [functools.partial(through, i) for i in range(len(net_applies))]
@@ -188,7 +187,7 @@ def augmix_settings(settings: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def average(tree: Any) -> Any:
-    """Mean over all devices; integers (batch norm's step counts) are the same everywhere."""
+    """Mean over all devices; integers (batch norm's step counts) are equal on all of them."""
     return jax.tree.map(
         lambda a: jax.lax.pmean(a, AXIS) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree
     )
@@ -201,14 +200,14 @@ def attack_settings(settings: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def attack_metrics(method: str, attacked: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Scalars for the log from an attack's per-example metrics, named after the method."""
+    """Means, and minima of SSIMs, of an attack's per-example metrics."""
     means = {f"{method}_{name}": jnp.mean(value) for name, value in attacked.items()}
     least = ("ssim_before", "ssim_after")
     return means | {f"{method}_{n}_min": jnp.min(attacked[n]) for n in least if n in attacked}
 
 
 def reduce_metrics(metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Over all devices: the least of those named '*_min', the mean of the others."""
+    """Reduces over all devices: the minimum of '*_min', the mean of the others."""
     return {
         name: (jax.lax.pmin if name.endswith("_min") else jax.lax.pmean)(value, AXIS)
         for name, value in metrics.items()
@@ -237,7 +236,7 @@ def initial_state(
     key: jax.Array,
     images: jax.Array,
 ) -> TrainState:
-    """The state before the first step; `images` are real ones, for the batch-norm averages."""
+    """The state before the first step, with batch-norm averages of these images."""
     params, net_state = jax.jit(classifier.init, static_argnames="is_training")(
         key, images, is_training=True
     )

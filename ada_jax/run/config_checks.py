@@ -162,11 +162,11 @@ def _check_crops(config: ml_collections.ConfigDict) -> None:
     if scale and not (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1):
         raise UserError(
             f"config.crop_scale={scale} must be two shares of the area in (0, 1], as (0.08, 1.0), "
-            "or () for no such crops."
+            "or () for no random resized crops."
         )
     if not (len(ratio) == 2 and 0 < ratio[0] <= ratio[1] < math.inf):
         raise UserError(
-            f"config.crop_ratio={ratio} must be two positive ratios, the lesser first, as "
+            f"config.crop_ratio={ratio} must be two positive ratios in increasing order, as "
             "(0.75, 1.3333)."
         )
     if scale and config.dataset not in sources.PHOTOGRAPHS:

@@ -1,4 +1,4 @@
-"""The local devices: whether JAX finds the GPU, and how much memory they have."""
+"""The local devices: whether JAX uses the GPU, and how much memory they have."""
 
 import importlib.util
 import pathlib
@@ -8,17 +8,17 @@ import jax
 
 from ada_jax.errors import UserError
 
-_LEAST_DRIVERS = {"cuda13": 580, "cuda12": 525}  # of NVIDIA, for JAX's plugin for this CUDA
+_LEAST_DRIVERS = {"cuda13": 580, "cuda12": 525}  # NVIDIA's driver that each of JAX's plugins needs
 
 
 def check_gpu(dev: pathlib.Path = pathlib.Path("/dev")) -> None:
-    """Checks that JAX runs on the NVIDIA GPU that the machine has.
+    """Checks that JAX uses the machine's NVIDIA GPU, if it has one.
 
     Args:
       dev: the folder of device files.
 
     Raises:
-      UserError: JAX runs on the CPU, unasked, or the platform that was asked for does not start.
+      UserError: JAX uses the CPU by default, or the platform of JAX_PLATFORMS does not start.
     """
     try:
         backend = jax.default_backend()
@@ -31,13 +31,13 @@ def check_gpu(dev: pathlib.Path = pathlib.Path("/dev")) -> None:
     asked = jax.config.jax_platforms
     if backend == "cpu" and not asked and any(dev.glob("nvidia[0-9]*")):
         raise UserError(
-            f"The machine has an NVIDIA GPU, and JAX runs on the CPU: {_advice()} "
-            "JAX_PLATFORMS=cpu takes the CPU."
+            f"The machine has an NVIDIA GPU, but JAX runs on the CPU: {_advice()} "
+            "Set JAX_PLATFORMS=cpu to use the CPU."
         )
 
 
 def _advice(version: pathlib.Path = pathlib.Path("/proc/driver/nvidia/version")) -> str:
-    """What to do that JAX finds the GPU."""
+    """How to make JAX use the GPU."""
     plugins = [cuda for cuda in _LEAST_DRIVERS if _has_plugin(cuda)]
     found = re.search(r" (\d+)\.\d+", version.read_text()) if version.exists() else None
     driver = int(found[1]) if found else 0
@@ -51,12 +51,12 @@ def _advice(version: pathlib.Path = pathlib.Path("/proc/driver/nvidia/version"))
 def _has_plugin(cuda: str) -> bool:
     try:
         return importlib.util.find_spec(f"jax_plugins.xla_{cuda}") is not None
-    except ModuleNotFoundError:  # There are no plugins.
+    except ModuleNotFoundError:  # No plugins are installed.
         return False
 
 
 def device_memory() -> int | None:
-    """Bytes that a program may use on each local device; None where JAX does not know, on CPUs."""
+    """Bytes available on each local device; None if JAX does not know, as on CPUs."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     limits = [s["bytes_limit"] for s in stats if "bytes_limit" in s]
     return min(limits) if len(limits) == len(stats) else None

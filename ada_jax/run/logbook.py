@@ -104,9 +104,9 @@ def _messages_in(path: str) -> Iterator[None]:
 
 
 def _summary_writer() -> type | None:
-    """clu's writer of TensorBoard's files; None where what it needs is not installed."""
+    """clu's writer of TensorBoard events; None if its dependencies are not installed."""
     try:
-        from clu.metric_writers import SummaryWriter  # imports TensorFlow: takes seconds
+        from clu.metric_writers import SummaryWriter  # Imports TensorFlow, which takes seconds.
 
         return SummaryWriter
     except ImportError as error:
@@ -115,7 +115,7 @@ def _summary_writer() -> type | None:
 
 
 def read(workdir: str) -> list[Record]:
-    """The records of a run; a last line cut short by a kill is left out.
+    """Reads the records of a run; an incomplete last line, left by a kill, is ignored.
 
     Raises:
       UserError: another line is damaged.
@@ -131,22 +131,22 @@ def read(workdir: str) -> list[Record]:
             if number == len(lines):
                 break
             raise UserError(
-                f"Line {number} of {path} is damaged: mend or cut out that line, or rename the "
-                "file to go on without the metrics so far."
+                f"Line {number} of {path} is damaged: correct or delete that line, or rename the "
+                "file to resume without the metrics so far."
             ) from error
         records.append(record)
     return records
 
 
 def table(rows: list[tuple[str, str]]) -> str:
-    """Rows of (name, value) as Markdown's, aligned."""
+    """Formats rows of (name, value) as an aligned Markdown table."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(f"| {name:{widths[0]}} | {value:{widths[1]}} |" for name, value in rows)
 
 
 def commit(package: pathlib.Path = pathlib.Path(__file__).parents[1]) -> str:
-    """The git commit of the code that ran: an installed package's own, or its clone's, else ''."""
-    built = package / "commit.txt"  # setup.py writes it into wheels
+    """The git commit of an installed package or of a clone; '' if it is unknown."""
+    built = package / "commit.txt"  # Written by setup.py.
     if built.is_file():
         return built.read_text().strip()
 
@@ -156,10 +156,10 @@ def commit(package: pathlib.Path = pathlib.Path(__file__).parents[1]) -> str:
         ).stdout.strip()
 
     try:
-        # Another repository may hold the package, as one with a virtual environment in it does.
+        # The package may lie in another repository, for example in its virtual environment.
         tracked = git("ls-files", "--full-name", "__init__.py")
         return git("rev-parse", "HEAD") if tracked == "ada_jax/__init__.py" else ""
-    except OSError:  # There is no git.
+    except OSError:  # Git is not installed.
         return ""
 
 

@@ -27,15 +27,15 @@ _BOOKKEEPING = results_files.BOOKKEEPING | {
 
 
 class Parts(NamedTuple):
-    """What a run is made of; nothing here changes during training."""
+    """Everything that a run is made of and that training does not change."""
 
     config: ml_collections.ConfigDict
     train_set: core.Dataset
-    renderings: rendered_set.RenderedSet | None  # of the training images, for DeepAugment
+    renderings: rendered_set.RenderedSet | None  # DeepAugment's, of the training images
     eval_set: core.Dataset
-    sets: evaluators.Sets  # what the finished classifier is measured on
-    corruption_sets: evaluators.Sets  # and what it is measured on while it trains
-    nets: tuple[ada.CorruptionNet, ...]  # none without AdA
+    sets: evaluators.Sets  # for the evaluation after training
+    corruption_sets: evaluators.Sets  # for evaluations during training
+    nets: tuple[ada.CorruptionNet, ...]  # empty without AdA
     classifier: hk.TransformedWithState
     eval_step: Callable[..., dict[str, jax.Array]]  # mapped over devices
     optimizer: optax.GradientTransformation
@@ -45,10 +45,14 @@ class Parts(NamedTuple):
 
 
 def identity(parts: Parts, thetas: Any, state: training.TrainState) -> dict[str, Any]:
-    """The values a checkpoint must agree on with the run: all but the bookkeeping.
+    """The values that identify a run: a checkpoint with other values is not resumed.
 
-    Data and weights count by their digests, whatever their files are called. `state` is the one
-    before the first step.
+    These are the config's fields that change what is trained, and digests of data and weights.
+
+    Args:
+      parts: the run.
+      thetas: the corruption networks' parameters.
+      state: the state before the first step.
     """
     config = parts.config
     unused = {"ada", "pgd"} - {config.method}
@@ -66,27 +70,26 @@ def identity(parts: Parts, thetas: Any, state: training.TrainState) -> dict[str,
         fields["ada.weights_digest"] = weight_files.digest(
             {str(i): theta for i, theta in enumerate(thetas)}
         )
-    # Batch norm by the batch's own statistics takes them from each microbatch.
+    # With statistics of the batch, those of batch norm depend on the microbatch.
     mixing = {"ada.microbatch"} if config.ada.batch_norm == "batch" else set()
     unlisted = _BOOKKEEPING - mixing
     fields = {f"config.{k}": v for k, v in fields.items() if k not in unlisted}
     fields["training data"] = parts.train_set.fingerprint
-    return json.loads(json.dumps(fields))  # tuples become lists, as they come back
+    return json.loads(json.dumps(fields))  # Tuples become lists, as in a checkpoint.
 
 
 def describe(parts: Parts, expect: dict[str, Any]) -> dict[str, Any]:
-    """What is said of the run's classifier beside its weights.
+    """Metadata of the run's classifier, stored with its weights.
 
     Args:
       parts: the run.
-      expect: of `identity`.
+      expect: the result of `identity`.
 
     Returns:
       'class_names', in the order of the logits; 'dataset'; 'train_split'; 'training', digests of
-      the 'data' and, where there are such, of the set of 'deepaugment', the weights of
-      'corruption_nets' and 'init_weights'; and 'recipe', a digest of `expect` without the seed.
-      Weights to start from count by their own recipe, where their file has one: runs that differ
-      in seed alone have one recipe, although each starts from weights of its own seed.
+      'data' and, if they are used, of 'deepaugment', 'corruption_nets' and 'init_weights'; and
+      'recipe', a digest of `expect` without the seed. Initial weights enter the recipe by their own
+      recipe, if their file has one, so that runs with different seeds have the same recipe.
     """
     fields = {name: value for name, value in expect.items() if name != "config.seed"}
     if path := parts.config.init_weights:
