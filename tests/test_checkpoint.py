@@ -442,11 +442,14 @@ def test_a_damaged_checkpoint_is_an_error_that_says_what_to_do_and_nothing_is_de
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.usefixtures("torn_reads")
-def test_each_file_that_is_missing_or_cut_short_gives_right_values_or_an_error(two_steps, tmp_path):
+def test_each_damaged_file_gives_right_values_or_an_error(two_steps, tmp_path):
     failed = set()
     for source in files_of(two_steps / "checkpoints" / "2"):
         content = source.read_bytes()
-        for number, bad in enumerate((None, b"", content[: len(content) // 2])):
+        half = len(content) // 2
+        damaged = [None, b"", content[:half]]
+        damaged += [flip(content, at) for at in (0, half, len(content) - 2)]
+        for number, bad in enumerate(damaged):
             run = tmp_path / str(number) / source.name
             shutil.copytree(two_steps, run)
             target = run / source.relative_to(two_steps)

@@ -89,6 +89,9 @@ class Checkpoints:
                 "extra": json.loads(json.dumps(dict(extra))),
                 "tree": {name: weight_files.spec(array) for name, array in flat.items()},
             }
+            meta["meta_digest"] = weight_files.json_digest(
+                meta
+            )  # Orbax has checksums of arrays only.
             # Orbax does not accept arrays without elements; `tree` describes them fully.
             stored = {name: array for name, array in flat.items() if array.size}
             args = self._ocp.args
@@ -224,6 +227,8 @@ class Checkpoints:
         args = self._ocp.args
         with self._reading(step):
             meta = self._manager.restore(step, args=args.Composite(meta=args.JsonRestore()))["meta"]
+            if meta.pop("meta_digest") != weight_files.json_digest(meta):
+                raise ValueError("its values do not match their sha256")
             found = meta["format"]
         if found != weight_files.FORMAT:
             raise UserError(
