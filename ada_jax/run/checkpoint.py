@@ -89,9 +89,8 @@ class Checkpoints:
                 "extra": json.loads(json.dumps(dict(extra))),
                 "tree": {name: weight_files.spec(array) for name, array in flat.items()},
             }
-            meta["meta_digest"] = weight_files.json_digest(
-                meta
-            )  # Orbax has checksums of arrays only.
+            # Orbax has checksums of the arrays, not of this.
+            meta["meta_digest"] = weight_files.json_digest(meta)
             # Orbax does not accept arrays without elements; `tree` describes them fully.
             stored = {name: array for name, array in flat.items() if array.size}
             args = self._ocp.args
