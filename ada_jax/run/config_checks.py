@@ -105,6 +105,12 @@ def check_fields(
     fields: Mapping[str, Any], choices: Mapping[str, Sequence[str]], rules: Sequence[Rule]
 ) -> None:
     """Checks choices, {field: known words}, and rules, (predicate, what it demands, fields)."""
+    needed = [*choices, *(field for _, _, names in rules for field in names)]
+    if missing := [field for field in needed if field not in fields]:
+        raise UserError(
+            f"The config has no field {missing[0]!r}: the file of --config may be for another "
+            "command, see --help."
+        )
     for field, known in choices.items():
         fix = f"is unknown: choose one of {', '.join(known)}"
         require(fields, field, fields[field] in known, fix)
