@@ -58,8 +58,8 @@ def make_update_step(
       has a tree for each network, `batch` has a device's 'image' [b,H,W,3] and 'label' [b].
     """
     precision = {"dtype": config.compute_dtype, "remat": config.ada.remat}
-    casted = [corruption_nets.cast(apply, **precision) for apply in net_applies]
-    attack = make_attack(config, classifier, casted)
+    net_applies = [corruption_nets.cast(apply, **precision) for apply in net_applies]
+    attack = make_attack(config, classifier, net_applies)
 
     def loss_fn(params, net_state, views, y):
         logits, net_state = classifier.apply(params, net_state, None, views, is_training=True)
@@ -82,7 +82,6 @@ def make_update_step(
         if attack:
             x, attacked = attack(key, state, thetas, ada_keys, x, y)
             metrics = attack_metrics(config.method, attacked)
-
         if config.augmix.use:
             x = mixed_views(example_keys, x, config.augmix)
         gradient_fn = jax.grad(loss_fn, has_aux=True)
