@@ -47,7 +47,7 @@ def test_an_unknown_topology_is_answered_with_the_known_ones(topology):
         ({"batch_size": 100}, r"config.batch_size=100 .* the 8 devices: .* multiple of 8"),
         ({"eval_batch_size": 6}, r"config.eval_batch_size=6 is not divisible"),
         ({"ada.microbatch": 3}, r"microbatch=3 does not divide the 4 examples of a device"),
-        ({"ada.steps": -1}, r"config.ada.steps=-1 must be 0"),
+        ({"ada.steps": -1}, r"config.ada.steps=-1 must be an integer"),
     ],
 )
 def test_a_config_that_does_not_work_is_refused_before_anything_is_compiled(changes, message):

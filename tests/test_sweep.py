@@ -240,7 +240,7 @@ def test_words_and_overrides_that_do_not_fit_are_refused(name, overrides, said):
     [
         ([], "--sweep"),
         ([f"--sweep={RADIUS}", "--config.learning_rat=1"], 'Did you mean "learning_rate"'),
-        ([f"--sweep={RADIUS}", "--out=README.md"], "--out=README.md cannot be made a folder"),
+        ([f"--sweep={RADIUS}", "--out=README.md"], "--out=README.md cannot be created"),
     ],
 )
 def test_the_binary_tells_a_mistake_in_one_sentence_and_status_2(arguments, said):
