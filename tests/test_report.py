@@ -475,7 +475,7 @@ def test_a_file_that_is_not_as_it_should_be_is_refused_by_name(tmp_path, change,
         (["--paper", "--table=beside"], "--table=beside has nothing to show"),
         (["{}/nowhere"], "nowhere is not there"),
         (["{}/half.json"], "half.json is not whole JSON"),
-        (["--paper", "--figures={}/half.json"], "half.json cannot be made a folder"),
+        (["--paper", "--figures={}/half.json"], "half.json cannot be created"),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(words, said, tmp_path):
