@@ -624,7 +624,7 @@ def test_mce_of_the_published_grid():
 # ------------------------------------------------------------------------ weights
 
 
-def test_variables_come_from_the_weights_file_else_from_the_newest_good_checkpoint(tmp_path):
+def test_variables_come_from_the_weights_file_else_from_the_newest_checkpoint(tmp_path):
     (params, state), shape = variables(), (16, 16, 3)
     checkpoints = checkpoint.Checkpoints(tmp_path, keep=2)
     for step in (4, 8):
@@ -636,8 +636,8 @@ def test_variables_come_from_the_weights_file_else_from_the_newest_good_checkpoi
     chex.assert_trees_all_equal(found, (scaled, state, 8))
     for path in (tmp_path / "checkpoints" / "8").rglob("*"):
         path.write_bytes(b"") if path.is_file() else None
-    found = scoring.load_variables(config_with(), classifier(), shape, tmp_path)
-    chex.assert_trees_all_equal(found[1:], (state, 4))
+    with pytest.raises(UserError, match="checkpoints/8 cannot be read"):
+        scoring.load_variables(config_with(), classifier(), shape, tmp_path)
     assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"4", "8"}
     file = tmp_path / "classifier.safetensors"
     weight_files.save_weights(file, {"params": params, "state": state}, {"step": 9})

@@ -350,7 +350,7 @@ def load_variables(
         if found:
             return found[0]["params"], found[0].get("net_state", {}), found[1]
     raise UserError(
-        f"{path} has neither classifier.safetensors nor an undamaged checkpoint: train there "
+        f"{path} has neither classifier.safetensors nor a checkpoint: train there "
         "first, or name a file of weights."
     )
 
