@@ -675,7 +675,7 @@ def test_weights_of_images_normalised_otherwise_are_refused(tmp_path):
 
 
 def test_a_folder_without_weights_is_refused(tmp_path):
-    with pytest.raises(UserError, match="nor an undamaged checkpoint"):
+    with pytest.raises(UserError, match="nor a checkpoint"):
         scoring.load_variables(config_with(), classifier(), (16, 16, 3), tmp_path)
     assert not list(tmp_path.iterdir())
 
