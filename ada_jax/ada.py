@@ -94,67 +94,67 @@ def adversarial_augment(
     x, y = checks.nan_if_invalid(x, y, classes), y.astype(jnp.int32)
     # With one key per example, draws depend neither on the rest of the batch nor on `microbatch`.
     example_keys = keys.of_batch(key, x)
-    knobs = {"nu": nu, "step_scale": step_scale, "ssim_threshold": ssim_threshold}
-    attack = functools.partial(
-        _attack,
-        apply=net.apply,
-        steps=steps,
-        step_rule=step_rule,
-        root_rule=root_rule,
-        microbatch=microbatch or len(x),
-    )
-    return sharding.on_mesh(attack, logits_fn, x, y, example_keys, net.theta, knobs)
+    attack = functools.partial(_attack, _Static(net.apply, steps, step_rule, root_rule))
+    if microbatch and microbatch < len(x):
+        attack = _in_microbatches(attack, len(x) // microbatch)
+    numbers = {"nu": nu, "step_scale": step_scale, "ssim_threshold": ssim_threshold}
+    return sharding.on_mesh(attack, logits_fn, x)(x, y, example_keys, net.theta, numbers)
+
+
+class _Static(NamedTuple):
+    """The options of the attack that are not arrays; see `adversarial_augment`."""
+
+    apply: Callable[..., jax.Array]
+    steps: int
+    step_rule: str
+    root_rule: str
 
 
 def _attack(
+    static: _Static,
     logits_fn: LogitsFn,
     x: jax.Array,
     y: jax.Array,
     example_keys: jax.Array,
     theta: PyTree,
-    knobs: dict[str, jax.Array | float],
-    *,
-    apply: Callable[..., jax.Array],
-    steps: int,
-    step_rule: str,
-    root_rule: str,
-    microbatch: int,
+    numbers: dict[str, jax.Array | float],
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """`adversarial_augment` with checked arguments."""
-    net = CorruptionNet(apply, lax.stop_gradient(theta))
+    net, x = CorruptionNet(static.apply, lax.stop_gradient(theta)), lax.stop_gradient(x)
+    loss_fn = lambda images: losses.cross_entropy(logits_fn(images), y)  # noqa: E731
+    delta, metrics = maximise(
+        example_keys,
+        x,
+        loss_fn,
+        net,
+        nu=numbers["nu"],
+        steps=static.steps,
+        step_rule=static.step_rule,
+        step_scale=numbers["step_scale"],
+    )
+    images = render(net, delta, x, example_keys)
+    metrics["loss_end"] = loss_fn(images)
+    metrics["loss_start"] = metrics["loss_start"] if static.steps else metrics["loss_end"]
+    if not ssim.fits(x):
+        metrics["changed"] = jnp.zeros_like(metrics["loss_end"])
+        return lax.stop_gradient((images, metrics))
+    images, search = ssim.line_search(x, images, numbers["ssim_threshold"], static.root_rule)
+    metrics |= {"changed": search["changed"], "ssim_before": search["ssim_before"]}
+    metrics["ssim_after"] = ssim.ssim(x, images)
+    return lax.stop_gradient((images, metrics))
 
-    def one_microbatch(batch):
-        example_keys, x, y = batch
-        loss_fn = lambda images: losses.cross_entropy(logits_fn(images), y)  # noqa: E731
-        delta, metrics = maximise(
-            example_keys,
-            x,
-            loss_fn,
-            net,
-            nu=knobs["nu"],
-            steps=steps,
-            step_rule=step_rule,
-            step_scale=knobs["step_scale"],
-        )
-        images = render(net, delta, x, example_keys)
-        metrics["loss_end"] = loss_fn(images)
-        metrics["loss_start"] = metrics["loss_start"] if steps else metrics["loss_end"]
-        if not ssim.fits(x):
-            return images, metrics | {"changed": jnp.zeros_like(metrics["loss_end"])}
-        images, search = ssim.line_search(x, images, knobs["ssim_threshold"], root_rule)
-        metrics |= {"changed": search["changed"], "ssim_before": search["ssim_before"]}
-        metrics["ssim_after"] = ssim.ssim(x, images)
-        return images, metrics
 
-    batch = (example_keys, lax.stop_gradient(x), y)
-    groups = len(x) // microbatch
-    if groups == 1:
-        return lax.stop_gradient(one_microbatch(batch))
+def _in_microbatches(attack: Callable[..., PyTree], groups: int) -> Callable[..., PyTree]:
+    """The attack on one group of examples at a time."""
     # Strided groups, not contiguous ones: every device then holds some examples of each group.
     split = lambda a: a.reshape(-1, groups, *a.shape[1:]).swapaxes(0, 1)  # noqa: E731
-    out = lax.map(one_microbatch, jax.tree.map(split, batch))
     join = lambda a: a.swapaxes(0, 1).reshape(-1, *a.shape[2:])  # noqa: E731
-    return lax.stop_gradient(jax.tree.map(join, out))
+
+    def attack_groups(logits_fn, x, y, example_keys, *args):
+        batch = jax.tree.map(split, (x, y, example_keys))
+        return jax.tree.map(join, lax.map(lambda b: attack(logits_fn, *b, *args), batch))
+
+    return attack_groups
 
 
 def maximise(

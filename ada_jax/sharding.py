@@ -39,21 +39,23 @@ def unreplicate(tree: Any) -> Any:
 LogitsFn = Callable[[jax.Array], jax.Array]
 
 
-def on_mesh(function: Callable[..., Any], logits_fn: LogitsFn, x: jax.Array, *args: Any) -> Any:
-    """Calls function(logits_fn, x, *args), also for images split over explicit mesh axes.
+def on_mesh(function: Callable[..., Any], logits_fn: LogitsFn, x: jax.Array) -> Callable[..., Any]:
+    """Binds logits_fn to a function, also for images split over explicit mesh axes.
 
     Inside the function these axes are automatic: the compiler chooses the sharding of every
     operation. logits_fn runs with explicit axes, because arrays that it closes over may have them.
 
     Args:
-      function: returns a tree of arrays [B,...].
+      function: `(logits_fn, x, *args)` of trees of arrays; returns a tree of arrays [B,...].
       logits_fn: the classifier, [b,H,W,C] -> [b,K].
       x: images [B,H,W,C].
-      *args: trees of arrays.
+
+    Returns:
+      `(x, *args)`, the function without its first argument.
     """
     mesh, names = jax.typeof(x).sharding.mesh, jax.typeof(x).sharding.spec[0]
     if not mesh.explicit_axes:
-        return function(logits_fn, x, *args)
+        return functools.partial(function, logits_fn)
     axes = (names,) if isinstance(names, str) else names or ()
     devices = math.prod(mesh.shape[name] for name in axes)
 
@@ -71,7 +73,7 @@ def on_mesh(function: Callable[..., Any], logits_fn: LogitsFn, x: jax.Array, *ar
         out_sharding=NamedSharding(mesh, PartitionSpec(names)),
     )
     # Jitted, because some operations cannot infer their devices outside of `jax.jit`.
-    return jax.jit(automatic)(x, *args)
+    return jax.jit(automatic)
 
 
 def map_examples(f: Callable, args: Any, batch_size: int | None = None) -> Any:

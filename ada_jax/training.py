@@ -123,25 +123,21 @@ def make_attack(
             test_local_stats=batch_norm == "batch",
         )[0]
 
-    def through(i, state, thetas, example_keys, x, y):
-        return ada.adversarial_augment(
-            example_keys,
-            x,
-            y,
-            logits_fn=functools.partial(logits_fn, state, config.ada.batch_norm),
-            net=ada.CorruptionNet(net_applies[i], thetas[i]),
-            microbatch=config.ada.microbatch or None,
-            **attack_settings(config.ada),
-        )
-
     def ada_attack(key, state, thetas, example_keys, x, y):
         # The same network on every device. No example has this position.
         key = jax.random.fold_in(key, config.batch_size)
         drawn = jax.random.randint(key, (), 0, len(net_applies))
-        branches = [functools.partial(through, i) for i in range(len(net_applies))]
+        augment = functools.partial(
+            ada.adversarial_augment,
+            logits_fn=functools.partial(logits_fn, state, config.ada.batch_norm),
+            microbatch=config.ada.microbatch or None,
+            **attack_settings(config.ada),
+        )
+        nets = map(ada.CorruptionNet, net_applies, thetas)
+        branches = [functools.partial(augment, net=net) for net in nets]
         attacked = slice(None, None, config.ada.every)
         examples = example_keys[attacked], x[attacked], y[attacked]
-        images, metrics = jax.lax.switch(drawn, branches, state, thetas, *examples)
+        images, metrics = jax.lax.switch(drawn, branches, *examples)
         return (images if config.ada.every == 1 else x.at[attacked].set(images)), metrics
 
     def pgd_attack(key, state, thetas, example_keys, x, y):

@@ -151,7 +151,7 @@ def attack(function: Callable, gradients: bool = True) -> Callable:
         def run(logits_fn, x, key, y, arrays):
             return function(key, logits_fn, x, y, **knobs | arrays)
 
-        return sharding.on_mesh(run, logits_fn, x, key, y, arrays)
+        return sharding.on_mesh(run, logits_fn, x)(x, key, y, arrays)
 
     return on_mesh
 

@@ -68,7 +68,7 @@ def augment_and_mix(
     mix = functools.partial(
         _mix, severity=severity, width=width, depth=depth, alpha=alpha, ops=tuple(ops)
     )
-    return sharding.on_mesh(mix, None, x, keys.of_batch(key, x))
+    return sharding.on_mesh(mix, None, x)(x, keys.of_batch(key, x))
 
 
 def _mix(
