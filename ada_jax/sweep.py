@@ -5,19 +5,19 @@
     python -m ada_jax.sweep --sweep=FILE --collect=DIR  # copies results to DIR/POINT.json
     python -m ada_jax.sweep --sweep=FILE --print
 
-Every point is a run of ada_jax.train in OUT/POINT, where its output is log.txt. The same command
-skips what is finished and goes on with what was interrupted, and ends with the report. SIGTERM and
-Ctrl-C let the running points save, and leave with status 143 or 130; a point that fails does not
-stop the others, and the status is 1. A point that another process is at work on is waited for.
+Every point is a run of ada_jax.train in OUT/POINT, whose output goes to OUT/POINT/log.txt. The same
+command skips finished points and resumes interrupted ones. It ends with the report. Several of
+these commands may share a folder: each takes the next point that no other is running. SIGTERM and
+Ctrl-C let the running points save, and exit with status 143 or 130. A point that fails does not
+stop the others; the status is then 1.
 
 A sweep file has get_hyper(hyper), or get_hyper(hyper, words) for FILE:WORDS. It returns a list of
-points such as {'config': 'experiments/cifar10.py:ada,small', 'config.seed': 1}, made by hand or
-with the functions of `Hyper`; CONFIG in the file names the config of points that name none.
+points such as {'config': 'experiments/cifar10.py:ada,small', 'config.seed': 1}, written out or
+made with the functions of `Hyper`. CONFIG in the file is the config of points that name none.
 """
 
 import collections
 import contextlib
-import functools
 import importlib.util
 import inspect
 import itertools
@@ -29,7 +29,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -38,21 +38,20 @@ from ml_collections import config_flags
 
 from ada_jax import locks, paths
 from ada_jax import results as results_files
-from ada_jax.data import sources
 from ada_jax.errors import UserError
+from ada_jax.evaluation import evaluators
 from ada_jax.nets import weight_files
 from ada_jax.report import grouping, paper_tables, tables
 from ada_jax.run import cli, config_checks, distributed, setup
 
 _TRAIN = ("-m", "ada_jax.train")
 _POLL_SECONDS = 0.2
-_MEANS = {"c": "mce_unnormalised", "extra": "mean_extra"}  # there once a set is whole
 
-Fields = dict[str, Any]  # As {'config.seed': 1}.
+Fields = dict[str, Any]  # such as {'config.seed': 1}
 
 
 class Hyper:
-    """What get_hyper(hyper) makes lists of points with, named as elsewhere."""
+    """The functions with which get_hyper(hyper) makes lists of points, named as in xmanager."""
 
     @staticmethod
     def sweep(name: str, values: Iterable[Any]) -> list[Fields]:
@@ -61,7 +60,7 @@ class Hyper:
 
     @staticmethod
     def fixed(name: str, value: Any, length: int = 1) -> list[Fields]:
-        """One field's same value in so many points."""
+        """The same value of one field in `length` points."""
         return [{name: value}] * length
 
     @staticmethod
@@ -71,7 +70,7 @@ class Hyper:
 
     @staticmethod
     def zipit(sweeps: Iterable[Sequence[Fields]]) -> list[Fields]:
-        """First with first and so on; a sweep of one point goes with all."""
+        """The first points together, the second ones, ...; a sweep of one point is repeated."""
         sweeps = list(sweeps)
         length = max(map(len, sweeps), default=0)
         if any(len(sweep) not in (1, length) for sweep in sweeps):
@@ -97,9 +96,9 @@ class Point(NamedTuple):
     """One run of a sweep.
 
     Attributes:
-      name: of its folder; safe for file systems, different from all others of the sweep.
-      flags: of ada_jax.train, without --workdir.
-      config: what they make of the config, as it comes back from JSON.
+      name: name of its folder, unique in the sweep and safe for file systems.
+      flags: flags of ada_jax.train, without --workdir.
+      config: the config that they give, as read back from JSON.
     """
 
     name: str
@@ -108,15 +107,15 @@ class Point(NamedTuple):
 
 
 def read(sweep: str, overrides: Sequence[str] = ()) -> list[Point]:
-    """Reads a sweep file and checks all that can be wrong before anything is started.
+    """Reads a sweep file and checks all of its points.
 
     Args:
       sweep: FILE or FILE:WORDS.
-      overrides: flags of ada_jax.train for every point, as '--config.epochs=2'.
+      overrides: flags of ada_jax.train for every point, such as '--config.epochs=2'.
 
     Raises:
-      UserError: the file or the words are wrong, or a point has an unknown field, a value that
-        training would refuse, or the name of another.
+      UserError: the file or the words are wrong, or a point has an unknown field, an invalid
+        value, or the name of another.
     """
     base, found = _load(sweep)
     swept = {name for fields in found for name in fields}
@@ -136,7 +135,7 @@ def read(sweep: str, overrides: Sequence[str] = ()) -> list[Point]:
     for name, count in counts.items():
         if count > 1:
             raise UserError(
-                f"--sweep={sweep} has {count} points with the name {name}: leave all but one out, "
+                f"--sweep={sweep} has {count} points with the name {name}: remove all but one, "
                 "or let them differ in more than punctuation."
             )
     return points
@@ -154,28 +153,22 @@ def _load(sweep: str) -> tuple[str, list[Fields]]:
     try:
         spec.loader.exec_module(module)
         if not hasattr(module, "get_hyper"):
-            raise UserError("The file has no get_hyper(hyper), which returns points: add it.")
+            raise UserError("The file has no get_hyper(hyper) that returns points: add it.")
         if words and len(inspect.signature(module.get_hyper).parameters) < 2:
             raise UserError(f"The file takes no words: leave {words!r} out.")
         points = list(module.get_hyper(Hyper, words) if words else module.get_hyper(Hyper))
-    except ValueError as error:  # Said by the file, as a config's get_config says it.
+    except ValueError as error:  # the file's own message
         raise UserError(f"--sweep={sweep}: {error}") from error
     except Exception as error:
         raise UserError(f"--sweep={sweep} cannot be read ({error!r}): mend the file.") from error
     base = getattr(module, "CONFIG", "")
-    _check_points(path, base, points)
-    return base, points
-
-
-def _check_points(path: str, base: str, points: list[Fields]) -> None:
     if not points:
         raise UserError(f"--sweep={path} has no points: let get_hyper return some.")
     for point in points:
-        if not isinstance(point, dict) or not all(
-            re.match(r"config($|\.)", str(name)) for name in point
-        ):
+        fields = point if isinstance(point, dict) else {"": 0}
+        if not all(re.match(r"config($|\.)", str(name)) for name in fields):
             raise UserError(
-                f"--sweep={path} has the point {point!r}, which is not a dict of fields as "
+                f"--sweep={path} has the point {point!r}, which is not a dict of fields such as "
                 "{'config.seed': 1}: mend get_hyper."
             )
         if not point.get("config", base):
@@ -183,18 +176,19 @@ def _check_points(path: str, base: str, points: list[Fields]) -> None:
                 f"--sweep={path} has the point {point!r} without a config: set CONFIG in the file, "
                 "or 'config' in the point."
             )
+    return base, points
 
 
 def names(points: Sequence[Fields], base: str) -> list[str]:
-    """Names of points: the words of their configs, and the fields in which they differ.
+    """Names points by the words of their configs and the fields in which they differ.
 
     Args:
-      points: all of a sweep; a field that they share does not count, save for the seed.
-      base: the config of those that name none.
+      points: all points of a sweep; fields that they share are left out, except for the seed.
+      base: the config of points that name none.
 
     Returns:
-      As 'ada+augmix,small-seed1'. The config's file stands for its words where it has none, and
-      before them where the points' files differ.
+      Names such as 'ada+augmix,small-seed1'. A config without words is named by its file. Where
+      the files differ, each name begins with the file.
     """
     fields = {field for point in points for field in point} - {"config"}
     counting = {f for f in fields if len({repr(p.get(f)) for p in points}) > 1} | {"config.seed"}
@@ -210,7 +204,7 @@ def names(points: Sequence[Fields], base: str) -> list[str]:
 
 
 def _label(field: str, value: Any) -> str:
-    """'seed1', 'nu0.02', and of a word the word alone."""
+    """'seed1', 'nu0.02', or a word alone."""
     return value if isinstance(value, str) else f"{field.rpartition('.')[2]}{value}"
 
 
@@ -219,10 +213,10 @@ def _safe(text: str) -> str:
 
 
 def load_config(arguments: list[str]) -> dict[str, Any]:
-    """The config that ada_jax.train makes of its flags, checked, as it comes back from JSON.
+    """The checked config of ada_jax.train with these flags, as read back from JSON.
 
     Raises:
-      UserError: what ada_jax.train would say of them.
+      UserError: as ada_jax.train.
     """
     values = flags.FlagValues()
     arguments = cli.found_configs(arguments)
@@ -241,168 +235,112 @@ def load_config(arguments: list[str]) -> dict[str, Any]:
 
 
 def command(point: Point, out: str) -> list[str]:
-    """The point's command line behind 'python'."""
+    """The point's command line after 'python'."""
     return [*_TRAIN, *point.flags, f"--workdir={os.path.join(out, point.name)}"]
 
 
 def finished(point: Point, out: str) -> dict[str, Any] | None:
-    """The results of a point that has nothing left to do; None for another.
-
-    Its results file is of the point's config, has every set, the attack's errors and pictures if
-    they are wanted, and is of the step that the weights are of, which a run writes at its end.
-    """
-    results, lacking = _look(point, out)
-    return None if lacking else results
+    """The results of a finished point; None for another."""
+    results, reason = _progress(point, out)
+    return None if reason else results
 
 
-def _look(point: Point, out: str) -> tuple[dict[str, Any], str]:
-    """A point's results, and what they lack: nothing where the point is finished."""
-    workdir = os.path.join(out, point.name)
+def _progress(point: Point, out: str) -> tuple[dict[str, Any], str]:
+    """A point's results so far, and in what they are not final; '' where the point is finished."""
+    workdir, config = os.path.join(out, point.name), point.config
     try:
         results = dict(paths.read_json(os.path.join(workdir, "results.json")))
-        _, weights = weight_files.load_weights(os.path.join(workdir, "classifier.safetensors"))
-    except (OSError, ValueError, TypeError):  # A UserError is a ValueError.
+        weights = weight_files.metadata(os.path.join(workdir, "classifier.safetensors"))
+    except (OSError, ValueError, TypeError):  # UserError is a ValueError.
         return {}, "results or weights are missing or damaged"
-    config = point.config
-    now, then = (
-        results_files.comparable(config),
-        results_files.comparable(results.get("config") or {}),
-    )
-    others = sorted(k for k in now | then if (k, now.get(k)) not in then.items())
-    if others:
-        return results, f"the results are of another config, with another {', '.join(others)}"
-    if results.get("step") != weights.get("step"):
+    now, then = map(results_files.comparable, (config, results.get("config") or {}))
+    if differing := sorted(k for k in now | then if (k, now.get(k)) not in then.items()):
+        return results, f"the results are of another config, with another {', '.join(differing)}"
+    if results.get("step") != weights.get("step"):  # Training writes both at its end.
         return results, "the results are of another step than the weights"
-    if changed := _changed_data(config, results):
-        return results, f"the images of config.{changed} have changed since"
-    attacked = config["method"] == "ada" and config["figure_examples"]
-    nets = config_checks.net_labels(config["ada"]) if attacked else ()
-    wanted = [_MEANS.get(name, name) for name in config["eval_sets"]]
-    missing = [name for name in wanted if name not in results]
-    missing += [f"ada.{net}" for net in nets if net not in results.get("ada", {})]
+    wanted = [evaluators.EVALUATORS[name].fields[-1] for name in config["eval_sets"]]
+    missing = [field for field in wanted if field not in results]
+    if config["method"] == "ada" and config["figure_examples"]:
+        nets = config_checks.net_labels(config["ada"])
+        missing += [f"ada.{net}" for net in nets if net not in results.get("ada", {})]
     return results, f"the results lack {', '.join(missing)}" if missing else ""
 
 
-def _changed_data(config: dict[str, Any], results: dict[str, Any]) -> str:
-    """The split whose images are no longer those of the results; '' where it cannot be told."""
-    found = results_files.flat(results)
-    known = {
-        "train_split": (found.get("training.data"), bool(config.get("crop_scale"))),
-        "eval_split": (found.get("data.fingerprint"), False),
-    }
-    if None in (digest for digest, _ in known.values()):  # Of an older version.
-        return ""
-    fields = config["dataset"], config["data_dir"] or None, config["image_size"]
-    for split, (digest, encoded) in known.items():
-        if _fingerprint(config[split], *fields, encoded) not in (digest, None):
-            return split
-    return ""
+class _Run(NamedTuple):
+    """A running point; `claim` holds its lock."""
 
-
-@functools.cache
-def _fingerprint(
-    split: str, dataset: str, data_dir: str | None, image_size: int, encoded: bool
-) -> str | None:
-    try:
-        return sources.load(
-            dataset, split, data_dir=data_dir, image_size=image_size, encoded=encoded
-        ).fingerprint
-    except UserError:
-        return None
+    point: Point
+    process: subprocess.Popen
+    started: float
+    claim: contextlib.ExitStack
 
 
 def run(points: Sequence[Point], out: str, jobs: int) -> tuple[dict[str, str], int]:
     """Runs what is not finished, `jobs` points at a time.
 
     Args:
-      points: of `read`.
+      points: the points of `read`.
       out: folder of their folders.
-      jobs: how many processes to keep running.
+      jobs: number of processes.
 
     Returns:
-      For each point that failed its name and the reason; and the exit status after SIGTERM or
-      Ctrl-C, else 0.
-    """
-    waiting, failed = _unfinished(points, out), {}
-    running: dict[subprocess.Popen, tuple[Point, float]] = {}
-    busy: list[Point] = []  # with another process at work, as where a sweep was killed
-    with distributed.StopSignal() as stop, _no_process_left(running):
-        while not stop.status and (waiting or running or busy):
-            while waiting and len(running) < jobs:
-                point = waiting.pop(0)
-                if finished(point, out):  # since, by another sweep
-                    continue
-                try:
-                    if process := start(point, out):
-                        running[process] = point, time.monotonic()
-                    else:
-                        logging.info("%s: waiting for %s", point.name, _holder(point, out))
-                        busy.append(point)
-                except OSError as error:
-                    failed[point.name] = _cannot_start(point, out, error)
-            time.sleep(_POLL_SECONDS)
-            for process in [p for p in running if p.poll() is not None]:
-                point, started = running.pop(process)
-                if reason := _settle(point, out, process.returncode, time.monotonic() - started):
-                    failed[point.name] = reason
-            free = [point for point in busy if _is_free(point, out)]
-            busy = [point for point in busy if point not in free]
-            for point in free:
-                try:
-                    waiting += _unfinished([point], out)
-                except UserError as error:
-                    failed[point.name] = str(error)
-    return failed, stop.status
-
-
-def _unfinished(points: Sequence[Point], out: str) -> list[Point]:
-    """The points to run; says which are not.
+      The name and reason of each point that failed or that another sweep is still running; and
+      the exit status after SIGTERM or Ctrl-C, else 0.
 
     Raises:
-      UserError: a file that one needs is missing.
+      UserError: a file that a point needs is missing.
     """
-    found = {point.name: finished(point, out) for point in points}
-    for name, results in found.items():
-        if results:
-            logging.info("%s: finished before, %s", name, _errors(results))
-    waiting = [point for point in points if not found[point.name]]
+    waiting = []
+    for point in points:
+        if results := finished(point, out):
+            logging.info("%s: finished before, %s", point.name, _errors(results))
+        else:
+            waiting.append(point)
+    logging.info("%d of %d points to run", len(waiting), len(points))
     for point in waiting:
         try:
             setup.check_files(ml_collections.ConfigDict(point.config))
         except UserError as error:
             raise UserError(f"The point {point.name}: {error}") from error
-    logging.info("%d of %d points to run", len(waiting), len(points))
-    return waiting
+    running, elsewhere, failed = [], [], {}
+    with distributed.StopSignal() as stop:
+        try:
+            while not stop.status and (waiting or running):
+                while waiting and len(running) < jobs:
+                    _claim_and_start(waiting.pop(0), out, running, elsewhere)
+                time.sleep(_POLL_SECONDS)
+                for ended in [r for r in running if r.process.poll() is not None]:
+                    running.remove(ended)
+                    _settle(ended, out, failed)
+        finally:  # Whatever ended the loop, the runs save before this process ends.
+            for current in running:
+                current.process.terminate()
+            for current in running:
+                status = current.process.wait()
+                logging.info("%s: stopped with status %d", current.point.name, status)
+                current.claim.close()
+    for point in elsewhere:
+        if not finished(point, out):
+            failed[point.name] = "another sweep is running it: start this command again later"
+    return failed, stop.status
 
 
-@contextlib.contextmanager
-def _no_process_left(running: dict[subprocess.Popen, tuple[Point, float]]) -> Iterator[None]:
-    """Lets what is still running save and leave, whatever ended the block."""
-    try:
-        yield
-    finally:
-        for process in running:
-            process.terminate()
-        for process, (point, _) in running.items():
-            logging.info("%s: stopped with status %d", point.name, process.wait())
+def _claim_and_start(point: Point, out: str, running: list[_Run], elsewhere: list[Point]) -> None:
+    """Starts a point unless another sweep is running or has finished it."""
+    log = _log(point, out)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        if not stack.enter_context(locks.claim(locks.of_file(log))):
+            elsewhere.append(point)
+        elif not finished(point, out):
+            process = start(point, out)
+            running.append(_Run(point, process, time.monotonic(), stack.pop_all()))
 
 
-def start(point: Point, out: str) -> subprocess.Popen | None:
-    """Starts a point's run, which adds its output to OUT/POINT/log.txt.
-
-    Returns:
-      The run; None where another process is at work on the point.
-
-    Raises:
-      OSError: the log cannot be written, or no process started.
-    """
-    arguments = command(point, out)
-    path = _log(point, out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The run inherits the lock and keeps it, should this process be killed: no two in a folder.
-    if not (lock := locks.take(locks.of_folder(path.parent))):
-        return None
-    with lock, path.open("a", encoding="utf-8") as log:
+def start(point: Point, out: str) -> subprocess.Popen:
+    """Starts a point's run, which appends its output to OUT/POINT/log.txt."""
+    arguments, path = command(point, out), _log(point, out)
+    with path.open("a", encoding="utf-8") as log:
         log.write(f"$ {shlex.join(['python', *arguments])}\n")
         log.flush()
         logging.info("%s: started, output in %s", point.name, path)
@@ -411,59 +349,36 @@ def start(point: Point, out: str) -> subprocess.Popen | None:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            process_group=0,  # Ctrl-C reaches this process alone, which tells them.
-            pass_fds=[lock.fileno()],
-            env=os.environ | {locks.INHERITED: str(lock.fileno())},
+            process_group=0,  # Ctrl-C reaches this process alone, which terminates them.
         )
 
 
 def _log(point: Point, out: str) -> pathlib.Path:
-    """Of the run's output, beside its lock; for a bucket they lie in runs/BUCKET/..."""
+    """The file for a run's output; of a bucket it is in runs/BUCKET/..."""
     folder = os.path.join("runs", out.removeprefix("gs://")) if paths.in_bucket(out) else out
     return pathlib.Path(folder) / point.name / "log.txt"
 
 
-def _is_free(point: Point, out: str) -> bool:
-    """Whether no process is at work on the point, as also where its folder was removed."""
-    lock = locks.of_folder(_log(point, out).parent)
-    if not lock.exists():
-        return True
-    with locks.claim(lock) as free:
-        return free
-
-
-def _holder(point: Point, out: str) -> str:
-    return locks.holder(locks.of_folder(_log(point, out).parent))
-
-
-def _cannot_start(point: Point, out: str, error: OSError) -> str:
-    reason = f"cannot be started with its output in {_log(point, out)} ({error.strerror})"
-    logging.error("%s: %s", point.name, reason)
-    return reason
-
-
-def _settle(point: Point, out: str, status: int, seconds: float) -> str | None:
-    """Says how a run ended; returns the reason where it failed."""
-    minutes = f"{seconds / 60:.1f} min"
-    results, lacking = _look(point, out)
-    if not lacking:
-        logging.info("%s: finished in %s, %s", point.name, minutes, _errors(results))
-        return None
-    reason = f"status {status}, {_last_line(point, out) if status else lacking}"
-    logging.error("%s: failed after %s, %s", point.name, minutes, reason)
-    return reason
-
-
-def _last_line(point: Point, out: str) -> str:
-    try:
-        return _log(point, out).read_text(errors="replace").rstrip().splitlines()[-1].strip()
-    except OSError as error:
-        return f"and its log cannot be read ({error.strerror})"
+def _settle(ended: _Run, out: str, failed: dict[str, str]) -> None:
+    """Logs how a run ended, and notes the reason if it failed."""
+    name, status = ended.point.name, ended.process.returncode
+    ended.claim.close()
+    minutes = f"{(time.monotonic() - ended.started) / 60:.1f} min"
+    results, reason = _progress(ended.point, out)
+    if not reason:
+        logging.info("%s: finished in %s, %s", name, minutes, _errors(results))
+        return
+    if status:
+        lines = _log(ended.point, out).read_text(errors="replace").split("\n")
+        reason = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    failed[name] = f"status {status}, {reason}"
+    logging.error("%s: failed after %s, %s", name, minutes, failed[name])
 
 
 def _errors(results: dict[str, Any]) -> str:
-    said = f"clean error {results['clean']['error']:.2f}%"
-    return said + (f", mCE {results[_MEANS['c']]:.2f}%" if _MEANS["c"] in results else "")
+    mce = results.get("mce_unnormalised")
+    text = f"clean error {results['clean']['error']:.2f}%"
+    return text if mce is None else f"{text}, mCE {mce:.2f}%"
 
 
 # ------------------------------------------------------------------------ the binary

@@ -94,19 +94,6 @@ def test_who_waits_does_not_get_a_lock_that_was_removed(tmp_path):
     assert events == ["first", "second"] and os.listdir(tmp_path) == []
 
 
-def test_a_lock_is_inherited(tmp_path, monkeypatch):
-    lock = locks.of_folder(tmp_path)
-    with locks.take(lock) as file:
-        monkeypatch.setenv(locks.INHERITED, str(os.dup(file.fileno())))
-    with locks.hold("--workdir", lock), locks.claim(lock) as free:
-        assert not free
-    with locks.claim(lock) as free:
-        assert free
-    monkeypatch.setenv(locks.INHERITED, "999")  # Closed since.
-    with locks.hold("--workdir", lock):
-        pass
-
-
 def test_a_file_system_without_locks_is_written_to(tmp_path, monkeypatch):
     def flock(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")

@@ -15,11 +15,10 @@ import time
 import numpy as np
 import pytest
 
-from ada_jax import sweep
-from ada_jax.data import sources
+from ada_jax import locks, sweep
 from ada_jax.errors import UserError
 from ada_jax.nets.weight_files import save_weights
-from ada_jax.run import distributed, setup
+from ada_jax.run import distributed
 from experiments import cifar10
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -382,52 +381,6 @@ def test_results_from_before_a_field_was_there_are_finished(stand_in):
     )
 
 
-def test_results_of_images_that_have_changed_since_are_not_finished(stand_in, tmp_path):
-    points, ready, _ = stand_in
-    path, arrays = tmp_path / "x.npz", {"images": np.full((40, 8, 8, 3), 9, np.uint8)}
-    fields = {"dataset": "npz", "data_dir": str(path), "train_split": "train", "eval_split": "test"}
-    point = points[0]._replace(config=points[0].config | fields)
-    file = ready / point.name / "results.json"
-
-    def write(labels):
-        sweep._fingerprint.cache_clear()
-        np.savez(path, **arrays, labels=labels)
-        return [sources.load("npz", s, data_dir=path).fingerprint for s in ("train", "test")]
-
-    train_digest, eval_digest = write(np.arange(40) % 2)
-    results = json.loads(file.read_text()) | {"config": point.config}
-    file.write_text(json.dumps(results))
-    assert sweep.finished(point, str(ready))  # Of an older version.
-    results |= {"training": {"data": train_digest}, "data": {"fingerprint": eval_digest}}
-    file.write_text(json.dumps(results))
-    assert sweep.finished(point, str(ready))
-    write(np.arange(40) % 2 ^ 1)
-    assert (
-        sweep._look(point, str(ready))[1] == "the images of config.train_split have changed since"
-    )
-
-
-def test_a_folder_that_is_removed_fails_its_point_alone(stand_in):
-    points, ready, out = stand_in
-    for name in ("wait", "fail"):
-        (ready / points[0].name / name).touch()
-
-    def remove():
-        while not (log := pathlib.Path(out) / points[0].name / "log.txt").exists():
-            time.sleep(0.05)
-        while "up" not in log.read_text():
-            time.sleep(0.05)
-        shutil.rmtree(log.parent)
-        (ready / points[0].name / "wait").unlink()
-
-    removing = threading.Thread(target=remove)
-    removing.start()
-    failed, stopped = sweep.run(points, out, 2)
-    removing.join()
-    assert list(failed) == [points[0].name] and "log cannot be read" in failed[points[0].name]
-    assert not stopped and all(sweep.finished(point, out) for point in points[1:])
-
-
 def test_an_unforeseen_error_leaves_no_process(stand_in, monkeypatch):
     points, ready, out = stand_in
     (ready / points[0].name / "wait").touch()
@@ -483,51 +436,15 @@ def test_signals_let_the_runs_save(stand_in, number):
     assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
 
 
-@pytest.mark.parametrize("ends", ["finished", "killed"])
-def test_a_sweep_waits_for_the_run_that_a_killed_one_left_behind(stand_in, ends):
-    points, ready, out = stand_in
-    (ready / points[0].name / "wait").touch()
-    left_behind = sweep.start(points[0], out)
-    assert os.getpgid(left_behind.pid) == left_behind.pid  # Ctrl-C reaches the sweep alone.
-
-    def end():
-        while not all((pathlib.Path(out) / p.name / "results.json").exists() for p in points[1:]):
-            time.sleep(0.05)
-        if ends == "killed":
-            left_behind.kill()
-        (ready / points[0].name / "wait").unlink()
-        left_behind.wait()
-
-    ending = threading.Thread(target=end)
-    ending.start()
+def test_sweeps_share_a_folder_and_name_what_another_is_running(stand_in):
+    points, _, out = stand_in
+    log = pathlib.Path(out) / points[0].name / "log.txt"
+    log.parent.mkdir(parents=True)
+    with locks.claim(locks.of_file(log)):
+        failed, _ = sweep.run(points, out, 2)
+    assert list(failed) == [points[0].name] and "another sweep" in failed[points[0].name]
+    assert not log.exists() and all(sweep.finished(point, out) for point in points[1:])
     assert sweep.run(points, out, 2) == ({}, False)
-    ending.join()
-    assert log_of(points[0], out).count("$ python") == (2 if ends == "killed" else 1)
-
-
-def test_a_file_that_goes_missing_fails_its_point_alone(stand_in, monkeypatch):
-    points, ready, out = stand_in
-    (ready / points[0].name / "wait").touch()
-    left_behind = sweep.start(points[0], out)
-    check = setup.check_files
-
-    def missing(config):
-        check(config)
-        if left_behind.poll() is not None:
-            raise UserError("The weights are gone.")
-
-    def end():
-        while not all((pathlib.Path(out) / p.name / "results.json").exists() for p in points[1:]):
-            time.sleep(0.05)
-        left_behind.kill()
-        left_behind.wait()
-
-    monkeypatch.setattr(setup, "check_files", missing)
-    ending = threading.Thread(target=end)
-    ending.start()
-    failed, stopped = sweep.run(points, out, 2)
-    ending.join()
-    assert not stopped and list(failed) == [points[0].name] and "gone" in failed[points[0].name]
 
 
 # ------------------------------------------------------------------------ runs
