@@ -1,7 +1,7 @@
-"""Files and folders of a run: on this machine, or objects of a bucket, gs://BUCKET/FOLDER.
+"""Files of a run, on this machine or in a bucket, gs://BUCKET/FOLDER.
 
-Both are read and written whole. Buckets go through TensorFlow's client, which TensorBoard's writer
-uses too. They have no folders to make, no locks, and nothing can be appended to an object.
+Files are read and written whole. Buckets are accessed through TensorFlow's client, as TensorBoard's
+writer does. They have no folders and no locks, and objects cannot be appended to.
 """
 
 import contextlib
@@ -21,13 +21,13 @@ from ada_jax.errors import UserError, require_extra
 
 AnyPath = str | os.PathLike[str]
 
-# The repository's folder of configs: inside an installed package, in a clone beside it.
+# The folder of configs: inside an installed package, beside it in a clone.
 EXPERIMENTS = pathlib.Path(__file__).parent / "experiments"
 if not EXPERIMENTS.is_dir():
     EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
 
-_ANSWER_SECONDS = 50  # for a bucket; without a network Google's libraries take their time
-_JOURNAL_SECONDS = 60.0  # between two uploads of a journal: each is paid for, and sends all of it
+_ANSWER_SECONDS = 50  # for a bucket; without a network Google's libraries retry for long
+_JOURNAL_SECONDS = 60.0  # between uploads of a journal: each one is billed and sends the whole file
 
 
 def in_bucket(path: AnyPath) -> bool:
@@ -45,10 +45,10 @@ def at(path: AnyPath) -> Any:
 
 
 def local(what: str, path: AnyPath) -> pathlib.Path:
-    """The path of a folder that cannot be in a bucket, as its files are mapped or locked.
+    """The path of a folder that must be local, as its files are mapped or locked.
 
     Args:
-      what: names it in the message: a flag or a field and its value.
+      what: a flag or field and its value, for the message.
       path: its path; '~' is the home folder.
 
     Raises:
@@ -56,14 +56,14 @@ def local(what: str, path: AnyPath) -> pathlib.Path:
     """
     if in_bucket(path):
         raise UserError(
-            f"{what} is in a bucket, from which its files cannot be mapped into memory: name a "
-            "folder of this machine, after gcloud storage cp --recursive if it has to be copied."
+            f"{what} is in a bucket, whose files cannot be mapped into memory: name a local folder, "
+            "to which gcloud storage cp --recursive copies it."
         )
     return at(path)
 
 
 def experiment(name: str) -> str:
-    """The same file, or the package's own where experiments/... is named outside of a clone.
+    """Finds a config file: experiments/... outside of a clone is the package's own.
 
     Args:
       name: FILE or FILE:WORDS.
@@ -77,18 +77,15 @@ def experiment(name: str) -> str:
 
 
 def check_bucket(what: str, path: AnyPath) -> None:
-    """Finds out within a minute whether the bucket of a path can be used; others pass.
-
-    TensorFlow's client asks for ever where there is no bucket.
+    """Checks within a minute that the bucket of a path can be used; TensorFlow would retry forever.
 
     Args:
-      what: names the path in the message: a flag or a field and its value.
-      path: any path.
+      what: a flag or field and its value, for the message.
+      path: any path; local ones pass.
 
     Raises:
-      UserError: the bucket is not there, does not let us in, or cannot be reached, the name holds
-        characters that stand for others where objects are listed, or a package for buckets is not
-        installed.
+      UserError: the bucket does not exist or cannot be used, the name has wildcards, or a package
+        for buckets is missing.
     """
     if not in_bucket(path):
         return
@@ -98,7 +95,7 @@ def check_bucket(what: str, path: AnyPath) -> None:
     bucket = os.fspath(path).removeprefix("gs://").partition("/")[0]
     if problem := _problem(bucket):
         raise UserError(
-            f"{what} cannot be used, as asking for its bucket failed ({problem}): see that "
+            f"{what} cannot be used, as asking for its bucket failed ({problem}): check that "
             f"gs://{bucket} exists, that `gcloud auth application-default login` was run outside "
             "of Google Cloud, and that the account has storage.buckets.get and may write objects."
         )
@@ -115,7 +112,7 @@ def _problem(bucket: str) -> str:
         try:
             storage.Client().get_bucket(bucket, retry=None)
             found.append("")
-        except Exception as error:  # Of Google's libraries, of requests, or a name that cannot be.
+        except Exception as error:  # of Google's libraries or of requests
             found.append(" ".join(f"{type(error).__name__}: {error}".split())[:300].rstrip("."))
 
     thread = threading.Thread(target=ask, daemon=True)
@@ -126,14 +123,14 @@ def _problem(bucket: str) -> str:
 
 @contextlib.contextmanager
 def os_errors(path: AnyPath) -> Iterator[None]:
-    """Raises TensorFlow's errors about a file or an object as OSErrors, and all with its name."""
+    """Converts TensorFlow's errors about files to OSErrors, and adds the file's name to all."""
     name = os.fspath(path)
     try:
         yield
     except OSError as error:
         if in_bucket(path) and isinstance(error, FileNotFoundError):
             raise FileNotFoundError(errno.ENOENT, "no such object", name) from error
-        error.filename = name  # Python itself does not name the file of a full disk.
+        error.filename = name  # Python does not name the file on a full disk.
         raise
     except Exception as error:
         if not type(error).__module__.startswith("tensorflow."):
@@ -165,7 +162,7 @@ def glob(folder: AnyPath, pattern: str) -> list[Any]:
 
 
 def make_folder(path: AnyPath) -> None:
-    """Makes a folder and those above it, where there are folders."""
+    """Makes a folder and its parents; does nothing for buckets."""
     if not in_bucket(path):
         at(path).mkdir(parents=True, exist_ok=True)
 
@@ -174,7 +171,7 @@ def read(path: AnyPath) -> bytes:
     """The content of a file or an object.
 
     Raises:
-      OSError: it cannot be read; a FileNotFoundError where it is not there.
+      OSError: it cannot be read; FileNotFoundError if it does not exist.
     """
     with os_errors(path):
         return at(path).read_bytes()
@@ -185,7 +182,7 @@ def read_json(path: AnyPath) -> Any:
 
     Raises:
       OSError: as `read`.
-      ValueError: it is not JSON, which has no NaN and no infinity.
+      ValueError: it is not JSON, or holds NaN or infinity.
     """
 
     def refuse(constant: str) -> None:
@@ -196,7 +193,7 @@ def read_json(path: AnyPath) -> Any:
 
 @contextlib.contextmanager
 def local_copy(path: AnyPath) -> Iterator[str]:
-    """The name of a local file with the same content: for a local one its own."""
+    """The name of a local file with the same content; a local file's own name."""
     if not in_bucket(path):
         yield os.fspath(at(path))
         return
@@ -207,21 +204,21 @@ def local_copy(path: AnyPath) -> Iterator[str]:
 
 
 def write(path: AnyPath, content: str | bytes) -> None:
-    """Writes a file or an object whole or not at all, and for good.
+    """Writes a file or an object whole or not at all.
 
     Raises:
       OSError: it cannot be written; nothing is left behind.
     """
-    if isinstance(content, str):  # With names of files that are not UTF-8, perhaps.
+    if isinstance(content, str):  # Names of files in it may not be UTF-8.
         content = content.encode(errors="backslashreplace")
     with os_errors(path):
         if not in_bucket(path):
             return _write_file(at(path), content)
-        at(path).write_bytes(content)  # One upload, which counts once it is complete.
+        at(path).write_bytes(content)  # one atomic upload
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Writes a JSON file whole or not at all; NaN and infinity, which JSON lacks, are errors."""
+    """Writes a JSON file whole or not at all; NaN and infinity are errors."""
     write(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
@@ -236,18 +233,13 @@ def _write_file(path: pathlib.Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    handle = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)  # The rename itself must survive a power cut too.
-    finally:
-        os.close(handle)
 
 
 class Journal:
-    """A text that grows by lines; a local one has each at once, one in a bucket within a minute."""
+    """A file that grows by lines; in a bucket it is uploaded about once a minute."""
 
     def __init__(self, path: AnyPath, text: str = "") -> None:
-        """Starts with a text, which replaces what is there."""
+        """Starts with a text, which replaces an existing file."""
         self._path, self._text, self._file = path, [text], None
         self._uploaded, self._complete = time.monotonic(), True
         write(path, text)
@@ -255,7 +247,7 @@ class Journal:
             self._file = at(path).open("a", buffering=1)
 
     def write(self, line: str) -> None:
-        """Adds a line, given with its end."""
+        """Adds a line, which ends with a newline."""
         if self._file:
             with os_errors(self._path):
                 self._file.write(line)
@@ -266,13 +258,13 @@ class Journal:
             self.flush()
 
     def flush(self) -> None:
-        """Returns when all lines are in the bucket."""
+        """Uploads the missing lines."""
         if not self._complete:
             write(self._path, "".join(self._text))
             self._uploaded, self._complete = time.monotonic(), True
 
     def close(self) -> None:
-        """Writes what is missing, and closes a local file."""
+        """Uploads the missing lines, or closes the local file."""
         self.flush()
         if self._file:
             with os_errors(self._path):

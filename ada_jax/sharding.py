@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,28 @@ def shard(batch: dict[str, Any]) -> dict[str, Any]:
     """Splits a process's batch [b, ...] over its devices: [devices, b / devices, ...]."""
     devices = jax.local_device_count()
     return {name: a.reshape(devices, -1, *a.shape[1:]) for name, a in batch.items()}
+
+
+def in_batches(mapped: Callable[..., Any], arrays: Sequence[Any], size: int, *args: Any) -> Any:
+    """Applies a mapped function to arrays batch by batch; the last batch repeats the last example.
+
+    Args:
+      mapped: of `jax.pmap`; takes a batch of each array and `args`, returns a tree of [b,...].
+      arrays: arrays [N,...].
+      size: examples at a time over the local devices, rounded up to a multiple of them.
+      *args: passed on.
+
+    Returns:
+      The tree of NumPy arrays [N,...].
+    """
+    count, devices = len(arrays[0]), jax.local_device_count()
+    size = -(-min(size, count) // devices) * devices
+    parts = []
+    for start in range(0, count, size):
+        place = np.minimum(start + np.arange(size), count - 1)
+        batch = [a[place].reshape(devices, -1, *a.shape[1:]) for a in arrays]
+        parts.append(jax.tree.map(lambda a: np.concatenate(np.asarray(a)), mapped(*batch, *args)))
+    return jax.tree.map(lambda *a: np.concatenate(a)[:count], *parts)
 
 
 def replicate(tree: Any) -> Any:

@@ -4,7 +4,7 @@ python -m ada_jax.study ssim          how far perturbations reach, random or AdA
 python -m ada_jax.study reconstruct   how well perturbations imitate each corruption (figure 3)
 """
 
-import contextlib
+import functools
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -18,7 +18,17 @@ import tqdm
 from absl import flags
 from jax import lax
 
-from ada_jax import ada, checks, evaluate, locks, losses, paths, perturbation, ssim
+from ada_jax import (
+    ada,
+    evaluate,
+    keys,
+    locks,
+    losses,
+    paths,
+    perturbation,
+    sharding,
+    ssim,
+)
 from ada_jax.corruptions import functions, parameter_tables
 from ada_jax.data import core, sources, tiles
 from ada_jax.errors import UserError, renamed, require_extra
@@ -35,7 +45,7 @@ PAPER = {"edsr": (0.91, 0.26), "cae": (0.84, 0.16)}  # mean and deviation over a
 
 
 def random_ssim(net: ada.CorruptionNet, key: jax.Array, x: jax.Array, nu: float) -> jax.Array:
-    """SSIM between images and what randomly perturbed networks render of them (figure 1b).
+    """SSIM between images and their renderings by randomly perturbed networks (figure 1b).
 
     Args:
       net: the corruption network.
@@ -60,7 +70,7 @@ def attacked_ssim(
     nu: float,
     steps: int,
 ) -> jax.Array:
-    """SSIM between images and what AdA makes of them for a classifier, before any line search.
+    """SSIM between images and their adversarial renderings, before any line search.
 
     Args:
       net: the corruption network.
@@ -89,10 +99,10 @@ def reconstruct(
     learning_rate: float = 1e-3,
     penalty: float = 1e-5,
 ) -> jax.Array:
-    """How near perturbed networks come to given corruptions of their inputs (equation 6).
+    """How well perturbed networks can imitate corruptions of their inputs (equation 6).
 
-    Adam maximises SSIM(c_{theta+delta}(x), target) - penalty ||delta||^2 over a delta of each
-    example's own, from zero and without a ball.
+    Adam maximises SSIM(c_{theta+delta}(x), target) - penalty ||delta||^2 over one delta per
+    example, starting at zero and without a ball.
 
     Args:
       net: the corruption network.
@@ -104,7 +114,7 @@ def reconstruct(
       penalty: see above.
 
     Returns:
-      SSIM of the last step's clipped images [B].
+      SSIM [B] of the clipped images after the last step.
     """
     adam = optax.adam(learning_rate)
     delta = jax.tree.map(lambda a: jnp.zeros((len(x), *a.shape), jnp.float32), net.theta)
@@ -128,29 +138,9 @@ def reconstruct(
 
 
 def in_batches(f: Callable[..., jax.Array], *arrays: np.ndarray, batch_size: int) -> np.ndarray:
-    """f of arrays [N, ...], batch by batch over all devices.
-
-    Args:
-      f: from one device's keys [b] and arrays [b, ...] to values [b]; a key depends on the
-        example's position in the arrays alone.
-      *arrays: float or integer arrays with the same first axis.
-      batch_size: examples at a time, a multiple of the number of devices.
-
-    Returns:
-      Values [N].
-    """
-    devices, count = jax.local_device_count(), len(arrays[0])
-    root = jax.random.key(0)
-    run = jax.pmap(
-        lambda i, *a: f(jax.vmap(lambda i: jax.random.fold_in(root, i))(i), *a), axis_name="devices"
-    )
-    found = []
-    for start in range(0, count, batch_size):
-        # The last batch is filled up with the first examples, so that all have one shape.
-        rows = np.arange(start, start + batch_size) % count
-        split = [a[rows].reshape(devices, -1, *a.shape[1:]) for a in (np.arange(count), *arrays)]
-        found.append(np.asarray(run(*split)).reshape(-1)[: count - start])
-    return np.concatenate(found)
+    """Values [N] of `f(keys, *arrays)` of arrays [N,...], in batches over all devices."""
+    example_keys = keys.of_positions(jax.random.key(0), 0, len(arrays[0]))
+    return sharding.in_batches(jax.pmap(f, sharding.AXIS), (example_keys, *arrays), batch_size)
 
 
 # ------------------------------------------------------------------------ the studies
@@ -163,13 +153,13 @@ def study_ssim(
     batch_size: int,
     attack: tuple[ada.LogitsFn, np.ndarray] | None = None,
 ) -> dict[str, Any]:
-    """SSIM under perturbations of each network at each radius, random ones or AdA's.
+    """SSIM under perturbations of each network at each radius, random or AdA's.
 
     Args:
       nets: by name.
       x: images [N,H,W,3] in [0,1].
       settings: 'radii', as strings, and AdA's 'attack_steps'.
-      batch_size: see `in_batches`.
+      batch_size: examples at a time, over all devices.
       attack: the classifier and the labels [N]; None perturbs at random.
 
     Returns:
@@ -178,18 +168,16 @@ def study_ssim(
     results: dict[str, Any] = {name: {} for name in nets}
     radii = ("0", *settings["radii"])
     for name, nu in tqdm.tqdm([(name, nu) for name in nets for nu in radii], desc="radii"):
-
-        def at_random(key, x, net=nets[name], nu=float(nu)):
-            return random_ssim(net, key, x, nu)
-
-        def attacked(key, x, y, net=nets[name], nu=float(nu)):
-            steps = settings["attack_steps"]
-            return attacked_ssim(net, attack[0], key, x, y, nu=nu, steps=steps)
-
+        net, radius = nets[name], float(nu)
         if attack:
-            values = in_batches(attacked, x, attack[1], batch_size=batch_size)
+            logits_fn, labels = attack
+            f = functools.partial(
+                attacked_ssim, net, logits_fn, nu=radius, steps=settings["attack_steps"]
+            )
+            values = in_batches(f, x, labels, batch_size=batch_size)
         else:
-            values = in_batches(at_random, x, batch_size=batch_size)
+            f = functools.partial(random_ssim, net, nu=radius)
+            values = in_batches(f, x, batch_size=batch_size)
         results[name][nu] = _summary(values) | {"values": np.round(values, 5).tolist()}
     return results
 
@@ -206,10 +194,10 @@ def study_reconstruct(
 
     Args:
       nets: by name.
-      images: [N,H,W,3] uint8; each gets a severity of its own, uniform over the five.
+      images: [N,H,W,3] uint8; each has its own severity, drawn uniformly from 1..5.
       settings: 'corruptions', 'steps', 'learning_rate' and 'seed'.
-      batch_size: see `in_batches`.
-      results: of an earlier call; what is in it is not done again.
+      batch_size: examples at a time, over all devices.
+      results: of an earlier call; what is in it is not measured again.
       save: called with the results after each corruption.
 
     Returns:
@@ -220,12 +208,10 @@ def study_reconstruct(
     for name, corruption in tqdm.tqdm(tasks, desc="corruptions"):
         target = corrupted(corruption, images, settings["seed"])
 
-        def measure(key, x, target, net=nets[name]):
-            fields = {k: settings[k] for k in ("steps", "learning_rate")}
-            return reconstruct(net, key, x, target, **fields)
-
         arrays = (_to_float(images), _to_float(target))
-        values = in_batches(measure, *arrays, batch_size=batch_size)
+        adam = {k: settings[k] for k in ("steps", "learning_rate")}
+        f = functools.partial(reconstruct, nets[name], **adam)
+        values = in_batches(f, *arrays, batch_size=batch_size)
         before = np.asarray(jax.jit(ssim.ssim)(*map(jnp.asarray, arrays)))
         summary = _summary(values) | {"before": float(before.mean())}
         results.setdefault(name, {})[corruption] = summary
@@ -234,7 +220,7 @@ def study_reconstruct(
 
 
 def corrupted(name: str, images: np.ndarray, seed: int) -> np.ndarray:
-    """Images [N,H,W,3] uint8 under a corruption, each at a severity drawn uniformly from 1..5."""
+    """Corrupts images [N,H,W,3] uint8, each at a severity drawn uniformly from 1..5."""
     severities = np.random.default_rng(seed).integers(1, 6, len(images))
     out = np.empty_like(images)
     for severity in range(1, 6):
@@ -250,8 +236,8 @@ def _to_float(images: np.ndarray) -> np.ndarray:
 def _summary(values: np.ndarray) -> dict[str, float]:
     if not np.isfinite(values).all():
         raise UserError(
-            "The SSIM of some images is not finite, so a network's parameters have become too "
-            "large: take smaller --radii or a smaller --learning_rate."
+            "The SSIM of some images is not finite: take smaller --radii or a smaller "
+            "--learning_rate."
         )
     return {"mean": float(values.mean()), "std": float(values.std())}
 
@@ -293,12 +279,14 @@ def load_images(
     seed: int,
     class_names: Sequence[str] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """A random subset of a data set: images [count,H,W,3] uint8, labels [count], how many classes.
+    """A random subset of a data set.
 
-    Labels are in the order of `class_names`, where there are such.
+    Returns:
+      Images [count,H,W,3] uint8; labels [count], in the order of `class_names` if given; and the
+      number of classes.
 
     Raises:
-      UserError: fewer images than asked for, images that are not uint8, or of other classes.
+      UserError: there are fewer images, images that are not uint8, or other classes.
     """
     if dataset == "photos":
         squares = [
@@ -326,7 +314,7 @@ def load_images(
 
 
 def read_results(path: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """What an earlier, unfinished run of the same settings has found; {} where there is none.
+    """The results of an unfinished run with the same settings; {} if there is none.
 
     Raises:
       UserError: the file is of other settings, or damaged.
@@ -340,7 +328,7 @@ def read_results(path: str, settings: dict[str, Any]) -> dict[str, Any]:
         raise UserError(
             f"{path} cannot be read ({error!r}): name another --out or rename that file."
         ) from error
-    # Older files do not say which images they are of.
+    # Older files lack the digest of the images.
     now = json.loads(json.dumps(settings))
     if before not in (now, {k: v for k, v in now.items() if k != "images"}):
         raise UserError(f"{path} is of other settings: name another --out or rename that file.")
@@ -350,30 +338,19 @@ def read_results(path: str, settings: dict[str, Any]) -> dict[str, Any]:
 def main(argv: list[str]) -> None:
     """Runs a study."""
     try:
-        with contextlib.ExitStack() as locked:
-            _run(argv, locked)
+        _run(argv, flags.FLAGS)
     except UserError as error:
         names = {"config.data_dir": "--data_dir", "config.dataset": "--dataset"}
         names["corruption_net="] = "--nets="
         raise renamed(error, evaluate.DATA_FLAGS | names) from error
 
 
-def _run(argv: list[str], locked: contextlib.ExitStack) -> None:
-    f = flags.FLAGS
+def _run(argv: list[str], f: flags.FlagValues) -> None:
     if len(argv) != 2 or argv[1] not in ("ssim", "reconstruct"):
         raise UserError("Name one study: python -m ada_jax.study ssim, or reconstruct.")
     study, known = argv[1], (*parameter_tables.NAMES, *parameter_tables.EXTRA)
     if unknown := sorted(set(f.corruptions) - set(known)):
         raise UserError(f"--corruptions={unknown[0]} is unknown: choose from {', '.join(known)}.")
-    checks.check_integers(
-        1,
-        **{f"--{n}": f[n].value for n in ("batch_size", "examples", "cpu_devices", "steps")},
-    )
-    checks.check_integers(0, **{"--attack_steps": f.attack_steps})
-    if f.batch_size % f.cpu_devices:
-        raise UserError(
-            f"--batch_size={f.batch_size} is not divisible by --cpu_devices={f.cpu_devices}."
-        )
     for flag in ("nets", "radii", "corruptions"):
         if not f[flag].value:
             raise UserError(f"--{flag} is empty: name at least one.")
@@ -388,31 +365,31 @@ def _run(argv: list[str], locked: contextlib.ExitStack) -> None:
         f.dataset, f.split, f.data_dir, f.examples, f.seed, class_names
     )
     corruption_nets.check_sizes("--nets", f.nets, [1] * len(f.nets), images.shape[1:])
-    common = {"dataset": f.dataset, "split": f.split, "examples": f.examples, "seed": f.seed}
-    common["nets"] = {name: weight_files.digest(net.theta) for name, net in nets.items()}
-    common["images"] = weight_files.digest({"images": images, "labels": labels})
+    settings = {"dataset": f.dataset, "split": f.split, "examples": f.examples, "seed": f.seed}
+    settings["nets"] = {name: weight_files.digest(net.theta) for name, net in nets.items()}
+    settings["images"] = weight_files.digest({"images": images, "labels": labels})
     json_path, png_path = (os.path.join(f.out, f"{study}.{kind}") for kind in ("json", "png"))
-    locked.enter_context(locks.hold(f"--out={f.out}", locks.of_folder(f.out)))
 
-    if study == "ssim":
-        settings = common | {"radii": f.radii, "workdir": f.workdir, "attack_steps": f.attack_steps}
-        attack = None
-        if f.workdir:
-            attack = scoring.load_classifier(f.workdir, classes), labels
-        results = study_ssim(nets, _to_float(images), settings, f.batch_size, attack)
+    def save(results: dict[str, Any]) -> None:
         paths.write_json(json_path, {"settings": settings, "results": results})
-        figures.ssim_densities(png_path, results)
-        table = ssim_table(results)
-    else:
-        settings = common | {"corruptions": f.corruptions, "steps": f.steps}
-        settings["learning_rate"] = f.learning_rate
-        save = lambda r: paths.write_json(json_path, {"settings": settings, "results": r})  # noqa: E731
-        results = read_results(json_path, settings)
-        results = study_reconstruct(nets, images, settings, f.batch_size, results, save)
-        # In the order asked for, which the file does not keep.
-        results = {n: {c: results[n][c] for c in f.corruptions} for n in f.nets}
-        figures.reconstruction_bars(png_path, results)
-        table = reconstruct_table(results)
+
+    with locks.hold(f"--out={f.out}", locks.of_folder(f.out)):
+        if study == "ssim":
+            settings |= {"radii": f.radii, "workdir": f.workdir, "attack_steps": f.attack_steps}
+            attack = (scoring.load_classifier(f.workdir, classes), labels) if f.workdir else None
+            results = study_ssim(nets, _to_float(images), settings, f.batch_size, attack)
+            save(results)
+            figures.ssim_densities(png_path, results)
+            table = ssim_table(results)
+        else:
+            settings |= {"corruptions": f.corruptions, "steps": f.steps}
+            settings["learning_rate"] = f.learning_rate
+            results = read_results(json_path, settings)
+            results = study_reconstruct(nets, images, settings, f.batch_size, results, save)
+            # The file does not keep the order of the flags.
+            results = {n: {c: results[n][c] for c in f.corruptions} for n in f.nets}
+            figures.reconstruction_bars(png_path, results)
+            table = reconstruct_table(results)
     print(f"{table}\n\n{json_path}\n{png_path}")
 
 
@@ -420,18 +397,20 @@ if __name__ == "__main__":
     flags.DEFINE_list("nets", ["edsr_baseline_x4", "cae"], "Corruption networks.")
     flags.DEFINE_string("dataset", "cifar10", "'photos' or a data set of ada_jax.data.")
     flags.DEFINE_string("split", "test", "Split of the data set, or a slice of it.")
-    flags.DEFINE_string("data_dir", "", "Where the data is.")
-    flags.DEFINE_integer("examples", 640, "Images, drawn at random.")
-    flags.DEFINE_integer("seed", 0, "Of the choice of images and of the corruptions.")
-    flags.DEFINE_integer("batch_size", 32, "Examples at a time over all devices; bounds memory.")
-    flags.DEFINE_integer("cpu_devices", 2, "Devices that a CPU is split into.")
+    flags.DEFINE_string("data_dir", "", "Folder or file of the data.")
+    flags.DEFINE_integer("examples", 640, "Number of images, drawn at random.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "Seed of the choice of images and of the corruptions.")
+    flags.DEFINE_integer("batch_size", 32, "Examples at a time, over all devices.", lower_bound=1)
+    flags.DEFINE_integer(
+        "cpu_devices", 2, "Number of devices that a CPU is split into.", lower_bound=1
+    )
     flags.DEFINE_string("out", "runs/study", "Folder for the JSON file and the figure.")
     flags.DEFINE_list("radii", list(RADII), "ssim: relative radii.")
-    flags.DEFINE_string("workdir", "", "ssim: a run whose classifier AdA attacks; '' is at random.")
-    flags.DEFINE_integer("attack_steps", 10, "ssim: steps of AdA.")
-    flags.DEFINE_list(
-        "corruptions", list(parameter_tables.NAMES), "reconstruct: which corruptions."
+    flags.DEFINE_string(
+        "workdir", "", "ssim: run whose classifier AdA attacks; '' perturbs at random."
     )
-    flags.DEFINE_integer("steps", 50, "reconstruct: steps of Adam.")
-    flags.DEFINE_float("learning_rate", 1e-3, "reconstruct: of Adam.")
+    flags.DEFINE_integer("attack_steps", 10, "ssim: steps of AdA.", lower_bound=0)
+    flags.DEFINE_list("corruptions", list(parameter_tables.NAMES), "reconstruct: corruptions.")
+    flags.DEFINE_integer("steps", 50, "reconstruct: steps of Adam.", lower_bound=1)
+    flags.DEFINE_float("learning_rate", 1e-3, "reconstruct: learning rate of Adam.")
     cli.start(main)

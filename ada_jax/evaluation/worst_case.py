@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from ada_jax import ada, attacks, checks, keys, ssim
+from ada_jax import ada, attacks, checks, keys, sharding, ssim
 from ada_jax import results as results_files
 from ada_jax.attacks import loops
 from ada_jax.attacks.loops import LogitsFn
@@ -23,7 +23,6 @@ from ada_jax.corruptions import c_folder
 from ada_jax.data import batching, core
 from ada_jax.errors import UserError
 from ada_jax.nets import corruption_nets
-from ada_jax.sharding import AXIS, shard
 
 Fields = dict[str, Any]  # of a results file
 _SEQUENCE = (*attacks.STANDARD, "multitargeted")
@@ -187,18 +186,18 @@ def under_ada(
       UserError: logits that are not finite.
     """
     entries, count = measured.get("under_ada", []), len(images)
-    devices = jax.local_device_count()
-    size = -(-min(options.batch_size, count) // devices) * devices
+    example_keys = keys.of_positions(jax.random.key(options.seed), 0, count)
+    examples = example_keys, images, labels
     for name in options.nets:
         net = corruption_nets.make(name)
         attack = _attacker(logits_fn, net, options.steps, options.restarts)
-        attack = jax.pmap(attack, AXIS, in_axes=(0, None))
+        attack = jax.pmap(attack, sharding.AXIS, in_axes=(0, 0, 0, None))
         for nu in options.radii:
             entry = {"net": name, "nu": nu, "steps": options.steps, "restarts": options.restarts}
             entry |= {"examples": count, "seed": options.seed}
             if any(entry.items() <= earlier.items() for earlier in entries):
                 continue
-            found = _in_batches(attack, images, labels, nu, options.seed, size)
+            found = sharding.in_batches(attack, examples, options.batch_size, nu)
             bad = int(found["not_finite"].sum())
             checks.check_finite(bad, count, f"images of AdA's attack by {name} at nu {nu:g}")
             wrong = found["wrong"]
@@ -218,8 +217,7 @@ def _attacker(
 ) -> Callable[..., dict[str, jax.Array]]:
     augment = functools.partial(ada.adversarial_augment, logits_fn=logits_fn, net=net, steps=steps)
 
-    def attack(batch, nu):
-        x, y = batch["x"], batch["y"]
+    def attack(key, x, y, nu):
         settings = {"nu": nu} if ssim.fits(x) else {"nu": nu, "ssim_threshold": -1}
 
         def verdict(images):
@@ -230,7 +228,7 @@ def _attacker(
             }
 
         def once(i, found):
-            example_keys = jax.vmap(lambda key: jax.random.fold_in(key, i))(batch["key"])
+            example_keys = jax.vmap(lambda key: jax.random.fold_in(key, i))(key)
             images, metrics = augment(example_keys, x, y, **settings)
             new = {name: found[name] | value for name, value in verdict(images).items()}
             return new | ({"ssim": metrics["ssim_after"]} if ssim.fits(x) else {})
@@ -239,16 +237,3 @@ def _attacker(
         return jax.lax.fori_loop(0, restarts, once, verdict(x) | similarity)
 
     return attack
-
-
-def _in_batches(
-    attack: Callable[..., Any], x: np.ndarray, y: np.ndarray, nu: float, seed: int, size: int
-) -> dict[str, np.ndarray]:
-    """The attack's outputs for each example; the last batch repeats the last example."""
-    example_keys = keys.of_positions(jax.random.key(seed), 0, len(x))
-    parts = []
-    for start in range(0, len(x), size):
-        place = np.minimum(start + np.arange(size), len(x) - 1)
-        batch = shard({"x": x[place], "y": y[place], "key": example_keys[place]})
-        parts.append({name: np.asarray(a).ravel() for name, a in attack(batch, nu).items()})
-    return {name: np.concatenate([p[name] for p in parts])[: len(x)] for name in parts[0]}
