@@ -56,8 +56,8 @@ def local(what: str, path: AnyPath) -> pathlib.Path:
     """
     if in_bucket(path):
         raise UserError(
-            f"{what} is in a bucket, whose files cannot be mapped into memory: name a local folder, "
-            "to which gcloud storage cp --recursive copies it."
+            f"{what} is in a bucket, whose files cannot be mapped into memory: name a local "
+            "folder, to which gcloud storage cp --recursive copies it."
         )
     return at(path)
 
