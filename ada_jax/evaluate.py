@@ -277,33 +277,24 @@ def _attack(
 def _trained_on(
     config: ml_collections.ConfigDict,
     workdir: str | None,
-    about: Mapping[str, Any],
+    metadata: Mapping[str, Any],
     clean: core.Dataset,
 ) -> int:
-    """How many of the images the classifier was trained on; 0 if the training images are not there.
-
-    Args:
-      config: of the evaluation.
-      workdir: the run's folder; None for weights alone.
-      about: `metadata` of the weights; {} for random ones.
-      clean: the images.
-    """
-    if about.get("training", {}).get("data") == clean.fingerprint:
+    """Number of the images that the classifier was trained on; 0 without its training images."""
+    if metadata.get("training", {}).get("data") == clean.fingerprint:
         return len(clean)
     trained = scoring.config_of_run(workdir) if workdir else config
-    split = trained.train_split if workdir else about.get("train_split")
+    split = trained.train_split if workdir else metadata.get("train_split")
     # Own files are those named at training; --data_dir names copies of the known data sets.
     own = trained.dataset in ("folder", "npz")
-    other = about.get("dataset", trained.dataset) != trained.dataset
+    other = metadata.get("dataset", trained.dataset) != trained.dataset
     if not split or (not workdir and (own or other)):
         return 0
+    data_dir = (trained if own else config).data_dir or None
+    size = trained.image_size
     try:
         train_set = sources.load(
-            trained.dataset,
-            split,
-            data_dir=(trained if own else config).data_dir or None,
-            image_size=trained.image_size,
-            encoded=True,
+            trained.dataset, split, data_dir=data_dir, image_size=size, encoded=True
         )
     except UserError:
         return 0

@@ -43,14 +43,14 @@ def make_classifier(config: ml_collections.ConfigDict, num_classes: int) -> hk.T
 
 
 def make_eval_step(logits_fn: Callable[..., jax.Array]) -> Callable[..., dict[str, jax.Array]]:
-    """Makes `eval_step(*variables, batch)`: sums over all devices, padding masked out.
+    """Makes `eval_step(*variables, batch)`, which sums over all devices.
 
     Args:
       logits_fn: (*variables, images [B,H,W,C] in [0,1]) -> logits [B,K].
 
     Returns:
-      The step; it counts 'examples', those 'wrong' and those whose logits are 'not_finite', which
-      are wrong too, and adds up their 'loss'.
+      The step. It counts 'examples' (without padding), those that are 'wrong' and those whose
+      logits are 'not_finite', which are also wrong, and sums their 'loss'.
     """
 
     def eval_step(*arguments):
@@ -79,48 +79,48 @@ def map_eval_step(classifier: hk.TransformedWithState) -> Callable[..., dict[str
 def apply_classifier(
     classifier: hk.TransformedWithState, params: hk.Params, state: hk.State, x: jax.Array
 ) -> jax.Array:
-    """Logits [B,K] of images [B,H,W,3] in [0,1], by batch norm's running statistics."""
+    """Logits [B,K] of images [B,H,W,3] in [0,1], with batch norm's running statistics."""
     return classifier.apply(params, state, None, x, is_training=False)[0]
 
 
 def load_classifier(
     workdir: str | os.PathLike[str], num_classes: int | None = None
 ) -> Callable[[jax.Array], jax.Array]:
-    """A trained run's classifier as one function, as `ada_jax.attacks` and one's own code take it.
+    """Loads a trained run's classifier as a function.
 
     Args:
       workdir: folder of the run.
       num_classes: K; None reads it from classifier.safetensors, which a finished run has.
 
     Returns:
-      logits_fn: images [B,H,W,3] float32 in [0,1] -> logits [B,K], in the order of the run's
-      classes, which are `metadata(workdir)["class_names"]`.
+      `logits_fn`, images [B,H,W,3] float32 in [0,1] -> logits [B,K], in the order of
+      `metadata(workdir)["class_names"]`.
 
     Raises:
-      UserError: there is no run, it is damaged or not finished, or its file does not say K.
+      UserError: there is no run, it is damaged or unfinished, or its file lacks K.
     """
     config = config_of_run(workdir)
     if num_classes is None:
         file = paths.at(workdir) / "classifier.safetensors"
-        num_classes = weight_files.load_weights(file)[1].get("classes")
+        num_classes = weight_files.metadata(file).get("classes")
         if num_classes is None:
-            raise UserError(f"{file} does not say how many classes there are: give num_classes.")
+            raise UserError(f"{file} has no number of classes: give num_classes.")
     classifier = make_classifier(config, num_classes)
-    # Every classifier averages over its last features: the weights fit images of any size.
+    # Every classifier averages over its last features, so that weights fit images of any size.
     params, state, _ = load_variables(config, classifier, (32, 32, 3), workdir)
     return functools.partial(apply_classifier, classifier, params, state)
 
 
 def metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What is said of a classifier beside its weights.
+    """The metadata of a classifier's weights.
 
     Args:
       path: a safetensors file, or a folder with classifier.safetensors or else checkpoints.
 
     Returns:
-      Among others 'class_names' [K], in the order of the logits; 'training', digests of what it
-      was trained from, see `setup.describe`; and 'recipe', the same for runs that differ in seed
-      alone. Weights of older versions lack them.
+      Among others 'class_names' [K], in the order of the logits; 'training', digests of the data
+      and weights used in training, see `setup.describe`; and 'recipe', which is equal for runs that
+      differ only in seed. Weights of older versions lack them.
     """
     path = paths.at(path)
     file = path / "classifier.safetensors" if paths.is_dir(path) else path
@@ -191,20 +191,20 @@ def corruption_errors(
     table: str = "cifar",
     batch_size: int = 256,
 ) -> results_files.Results:
-    """The errors of any classifier, clean and under corruptions made on the fly.
+    """Measures any classifier on clean images and under corruptions, applied on the fly.
 
     Args:
-      logits_fn: images [B,H,W,3] float32 in [0,1] -> logits [B,K]; it normalises them itself.
+      logits_fn: images [B,H,W,3] float32 in [0,1] -> logits [B,K]; includes normalisation.
       images: [N,H,W,3] uint8.
       labels: [N] integers in 0..K-1.
-      names: of `corruptions.NAMES` and `corruptions.EXTRA`.
-      seed: of the corruptions, in 0..2**32-1.
-      table: whose parameters: 'cifar' for small images, 'imagenet' for large ones.
+      names: corruptions, in `corruptions.NAMES` or `corruptions.EXTRA`.
+      seed: seed of the corruptions, in 0..2**32-1.
+      table: parameters, 'cifar' for small images, 'imagenet' for large ones.
       batch_size: over all devices.
 
     Returns:
       'clean', {'error': percent, ...}; 'corruptions', {name: [{'severity': 1, 'error': percent,
-      ...}, ...]}; and, of all the 15 NAMES, 'mce_unnormalised', percent.
+      ...}, ...]}; and, if names has all of NAMES, 'mce_unnormalised', percent.
 
     Raises:
       UserError: an argument is not as above, or logits are not finite.
@@ -214,7 +214,7 @@ def corruption_errors(
     clean = core.from_arrays(images, labels, class_names=class_names)
     checks.check_integers(1, batch_size=batch_size)
     if not names or not len(clean):
-        raise UserError("There are no images or names is empty: there is nothing to measure.")
+        raise UserError("There are no images or names is empty: give at least one of each.")
     config = {"dataset": "", "corruption_seed": seed, "corruption_table": table}
     corrupted, source = image_sets.on_the_fly(
         ml_collections.ConfigDict(config), clean, names, len(clean)
@@ -228,7 +228,7 @@ def corruption_errors(
 
 
 def _counts(sums: Iterable[dict[str, jax.Array]], what: str) -> results_files.Counts:
-    # Added up on the host, where neither integers nor the loss run out of digits.
+    # Summed on the host, in Python's integers and double precision.
     fetched = [{name: value.item() for name, value in unreplicate(s).items()} for s in sums]
     names = ("examples", "wrong", "not_finite", "loss")
     examples, wrong, not_finite, loss = (sum(f[name] for f in fetched) for name in names)
@@ -242,7 +242,7 @@ def _counts(sums: Iterable[dict[str, jax.Array]], what: str) -> results_files.Co
 
 
 def _progress(total: int) -> tqdm.tqdm:
-    """A bar for what takes more than moments; in a log it moves seldom."""
+    """A progress bar, updated seldom in logs."""
     return tqdm.tqdm(
         total=total,
         unit=" images",
@@ -291,15 +291,15 @@ def config_of_run(workdir: str) -> ml_collections.ConfigDict:
     """The config that a run was started with, unlocked.
 
     Raises:
-      UserError: there is none in `workdir`, or it is damaged.
+      UserError: the file is missing or damaged.
     """
     path = paths.at(workdir) / "config.json"
     try:
         fields = dict(paths.read_json(path))
     except FileNotFoundError as error:
         raise UserError(
-            f"--workdir={workdir} has no config.json, so no run was started there: name a run's "
-            "folder, or give --config with --weights."
+            f"--workdir={workdir} has no config.json: name a run's folder, or give --config and "
+            "--weights."
         ) from error
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}): copy it again.") from error
@@ -312,21 +312,19 @@ def load_variables(
     image_shape: Sequence[int],
     path: str | os.PathLike[str],
 ) -> tuple[hk.Params, hk.State, int]:
-    """The classifier's variables from a weights file, or from a run's folder.
+    """Loads a classifier's variables from a weights file or a run's folder.
 
     Args:
-      config: the classifier's; its 'mean' and 'std' must be those that the weights were trained
-        with, where their file says so.
-      classifier: what they are for.
+      config: config of the classifier; its 'mean' and 'std' must be those of the weights file.
+      classifier: the network.
       image_shape: [H, W, 3].
       path: a safetensors file, or a folder with classifier.safetensors or else checkpoints.
 
     Returns:
-      Parameters, batch-norm averages, and the step they are of.
+      Parameters, batch-norm averages, and their step.
 
     Raises:
-      UserError: there are none, or they are damaged, of another architecture or of images that were
-        normalised otherwise.
+      UserError: they are missing, damaged, of another architecture or of another normalisation.
     """
     path, images = paths.at(path), jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     init = functools.partial(classifier.init, is_training=True)
@@ -336,11 +334,11 @@ def load_variables(
     if paths.exists(file) or not folder:
         tree, metadata = weight_files.load_weights(file, {"params": params, "state": state})
         for field in ("mean", "std"):
-            value = tuple(metadata.get(field, config[field]))
-            if value != tuple(config[field]):
+            value, ours = tuple(metadata.get(field, config[field])), tuple(config[field])
+            if value != ours:
                 raise UserError(
-                    f"The weights file {file} was trained with config.{field}={value}, and this "
-                    f'config has {tuple(config[field])}: set --config.{field}="{value}".'
+                    f"The weights file {file} was trained with config.{field}={value}, but this "
+                    f'config has {ours}: set --config.{field}="{value}".'
                 )
         return tree["params"], tree.get("state", {}), int(metadata.get("step", 0))
     if paths.is_dir(path / "checkpoints"):
