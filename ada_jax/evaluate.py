@@ -12,7 +12,7 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import haiku as hk
@@ -161,9 +161,9 @@ def _evaluate(values: flags.FlagValues) -> None:
             {key: renumber(dataset) for key, dataset in sets.datasets.items()},
             config.eval_batch_size,
         )
-        save = functools.partial(scoring.write_results, out)
-        examples = worst_case.first_examples(renumber(clean), values.worst_examples)
-        results = _attack(results, attacks, subject, examples, options, save)
+        if attacks:
+            examples = worst_case.first_examples(renumber(clean), values.worst_examples)
+            results = _attack(results, attacks, subject, examples, options, out)
     table = [
         *results_files.summary(results),
         ("results", out),
@@ -256,9 +256,9 @@ def _attack(
     subject: _Subject,
     examples: tuple[Any, Any],
     options: worst_case.Options,
-    save: Callable[[results_files.Results], None],
+    out: str,
 ) -> results_files.Results:
-    """The results with the fields of the attacks."""
+    """The results with the fields of the attacks, written to the file as they are measured."""
     logits_fn = functools.partial(
         scoring.apply_classifier, subject.classifier, subject.params, subject.state
     )
@@ -269,7 +269,7 @@ def _attack(
             *examples,
             options=options,
             measured={field: results[field] for field in entry.fields if field in results},
-            save=lambda fields, before=before: save(before | fields),
+            save=lambda fields, before=before: scoring.write_results(out, before | fields),
         )
     return results
 

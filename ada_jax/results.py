@@ -170,16 +170,9 @@ def _check_same(results: Results, before: Results, path: paths.AnyPath) -> None:
 
 
 def write(path: str | os.PathLike[str], results: Results) -> None:
-    """Writes a results file whole or not at all; of several processes call it in the first."""
-    path = paths.at(path)
-    try:
-        paths.make_folder(path.parent)
-        paths.write_json(path, results)
-    except OSError as error:
-        raise UserError(
-            f"The results file {path} cannot be written ({error.strerror}): free some space, or "
-            "name another with --out."
-        ) from error
+    """Writes a results file whole or not at all."""
+    paths.make_folder(paths.at(path).parent)
+    paths.write_json(path, results)
 
 
 def is_measured(results: Results, condition: Condition) -> bool:
