@@ -670,7 +670,7 @@ def test_weights_of_images_normalised_otherwise_are_refused(tmp_path):
     same = config_with(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
     scoring.load_variables(same, classifier(), (16, 16, 3), file)
     other = config_with(mean=(0.5, 0.5, 0.5), std=(1.0, 1.0, 1.0))
-    with pytest.raises(UserError, match=r"config\.std=\(0\.25, 0\.25, 0\.25\), and .*\(1\.0"):
+    with pytest.raises(UserError, match=r"config\.std=\(0\.25, 0\.25, 0\.25\), but .*\(1\.0"):
         scoring.load_variables(other, classifier(), (16, 16, 3), file)
 
 
