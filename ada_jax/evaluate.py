@@ -271,6 +271,7 @@ def _attack(
             measured={field: results[field] for field in entry.fields if field in results},
             save=lambda fields, before=before: scoring.write_results(out, before | fields),
         )
+        scoring.write_results(out, results)
     return results
 
 

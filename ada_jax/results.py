@@ -263,8 +263,10 @@ def summary(results: Results) -> list[tuple[str, str]]:
         lines += [(title, f"{results[field]:.2f}%")] if field in results else []
     if "mce_alexnet" in results:
         lines.append(("mCE, AlexNet's errors as 100%", f"{results['mce_alexnet']:.2f}%"))
-    if "cifar10_1" in results:
-        lines.append(("CIFAR-10.1 v6 error", of(results["cifar10_1"])))
+    for name, counts in results.items():  # other image sets
+        if name != "clean" and isinstance(counts, dict) and {"error", "examples"} <= counts.keys():
+            title = "CIFAR-10.1 v6" if name == "cifar10_1" else name
+            lines.append((f"{title} error", of(counts)))
     for norm, balls in results.get("lp", {}).items():
         for radius, ball in balls.items():
             value = f"{ball['accuracy']:.2f}% of {ball['examples']} ({ball['autoattack']:.2f}%)"

@@ -24,7 +24,7 @@ from ada_jax import results as results_files
 from ada_jax.corruptions import c_folder, functions, parameter_tables
 from ada_jax.data import batching, core, photographs, sources, tfds_sets
 from ada_jax.errors import UserError
-from ada_jax.evaluation import evaluators, scoring
+from ada_jax.evaluation import evaluators, scoring, worst_case
 from ada_jax.nets import weight_files
 from ada_jax.run import checkpoint
 from ada_jax.sharding import replicate
@@ -589,6 +589,19 @@ def test_a_folder_of_corrupted_images_counts_by_its_content(folder, tmp_path_fac
     moved.rename(folder)
     kept = results_files.with_earlier(results(), path)
     assert set(kept["corruption_source"]["files"]) == {"labels", *parameter_tables.EXTRA}
+
+
+def test_a_new_attack_is_one_entry_whose_fields_are_written(monkeypatch, tmp_path):
+    def attack(logits_fn, images, labels, *, options, measured, save):
+        return {"noise": {"shape": logits_fn(images).shape, "before": measured}}
+
+    entry = evaluators.Evaluator(("noise",), attack=attack)
+    monkeypatch.setitem(evaluators.EVALUATORS, "noise", entry)
+    subject = evaluate._Subject("run", 0, classifier(), *variables(), tuple("abcd"), {})
+    examples, out = worst_case.first_examples(images(), 3), tmp_path / "results.json"
+    evaluate._attack({"noise": 1}, ["noise"], subject, examples, worst_case.Options(), out)
+    written = json.loads(out.read_text())
+    assert written == {"noise": {"shape": [3, 4], "before": {"noise": 1}}}
 
 
 # Errors of "AdA + DeepAugment(10x) + AugMix" on CIFAR-10-C, as RobustBench publishes them.

@@ -27,7 +27,7 @@ class Evaluator(NamedTuple):
         the field with the set's name.
       attack: `(logits_fn, images, labels, *, options, measured, save) -> dict` of `fields`. Images
         are [N,H,W,3] float32 in [0,1]; `options` are `worst_case.Options`; `measured` are the
-        fields of an earlier, interrupted call; `save(fields)` writes intermediate results.
+        fields of an earlier, interrupted call; `save(fields)` may write intermediate results.
       check: `(options, image_shape)`, which raises `UserError` before an attack starts.
     """
 
