@@ -2,12 +2,16 @@
 
 import contextlib
 import io
+import logging
 import os
 import pathlib
+import runpy
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -15,7 +19,12 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
+from absl import flags
 from PIL import Image
+
+from ada_jax.run import cli
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 # What tests and the programs that they start compile is compiled once. A folder that is set here
 # from outside lasts longer.
@@ -29,6 +38,15 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 signal.signal(signal.SIGINT, signal.default_int_handler)
 _MAPS = pathlib.Path("/proc/self/maps")
 _MOST_MAPS = 20_000
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compiles without optimisation, which takes two thirds of the time: most tests compute little.
+
+    `-m accelerator` tests the numerics as they run.
+    """
+    if config.option.markexpr != "accelerator":
+        os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +64,44 @@ def float32_is_float32(request: pytest.FixtureRequest) -> Iterator[None]:
         if request.node.get_closest_marker("accelerator"):
             stack.enter_context(jax.default_matmul_precision("highest"))
         yield
+
+
+def run_here(name: str, *words: Any) -> subprocess.CompletedProcess[str]:
+    """Runs `python -m ada_jax.NAME WORDS...` in this process, on the devices that it has."""
+    out, errors = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
+    log, defined = logging.StreamHandler(errors), set(flags.FLAGS)
+    logging.getLogger("absl").addHandler(log)
+    try:
+        with (
+            warnings.catch_warnings(category=RuntimeWarning, action="ignore"),  # of runpy
+            contextlib.chdir(ROOT),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(errors),
+            mock.patch.object(sys, "argv", [name, *map(str, words)]),
+            mock.patch.object(sys, "unraisablehook", sys.unraisablehook),
+            mock.patch.object(cli, "set_up_devices"),
+            mock.patch.object(
+                cli.app, "run", lambda main, flags_parser: main(flags_parser(sys.argv))
+            ),
+        ):
+            runpy.run_module(f"ada_jax.{name}", run_name="__main__")
+        status = 0
+    except SystemExit as leaving:
+        status = leaving.code or 0
+    finally:
+        logging.getLogger("absl").removeHandler(log)
+        for flag in set(flags.FLAGS) - defined:
+            delattr(flags.FLAGS, flag)
+        flags.FLAGS.unparse_flags()
+    printed = (stream.buffer.getvalue().decode() for stream in (out, errors))
+    return subprocess.CompletedProcess([name, *words], status, *printed)
+
+
+def assert_mistake(done: subprocess.CompletedProcess[str], said: str) -> None:
+    """Status 2, and one sentence that has certain words."""
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and len(errors) == 1, done.stderr
+    assert said in errors[0] and "Traceback" not in done.stderr
 
 
 def photograph(number: int, size: tuple[int, int] | None = None) -> bytes:

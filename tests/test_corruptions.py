@@ -42,6 +42,7 @@ from ada_jax.corruptions.functions import corrupt
 from ada_jax.corruptions.parameter_tables import EXTRA, NAMES
 from ada_jax.data import core, sources
 from ada_jax.errors import UserError
+from tests.conftest import assert_mistake, run_here
 
 ROOT = pathlib.Path(__file__).parent.parent
 ALL = NAMES + EXTRA
@@ -759,7 +760,7 @@ def test_ctrl_c_costs_one_line_with_several_processes_too(tmp_path):
     assert "Traceback" not in errors
 
 
-def test_a_killed_command_goes_on_and_a_mistake_has_status_2(tmp_path):
+def test_a_killed_command_goes_on(tmp_path):
     images, labels = np.repeat(photographs(), 200, 0), np.arange(2400) % 3
     np.savez(tmp_path / "some.npz", images=images, labels=labels)
     command = [sys.executable, "-m", "ada_jax.corruptions", f"--data={tmp_path}/some.npz"]
@@ -779,7 +780,8 @@ def test_a_killed_command_goes_on_and_a_mistake_has_status_2(tmp_path):
     write(tmp_path / "set", ["elastic_transform"], dataset=clean)
     last = corrupt("elastic_transform", 5, images[-5:], indices=np.arange(2395, 2400))
     np.testing.assert_array_equal(read(tmp_path / "set/elastic_transform.npy")[-5:], last)
-    mistake = [*command, "--severities=1,six"]
-    answer = subprocess.run(mistake, cwd=ROOT, capture_output=True, text=True)
-    assert answer.returncode == 2
-    assert answer.stderr == "error: The severity 'six' does not exist: choose it in 1..5.\n"
+
+
+def test_a_severity_that_is_no_number_is_named(tmp_path):
+    flags = ("--data=mnist5k", f"--out={tmp_path}/set", "--severities=1,six")
+    assert_mistake(run_here("corruptions", *flags), "The severity 'six' does not exist")

@@ -14,6 +14,7 @@ from ada_jax.data import core, rendered_set
 from ada_jax.errors import UserError
 from ada_jax.nets import corruption_nets
 from experiments import deepaugment as experiment
+from tests.conftest import run_here
 
 ROOT = pathlib.Path(__file__).parents[1]
 IMAGES = np.random.default_rng(0).integers(0, 256, (9, 16, 16, 3), np.uint8)
@@ -192,8 +193,7 @@ def test_the_binary_draws_a_contact_sheet(tmp_path):
             f"out={tmp_path}",
         )
     ]
-    command = [sys.executable, "-m", "ada_jax.deepaugment", *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = run_here("deepaugment", *flags)
     assert done.returncode == 0, done.stderr
     assert "2 copies of edsr_small, cae" in done.stdout
     assert (tmp_path / "sheet.png").stat().st_size > 10_000

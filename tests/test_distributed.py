@@ -15,6 +15,7 @@ import skimage.data
 
 from ada_jax import locks
 from ada_jax.nets import weight_files
+from tests.conftest import assert_mistake, run_here
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -55,8 +56,17 @@ def flags_of(photographs, **changes):
     return config + [f"--config.{name}={value}" for name, value in values.items()]
 
 
+# Training that waits seconds, not a minute, for processes to meet and to answer.
+IMPATIENT = """
+import runpy
+from ada_jax.run import distributed
+distributed._MEETING_SECONDS, distributed._HEARTBEAT_SECONDS = 20, 10
+runpy.run_module("ada_jax.train", run_name="__main__", alter_sys=True)
+"""
+
+
 def start(workdir, *flags, log=subprocess.DEVNULL):
-    command = [sys.executable, "-m", "ada_jax.train", *flags, f"--workdir={workdir}"]
+    command = [sys.executable, "-c", IMPATIENT, *flags, f"--workdir={workdir}"]
     return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, text=True)
 
 
@@ -147,7 +157,7 @@ def test_the_others_end_when_one_is_killed(tmp_path, photographs, killed):
     since, other = time.monotonic(), processes[1 - killed]
     said, _ = other.communicate(timeout=150)
     assert other.returncode == -signal.SIGABRT and "another task died" in said
-    assert time.monotonic() - since < 120
+    assert time.monotonic() - since < 60
 
 
 @pytest.mark.slow
@@ -171,14 +181,12 @@ def test_a_folder_that_is_in_use_is_refused_by_all(tmp_path, photographs):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("process", [0, 1])
-def test_processes_that_do_not_meet_say_so_within_a_minute(tmp_path, photographs, process):
+def test_processes_that_do_not_meet_say_so(tmp_path, photographs, process):
     flags = ["--distributed", f"--coordinator=localhost:{port()}", "--processes=2"]
     flags.append(f"--process={process}")
-    started = time.monotonic()
     process = start(tmp_path, *flags_of(photographs), *flags, log=subprocess.PIPE)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 2 and "could not connect the processes" in said
-    assert time.monotonic() - started < 75  # with the time to start
 
 
 @pytest.mark.parametrize(
@@ -187,7 +195,6 @@ def test_processes_that_do_not_meet_say_so_within_a_minute(tmp_path, photographs
         (["--process=1"], "--process has no meaning without --distributed"),
         (["--distributed", "--process=1"], "--coordinator is not set"),
         (["--distributed", "--coordinator=h", "--process=0", "--processes=1"], "has no port"),
-        (["--distributed"], "finds neither a TPU slice nor Slurm"),
         (
             ["--distributed", "--coordinator=h:1", "--process=2", "--processes=2"],
             "--process=2 and --processes=2 do not fit",
@@ -195,7 +202,13 @@ def test_processes_that_do_not_meet_say_so_within_a_minute(tmp_path, photographs
     ],
 )
 def test_flags_that_contradict_each_other_are_refused(tmp_path, photographs, flags, said):
-    process = start(tmp_path / "run", *flags_of(photographs), *flags, log=subprocess.PIPE)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 2 and said in output and "Traceback" not in output
+    done = run_here("train", *flags_of(photographs), *flags, f"--workdir={tmp_path}/run")
+    assert_mistake(done, said)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_without_a_coordinator_there_must_be_a_cluster(tmp_path, photographs):
+    process = start(tmp_path, *flags_of(photographs), "--distributed", log=subprocess.PIPE)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 2 and "finds neither a TPU slice nor Slurm" in said

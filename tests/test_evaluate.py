@@ -29,6 +29,7 @@ from ada_jax.nets import weight_files
 from ada_jax.run import checkpoint
 from ada_jax.sharding import replicate
 from experiments import quickstart
+from tests.conftest import assert_mistake, run_here
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "ada_jax" / "README.md").read_text()
@@ -729,10 +730,7 @@ def test_the_binary_evaluates_random_weights(tmp_path):
     ],
 )
 def test_the_binary_tells_a_mistake_in_one_sentence_and_status_2(flags, said):
-    done = run(*flags)
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert len(errors) == 1 and said in errors[0]
+    assert_mistake(run_here("evaluate", *flags), said)
 
 
 def test_json_with_nan_is_not_read(tmp_path):

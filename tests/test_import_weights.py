@@ -2,8 +2,6 @@
 
 import os
 import pickle
-import subprocess
-import sys
 import zipfile
 
 import jax
@@ -14,6 +12,7 @@ import pytest
 from ada_jax import import_weights
 from ada_jax.errors import UserError
 from ada_jax.nets import cae, corruption_nets, edsr
+from tests.conftest import assert_mistake, run_here
 
 torch = pytest.importorskip("torch", reason="needs PyTorch: pip install -e '.[torch]'")
 import safetensors.torch  # noqa: E402
@@ -308,13 +307,9 @@ def test_a_file_of_another_network_is_refused(tmp_path, torch_cae):
 
 
 def test_the_binary(tmp_path):
-    def run(*words):
-        command = [sys.executable, "-m", "ada_jax.import_weights", *map(str, words)]
-        return subprocess.run(command, capture_output=True, text=True)
-
     source, out = tmp_path / "in.pt", tmp_path / "out.safetensors"
     torch.save(torch_edsr("edsr_small").state_dict(), source)
-    done = run("edsr", source, out)
+    done = run_here("import_weights", "edsr", source, out)
     assert done.returncode == 0 and "edsr_small" in done.stdout and out.exists()
     for words, said in (
         (("edsr", source, out), "exists and is not overwritten"),
@@ -322,5 +317,4 @@ def test_the_binary(tmp_path):
         (("edsr", source), "three arguments"),
         (("edsr", tmp_path / "none.pt", tmp_path / "x"), "does not exist"),
     ):
-        refused = run(*words)
-        assert refused.returncode == 2 and said in refused.stderr
+        assert_mistake(run_here("import_weights", *words), said)

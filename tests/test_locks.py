@@ -14,6 +14,7 @@ import pytest
 
 from ada_jax import locks
 from ada_jax.errors import UserError
+from tests.conftest import assert_mistake, run_here
 
 # Another program of this kind, written without ours.
 HOLDER = """
@@ -123,7 +124,6 @@ def test_a_file_in_the_folder_s_place_costs_one_sentence(tmp_path):
     ],
     ids=lambda words: words[0],
 )
-@pytest.mark.slow
 def test_every_command_leaves_a_folder_to_its_holder(held, command):
     folder, _ = held
     out = folder / "results.json" if command[0] == "evaluate" else folder
@@ -131,11 +131,8 @@ def test_every_command_leaves_a_folder_to_its_holder(held, command):
     if command[0] == "pretrain":
         flags += ["--config.dataset=mnist5k", "--config.train_split=train[:64]"]
         flags += ["--config.eval_split=test[:8]", "--config.patch=28", "--config.sr_patch=28"]
-    done = subprocess.run(
-        [sys.executable, "-m", f"ada_jax.{command[0]}", *flags], capture_output=True, text=True
-    )
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.splitlines()[-1].startswith(f"error: {command[-1]}{out} is in use by")
+    done = run_here(command[0], *flags)
+    assert_mistake(done, f"error: {command[-1]}{out} is in use by")
     assert os.listdir(folder) == [".lock"]
 
 
@@ -144,12 +141,11 @@ def test_a_run_that_trains_can_be_evaluated_into_another_file(tmp_path):
     run, out = tmp_path / "run", tmp_path / "c.json"
     tiny = ["--config.train_split=train[:64]", "--config.eval_split=test[:8]"]
     tiny += ["--config.batch_size=16", "--config.eval_batch_size=8", "--config.epochs=1"]
-    command = [sys.executable, "-m", "ada_jax.train", "--config=experiments/quickstart.py:nominal"]
-    command += [f"--workdir={run}", "--config.eval_sets=clean", *tiny]
-    subprocess.run(command, check=True, capture_output=True)
-    evaluation = [sys.executable, "-m", "ada_jax.evaluate", f"--workdir={run}"]
+    quickstart = "--config=experiments/quickstart.py:nominal"
+    trained = run_here("train", quickstart, f"--workdir={run}", "--config.eval_sets=clean", *tiny)
+    assert trained.returncode == 0, trained.stderr
     with locks.hold("--workdir", locks.of_folder(run)):
-        subprocess.run([*evaluation, f"--out={out}"], check=True, capture_output=True)
-        done = subprocess.run(evaluation, capture_output=True, text=True)
+        evaluated = run_here("evaluate", f"--workdir={run}", f"--out={out}")
+        assert evaluated.returncode == 0, evaluated.stderr
+        assert_mistake(run_here("evaluate", f"--workdir={run}"), "is in use by")
     assert json.loads(out.read_text())["clean"]["examples"] == 8
-    assert done.returncode == 2 and "is in use by" in done.stderr.splitlines()[-1]

@@ -21,6 +21,7 @@ from ada_jax.corruptions import parameter_tables
 from ada_jax.errors import UserError
 from ada_jax.report import charts, figures, grouping, paper_tables, tables, web_page
 from ada_jax.report.tables import Cell, Table
+from tests.conftest import assert_mistake, run_here
 
 ALL = results_files.NAMES + results_files.EXTRA
 
@@ -373,9 +374,8 @@ def drawn(tmp_path_factory):
         write(folder / f"run{i}" / "results.json", content)
     (folder / "run0" / "metrics.jsonl").write_text("\n".join(map(json.dumps, RECORDS)))
     figures.training_maps(str(folder / "run0/adversarial_edsr_small.png"), [1], {"fog": [3.0]})
-    command = [sys.executable, "-m", "ada_jax.report", *(str(folder / f"run{i}") for i in range(3))]
-    command += ["--paper", f"--figures={folder}/out"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    runs = [folder / f"run{i}" for i in range(3)]
+    done = run_here("report", *runs, "--paper", f"--figures={folder}/out")
     assert done.returncode == 0, done.stderr
     return folder / "out", done.stdout
 
@@ -481,10 +481,9 @@ def test_mistakes_are_told_in_a_sentence(words, said, tmp_path):
     half = json.dumps(result())[:-100]
     (tmp_path / "half.json").write_text(half)
     (tmp_path / "index.html").write_text("old")
-    command = [sys.executable, "-m", "ada_jax.report", f"--figures={tmp_path}"]
-    command += [word.format(tmp_path) for word in words]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and said in done.stderr
+    words = [f"--figures={tmp_path}", *(word.format(tmp_path) for word in words)]
+    done = run_here("report", *words)
+    assert_mistake(done, said)
     assert done.stderr.count("\n") == 1 and not done.stdout
     assert {path.name for path in tmp_path.iterdir()} == {"half.json", "index.html"}
     assert (tmp_path / "index.html").read_text() == "old"
@@ -517,8 +516,7 @@ def test_table_2_is_of_the_seeds_that_were_attacked(tmp_path):
     files = [tmp_path / f"{i}.json" for i in range(2)]
     for file, content in zip(files, contents, strict=True):
         file.write_text(json.dumps(content))
-    command = [sys.executable, "-m", "ada_jax.report", "--table=2", *files]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    printed = run_here("report", "--table=2", *files).stdout
     (row,) = [line for line in printed.splitlines() if "40.00" in line]
     assert row.split("|")[-2].strip() == "1"
 

@@ -1,8 +1,6 @@
 """The studies: what they measure, that they resume, and their tables, figures and refusals."""
 
 import json
-import subprocess
-import sys
 
 import chex
 import jax
@@ -14,6 +12,7 @@ from ada_jax import ssim, study
 from ada_jax.errors import UserError
 from ada_jax.nets import corruption_nets
 from ada_jax.report import figures
+from tests.conftest import assert_mistake, run_here
 
 
 @pytest.fixture(scope="module")
@@ -154,9 +153,7 @@ def test_mistakes_are_told_in_a_sentence(words, said, tmp_path):
     grey = np.full((640, 33, 47, 3), 9, np.uint8)
     np.savez_compressed(tmp_path / "33x47.npz", images=grey, labels=np.arange(640) % 2)
     words = [word.replace("33x47", f"{tmp_path}/33x47") for word in words]
-    command = [sys.executable, "-m", "ada_jax.study", *words, f"--out={tmp_path}/out"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and said in done.stderr
+    assert_mistake(run_here("study", *words, f"--out={tmp_path}/out"), said)
     assert not (tmp_path / "out").exists()
 
 

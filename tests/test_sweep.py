@@ -20,6 +20,7 @@ from ada_jax.errors import UserError
 from ada_jax.nets.weight_files import save_weights
 from ada_jax.run import distributed
 from experiments import cifar10
+from tests.conftest import assert_mistake, run_here
 
 ROOT = pathlib.Path(__file__).parents[1]
 TABLE_1 = "experiments/sweeps/table1.py"
@@ -175,7 +176,7 @@ def test_reading_touches_no_device():
 
 def test_printed_commands_are_the_points():
     split = "--config.train_split=train[:45000]"
-    done = run_binary(f"--sweep={TABLE_1}:nominal,small", "--out=my runs", "--print", split)
+    done = run_here("sweep", f"--sweep={TABLE_1}:nominal,small", "--out=my runs", "--print", split)
     assert done.returncode == 0, done.stderr
     commands = [shlex.split(line) for line in done.stdout.splitlines()]
     assert commands[1] == [
@@ -243,11 +244,9 @@ def test_words_and_overrides_that_do_not_fit_are_refused(name, overrides, said):
     ],
 )
 def test_the_binary_tells_a_mistake_in_one_sentence_and_status_2(arguments, said):
-    done = run_binary(*arguments)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    assert said in done.stderr
+    done = run_here("sweep", *arguments)
+    assert_mistake(done, said)
+    assert done.stdout == "" and done.stderr.count("\n") == 1
 
 
 # ------------------------------------------------------------------------ runs of a stand-in

@@ -29,7 +29,7 @@ from ada_jax.nets import weight_files
 from ada_jax.run import checkpoint, config_checks, distributed, logbook, loop, setup
 from experiments import cifar10, finetune, imagenet, quickstart
 from experiments import deepaugment as deepaugment_config
-from tests.conftest import photograph
+from tests.conftest import assert_mistake, photograph, run_here
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -303,21 +303,21 @@ def test_batches_that_the_devices_do_not_divide(changes, said):
     ],
 )
 def test_the_binary_tells_a_mistake_in_one_sentence_and_status_2(tmp_path, flags, said):
-    done = run(tmp_path / "run", *flags)
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 2
-    assert len(errors) == 1 and said in errors[0]
-    assert "Traceback" not in done.stderr
+    quickstart = "--config=experiments/quickstart.py"
+    assert_mistake(run_here("train", quickstart, f"--workdir={tmp_path}/run", *flags), said)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_config_without_a_field_is_told_in_one_sentence(tmp_path):
     text = "import ml_collections\nget_config = lambda: ml_collections.ConfigDict({'name': 'x'})"
     (tmp_path / "mine.py").write_text(text)
-    done = run(tmp_path / "run", f"--config={tmp_path}/mine.py")
-    (error,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
-    assert done.returncode == 2 and "'method'" in error and "see --help" in error
-    assert "Traceback" not in done.stderr
+    done = run_here("train", f"--workdir={tmp_path}/run", f"--config={tmp_path}/mine.py")
+    assert_mistake(done, "'method'")
+
+
+def test_a_process_of_its_own_ends_so_too(tmp_path):
+    assert_mistake(run(tmp_path / "run", "--config.ada.steps=-1"), "config.ada.steps=-1")
+    assert not (tmp_path / "run").exists()
 
 
 def test_help_lists_the_flags(tmp_path):
@@ -328,19 +328,23 @@ def test_help_lists_the_flags(tmp_path):
 
 def test_a_config_file_that_leaves_is_no_success(tmp_path):
     (tmp_path / "mine.py").write_text("raise SystemExit(3)")
-    assert run(tmp_path / "run", f"--config={tmp_path}/mine.py").returncode == 3
+    assert run_here("train", f"--config={tmp_path}/mine.py").returncode == 3
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("def get_config(:", "SyntaxError"), ("import nothing", "'nothing'"), ("x = y", "'y'")],
+    [
+        ("def get_config(:", "SyntaxError"),
+        ("import nothing", "'nothing'"),
+        ("x = y", "'y'"),
+        ("from ml_collections import ConfigDict as get_config", "'method'"),
+    ],
 )
-def test_a_config_file_that_does_not_run_is_told_in_one_sentence(tmp_path, text, said):
+def test_a_config_file_that_does_not_run_or_lacks_a_field_is_named(tmp_path, text, said):
     (tmp_path / "mine.py").write_text(text)
-    done = run(tmp_path / "run", f"--config={tmp_path}/mine.py")
-    (error,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
-    assert done.returncode == 2 and "--config" in error and said in error
-    assert "Traceback" not in done.stderr
+    done = run_here("train", f"--config={tmp_path}/mine.py", f"--workdir={tmp_path}/run")
+    assert_mistake(done, said)
+    assert "--config" in done.stderr
 
 
 # ------------------------------------------------------------------------ the step

@@ -2,19 +2,20 @@
 
 import functools
 import json
-import subprocess
-import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_evaluate import ROOT, classifier, images, variables
+from test_evaluate import classifier, images, variables
 
 from ada_jax import attacks
 from ada_jax import results as results_files
 from ada_jax.attacks import Account, Report
 from ada_jax.evaluation import scoring, worst_case
 from ada_jax.report import grouping, paper_tables
+from tests.conftest import assert_mistake, run_here
+
+RANDOM = ("evaluate", "--config=experiments/quickstart.py", "--random")
 
 DATASET = images(12, side=32)
 
@@ -118,28 +119,21 @@ def test_the_tables_of_the_binary():
     ],
 )
 def test_mistakes_are_said_before_anything_is_loaded(tmp_path, flag, said):
-    command = [sys.executable, "-m", "ada_jax.evaluate", "--config=experiments/quickstart.py"]
-    command += ["--random", f"--out={tmp_path / 'r.json'}", "--sets=ada", flag]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+    assert_mistake(run_here(*RANDOM, f"--out={tmp_path}/r.json", "--sets=ada", flag), said)
 
 
 def test_networks_that_do_not_take_the_images_are_said_before_anything_is_measured(tmp_path):
     np.savez(tmp_path / "x.npz", images=np.full((9, 30, 30, 3), 9, np.uint8), labels=np.arange(9))
-    command = [sys.executable, "-m", "ada_jax.evaluate", "--config=experiments/quickstart.py"]
-    command += ["--config.dataset=npz", f"--data_dir={tmp_path / 'x.npz'}", "--split=all"]
-    command += ["--random", f"--out={tmp_path / 'r.json'}", "--sets=ada", "--ada_nets=cae"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and "--ada_nets=('cae',) does not fit" in done.stderr, done.stderr
+    flags = ["--config.dataset=npz", f"--data_dir={tmp_path / 'x.npz'}", "--split=all"]
+    flags += [f"--out={tmp_path / 'r.json'}", "--sets=ada", "--ada_nets=cae"]
+    assert_mistake(run_here(*RANDOM, *flags), "--ada_nets=('cae',) does not fit")
     assert not (tmp_path / "r.json").exists()
 
 
 @pytest.mark.slow
 def test_the_binary_measures_under_ada(tmp_path):
-    command = [sys.executable, "-m", "ada_jax.evaluate", "--config=experiments/quickstart.py"]
-    command += ["--random", f"--out={tmp_path / 'r.json'}", "--sets=ada", "--ada_radii=0.02"]
-    command += ["--worst_examples=16", "--ada_steps=1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    flags = [f"--out={tmp_path / 'r.json'}", "--sets=ada", "--ada_radii=0.02"]
+    done = run_here(*RANDOM, *flags, "--split=test[:40]", "--worst_examples=16", "--ada_steps=1")
     assert done.returncode == 0, done.stderr
     assert "error under AdA, edsr_small, nu 0.02, 1 steps" in done.stdout
 
@@ -147,10 +141,8 @@ def test_the_binary_measures_under_ada(tmp_path):
 @pytest.mark.slow
 def test_the_binary_measures_balls_of_pixels_and_goes_on(tmp_path):
     out = tmp_path / "r.json"
-    command = [sys.executable, "-m", "ada_jax.evaluate", "--config=experiments/quickstart.py"]
-    command += ["--random", f"--out={out}", "--sets=lp", "--worst_examples=12"]
-    command += ["--config.seed=3"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    flags = [f"--out={out}", "--sets=lp", "--worst_examples=12", "--config.seed=3"]
+    done = run_here(*RANDOM, *flags)
     assert done.returncode == 0, done.stderr
     results = json.loads(out.read_text())
     assert results["lp_accuracy"].keys() == {"l2", "linf"}
@@ -161,7 +153,7 @@ def test_the_binary_measures_balls_of_pixels_and_goes_on(tmp_path):
             assert cell["accounts"][0]["attacked"] == round(0.12 * cell["clean"]) > 0
     del results["lp"]["linf"]["8/255"]
     out.write_text(json.dumps(results))
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    done = run_here(*RANDOM, *flags)
     again = json.loads(out.read_text())
     assert done.returncode == 0 and again["lp_accuracy"] == results["lp_accuracy"]
     assert again["lp"]["l2"] == results["lp"]["l2"]
