@@ -173,13 +173,14 @@ def test_the_depth_of_a_chain_is_one_two_or_three():
 
 
 def test_an_example_does_not_depend_on_its_neighbours_and_stays_in_range(images):
-    x = jnp.float32(images[500:516]) / 255
+    x, f = jnp.float32(images[500:516]) / 255, jax.jit(augmix.augment_and_mix)
     key = jax.random.split(jax.random.key(0), len(x))
-    f = jax.jit(augmix.augment_and_mix)
-    whole = f(key, x)
-    np.testing.assert_allclose(f(key[:4], x[:4]), whole[:4], atol=1e-6)
-    assert whole.min() >= 0 and whole.max() <= 1 + 1e-6
-    assert np.abs(whole - x).mean() > 0.01
+    mixed, turned = f(key, x), f(key[::-1], x[::-1])
+    np.testing.assert_allclose(turned[::-1], mixed, atol=1e-6)
+    others = f(key.at[8:].set(key[:8]), x.at[8:].set(x[:8]))
+    np.testing.assert_allclose(others[:8], mixed[:8], atol=1e-6)
+    assert mixed.min() >= 0 and mixed.max() <= 1 + 1e-6
+    assert np.abs(mixed - x).mean() > 0.01
 
 
 def test_without_any_operation_drawn_an_image_on_the_grid_comes_back():

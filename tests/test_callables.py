@@ -68,7 +68,9 @@ def assert_equal(first: Any, second: Any) -> None:
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), first, second)
 
 
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize(
+    "name", ["pgd", *(pytest.param(n, marks=pytest.mark.slow) for n in ATTACKS if n != "pgd")]
+)
 def test_an_attack_sees_what_has_changed_in_place(name):
     trainer, expected = Trainer(FIRST), jax.jit(lambda w: run(name, functools.partial(linear, w)))
     before = jax.jit(lambda: run(name, trainer.logits))()

@@ -102,11 +102,10 @@ def test_preact_resnet50_projects_in_the_first_block_of_each_stage() -> None:
     }
 
 
-@pytest.mark.parametrize("size", [(32, 32), (48, 40)])
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_logits_for_any_image_size(name: str, size: tuple[int, int]) -> None:
+def test_logits_for_any_image_size(name: str) -> None:
     net = classifiers.make(name, 7)
-    x = images(2, *size)
+    x = images(2, 48, 40)
     params, state = shapes(name, x, num_classes=7)
     apply_fn = functools.partial(net.apply, is_training=True)
     logits, new_state = jax.eval_shape(apply_fn, params, state, None, x)
@@ -173,7 +172,9 @@ def test_running_statistics_decay() -> None:
         np.testing.assert_allclose(new["average"], hidden / (1 - 0.75**21), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["resnet9", "preact_resnet20"])
+@pytest.mark.parametrize(
+    "name", ["resnet9", pytest.param("preact_resnet20", marks=pytest.mark.slow)]
+)
 def test_gradients_are_finite_and_reach_every_parameter(name: str) -> None:
     net, params, state = fitted(name)
 

@@ -244,11 +244,10 @@ def cae_theta():
     return cae.cae_init(jax.random.key(0))
 
 
-@pytest.mark.parametrize("size", [(32, 32), (48, 40)])
-def test_the_cae_keeps_sizes_and_has_two_bits_a_pixel(cae_theta, size):
-    x = images(2, *size, 3)
+def test_the_cae_keeps_sizes_and_has_two_bits_a_pixel(cae_theta):
+    x = images(2, 24, 16, 3)
     latent = cae.cae_encode(cae_theta, x)
-    assert latent.shape == (2, size[0] // 4, size[1] // 4, 32)
+    assert latent.shape == (2, 6, 4, 32)
     bits = cae.binarise(jax.random.key(1), latent)
     np.testing.assert_allclose(np.abs(bits), 1, atol=1e-6)
     y = cae.cae_decode(cae_theta, bits)

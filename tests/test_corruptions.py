@@ -737,6 +737,7 @@ def test_mistakes_in_the_data_name_the_flags(monkeypatch, tmp_path, arguments, m
         __main__._load(*arguments)
 
 
+@pytest.mark.slow
 def test_ctrl_c_costs_one_line_with_several_processes_too(tmp_path):
     images, labels = np.repeat(photographs(), 200, 0), np.arange(2400) % 3
     np.savez(tmp_path / "some.npz", images=images, labels=labels)
@@ -760,6 +761,7 @@ def test_ctrl_c_costs_one_line_with_several_processes_too(tmp_path):
     assert "Traceback" not in errors
 
 
+@pytest.mark.slow
 def test_a_killed_command_goes_on(tmp_path):
     images, labels = np.repeat(photographs(), 200, 0), np.arange(2400) % 3
     np.savez(tmp_path / "some.npz", images=images, labels=labels)

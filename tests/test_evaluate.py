@@ -759,16 +759,15 @@ def test_classes_are_those_of_training_and_training_images_are_said_to_be(tmp_pa
     fields = {"dataset": "folder", "data_dir": tmp_path / "data", "method": "nominal"}
     fields |= {"epochs": 0, "train_steps": 20, "batch_size": 16, "eval_batch_size": 16}
     fields |= {"eval_sets": "clean", "figure_examples": 0, "compilation_cache": ""}
-    command = [sys.executable, "-m", "ada_jax.train", "--config=experiments/quickstart.py"]
-    command += [f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in fields.items())]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    flags = [f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in fields.items())]
+    done = run_here("train", "--config=experiments/quickstart.py", *flags)
     assert done.returncode == 0, done.stderr
     trained = json.loads((workdir / "results.json").read_text())
     assert trained["class_names"] == ["cat", "dog", "owl"] and trained["clean"]["examples"] == 10
 
     def evaluated(name, *flags):
         out = tmp_path / f"{name}.json"
-        return run(f"--workdir={workdir}", f"--out={out}", "--sets=clean", *flags), out
+        return run_here("evaluate", f"--workdir={workdir}", f"--out={out}", *flags), out
 
     done, out = evaluated("other", f"--data_dir={tmp_path / 'other'}", "--split=all")
     assert done.returncode == 2 and not out.exists()

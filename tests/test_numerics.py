@@ -70,7 +70,7 @@ def test_integer_images_are_not_divided_by_a_guess(f):
         f(np.uint8(255 * X))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(jnp.float16, marks=pytest.mark.slow), jnp.bfloat16])
 @pytest.mark.parametrize("name", [*GRADIENT_ATTACKS, "square", "ada"])
 def test_logits_of_few_bits_are_attacked(name, dtype):
     short = lambda x: linear(x).astype(dtype)  # noqa: E731
@@ -122,8 +122,7 @@ def exact_distances(classes: int, norm: str) -> np.ndarray:
     return distances.min(1)
 
 
-@pytest.mark.parametrize("classes", [2, 3])
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize(("classes", "norm"), [(2, "l2"), (3, "linf")])
 def test_targeted_attacks_with_few_classes_find_the_exact_robust_accuracy(classes, norm):
     few = functools.partial(linear, classes=classes)
     distances = exact_distances(classes, norm)

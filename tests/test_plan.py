@@ -206,6 +206,7 @@ def test_the_tiny_step_needs_what_pencil_and_paper_say():
     np.testing.assert_allclose(plan.useful_flops(step, cores=4), expected, rtol=0.01)
 
 
+@pytest.mark.slow
 def test_imagenet_s_step_has_its_shapes_and_length_without_data_or_weights():
     config = imagenet.get_config()
     step = plan.step_of(config, config.batch_size // 32)

@@ -24,15 +24,6 @@ TINY = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compile_once(tmp_path_factory):
-    """Lets the runs below share their compiled steps."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-
-
 @pytest.fixture(autouse=True)
 def tiny_presets(monkeypatch):
     monkeypatch.setattr(corruption_nets, "PRESETS", corruption_nets.PRESETS | TINY)

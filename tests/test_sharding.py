@@ -77,7 +77,7 @@ FUNCTIONS: dict[str, Callable] = {
     "square": functools.partial(attack, attacks.square, queries=10),
     "square-l2": functools.partial(attack, attacks.square, queries=10, norm="l2", epsilon=0.3),
 }
-QUICK = ("augment", "pgd")
+QUICK = ("pgd",)
 OTHERS = tuple(name for name in FUNCTIONS if name not in QUICK)
 
 

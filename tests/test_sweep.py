@@ -59,10 +59,6 @@ def binary(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "ada_jax.sweep", *arguments]
 
 
-def run_binary(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(binary(*arguments), capture_output=True, text=True, timeout=300)
-
-
 # ------------------------------------------------------------------------ points
 
 
@@ -167,6 +163,7 @@ def test_names_have_what_differs_and_are_safe_for_file_systems():
     assert names == ["cifar10-small-corruption_net_cae", "quickstart-a_b_.._c"]
 
 
+@pytest.mark.slow
 def test_reading_touches_no_device():
     """On a TPU the parent would take it from its runs."""
     code = f"from ada_jax import sweep; sweep.read({RADIUS!r}); import jax._src.xla_bridge as x"
@@ -476,19 +473,18 @@ def test_killed_in_the_middle_it_ends_with_the_same_results_files(tmp_path):
     assert not (out / "nominal-seed1" / "results.json").exists()
 
     collected = tmp_path / "collected"
-    done = run_binary(*arguments, f"--out={out}", f"--collect={collected}")
+    done = run_here("sweep", *arguments, f"--out={out}", f"--collect={collected}")
     assert done.returncode == 0, done.stderr
     assert "nominal-seed0: finished before, clean error" in done.stderr
     assert re.search(r"nominal-seed1: finished in [\d.]+ min, clean error", done.stderr)
     files = [out / f"nominal-seed{seed}" / "results.json" for seed in (0, 1)]
     assert files[0].read_bytes() == first
     assert [p.read_bytes() for p in sorted(collected.iterdir())] == [p.read_bytes() for p in files]
-    report = [sys.executable, "-m", "ada_jax.report", *map(str, files)]
-    assert done.stdout == subprocess.run(report, capture_output=True, text=True).stdout
+    assert done.stdout == run_here("report", *files).stdout
 
     whole = sweep.read(arguments[0].partition("=")[2], [*TINY, cache])[1]
-    command = [sys.executable, *sweep.command(whole, str(tmp_path / "whole"))]
-    subprocess.run(command, check=True, capture_output=True)
+    command = sweep.command(whole, str(tmp_path / "whole"))
+    assert run_here("train", *command[2:]).returncode == 0
     assert comparable(files[1]) == comparable(tmp_path / "whole" / "nominal-seed1/results.json")
 
 
@@ -512,7 +508,7 @@ def test_the_binary_leaves_with_143_after_sigterm_and_1_after_a_failure(tmp_path
     assert "the same command goes on" in errors
 
     missing = f"--config.data_dir={tmp_path / 'nothing'}"
-    done = run_binary(*arguments, "--jobs=2", "--config.dataset=cifar10", missing)
+    done = run_here("sweep", *arguments, "--jobs=2", "--config.dataset=cifar10", missing)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.count("failed: nominal-seed") == 2
     assert "failed: nominal-seed1: status 2, error: config.dataset = 'cifar10'" in done.stderr

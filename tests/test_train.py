@@ -75,6 +75,11 @@ def run(workdir, *flags: str, **kwargs) -> subprocess.CompletedProcess:
     )
 
 
+def here(workdir, *flags: str) -> subprocess.CompletedProcess:
+    """The same in this process."""
+    return run_here("train", "--config=experiments/quickstart.py", f"--workdir={workdir}", *flags)
+
+
 # ------------------------------------------------------------------------ config and schedule
 
 
@@ -147,9 +152,8 @@ def test_imagenet_trains_and_is_evaluated_on_generated_photographs(request, tmp_
         "figure_examples": 0,
     }
     given = [f"--config.{field}={value}" for field, value in flags.items()]
-    binary = [sys.executable, "-m", "ada_jax.train", "--config=experiments/imagenet.py:small"]
-    whole = [*binary, f"--workdir={tmp_path}", *given]
-    done = subprocess.run(whole, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    small = "--config=experiments/imagenet.py:small"
+    done = run_here("train", small, f"--workdir={tmp_path}", *given)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["clean"]["examples"] == 4 and len(results["corruptions"]) == 15
@@ -303,8 +307,7 @@ def test_batches_that_the_devices_do_not_divide(changes, said):
     ],
 )
 def test_the_binary_tells_a_mistake_in_one_sentence_and_status_2(tmp_path, flags, said):
-    quickstart = "--config=experiments/quickstart.py"
-    assert_mistake(run_here("train", quickstart, f"--workdir={tmp_path}/run", *flags), said)
+    assert_mistake(here(tmp_path / "run", *flags), said)
     assert not (tmp_path / "run").exists()
 
 
@@ -356,7 +359,7 @@ def first_steps(config: ConfigDict, steps: int = 3) -> tuple[training.TrainState
     return state, metrics[-1]
 
 
-def steps_of(parts: setup.Parts, steps: int) -> tuple[training.TrainState, list[dict]]:
+def steps_of(parts: setup.Parts, steps: int, after_each=None) -> tuple[training.TrainState, list]:
     """The state after a few steps, and the metrics of each."""
     config, found = parts.config, []
     images = batching.to_float(next(batching.eval_batches(parts.train_set, batch_size=8))["image"])
@@ -369,12 +372,14 @@ def steps_of(parts: setup.Parts, steps: int) -> tuple[training.TrainState, list[
     for _ in range(steps):
         state, metrics = update_step(state, thetas, sharding.shard(next(batches)), key)
         found.append({k: float(v[0]) for k, v in metrics.items()})
+        if after_each:
+            after_each()
     return sharding.unreplicate(state), found
 
 
 @pytest.mark.slow
 def test_the_update_step_compiles_once():
-    compiled = []
+    compiled, counts = [], []
 
     def note(event, seconds, **_):
         if event == "/jax/core/compile/backend_compile_duration":
@@ -382,14 +387,11 @@ def test_the_update_step_compiles_once():
 
     jax.monitoring.register_event_duration_secs_listener(note)
     try:
-        parts, counts = setup.build(tiny(method="nominal")), []
-        for steps in (1, 1, 3):  # The first also compiles what the others find compiled.
-            compiled.clear()
-            steps_of(parts, steps)
-            counts.append(len(compiled))
+        parts = setup.build(tiny(method="nominal"))
+        steps_of(parts, 3, lambda: counts.append(len(compiled)))
     finally:
         jax.monitoring.unregister_event_duration_listener(note)
-    assert 0 < counts[1] == counts[2]
+    assert 0 < counts[0] == counts[1] == counts[2]
 
 
 def test_golden_step():
@@ -397,6 +399,10 @@ def test_golden_step():
     state, metrics = first_steps(tiny(), steps=2)
     assert {name: metrics[name] for name in GOLDEN} == pytest.approx(GOLDEN, abs=2e-3)
     assert int(state.step) == 2
+    assert metrics["ada_loss_end"] > metrics["ada_loss_start"]
+    assert 0.3 <= metrics["ada_ssim_after_min"] <= metrics["ada_ssim_after"] <= 1
+    assert 0 <= metrics["ada_changed"] <= 1
+    assert 0 < metrics["ada_on_surface"] <= 1
 
 
 GOLDEN = {"loss": 2.4, "ada_loss_start": 2.317, "ada_ssim_after": 0.907}
@@ -421,15 +427,6 @@ def test_adversarial_training_raises_the_loss(norm):
     attacked = tiny(method="pgd", **{"pgd.norm": norm, "pgd.epsilon": 0.5, "pgd.steps": 2})
     losses = [first_steps(config, steps=1)[1]["loss"] for config in (plain, attacked)]
     assert losses[1] > losses[0] + 0.1
-
-
-@pytest.mark.slow
-def test_metrics_of_a_step_are_complete_and_sane():
-    _, metrics = first_steps(tiny(), steps=1)
-    assert metrics["ada_loss_end"] > metrics["ada_loss_start"]
-    assert 0.3 <= metrics["ada_ssim_after_min"] <= metrics["ada_ssim_after"] <= 1
-    assert 0 <= metrics["ada_changed"] <= 1
-    assert 0 < metrics["ada_on_surface"] <= 1
 
 
 @pytest.mark.slow
@@ -470,13 +467,6 @@ def rendered_digits(tmp_path_factory):
     return str(folder)
 
 
-@pytest.fixture(scope="module")
-def compilation_cache(tmp_path_factory):
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache")))
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-
-
 @pytest.mark.parametrize("row", cifar10.ROWS)
 def test_a_row_is_what_its_words_say(row):
     config = cifar10.get_config(row)
@@ -488,7 +478,7 @@ def test_a_row_is_what_its_words_say(row):
 # The rows are four programs: DeepAugment's images are made beforehand.
 @pytest.mark.slow
 @pytest.mark.parametrize("row", ["deepaugment", "augmix", "ada", "ada+deepaugment10x+augmix"])
-def test_every_program_runs_two_steps(row, rendered_digits, compilation_cache):
+def test_every_program_runs_two_steps(row, rendered_digits):
     chosen = cifar10.get_config(f"{row},small")
     config = tiny(method=chosen.method)
     config.update(augmix=chosen.augmix, deepaugment=chosen.deepaugment)
@@ -822,9 +812,9 @@ def test_a_run_leaves_what_it_promises(uninterrupted):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_killed_at_five_random_moments_a_run_ends_bitwise_equal(uninterrupted):
+def test_killed_at_random_moments_a_run_ends_bitwise_equal(uninterrupted):
     folder, flags, _ = uninterrupted
-    kill_and_restart(folder / "killed", flags, kills=5, moments=(3, 14), signals=[signal.SIGKILL])
+    kill_and_restart(folder / "killed", flags, kills=3, moments=(3, 14), signals=[signal.SIGKILL])
     assert_alike(folder / "whole", folder / "killed")
 
 
@@ -911,8 +901,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(uninterrupted):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_during_the_last_step_is_not_forgotten(number, tmp_path, monkeypatch):
+def test_a_signal_during_the_last_step_is_not_forgotten(tmp_path, monkeypatch):
     config, make = tiny(method="nominal", epochs=0.0, train_steps=2), train.compile_update_step
 
     def terminated_in_the_second(parts):
@@ -920,13 +909,13 @@ def test_a_signal_during_the_last_step_is_not_forgotten(number, tmp_path, monkey
 
         def update(*args):
             if next(steps) == 2:
-                os.kill(os.getpid(), number)
+                os.kill(os.getpid(), signal.SIGTERM)
             return update_step(*args)
 
         return update
 
     monkeypatch.setattr(train, "compile_update_step", terminated_in_the_second)
-    assert train.main(config, str(tmp_path)) == 128 + number
+    assert train.main(config, str(tmp_path)) == distributed.INTERRUPTED
     assert not (tmp_path / "results.json").exists()
     monkeypatch.undo()
     assert train.main(config, str(tmp_path)) is None
@@ -942,7 +931,7 @@ def test_a_full_disk_costs_one_sentence_and_the_same_command_goes_on(small_disk)
     assert said[-1].startswith("error: ") and "No space left" in said[-1]
     assert "Traceback" not in done.stderr
     subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)
-    done = run(workdir, *flags)
+    done = here(workdir, *flags)
     assert done.returncode == 0, done.stderr
     assert json.loads((workdir / "results.json").read_text())["clean"]["examples"] == 40
 
@@ -969,8 +958,7 @@ def test_a_run_in_a_bucket_is_stopped_and_ends_as_one_on_this_machine(uninterrup
     assert cloud.content(f"{workdir}/adversarial_edsr_small.png").startswith(b"\x89PNG")
 
     cloud.remove(f"{workdir}/results.json")
-    evaluation = [sys.executable, "-m", "ada_jax.evaluate", f"--workdir={workdir}"]
-    subprocess.run(evaluation, cwd=ROOT, check=True, timeout=600)
+    assert run_here("evaluate", f"--workdir={workdir}").returncode == 0
     theirs, ours = (json.loads(paths.read(f"{w}/results.json")) for w in (whole, workdir))
     assert {k: ours[k] for k in ("clean", "corruptions", "weights_digest")} == {
         k: theirs[k] for k in ("clean", "corruptions", "weights_digest")
@@ -982,19 +970,16 @@ def test_a_run_in_a_bucket_is_stopped_and_ends_as_one_on_this_machine(uninterrup
 @pytest.mark.slow
 @pytest.mark.parametrize("bucket", ["nowhere", "secret", "shown"])
 def test_a_bucket_that_cannot_be_used_is_named_before_the_first_step(cloud, bucket):
-    started = time.monotonic()
-    done = run(f"gs://{bucket}/run")
-    assert time.monotonic() - started < 60
-    (error,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
-    assert done.returncode == 2 and f"gs://{bucket}/run" in error
-    assert "Traceback" not in done.stderr and "step 1" not in done.stderr
+    done = here(f"gs://{bucket}/run")
+    assert_mistake(done, f"gs://{bucket}/run")
+    assert "step 1" not in done.stderr
 
 
 @pytest.mark.slow
 def test_other_data_in_the_same_workdir_are_refused(uninterrupted):
     folder, flags, _ = uninterrupted
-    done = run(folder / "whole", *flags, "--config.train_split=train[64:128]")
-    assert done.returncode == 2 and "config.train_split" in done.stderr
+    done = here(folder / "whole", *flags, "--config.train_split=train[64:128]")
+    assert_mistake(done, "config.train_split")
     rng = np.random.default_rng(0)
     for name in "ab":
         images = rng.integers(0, 256, (40, 32, 32, 3), np.uint8)
@@ -1002,19 +987,19 @@ def test_other_data_in_the_same_workdir_are_refused(uninterrupted):
     npz = ["--config.dataset=npz", "--config.train_split=train", "--config.eval_split=test"]
     npz += ["--config.train_steps=1", "--config.epochs=0", "--config.eval_sets=clean"]
     first, second = (
-        run(folder / "npz", *flags, *npz, f"--config.data_dir={folder}/{name}.npz") for name in "ab"
+        here(folder / "npz", *flags, *npz, f"--config.data_dir={folder}/{name}.npz")
+        for name in "ab"
     )
     assert first.returncode == 0, first.stderr
-    assert second.returncode == 2 and "training data" in second.stderr
+    assert_mistake(second, "training data")
 
 
 @pytest.mark.slow
 def test_another_architecture_in_the_same_workdir_is_refused(uninterrupted):
     folder, flags, _ = uninterrupted
     before = (folder / "whole" / "config.json").read_text()
-    done = run(folder / "whole", *flags, "--config.classifier=preact_resnet20")
-    assert done.returncode == 2
-    assert "config.classifier" in done.stderr
+    done = here(folder / "whole", *flags, "--config.classifier=preact_resnet20")
+    assert_mistake(done, "config.classifier")
     assert (folder / "whole" / "config.json").read_text() == before
 
 
@@ -1022,9 +1007,8 @@ def test_another_architecture_in_the_same_workdir_is_refused(uninterrupted):
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(uninterrupted):
     folder, flags, _ = uninterrupted
     diverging = ["--config.learning_rate=1e30", "--config.warmup_epochs=0"]
-    done = run(folder / "nan", *flags, *diverging, "--config.checkpoint_epochs=0.25")
-    assert done.returncode == 2
+    done = here(folder / "nan", *flags, *diverging, "--config.checkpoint_epochs=0.25")
+    assert_mistake(done, "--workdir")
     step = int(re.search(r"at step (\d+)", done.stderr)[1])
-    assert "--workdir" in done.stderr
     kept = [int(p.name) for p in (folder / "nan" / "checkpoints").iterdir() if p.name.isdigit()]
     assert kept and max(kept) < step

@@ -22,6 +22,7 @@ from ada_jax.evaluation import scoring
 from ada_jax.nets import cae, classifiers, edsr
 from ada_jax.run import logbook
 from experiments import pretrain_edsr
+from tests.conftest import run_here
 
 ROOT = pathlib.Path(__file__).parents[1]
 BATCH, SIDE, CLASSES = 4, 12, 5
@@ -176,14 +177,13 @@ def test_x64_changes_nothing(name):
 
 @pytest.mark.slow
 def test_training_under_x64_is_the_same(tmp_path):
-    command = [sys.executable, "-m", "ada_jax.train", "--config=experiments/quickstart.py"]
-    command += ["--config.epochs=0", "--config.train_steps=3", "--config.log_steps=1"]
-    command += ["--config.eval_sets=('clean',)", "--config.figure_examples=0"]
-    records = []
-    for setting in ("0", "1"):
-        workdir = tmp_path / setting
-        environment = os.environ | {"JAX_ENABLE_X64": setting}
-        run = [*command, f"--workdir={workdir}"]
-        subprocess.run(run, check=True, cwd=ROOT, env=environment, timeout=600)
-        records.append([r["loss"] for r in logbook.read(workdir)])
-    assert len(records[0]) >= 3 and records[0] == records[1]
+    flags = ["--config=experiments/quickstart.py", "--config.epochs=0", "--config.train_steps=3"]
+    flags += ["--config.log_steps=1", "--config.eval_sets=('clean',)", "--config.batch_size=16"]
+    flags += ["--config.figure_examples=0", "--config.cpu_devices=0"]
+    command = [sys.executable, "-m", "ada_jax.train", *flags, f"--workdir={tmp_path / '64'}"]
+    environment = os.environ | {"JAX_ENABLE_X64": "1"}
+    subprocess.run(command, check=True, cwd=ROOT, env=environment, timeout=600)
+    done = run_here("train", *flags, f"--workdir={tmp_path / '32'}")
+    assert done.returncode == 0, done.stderr
+    one, other = ([r["loss"] for r in logbook.read(tmp_path / name)] for name in ("32", "64"))
+    assert len(one) >= 3 and one == other
