@@ -1,21 +1,16 @@
-"""The reliability campaign: kills, damaged inputs, wrong settings and full disks.
+"""The reliability campaign: damaged inputs and wrong settings.
 
     python tests/campaign.py
-    python tests/campaign.py --kills=12 --malformed=60 --settings=100 --full=3 --seed=1
+    python tests/campaign.py --malformed=60 --settings=100 --seed=1
 
 Prints one line of counts for each part, then every failure with the command that repeats it. The
 exit status is 1 if there was any.
 
-- kills: tiny runs of `train` and `evaluate` are killed by SIGKILL, SIGTERM or Ctrl-C, at a
-  uniformly random moment, while a checkpoint is written or while the evaluation runs, and started
-  again, until they end. The end must be bitwise that of the run that was not killed.
 - malformed: one file is truncated, has a bit flipped, or (JSON) a value replaced. The command must
   end with status 2, one sentence as its last line, and every file as it was; or with status 0 and
   the end that the undamaged file gives. Formats without a checksum may also give another end.
 - settings: every field of the quickstart set to each of `WRONG`, with status 2 and one sentence, or
   accepted. What was accepted is listed, to be looked through.
-- full: the run's folder is on a small tmpfs of random size. The command must end with status 0, or
-  with 2 and one sentence, and once there is room the same command must give the same end.
 
 Importing takes longer than a tiny run, so all is imported once and each command is a fork.
 """
@@ -37,7 +32,6 @@ import runpy
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -52,10 +46,10 @@ from ada_jax.nets import classifiers
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 QUICKSTART = ROOT / "experiments" / "quickstart.py"
-PARTS = ("kills", "malformed", "settings", "full")
+PARTS = ("malformed", "settings")
 SECONDS = 300  # after which a command hangs
 SETTING_SECONDS = 30  # after which a setting is accepted, if the run goes on still
-STEPS, KILLS_A_RUN = 8, 4
+STEPS = 8
 WRONG = (
     *("-1", "0", "1e30", "nan", "inf", "", "nonsense", "None", "()", "(1,)", "[1, 'a']", "{}"),
     *("1" + 30 * "0", "two\nlines", "../outside", "True"),
@@ -75,30 +69,6 @@ class Outcome(NamedTuple):
 
 
 # ------------------------------------------------------------------------ commands
-
-
-class Command(NamedTuple):
-    """A command under way: its process, and where its stderr goes."""
-
-    pid: int
-    arguments: list[str]
-    errors: pathlib.Path
-
-
-def start(folder: pathlib.Path, arguments: list[str]) -> Command:
-    """Starts `python -m ada_jax.ARGUMENTS` in a folder, as a fork; its output goes beside it."""
-    errors = folder.with_name(folder.name + ".err")
-    if WORLD.args.only:
-        print(f"in {folder}: python -m ada_jax.{shlex.join(arguments)}")
-    sys.stdout.flush()
-    sys.stderr.flush()
-    pid = os.fork()
-    if not pid:
-        try:
-            _run(folder, arguments, errors)
-        finally:
-            os._exit(70)
-    return Command(pid, arguments, errors)
 
 
 def _run(folder: pathlib.Path, arguments: list[str], errors: pathlib.Path) -> None:
@@ -131,26 +101,30 @@ def _run(folder: pathlib.Path, arguments: list[str], errors: pathlib.Path) -> No
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
 
 
-def ended(command: Command, seconds: float) -> int | None:
-    """The exit status, as subprocess gives it; None if it has not ended by then."""
-    limit = time.monotonic() + seconds
-    while True:
-        pid, status = os.waitpid(command.pid, os.WNOHANG)
-        if pid:
-            return os.waitstatus_to_exitcode(status)
-        if time.monotonic() >= limit:
-            return None
-        time.sleep(0.002)
-
-
 def run(folder: pathlib.Path, arguments: list[str], seconds: float = SECONDS) -> int | None:
-    """Runs a command to its end; returns its status, None if it had to be killed."""
-    command = start(folder, arguments)
-    status = ended(command, seconds)
-    if status is None:
-        os.killpg(command.pid, signal.SIGKILL)
-        os.waitpid(command.pid, 0)
-    return status
+    """Runs `python -m ada_jax.ARGUMENTS` in a folder, as a fork, with its output beside it.
+
+    Returns its status as subprocess gives it; None if it had to be killed.
+    """
+    if WORLD.args.only:
+        print(f"in {folder}: python -m ada_jax.{shlex.join(arguments)}")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if not pid:
+        try:
+            _run(folder, arguments, folder.with_name(folder.name + ".err"))
+        finally:
+            os._exit(70)
+    limit = time.monotonic() + seconds
+    while time.monotonic() < limit:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.killpg(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return None
 
 
 def said(folder: pathlib.Path) -> str:
@@ -218,11 +192,6 @@ def train(workdir: str = "run", **changes: Any) -> list[str]:
 def evaluate(*flags: str) -> list[str]:
     """The arguments of an evaluation of weights.safetensors."""
     return ["evaluate", *tiny(), "--weights=weights.safetensors", "--out=out.json", *flags]
-
-
-NOMINAL = train(eval_sets=("clean", "c"))
-ADA = train(method="ada", ada__steps=1)
-GRID = evaluate("--sets=clean,c,extra")
 
 
 def prepare(good: pathlib.Path) -> None:
@@ -314,96 +283,6 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> str:
             continue  # NaN
         return f"{name} is {'missing' if a is None else 'new' if b is None else 'other'}"
     return ""
-
-
-# ------------------------------------------------------------------------ kills
-
-
-def kill(number: int) -> Outcome:
-    """Kills one run several times; see the module's docstring."""
-    case, draw = f"kills:{number}", random.Random(f"{WORLD.seed} kills {number}")
-    kind = ("nominal", "ada", "evaluate")[number % 3]
-    arguments, needs = WORLD.killed[kind]
-    wanted = min(KILLS_A_RUN, WORLD.args.kills - number * KILLS_A_RUN)
-    wanted = KILLS_A_RUN if WORLD.args.only else wanted
-    counts: list[str] = []
-    with case_folder(case, *needs) as folder:
-        for _ in range(5 * wanted):
-            if len(counts) == 2 * wanted:
-                break
-            aims = ["anywhere", "checkpoint", "evaluation"]
-            # A run whose evaluation has begun saves no more.
-            aim = draw.choice(aims[:2] if len(counts) < wanted else aims)
-            aim = "evaluation" if kind == "evaluate" else aim
-            sent = draw.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-            command = start(folder, arguments)
-            status = _ended_before(command, folder, kind, aim, draw)
-            if status is None:
-                os.kill(command.pid, sent)
-                status = ended(command, SECONDS)
-                counts += [sent.name, aim]
-            if status is None:
-                os.kill(command.pid, signal.SIGKILL)
-                return Outcome(case, kind, f"did not end within {SECONDS} s of {sent.name}")
-            if status not in (0, 128 + sent, -sent) or "Traceback (most" in said(folder):
-                fault = complaint(folder, status) or f"status {status}"
-                return Outcome(case, kind, f"after {' '.join(counts)}: {fault}", tuple(counts))
-        status = run(folder, arguments)
-        fault = complaint(folder, status) or ("" if status == 0 else f"status 2: {said(folder)}")
-        fault = fault or difference(end(folder), WORLD.ends[kind])
-        if not fault:
-            forget(folder)
-        return Outcome(case, kind, fault and f"after {' '.join(counts)}: {fault}", tuple(counts))
-
-
-def _ended_before(
-    command: Command, folder: pathlib.Path, kind: str, aim: str, draw: random.Random
-) -> int | None:
-    """Waits until the moment to kill; returns the status if the command ends before."""
-    whole, evaluation = WORLD.seconds[kind]
-    saves = folder / "run" / "checkpoints"
-    if aim == "anywhere" or kind == "evaluate":
-        return ended(command, draw.uniform(0, whole))
-    before, skipped = _unfinished(saves), draw.randrange(3)
-    for _ in range(int(SECONDS / 0.002)):
-        status = ended(command, 0)
-        if status is not None:
-            return status
-        if aim == "evaluation" and (saves / str(STEPS)).is_dir():
-            return ended(command, draw.uniform(0, evaluation))
-        if aim == "checkpoint" and _unfinished(saves) - before:
-            if not skipped:
-                return ended(command, draw.uniform(0, 0.05))
-            before, skipped = before | _unfinished(saves), skipped - 1
-        time.sleep(0.001)
-    return None
-
-
-def _unfinished(saves: pathlib.Path) -> set[str]:
-    """Checkpoints that are being written."""
-    return {path.name for path in saves.glob("*tmp*")}
-
-
-def time_whole_runs() -> None:
-    """Runs what is to be killed without kills: notes how it ends, its seconds and its space."""
-    for kind, (arguments, needs) in WORLD.killed.items():
-        for attempt in ("cold", "warm"):
-            with case_folder(f"{kind}:{attempt}", *needs) as folder:
-                began = saved = time.monotonic()
-                command = start(folder, arguments)
-                while (status := ended(command, 0)) is None:
-                    WORLD.sizes[kind] = max(WORLD.sizes.get(kind, 0), space(folder / "run"))
-                    if not (folder / "run" / "checkpoints" / str(STEPS)).is_dir():
-                        saved = time.monotonic()
-                    time.sleep(0.01)
-                if status != 0:
-                    raise SystemExit(f"{kind} failed, status {status}:\n{said(folder)}")
-                WORLD.seconds[kind] = time.monotonic() - began, time.monotonic() - saved
-                found = end(folder)
-                if attempt == "warm" and (fault := difference(found, WORLD.ends[kind])):
-                    raise SystemExit(f"{kind} does not repeat itself without kills: {fault}")
-                WORLD.ends[kind] = found
-                forget(folder)
 
 
 # ------------------------------------------------------------------------ malformed inputs
@@ -625,63 +504,6 @@ def setting(number: int) -> Outcome:
         return Outcome(case, field, fault and f"{shown}: {fault}", (count,), accepted)
 
 
-# ------------------------------------------------------------------------ full disks
-
-
-def full(number: int) -> Outcome:
-    """Runs on a small disk, and again with room; see the module's docstring."""
-    case, draw = f"full:{number}", random.Random(f"{WORLD.seed} full {number}")
-    kind = ("nominal", "ada")[number % 2]
-    arguments, needs = WORLD.killed[kind]
-    with case_folder(case, *needs) as folder:
-        disk = folder / "run"
-        disk.mkdir()
-        size = draw.randrange(4096, WORLD.sizes[kind])
-        mount = ["mount", "-t", "tmpfs", "-o"]
-        subprocess.run([*mount, f"size={size}", "campaign", disk], check=True)
-        try:
-            status = run(folder, arguments)
-            fault, first = complaint(folder, status), said(folder)
-            subprocess.run([*mount, "remount,size=1g", "campaign", disk], check=True)
-            again = run(folder, arguments)
-            other = difference(end(folder), WORLD.ends[kind])
-            if again != 0 or other:
-                fault += f" With room again: status {again}, {other or said(folder)[-500:]}."
-        finally:
-            subprocess.run(["umount", disk], check=True)
-        if not fault:
-            forget(folder)
-        last = (first.splitlines() or [""])[-1]
-        return Outcome(
-            case,
-            kind,
-            fault and f"{kind}, {size} bytes: {fault} (first: {last[:200]})",
-            ({0: "enough", 2: "stopped"}.get(status, "failed"),),
-        )
-
-
-def can_mount() -> bool:
-    """Whether a tmpfs can be mounted here, which takes root."""
-    with tempfile.TemporaryDirectory() as folder:
-        mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "campaign", folder]
-        try:
-            subprocess.run(mount, check=True, capture_output=True)
-        except (OSError, subprocess.CalledProcessError):
-            return False
-        subprocess.run(["umount", folder], check=True)
-        return True
-
-
-def space(folder: pathlib.Path) -> int:
-    """How many bytes of disk a folder takes now."""
-    total = 0
-    for parent, folders, files in os.walk(folder):  # which skips what is renamed meanwhile
-        for name in folders + files:
-            with contextlib.suppress(FileNotFoundError):
-                total += os.lstat(os.path.join(parent, name)).st_blocks * 512
-    return total
-
-
 # ------------------------------------------------------------------------ the campaign
 
 
@@ -690,14 +512,7 @@ class World:
 
     def __init__(self, args: argparse.Namespace, root: pathlib.Path) -> None:
         self.args, self.root, self.seed = args, root, args.seed
-        self.killed = {
-            "nominal": (NOMINAL, ("data.npz",)),
-            "ada": (ADA, ("data.npz",)),
-            "evaluate": (GRID, _WEIGHTS),
-        }
         self.ends: dict[str, Any] = {}
-        self.seconds: dict[str, tuple[float, float]] = {}
-        self.sizes: dict[str, int] = {}
 
 
 WORLD: World  # set by main, before anything forks
@@ -723,10 +538,8 @@ def one(case: str) -> Outcome:
     part, _, number = case.partition(":")
     began = time.monotonic()
     cases: dict[str, Callable[[Any], Outcome]] = {
-        "kills": kill,
         "malformed": malformed,
         "settings": setting,
-        "full": full,
         "control": control,
     }
     outcome = cases[part](number if part == "control" else int(number))
@@ -744,10 +557,8 @@ def main() -> int:
     """Runs the parts that the flags name; returns the exit status."""
     global WORLD
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--malformed", type=int, default=200)
     parser.add_argument("--settings", type=int, default=10**6, help="at most; by default all")
-    parser.add_argument("--full", type=int, default=20, help="sizes of the disk")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="cases at a time")
     parser.add_argument("--only", default="", help="one case, as malformed:17")
@@ -775,12 +586,7 @@ def campaign(args: argparse.Namespace) -> int:
     """Prepares what the parts need and runs them."""
     began = time.monotonic()
     parts = [args.only.partition(":")[0]] if args.only else [p for p in PARTS if getattr(args, p)]
-    if "full" in parts and not can_mount():
-        print("full: left out, for a tmpfs cannot be mounted here (that takes root).")
-        parts.remove("full")
     prepare(WORLD.root / "good")
-    if {"kills", "full"} & {*parts}:
-        time_whole_runs()
     failures: list[Outcome] = []
     if "malformed" in parts:
         for outcome in run_cases([f"control:{kind}" for kind in KINDS], args.jobs):
@@ -801,7 +607,6 @@ def run_part(part: str, args: argparse.Namespace) -> list[Outcome]:
     """Runs the cases of one part and prints its counts; returns the failures."""
     began = time.monotonic()
     number = min(getattr(args, part), len(all_settings()) if part == "settings" else 10**6)
-    number = math.ceil(number / KILLS_A_RUN) if part == "kills" else number
     cases = [args.only] if args.only else [f"{part}:{i}" for i in range(number)]
     outcomes = list(run_cases(cases, args.jobs))
     counts: dict[str, int] = {}
