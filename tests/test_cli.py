@@ -11,6 +11,7 @@ import pytest
 
 from ada_jax.errors import UserError
 from ada_jax.run import cli, config_checks, distributed
+from tests.conftest import assert_mistake
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -22,6 +23,16 @@ def test_a_pipe_that_closes_early_costs_no_traceback():
     )
     assert done.stdout == "**Table 1: robustness to common corruptions**\n"
     assert done.stderr == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["deepaugment", "evaluate", "import_weights", "plan", "pretrain", "report", "study"]
+)
+def test_every_binary_tells_a_mistake_in_a_process_of_its_own(name):
+    """Other mistakes are told in the test's process."""
+    command = [sys.executable, "-m", f"ada_jax.{name}", "--nonsense"]
+    assert_mistake(subprocess.run(command, cwd=ROOT, capture_output=True, text=True), "'nonsense'")
 
 
 @pytest.mark.parametrize(("seed", "folder"), [(0, "runs/a"), (3, "runs/a-seed3")])
