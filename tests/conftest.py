@@ -90,8 +90,10 @@ def run_here(name: str, *words: Any) -> subprocess.CompletedProcess[str]:
         status = leaving.code or 0
     finally:
         logging.getLogger("absl").removeHandler(log)
-        for flag in set(flags.FLAGS) - defined:
-            delattr(flags.FLAGS, flag)
+        for flag in set(flags.FLAGS) - defined:  # But those of a library that it imported stay.
+            module = flags.FLAGS.find_module_defining_flag(flag, "")
+            if module.startswith((name, "ada_jax", "ml_collections")):
+                delattr(flags.FLAGS, flag)
         flags.FLAGS.unparse_flags()
     printed = (stream.buffer.getvalue().decode() for stream in (out, errors))
     return subprocess.CompletedProcess([name, *words], status, *printed)
