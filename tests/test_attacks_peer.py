@@ -5,6 +5,7 @@ Left out where that package or PyTorch is missing.
 
 import functools
 import itertools
+import os
 import time
 
 import jax
@@ -20,6 +21,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("pyautoattack")
 pytestmark = pytest.mark.slow
 
+study = pytest.mark.skipif(
+    "ADA_JAX_PEER" not in os.environ, reason="ADA_JAX_PEER=1 runs both AutoAttacks for half an hour"
+)
 COUNT = 200
 EPSILONS = {"linf": (0.03, 0.06, 0.1), "l2": (0.4, 0.8, 1.2)}
 NORMS = {"linf": "Linf", "l2": "L2"}
@@ -102,6 +106,7 @@ def test_both_are_the_same_network():
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
+@study
 @pytest.mark.parametrize(
     ("norm", "epsilon"), [(norm, epsilon) for norm in NORMS for epsilon in EPSILONS[norm]]
 )
@@ -175,6 +180,7 @@ class ResNet9(torch.nn.Module):
         return self.last(x.mean((2, 3)))
 
 
+@study
 def test_apgd_is_no_slower_than_the_peers():
     """A thousand images, a hundred iterations, a ball too small to break any: all are done."""
     from pyautoattack.autopgd_base import APGDAttack
