@@ -92,7 +92,8 @@ def run_here(name: str, *words: Any) -> subprocess.CompletedProcess[str]:
         logging.getLogger("absl").removeHandler(log)
         for flag in set(flags.FLAGS) - defined:  # But those of a library that it imported stay.
             module = flags.FLAGS.find_module_defining_flag(flag, "")
-            if module.startswith((name, "ada_jax", "ml_collections")):
+            ours = module.startswith((name, "ada_jax", "ml_collections"))
+            if ours or flag.startswith("config."):
                 delattr(flags.FLAGS, flag)
         flags.FLAGS.unparse_flags()
     printed = (stream.buffer.getvalue().decode() for stream in (out, errors))
