@@ -757,7 +757,7 @@ def test_classes_are_those_of_training_and_training_images_are_said_to_be(tmp_pa
     write("two", 40, dog=4, owl=4)
     workdir = tmp_path / "run"
     fields = {"dataset": "folder", "data_dir": tmp_path / "data", "method": "nominal"}
-    fields |= {"epochs": 0, "train_steps": 20, "batch_size": 16, "eval_batch_size": 16}
+    fields |= {"epochs": 0, "train_steps": 60, "batch_size": 16, "eval_batch_size": 16}
     fields |= {"eval_sets": "clean", "figure_examples": 0, "compilation_cache": ""}
     flags = [f"--workdir={workdir}", *(f"--config.{k}={v}" for k, v in fields.items())]
     done = run_here("train", "--config=experiments/quickstart.py", *flags)
