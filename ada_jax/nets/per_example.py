@@ -405,8 +405,7 @@ CHOSEN = {
     # On TPUs grouped gradients become dense over all pairs of examples (measured by `ada_jax.plan`
     # for v3 and v5e).
     "default": ("grouped", "patches"),
-    # On an H100 in bfloat16 the training step of cifar10.py:ada,gpu takes 36.5 ms with 'triton',
-    # 37.8 with the line above and 60.3 with 'shifted'; the inner maximisation of edsr_baseline
-    # takes 137, 160 and 341 ms, and 200 with 'patches' (launch/README.md).
+    # On an H100 in bfloat16 the training step of cifar10.py:ada,gpu takes 25.8 ms with 'triton',
+    # 27.1 with 'grouped' forward, and 36.1 with the line above (launch/README.md).
     "cuda": ("triton", "triton"),
 }
