@@ -85,8 +85,9 @@ def test_another_process_s_shard_is_left_to_it(tmp_path):
     shard = tmp_path / "edsr_small_copy00_001.npy"
     shard.unlink()
     hold = (
-        "import sys; from ada_jax import locks; held = locks.take(locks.of_file(sys.argv[1]));"
-        "print('held', flush=True); sys.stdin.read()"
+        "import sys; from ada_jax import locks\n"
+        "with locks.claim(locks.of_file(sys.argv[1])):\n"
+        "    print('held', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", hold, str(shard)]
     other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -179,8 +179,7 @@ def test_small_images_pass_where_the_line_search_is_off():
 
 def test_small_images_have_an_error_under_ada(monkeypatch):
     monkeypatch.setattr(worst_case.corruption_nets, "make", lambda name: NET)
-    dataset = core.from_arrays(np.uint8(255 * X), Y, class_names=["a", "b", "c"])
-    (cell,) = under_ada(linear, dataset)["under_ada"]
+    (cell,) = under_ada(linear)["under_ada"]
     assert cell["error"] < 100 and "ssim" not in cell
 
 
@@ -193,11 +192,12 @@ def test_small_images_are_drawn_without_an_ssim(tmp_path):
     assert (tmp_path / "a.png").stat().st_size
 
 
-def under_ada(logits_fn, dataset):
+def under_ada(logits_fn):
+    options = worst_case.Options(radii=[0.1], steps=1, restarts=2, batch_size=8)
+    images = np.float32(np.uint8(255 * X)) / 255
     return worst_case.under_ada(
-        {}, lambda results: None, logits_fn, dataset,
-        nets=["edsr_small"], radii=[0.1], steps=1, restarts=2, examples=0, seed=0, batch_size=8,
-    )  # fmt: skip
+        logits_fn, images, Y, options=options, measured={}, save=lambda fields: None
+    )
 
 
 # ------------------------------------------------------------------------ not finite
@@ -272,9 +272,8 @@ def test_autoattack_tells_of_them():
 
 def test_an_error_under_ada_is_no_number_of_nan(monkeypatch):
     monkeypatch.setattr(worst_case.corruption_nets, "make", lambda name: NET)
-    dataset = core.from_arrays(np.uint8(255 * X), Y, class_names=["a", "b", "c"])
     with pytest.raises(UserError, match=r"NaN or infinity for .* images of AdA's attack"):
-        under_ada(broken_where_dark, dataset)
+        under_ada(broken_where_dark)
 
 
 def test_no_json_holds_nan(tmp_path):
