@@ -1,11 +1,13 @@
 """What the commands share: flags, signals and one-line errors."""
 
+import gc
 import os
 import pathlib
 import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -75,6 +77,25 @@ def test_values_that_no_field_takes_are_named(value, said):
     config_checks.check_values({"seed": 2**32 - 1, "a.b": 1.5, "a.c": ("x", ""), "a.d": True})
     with pytest.raises(UserError, match=re.escape(said)):
         config_checks.check_values({"a.b": value})
+
+
+def test_ctrl_c_in_a_garbage_collection_is_not_lost(monkeypatch):
+    """Python prints what a callback of the collector raises, and goes on."""
+    monkeypatch.setattr(sys, "unraisablehook", cli._print_ignored)
+
+    def callback(phase, _):
+        if phase == "start":
+            raise KeyboardInterrupt
+
+    gc.callbacks.append(callback)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            gc.collect()
+            gc.callbacks.remove(callback)
+            time.sleep(60)
+    finally:
+        if callback in gc.callbacks:
+            gc.callbacks.remove(callback)
 
 
 def test_ctrl_c_stays_ignored_where_it_was():

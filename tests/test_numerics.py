@@ -10,7 +10,6 @@ import pytest
 from ada_jax import CorruptionNet, adversarial_augment, attacks, paths, sharding
 from ada_jax.attacks import geometry, loops
 from ada_jax.augment import augmix
-from ada_jax.data import core
 from ada_jax.errors import NotFiniteError, UserError
 from ada_jax.evaluation import scoring, worst_case
 from ada_jax.report import figures
@@ -143,14 +142,15 @@ def test_targeted_attacks_with_few_classes_find_the_exact_robust_accuracy(classe
 @pytest.mark.slow
 @pytest.mark.parametrize("classes", [2, 3])
 def test_table_2_has_results_for_few_classes(classes, tmp_path):
-    dataset = core.from_arrays(
-        np.uint8(255 * X), labels(classes), class_names=[str(i) for i in range(classes)]
-    )
     few = functools.partial(linear, classes=classes)
     results = worst_case.pixel_balls(
-        {}, lambda results: None, few, dataset,
-        examples=0, seed=0, batch_size=12, state_dir=tmp_path,
-    )  # fmt: skip
+        few,
+        np.float32(np.uint8(255 * X)) / 255,
+        labels(classes),
+        options=worst_case.Options(batch_size=12, state_dir=tmp_path),
+        measured={},
+        save=lambda fields: None,
+    )
     cell = results["lp"]["linf"]["8/255"]
     assert cell["attacks"].startswith("partial: ") and "apgd-t" in cell["attacks"]
     assert f"has {classes}" in cell["warnings"][0]

@@ -48,8 +48,8 @@ def forward(x: jax.Array, w: jax.Array, padding: int, *, interpret: bool = False
 
         zero = jnp.zeros((_PIXELS, outputs), jnp.float32)
         total = jax.lax.fori_loop(0, k * k * parts, add, zero)
-        pixels = first + jnp.arange(_PIXELS)
-        at = (pixels[:, None], jnp.arange(outputs)[None])
+        pixels = first + jnp.arange(_PIXELS, dtype=jnp.int32)
+        at = (pixels[:, None], jnp.arange(outputs, dtype=jnp.int32)[None])
         mask = jnp.broadcast_to((pixels < size)[:, None], total.shape)
         triton.store(y_ref.at[at], total.astype(y_ref.dtype), mask=mask)
 
@@ -138,14 +138,13 @@ def _load(
     offset: tuple[jax.Array | int, jax.Array | int] = (0, 0),
 ) -> jax.Array:
     """Loads pixels first, ..., first + size - 1 of an image shifted by an offset; zero outside."""
-    pixels = first + jnp.arange(size)
+    pixels = first + jnp.arange(size, dtype=jnp.int32)
     row, column = (a + b for a, b in zip(_divmod(pixels, image[1]), offset, strict=True))
     inside = (row >= 0) & (row < image[0]) & (column >= 0) & (column < image[1])
-    at = (pixels + (offset[0] * image[1] + offset[1]))[:, None]
+    at = pixels + (offset[0] * image[1] + offset[1])
+    columns = channels.start + jnp.arange(channels.size, dtype=jnp.int32)
     mask = jnp.broadcast_to(inside[:, None], (size, channels.size))
-    return triton.load(
-        ref.at[at, (channels.start + jnp.arange(channels.size))[None]], mask=mask, other=0
-    )
+    return triton.load(ref.at[at[:, None], columns[None]], mask=mask, other=0)
 
 
 def _block(channels: int, most: int) -> int:
@@ -167,4 +166,5 @@ def _dot(a: jax.Array, b: jax.Array, axis: int = 1) -> jax.Array:
 
 def _divmod(a: jax.Array, b: int) -> tuple[jax.Array, jax.Array]:
     """divmod of non-negative numbers; JAX's `//` does not lower to Triton."""
-    return jax.lax.div(a, jnp.int32(b)), jax.lax.rem(a, jnp.int32(b))
+    a, b = jnp.int32(a), jnp.int32(b)  # Loops count in int64 under jax_enable_x64.
+    return jax.lax.div(a, b), jax.lax.rem(a, b)

@@ -5,7 +5,9 @@ import itertools
 import logging as python_logging
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -158,8 +160,15 @@ class _Formatter(python_logging.Formatter):
 
 
 def _print_ignored(ignored: Any) -> None:
-    """Python's own hook, except for what tensorstore's threads add to a failed save."""
-    if str(ignored.exc_value) != "Event loop is closed":
+    """Python's own hook, except for what tensorstore's threads add to a failed save.
+
+    Python ignores Ctrl-C in callbacks of the garbage collector, of which JAX has one. It is raised
+    again where the program goes on.
+    """
+    if isinstance(ignored.exc_value, KeyboardInterrupt):
+        main = threading.main_thread().ident
+        threading.Timer(0.05, signal.pthread_kill, (main, signal.SIGINT)).start()
+    elif str(ignored.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(ignored)
 
 
