@@ -1009,6 +1009,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(u
     diverging = ["--config.learning_rate=1e30", "--config.warmup_epochs=0"]
     done = here(folder / "nan", *flags, *diverging, "--config.checkpoint_epochs=0.25")
     assert_mistake(done, "--workdir")
-    step = int(re.search(r"at step (\d+)", done.stderr)[1])
+    step = int(re.search(r"stopped at step (\d+)", done.stderr)[1])
     kept = [int(p.name) for p in (folder / "nan" / "checkpoints").iterdir() if p.name.isdigit()]
     assert kept and max(kept) < step
