@@ -56,7 +56,8 @@ def hold(what: str, path: paths.AnyPath, *, wait: bool = False) -> Iterator[None
             held = stack.enter_context(claim(path, wait=wait))
         except OSError as error:
             raise UserError(
-                f"{what} cannot be written to ({error.strerror}): mend that, or name another."
+                f"{what} cannot be written to ({error.strerror}): make it writable, or name "
+                "another."
             ) from error
         if not held:
             raise UserError(f"{what} is in use by {_holder(path)}: wait for it, or name another.")

@@ -15,7 +15,7 @@ A results file is JSON, one object:
 | cifar10_1 | `examples`, `wrong`, `error`; so has any further image set |
 | corruptions | for each corruption a list of `severity`, `examples`, `wrong`, `error` |
 | corruption_source | where the corrupted images come from |
-| mce_unnormalised, mean_extra | mean error over the 15 corruptions, over the extra four |
+| mce_unnormalised, mean_extra | mean error over the 15 corruptions, over the extra ones |
 | mce_alexnet | ImageNet only: mCE relative to AlexNet, in percent |
 | lp, lp_accuracy | for each norm and radius: attack reports; robust accuracy in percent |
 | under_ada | errors under AdA's attack, a list over networks and radii |
@@ -84,7 +84,7 @@ SCHEMA = 1
 NAMES, EXTRA = parameter_tables.NAMES, parameter_tables.EXTRA
 _MEANS = {  # fields, written once all severities of these corruptions are measured
     "mce_unnormalised": ("mCE, un-normalised", NAMES),
-    "mean_extra": ("mean of the 4 extra", EXTRA),
+    "mean_extra": (f"mean of the {len(EXTRA)} extra", EXTRA),
 }
 
 Condition = tuple[str, int]  # a corruption and its severity; another image set and 0

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from absl import logging
 
 from ada_jax import ada, checks, evaluate, training
 from ada_jax import results as results_files
@@ -43,6 +44,18 @@ def run(parts: setup.Parts, workdir: str) -> int | None:
     thetas = tuple(net.theta for net in parts.nets)
     expect = setup.identity(parts, thetas, state)
     about = setup.describe(parts, expect)
+    logging.info(
+        "%s: %d training and %d evaluation images of %d classes, %dx%d; %s; %d %s device(s); %s",
+        parts.train_set.name,
+        len(parts.train_set),
+        len(parts.eval_set),
+        parts.train_set.num_classes,
+        *parts.train_set.image_shape[:2],
+        config.classifier,
+        jax.device_count(),
+        jax.default_backend(),
+        workdir,
+    )
     trained = loop.run(
         make_task(parts, thetas, key),
         workdir,
@@ -183,7 +196,7 @@ def finish(
     if jax.process_index() == 0:
         scoring.write_results(path, results)
         rows += [("weights", weights_file), ("results", path)]
-        rows += [("time", results_files.clock(results["seconds"]))]
+        rows += [("time of training", results_files.clock(results["seconds"]))]
         print("\n" + logbook.table(rows), flush=True)
 
 

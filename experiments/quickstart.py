@@ -2,7 +2,7 @@
 
     python -m ada_jax.train --config=experiments/quickstart.py
 
-Two CPU cores take about three minutes and reach at least 95% accuracy on the 500 held-out digits.
+Two CPU cores take four to seven minutes and reach at least 95% accuracy on the 500 held-out digits.
 The word nominal after the colon trains without AdA, for comparison.
 """
 

@@ -1,4 +1,4 @@
-"""The 15 common corruptions and 4 extra ones, at five severities.
+"""The 15 common corruptions and the extra ones, at five severities.
 
 The algorithms and parameters are those of Hendrycks & Dietterich (2019). The random numbers of an
 image depend on its index in the set, not on the other images. Noise, blur and digital corruptions

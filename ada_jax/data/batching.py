@@ -69,7 +69,7 @@ def train_batches(
     if batch_size > size:
         raise UserError(
             f"config.batch_size = {batch_size} is larger than the {size} examples of "
-            f"{dataset.name}: make it at most {size}."
+            f"{dataset.name}: set --config.batch_size={size} or less."
         )
     if not 0 <= seed < 2**32:
         raise UserError(f"config.seed = {seed} is out of range: choose it in 0..{2**32 - 1}.")

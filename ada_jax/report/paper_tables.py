@@ -9,7 +9,7 @@ _SUMMARY = {  # Value: (heading, digits).
     "mce": ("mCE, un-normalised", 2),
     "mce_alexnet": ("mCE, AlexNet's errors as 100%", 2),
     **{group: (group, 1) for group in results_files.GROUPS},
-    "extra": ("extra four", 1),
+    "extra": ("extra", 1),
     "cifar10_1": ("CIFAR-10.1", 2),
 }
 _EACH = {

@@ -42,7 +42,9 @@ def run(
         "Folder of the run, may be gs://...; by default runs/NAME, or runs/NAME-seedN for a seed N "
         "other than 0, with NAME from the config.",
     )
-    flags.mark_flag_as_required("config")
+    flags.register_validator(
+        "config", bool, "give a config file, such as --config=experiments/quickstart.py."
+    )
     if several:
         from ada_jax.run import distributed
 
@@ -231,7 +233,9 @@ def found_configs(argv: list[str]) -> list[str]:
     def found(value: str) -> str:
         name = paths.experiment(value)
         if not os.path.isfile(file := name.partition(":")[0]):
-            raise UserError(f"--config={file} is not a file: use one, as experiments/cifar10.py.")
+            raise UserError(
+                f"--config={file} does not exist: give a file, such as experiments/cifar10.py."
+            )
         return name
 
     arguments = []
