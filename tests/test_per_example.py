@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ada_jax.nets import per_example, triton_conv
+from ada_jax.nets import per_example, tpu_conv, triton_conv
 
 
 def reference(x, w, stride, padding):
@@ -235,3 +235,37 @@ def test_triton_s_kernels_are_exact_where_several_blocks_are_needed(k, height, w
 def test_triton_has_kernels_for_outputs_of_the_images_size_alone(kernel, stride, padding):
     x, w = jnp.zeros((1, 32, 32, 16)), jnp.zeros((kernel, kernel, 16, 16))
     assert not triton_conv.fits(x, w, stride, padding)
+
+
+@pytest.mark.parametrize("kind", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("groups", "size", "channels", "k"),
+    [
+        (1, (32, 32), (64, 64), 3),  # EDSR's layers, the CAE's, and their smallest channels.
+        (1, (16, 16), (64, 256), 3),
+        (1, (8, 8), (128, 32), 3),
+        (2, (8, 8), (256, 16), 1),
+        (3, (7, 5), (16, 3), 3),
+        (2, (33, 47), (3, 16), 3),  # Several tiles of several chunks each.
+        (1, (33, 47), (8, 130), 3),
+        (2, (37, 29), (16, 32), 1),
+        (1, (4, 300), (3, 8), 3),  # A halo of more than one block of lanes.
+    ],
+)
+def test_the_tpu_s_kernels_are_as_exact_as_their_type(
+    groups, size, channels, k, kind, monkeypatch
+):
+    monkeypatch.setattr(tpu_conv, "_TILE", 2**14)
+    monkeypatch.setattr(tpu_conv, "_CHUNK", 2**12)
+    (inputs, outputs), padding = channels, k // 2
+    x, w = random(2, groups, *size, inputs), random(2, k, k, inputs, outputs, seed=1)
+    dy = random(2, groups, *size, outputs, seed=2)
+    x, w, dy = (a.astype(kind) for a in (x, w, dy))
+    assert tpu_conv.fits(x[0], w[0], 1, padding)
+    y = jax.jit(jax.vmap(lambda x, w: per_example.mosaic_forward(x, w, 1, padding)))(x, w)
+    gradients = jax.vmap(lambda *a: per_example.mosaic_gradients(*a, 1, padding))
+    values = (y, *jax.jit(gradients)(x, w, dy))
+    for value, expected in zip(values, exact(x, w, dy, 1, padding), strict=True):
+        assert value.dtype == kind and value.shape == expected.shape
+        error = np.linalg.norm(np.asarray(value, np.float64) - expected)
+        assert error < TYPES[kind] * np.linalg.norm(expected)

@@ -28,7 +28,7 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 
 from ada_jax import sharding
-from ada_jax.nets import triton_conv, winograd
+from ada_jax.nets import tpu_conv, triton_conv, winograd
 
 _ROWS = 4096  # Rows of one patch matrix: a fast matrix product that still fits in the cache.
 
@@ -255,8 +255,7 @@ def triton_forward(x: jax.Array, w: jax.Array, stride: int, padding: int) -> jax
     """The convolution by a Triton kernel if it supports the shapes, else by taps."""
     if not triton_conv.fits(x, w, stride, padding):
         return shifted_forward(x, w, stride, padding)
-    f = functools.partial(triton_conv.forward, padding=padding)
-    return lax.platform_dependent(x, w, cpu=functools.partial(f, interpret=True), default=f)
+    return _by_kernel(triton_conv.forward, padding, x, w)
 
 
 def triton_gradients(
@@ -265,8 +264,30 @@ def triton_gradients(
     """The gradients (dx, dw) by Triton kernels if they support the shapes, else by taps."""
     if not triton_conv.fits(x, w, stride, padding):
         return shifted_gradients(x, w, dy, stride, padding)
-    f = functools.partial(triton_conv.gradients, padding=padding)
-    return lax.platform_dependent(x, w, dy, cpu=functools.partial(f, interpret=True), default=f)
+    return _by_kernel(triton_conv.gradients, padding, x, w, dy)
+
+
+def mosaic_forward(x: jax.Array, w: jax.Array, stride: int, padding: int) -> jax.Array:
+    """The convolution by a TPU kernel if it supports the shapes, else XLA's."""
+    if not tpu_conv.fits(x, w, stride, padding):
+        return plain_forward(x, w, stride, padding)
+    return _by_kernel(tpu_conv.forward, padding, x, w)
+
+
+def mosaic_gradients(
+    x: jax.Array, w: jax.Array, dy: jax.Array, stride: int, padding: int
+) -> tuple[jax.Array, jax.Array]:
+    """The gradients (dx, dw) by a TPU kernel if it supports the shapes, else by patches."""
+    if not tpu_conv.fits(x, w, stride, padding):
+        return patch_gradients(x, w, dy, stride, padding)
+    return _by_kernel(tpu_conv.gradients, padding, x, w, dy)
+
+
+def _by_kernel(kernel: Callable[..., Any], padding: int, *args: jax.Array) -> Any:
+    """Runs a Pallas kernel, on a CPU by its interpreter."""
+    kernel = functools.partial(kernel, padding=padding)
+    interpreted = functools.partial(kernel, interpret=True)
+    return lax.platform_dependent(*args, cpu=interpreted, default=kernel)
 
 
 def patch_gradients(
@@ -400,6 +421,7 @@ LOWERINGS |= {
     for name, (forward, gradients) in LOWERINGS.items()
 }
 LOWERINGS["triton"] = (triton_forward, triton_gradients)
+LOWERINGS["mosaic"] = (mosaic_forward, mosaic_gradients)
 # Lowerings (forward, gradients) by platform, named as in `lax.platform_dependent`.
 CHOSEN = {
     # On TPUs grouped gradients become dense over all pairs of examples (measured by `ada_jax.plan`

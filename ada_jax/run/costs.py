@@ -91,6 +91,8 @@ def _count_equation(eqn, wanted: list[bool], platform: str) -> tuple[float, list
             return _dot_flops(eqn), everything
         case "conv_general_dilated":
             return _conv_flops(eqn), everything
+        case "pallas_call":
+            return float(eqn.params["cost_estimate"].flops), everything
         case "scan":
             return _count_scan(eqn, wanted, platform)
         case "cond":

@@ -1,0 +1,290 @@
+"""Per-example convolutions of stride 1 as Pallas kernels for TPUs.
+
+XLA's gradients of them write patch matrices, nine times the image, to HBM. These kernels build the
+patches on the chip, and the gradients of the image and the kernel share one patch matrix. Images
+are [channels, pixels] there: an array whose last axis is 64 channels would take twice its size.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+_LANES = 128  # The last axis of a block is a multiple of it.
+_TILE = 2**18  # Numbers in the largest block of an image: 1 MiB in float32.
+_CHUNK = 2**16  # Numbers of one tap's patches: 2.25 MiB for nine taps in float32.
+_OUTPUTS = 64  # Output channels of one step of the gradients.
+
+
+def fits(x: jax.Array, w: jax.Array, stride: int, padding: int) -> bool:
+    """Whether the kernels support a convolution: stride 1, 'same' padding, at most 3x3."""
+    kh, kw = w.shape[:2]
+    return stride == 1 and kh == kw == 2 * padding + 1 <= 3 and x.size > 0
+
+
+class _Tiling(NamedTuple):
+    """How the pixels of an image are divided.
+
+    Attributes:
+      tiles: number of tiles.
+      tile: pixels of a tile, the image's part that is on the chip.
+      chunk: pixels of a chunk, the tile's part whose patches are on the chip.
+      halo: pixels on both sides of a chunk that its patches need; 0 for an image of one chunk.
+    """
+
+    tiles: int
+    tile: int
+    chunk: int
+    halo: int
+
+
+def _tiling(image: tuple[int, int], padding: int, patched: int, largest: int) -> _Tiling:
+    """Divides an image, for patches of `patched` channels and at most `largest` channels."""
+    size = image[0] * image[1]
+    if (whole := _round_up(size, _LANES)) <= _CHUNK // patched:
+        return _Tiling(1, whole, whole, 0)
+    halo = _round_up(padding * (image[1] + 1), _LANES)
+    unit = halo or _LANES
+    chunk = max(_CHUNK // patched // unit, 1) * unit
+    tiles = pl.cdiv(size, max(_TILE // largest // chunk, 1) * chunk)
+    return _Tiling(tiles, _round_up(pl.cdiv(size, tiles), chunk), chunk, halo)
+
+
+def forward(x: jax.Array, w: jax.Array, padding: int, *, interpret: bool = False) -> jax.Array:
+    """Convolves images [G,H,W,C] with a kernel [k,k,C,O] for which `fits` holds."""
+    (groups, *image, channels), (k, _, _, out) = x.shape, w.shape
+    rows = _sublanes(x.dtype)
+    inputs, outputs = _round_up(channels, rows), _round_up(out, rows)
+    t = _tiling(image, padding, inputs, max(inputs, outputs))
+    x, w = _planes(x, inputs, t), _matrix(w, inputs, outputs)
+
+    def kernel(w_ref, *refs):
+        *x_refs, y_ref, window_ref, patch_ref = refs
+        start = pl.program_id(1) * t.tile
+        _fill_window(window_ref, x_refs, t)
+
+        def convolve(i, _):
+            _fill_patches(patch_ref, window_ref, i, start, image, padding, t)
+            y = _dot(w_ref[...], patch_ref[...], 0, 0)
+            y_ref[:, pl.ds(_aligned(i * t.chunk), t.chunk)] = y.astype(y_ref.dtype)
+
+        lax.fori_loop(0, t.tile // t.chunk, convolve, None)
+
+    y = pl.pallas_call(
+        kernel,
+        grid=(groups, t.tiles),
+        in_specs=[pl.BlockSpec(w.shape, lambda g, i: (0, 0)), *_with_halo(inputs, t)],
+        out_specs=pl.BlockSpec((None, outputs, t.tile), lambda g, i: (g, 0, i)),
+        out_shape=jax.ShapeDtypeStruct((groups, outputs, t.tiles * t.tile), x.dtype),
+        scratch_shapes=_scratch(inputs, k, t, x.dtype),
+        cost_estimate=_cost(groups, image, k, channels, out, x.dtype, backward=False),
+        interpret=interpret,
+        name="forward",
+    )(w, *[x] * _copies(t))
+    return _images(y, image, out)
+
+
+def gradients(
+    x: jax.Array, w: jax.Array, dy: jax.Array, padding: int, *, interpret: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """Gradients (dx, dw) of `forward`, from one matrix of the patches of dy."""
+    (groups, *image, channels), (k, _, _, out) = x.shape, w.shape
+    rows, taps = _sublanes(x.dtype), k * k
+    inputs, outputs = _round_up(channels, rows), _round_up(out, rows)
+    outputs = outputs if outputs <= _OUTPUTS else _round_up(outputs, _OUTPUTS)
+    part = min(outputs, _OUTPUTS)
+    parts = outputs // part
+    t = _tiling(image, padding, part, max(inputs, part))
+    x, dy, matrix = _planes(x, inputs, t), _planes(dy, outputs, t), _matrix(w, inputs, outputs)
+    pairs = [(tap, p) for tap in range(taps) for p in range(parts)]
+
+    def kernel(w_ref, x_ref, *refs):
+        *dy_refs, dx_ref, dw_ref, window_ref, patch_ref, mirrored_ref, dx_sum, dw_sum = refs
+        g, i, p = (pl.program_id(axis) for axis in range(3))
+        step = (g * t.tiles + i) * parts + p
+
+        @pl.when(step == 0)
+        def _():
+            dw_sum[...] = jnp.zeros_like(dw_sum)
+            for tap, p in pairs:
+                columns = slice((taps - 1 - tap) * part, (taps - tap) * part)
+                tap = w_ref[tap * inputs : (tap + 1) * inputs, p * part : (p + 1) * part]
+                mirrored_ref[p, :, columns] = tap
+
+        @pl.when(p == 0)
+        def _():
+            dx_sum[...] = jnp.zeros_like(dx_sum)
+
+        _fill_window(window_ref, dy_refs, t)
+
+        def add(c, _):
+            _fill_patches(patch_ref, window_ref, c, i * t.tile, image, padding, t)
+            pixels = pl.ds(_aligned(c * t.chunk), t.chunk)
+            dx_sum[:, pixels] += _dot(mirrored_ref[p], patch_ref[...], 1, 0)
+            dw_sum[p] += _dot(patch_ref[...], x_ref[:, pixels], 1, 1)
+
+        lax.fori_loop(0, t.tile // t.chunk, add, None)
+
+        @pl.when(p == parts - 1)
+        def _():
+            dx_ref[...] = dx_sum[...].astype(dx_ref.dtype)
+
+        @pl.when(step == groups * t.tiles * parts - 1)
+        def _():
+            for tap, p in pairs:
+                mirrored = dw_sum[p, (taps - 1 - tap) * part : (taps - tap) * part, :]
+                rows, columns = pl.ds(tap * inputs, inputs), pl.ds(p * part, part)
+                dw_ref[rows, columns] = mirrored.T.astype(dw_ref.dtype)
+
+    whole = pl.BlockSpec(matrix.shape, lambda g, i, p: (0, 0))
+    tile = pl.BlockSpec((None, inputs, t.tile), lambda g, i, p: (g, 0, i))
+    dx, dw = pl.pallas_call(
+        kernel,
+        grid=(groups, t.tiles, parts),
+        in_specs=[whole, tile, *_with_halo(part, t)],
+        out_specs=[tile, whole],
+        out_shape=[jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, matrix)],
+        scratch_shapes=[
+            *_scratch(part, k, t, dy.dtype),
+            pltpu.VMEM((parts, inputs, taps * part), w.dtype),
+            pltpu.VMEM((inputs, t.tile), jnp.float32),
+            pltpu.VMEM((parts, taps * part, inputs), jnp.float32),
+        ],
+        cost_estimate=_cost(groups, image, k, channels, out, x.dtype, backward=True),
+        interpret=interpret,
+        name="gradients",
+    )(matrix, x, *[dy] * _copies(t))
+    dw = dw.reshape(k, k, inputs, outputs)[:, :, :channels, :out]
+    return _images(dx, image, channels), dw
+
+
+# ---------------------------------------------------------------------- inside the kernels
+
+
+def _fill_window(window_ref, refs, t: _Tiling) -> None:
+    """Copies a tile and its halo next to each other; without neighbours the halo is arbitrary."""
+    if len(refs) == 3:
+        window_ref[:, : t.halo] = refs[1][...].astype(window_ref.dtype)
+        window_ref[:, t.halo + t.tile :] = refs[2][...].astype(window_ref.dtype)
+    window_ref[:, t.halo : t.halo + t.tile] = refs[0][...].astype(window_ref.dtype)
+
+
+def _fill_patches(
+    patch_ref,
+    window_ref,
+    index: jax.Array,
+    start: jax.Array,
+    image: tuple[int, int],
+    padding: int,
+    t: _Tiling,
+) -> None:
+    """Writes a chunk's patches [k * k * C, chunk]; pixels outside the image are zero."""
+    length, (height, width) = t.chunk + 2 * t.halo, image
+    window = window_ref[:, pl.ds(_aligned(index * t.chunk), length)]
+    pixel = start + index * t.chunk + lax.broadcasted_iota(jnp.int32, (1, t.chunk), 1)
+    column = lax.rem(pixel, width)
+    offsets = range(-padding, padding + 1)
+    for tap, (a, b) in enumerate((a, b) for a in offsets for b in offsets):
+        shifted = pltpu.roll(window, -(a * width + b) % length, 1)[:, t.halo : t.halo + t.chunk]
+        row = pixel + a * width
+        inside = (row >= 0) & (row < height * width) & (column + b >= 0) & (column + b < width)
+        rows = slice(tap * len(window), (tap + 1) * len(window))
+        patch_ref[rows, :] = jnp.where(inside, shifted, 0).astype(patch_ref.dtype)
+
+
+def _dot(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
+    """Contracts an axis of a with one of b, in float32."""
+    dimensions = (((axis_a,), (axis_b,)), ((), ()))
+    return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+
+
+def _aligned(pixel: jax.Array) -> jax.Array:
+    return pl.multiple_of(pixel, _LANES)
+
+
+# -------------------------------------------------------------------- blocks and layouts
+
+
+def _planes(a: jax.Array, channels: int, t: _Tiling) -> jax.Array:
+    """[G,H,W,C] to [G,channels,pixels], filled with zeros."""
+    a = a.reshape(len(a), -1, a.shape[-1]).swapaxes(1, 2)
+    return _fill(a, (len(a), channels, t.tiles * t.tile))
+
+
+def _images(a: jax.Array, image: tuple[int, int], channels: int) -> jax.Array:
+    """Inverse of `_planes`."""
+    a = a[:, :channels, : image[0] * image[1]]
+    return a.swapaxes(1, 2).reshape(len(a), *image, channels)
+
+
+def _matrix(w: jax.Array, inputs: int, outputs: int) -> jax.Array:
+    """[k,k,C,O] to [k * k * inputs, outputs], filled with zeros."""
+    return _fill(w, (*w.shape[:2], inputs, outputs)).reshape(-1, outputs)
+
+
+def _fill(a: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jnp.pad(a, [(0, new - old) for old, new in zip(a.shape, shape, strict=True)])
+
+
+def _with_halo(channels: int, t: _Tiling) -> list[pl.BlockSpec]:
+    """Blocks of a tile and, if there are several, of its two neighbours' nearest pixels."""
+
+    def spec(size, index):
+        return pl.BlockSpec(
+            (None, channels, size), lambda g, i, *p: (g, p[0] if p else 0, index(i))
+        )
+
+    if _copies(t) == 1:
+        return [spec(t.tile, lambda i: i)]
+    halos = t.tile // t.halo
+    last = t.tiles * halos - 1
+    return [
+        spec(t.tile, lambda i: i),
+        spec(t.halo, lambda i: jnp.maximum(i * halos - 1, 0)),
+        spec(t.halo, lambda i: jnp.minimum((i + 1) * halos, last)),
+    ]
+
+
+def _copies(t: _Tiling) -> int:
+    return 3 if t.tiles > 1 and t.halo else 1
+
+
+def _scratch(channels: int, k: int, t: _Tiling, dtype: jnp.dtype) -> list:
+    """Memory for a tile with its halo, in float32 because lanes of that type can be rotated."""
+    return [
+        pltpu.VMEM((channels, t.tile + 2 * t.halo), jnp.float32),
+        pltpu.VMEM((k * k * channels, t.chunk), dtype),
+    ]
+
+
+def _cost(
+    groups: int,
+    image: tuple[int, int],
+    k: int,
+    inputs: int,
+    outputs: int,
+    dtype: jnp.dtype,
+    *,
+    backward: bool,
+) -> pl.CostEstimate:
+    """Flops of the products with patches, and the bytes of all arrays once, without padding."""
+    pixels, kernel = groups * image[0] * image[1], k * k * inputs * outputs
+    images = pixels * (inputs + outputs + backward * inputs)
+    return pl.CostEstimate(
+        flops=(1 + backward) * 2 * pixels * kernel,
+        transcendentals=0,
+        bytes_accessed=(images + (1 + backward) * kernel) * dtype.itemsize,
+    )
+
+
+def _sublanes(dtype: jnp.dtype) -> int:
+    """The last axis but one of a block is a multiple of it."""
+    return 32 // dtype.itemsize
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return pl.cdiv(size, multiple) * multiple
