@@ -252,9 +252,7 @@ def test_triton_has_kernels_for_outputs_of_the_images_size_alone(kernel, stride,
         (1, (4, 300), (3, 8), 3),  # A halo of more than one block of lanes.
     ],
 )
-def test_the_tpu_s_kernels_are_as_exact_as_their_type(
-    groups, size, channels, k, kind, monkeypatch
-):
+def test_the_tpu_s_kernels_are_as_exact_as_their_type(groups, size, channels, k, kind, monkeypatch):
     monkeypatch.setattr(tpu_conv, "_TILE", 2**14)
     monkeypatch.setattr(tpu_conv, "_CHUNK", 2**12)
     (inputs, outputs), padding = channels, k // 2

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from ada_jax import plan, sharding
 from ada_jax.errors import UserError
+from ada_jax.nets import tpu_conv
 from ada_jax.run import costs
 from experiments import cifar10, imagenet, quickstart
 
@@ -187,18 +188,41 @@ def patches(size: int, inputs: int, outputs: int) -> int:
     return 2 * 9 * size**2 * inputs * outputs
 
 
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_the_tpu_s_kernels_cost_what_pencil_and_paper_say(kind, monkeypatch):
+    monkeypatch.setattr(tpu_conv, "_TILE", 16 * 512)
+    monkeypatch.setattr(tpu_conv, "_CHUNK", 16 * 256)
+    examples, size, width = 5, 32, jnp.dtype(kind).itemsize
+    x = jax.ShapeDtypeStruct((examples, 1, size, size, 16), kind)
+    w = jax.ShapeDtypeStruct((examples, 3, 3, 16, 16), kind)
+
+    def estimate(f, *args):
+        jaxpr = jax.make_jaxpr(jax.vmap(lambda *args: f(*args, 1)))(*args)
+        assert costs.useful_flops(jaxpr) == expected_flops
+        (cost,) = (e.params["cost_estimate"] for e in jaxpr.eqns if "cost_estimate" in e.params)
+        return cost
+
+    # Two tiles of 512 pixels with 128 pixels of the neighbours on both sides.
+    image, kernel = 16 * size**2, 9 * 16**2
+    halo = 16 * 2 * 2 * 128
+    expected_flops = examples * patches(size, 16, 16)
+    cost = estimate(tpu_conv.forward, x, w)
+    assert cost.flops == expected_flops
+    assert cost.bytes_accessed == examples * width * (2 * image + halo + kernel)
+    expected_flops *= 2
+    cost = estimate(tpu_conv.gradients, x, w, x)
+    assert cost.bytes_accessed == examples * width * (3 * image + halo + 2 * kernel)
+
+
 def test_the_tiny_step_needs_what_pencil_and_paper_say():
-    head, tail = conv(32, 3, 16), conv(32, 16, 3)
-    edsr = head + 9 * conv(32, 16, 16) + tail
+    edsr = patches(32, 3, 16) + 9 * patches(32, 16, 16) + patches(32, 16, 3)
     stem = conv(32, 3, 16)
     stages = [(32, 16, 32), (16, 32, 64), (8, 64, 128)]
     resnet = stem + 2 * 128 * 10
     for size, inputs, width in stages:
         resnet += conv(size, inputs, width, 2) + 2 * conv(size // 2, width, width)
 
-    # Per-example gradients are two products with patches; the image's ends at the head.
-    gradient = 2 * (9 * patches(32, 16, 16) + patches(32, 16, 3)) + patches(32, 3, 16)
-    ascent = edsr + gradient + 2 * resnet
+    ascent = 3 * edsr + 2 * resnet
     rendered = edsr + resnet
     classifier = 3 * resnet - stem
     step = plan.step_of(tiny(**{"ada.steps": 3}), batch_size=2)
@@ -251,6 +275,10 @@ HloModule step, is_scheduled=true
   ROOT %out = (s32[]{:T(128)}, f32[4,8,8,16]{3,2,1,0:T(8,128)}, f32[3,3,16,32]{3,2,1,0:T(8,128)}) tuple(%i, %x, %w)
 }
 
+%zeros () -> f32[4,8] {
+  ROOT %nothing = f32[4,8]{1,0:T(8,128)S(1)} constant({...})
+}
+
 %condition (state: (s32[], f32[4,8,8,16], f32[3,3,16,32])) -> pred[] {
   %state = (s32[]{:T(128)}, f32[4,8,8,16]{3,2,1,0:T(8,128)}, f32[3,3,16,32]{3,2,1,0:T(8,128)}) parameter(0)
   %i = s32[]{:T(128)} get-tuple-element(%state), index=0
@@ -262,6 +290,8 @@ ENTRY %main (a: bf16[64,32], b: bf16[32,16]) -> bf16[64,16] {
   %a = bf16[64,32]{1,0:T(8,128)(2,1)} parameter(0)
   %b = bf16[32,16]{1,0:T(8,128)(2,1)} parameter(1)
   %loop = (s32[]{:T(128)}, f32[4,8,8,16]{3,2,1,0:T(8,128)}, f32[3,3,16,32]{3,2,1,0:T(8,128)}) while(%init), condition=%condition, body=%body
+  %kept = f32[4,8]{1,0:T(8,128)S(1)} fusion(), kind=kLoop, calls=%zeros
+  %kernel = (f32[4,8]{1,0:T(8,128)}, f32[2,8]{1,0:T(8,128)}) custom-call(%kept, %kept), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"body":"TUzv","cost_estimate":{"flops":"700","transcendentals":"0","bytes_accessed":"1000","remote_bytes_transferred":"0"}}}
   ROOT %dot = bf16[64,16]{1,0:T(8,128)(2,1)} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
 }
 """  # noqa: E501
@@ -270,10 +300,11 @@ ENTRY %main (a: bf16[64,32], b: bf16[32,16]) -> bf16[64,16] {
 def test_a_compiled_program_costs_what_its_loops_and_memory_spaces_say():
     cost = costs.program_costs(PROGRAM)
     x, w = 4 * 4 * 8 * 8 * 16, 4 * 3 * 3 * 16 * 32
-    assert cost.flops == 10 * 4 * conv(8, 16, 32) + 2 * 64 * 32 * 16
+    assert cost.flops == 10 * 4 * conv(8, 16, 32) + 2 * 64 * 32 * 16 + 700
     # The fused convolution reads x, the copy w, the slice a quarter of x, the update reads and
-    # writes one.
-    assert cost.hbm_bytes == 10 * (x + w + 3 * x / 4) + 2 * (64 * 32 + 32 * 16 + 64 * 16)
+    # writes one. One array that the kernel reads is on the chip.
+    kernel = 1000 - 4 * 4 * 8
+    assert cost.hbm_bytes == 10 * (x + w + 3 * x / 4) + 2 * (64 * 32 + 32 * 16 + 64 * 16) + kernel
 
 
 # ------------------------------------------------------------------------------- the compiler

@@ -5,7 +5,6 @@ patches on the chip, and the gradients of the image and the kernel share one pat
 are [channels, pixels] there: an array whose last axis is 64 channels would take twice its size.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -60,7 +59,9 @@ def forward(x: jax.Array, w: jax.Array, padding: int, *, interpret: bool = False
     rows = _sublanes(x.dtype)
     inputs, outputs = _round_up(channels, rows), _round_up(out, rows)
     t = _tiling(image, padding, inputs, max(inputs, outputs))
+    flops = 2 * w.size * groups * image[0] * image[1]
     x, w = _planes(x, inputs, t), _matrix(w, inputs, outputs)
+    y = jax.ShapeDtypeStruct((groups, outputs, t.tiles * t.tile), x.dtype)
 
     def kernel(w_ref, *refs):
         *x_refs, y_ref, window_ref, patch_ref = refs
@@ -69,7 +70,7 @@ def forward(x: jax.Array, w: jax.Array, padding: int, *, interpret: bool = False
 
         def convolve(i, _):
             _fill_patches(patch_ref, window_ref, i, start, image, padding, t)
-            y = _dot(w_ref[...], patch_ref[...], 0, 0)
+            y = _dot(w_ref[...].astype(jnp.float32), patch_ref[...], 0, 0)
             y_ref[:, pl.ds(_aligned(i * t.chunk), t.chunk)] = y.astype(y_ref.dtype)
 
         lax.fori_loop(0, t.tile // t.chunk, convolve, None)
@@ -79,9 +80,9 @@ def forward(x: jax.Array, w: jax.Array, padding: int, *, interpret: bool = False
         grid=(groups, t.tiles),
         in_specs=[pl.BlockSpec(w.shape, lambda g, i: (0, 0)), *_with_halo(inputs, t)],
         out_specs=pl.BlockSpec((None, outputs, t.tile), lambda g, i: (g, 0, i)),
-        out_shape=jax.ShapeDtypeStruct((groups, outputs, t.tiles * t.tile), x.dtype),
-        scratch_shapes=_scratch(inputs, k, t, x.dtype),
-        cost_estimate=_cost(groups, image, k, channels, out, x.dtype, backward=False),
+        out_shape=y,
+        scratch_shapes=_scratch(inputs, k, t),
+        cost_estimate=_cost(flops, x, t, w, y),
         interpret=interpret,
         name="forward",
     )(w, *[x] * _copies(t))
@@ -99,6 +100,7 @@ def gradients(
     part = min(outputs, _OUTPUTS)
     parts = outputs // part
     t = _tiling(image, padding, part, max(inputs, part))
+    flops = 4 * w.size * groups * image[0] * image[1]
     x, dy, matrix = _planes(x, inputs, t), _planes(dy, outputs, t), _matrix(w, inputs, outputs)
     pairs = [(tap, p) for tap in range(taps) for p in range(parts)]
 
@@ -113,7 +115,7 @@ def gradients(
             for tap, p in pairs:
                 columns = slice((taps - 1 - tap) * part, (taps - tap) * part)
                 tap = w_ref[tap * inputs : (tap + 1) * inputs, p * part : (p + 1) * part]
-                mirrored_ref[p, :, columns] = tap
+                mirrored_ref[p, :, columns] = tap.astype(jnp.float32)
 
         @pl.when(p == 0)
         def _():
@@ -125,7 +127,7 @@ def gradients(
             _fill_patches(patch_ref, window_ref, c, i * t.tile, image, padding, t)
             pixels = pl.ds(_aligned(c * t.chunk), t.chunk)
             dx_sum[:, pixels] += _dot(mirrored_ref[p], patch_ref[...], 1, 0)
-            dw_sum[p] += _dot(patch_ref[...], x_ref[:, pixels], 1, 1)
+            dw_sum[p] += _dot(patch_ref[...], x_ref[:, pixels].astype(jnp.float32), 1, 1)
 
         lax.fori_loop(0, t.tile // t.chunk, add, None)
 
@@ -149,12 +151,12 @@ def gradients(
         out_specs=[tile, whole],
         out_shape=[jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, matrix)],
         scratch_shapes=[
-            *_scratch(part, k, t, dy.dtype),
-            pltpu.VMEM((parts, inputs, taps * part), w.dtype),
+            *_scratch(part, k, t),
+            pltpu.VMEM((parts, inputs, taps * part), jnp.float32),
             pltpu.VMEM((inputs, t.tile), jnp.float32),
             pltpu.VMEM((parts, taps * part, inputs), jnp.float32),
         ],
-        cost_estimate=_cost(groups, image, k, channels, out, x.dtype, backward=True),
+        cost_estimate=_cost(flops, dy, t, x, matrix, x, matrix),
         interpret=interpret,
         name="gradients",
     )(matrix, x, *[dy] * _copies(t))
@@ -168,9 +170,9 @@ def gradients(
 def _fill_window(window_ref, refs, t: _Tiling) -> None:
     """Copies a tile and its halo next to each other; without neighbours the halo is arbitrary."""
     if len(refs) == 3:
-        window_ref[:, : t.halo] = refs[1][...].astype(window_ref.dtype)
-        window_ref[:, t.halo + t.tile :] = refs[2][...].astype(window_ref.dtype)
-    window_ref[:, t.halo : t.halo + t.tile] = refs[0][...].astype(window_ref.dtype)
+        window_ref[:, : t.halo] = refs[1][...].astype(jnp.float32)
+        window_ref[:, t.halo + t.tile :] = refs[2][...].astype(jnp.float32)
+    window_ref[:, t.halo : t.halo + t.tile] = refs[0][...].astype(jnp.float32)
 
 
 def _fill_patches(
@@ -193,7 +195,7 @@ def _fill_patches(
         row = pixel + a * width
         inside = (row >= 0) & (row < height * width) & (column + b >= 0) & (column + b < width)
         rows = slice(tap * len(window), (tap + 1) * len(window))
-        patch_ref[rows, :] = jnp.where(inside, shifted, 0).astype(patch_ref.dtype)
+        patch_ref[rows, :] = jnp.where(inside, shifted, 0)
 
 
 def _dot(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
@@ -253,32 +255,23 @@ def _copies(t: _Tiling) -> int:
     return 3 if t.tiles > 1 and t.halo else 1
 
 
-def _scratch(channels: int, k: int, t: _Tiling, dtype: jnp.dtype) -> list:
-    """Memory for a tile with its halo, in float32 because lanes of that type can be rotated."""
+def _scratch(channels: int, k: int, t: _Tiling) -> list:
+    """Memory for a tile with its halo and for a chunk's patches.
+
+    In float32: lanes of 16 bits cannot be rotated, and a v3 has no products of bfloat16 blocks.
+    """
     return [
         pltpu.VMEM((channels, t.tile + 2 * t.halo), jnp.float32),
-        pltpu.VMEM((k * k * channels, t.chunk), dtype),
+        pltpu.VMEM((k * k * channels, t.chunk), jnp.float32),
     ]
 
 
-def _cost(
-    groups: int,
-    image: tuple[int, int],
-    k: int,
-    inputs: int,
-    outputs: int,
-    dtype: jnp.dtype,
-    *,
-    backward: bool,
-) -> pl.CostEstimate:
-    """Flops of the products with patches, and the bytes of all arrays once, without padding."""
-    pixels, kernel = groups * image[0] * image[1], k * k * inputs * outputs
-    images = pixels * (inputs + outputs + backward * inputs)
-    return pl.CostEstimate(
-        flops=(1 + backward) * 2 * pixels * kernel,
-        transcendentals=0,
-        bytes_accessed=(images + (1 + backward) * kernel) * dtype.itemsize,
-    )
+def _cost(flops: int, read: jax.Array, t: _Tiling, *others: jax.Array) -> pl.CostEstimate:
+    """The flops of the products, and the bytes of all arrays: once, but `read` with its halos."""
+    size = sum(a.size * a.dtype.itemsize for a in (read, *others))
+    if _copies(t) > 1:
+        size += 2 * t.halo * t.tiles * read.shape[0] * read.shape[1] * read.dtype.itemsize
+    return pl.CostEstimate(flops=flops, transcendentals=0, bytes_accessed=size)
 
 
 def _sublanes(dtype: jnp.dtype) -> int:

@@ -187,6 +187,7 @@ class _Instruction(NamedTuple):
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z\d\-]*)\((.*?)\)(.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")
+_ESTIMATE = re.compile(r'"cost_estimate":\{"flops":"(\d+)",.*?"bytes_accessed":"(\d+)"')
 # They move nothing themselves, or are the ends of what the '-start' before them moved.
 _FREE = ("tuple", "get-tuple-element", "bitcast", "parameter", "constant", "after-all")
 _SLICES = ("slice", "dynamic-slice")
@@ -198,8 +199,8 @@ def program_costs(text: str) -> Costs:
 
     Every instruction reads its operands and writes its result once, of a slice only the part that
     is read or updated, and nothing of what the layout puts into on-chip memory ('S(1)'); tile
-    padding is not counted. A loop counts as often as its condition says, once where that cannot be
-    read.
+    padding is not counted. A Pallas kernel costs what its `pl.CostEstimate` says. A loop counts as
+    often as its condition says, once where that cannot be read.
 
     Args:
       text: `jax.stages.Compiled.as_text()`.
@@ -241,6 +242,10 @@ def _cost(instruction: _Instruction, body, computations, cost) -> Costs:
         turns = _turns(computations[called["condition"]], computations)
         flops, traffic = cost(called["body"])
         return Costs(turns * flops, turns * traffic)
+    if estimate := _ESTIMATE.search(instruction.rest):
+        arrays = [a for o in dict.fromkeys(instruction.operands) for a in _arrays(body[o].shape)]
+        on_chip = sum(size for size, in_hbm in _arrays(instruction.shape) + arrays if not in_hbm)
+        return Costs(float(estimate[1]), max(float(estimate[2]) - on_chip, 0.0))
     inner = [cost(n) for k, n in called.items() if k in ("calls", "to_apply") and n in computations]
     flops = sum(c.flops for c in inner) + _flops(instruction, body)
     if instruction.op in _CALLS:
