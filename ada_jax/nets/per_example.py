@@ -424,9 +424,10 @@ LOWERINGS["triton"] = (triton_forward, triton_gradients)
 LOWERINGS["mosaic"] = (mosaic_forward, mosaic_gradients)
 # Lowerings (forward, gradients) by platform, named as in `lax.platform_dependent`.
 CHOSEN = {
-    # On TPUs grouped gradients become dense over all pairs of examples (measured by `ada_jax.plan`
-    # for v3 and v5e).
     "default": ("grouped", "patches"),
+    # Grouped gradients become dense over all pairs of examples there, and patches are written to
+    # HBM (measured by `ada_jax.plan`, see launch/README.md).
+    "tpu": ("mosaic", "mosaic"),
     # On an H100 in bfloat16 the training step of cifar10.py:ada,gpu takes 25.8 ms with 'triton',
     # 27.1 with 'grouped' forward, and 36.1 with the line above (launch/README.md).
     "cuda": ("triton", "triton"),
