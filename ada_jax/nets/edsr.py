@@ -1,9 +1,10 @@
 """EDSR, a super-resolution network (Lim et al., 2017), at scale 1, 2 or 4."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from ada_jax.nets import layers
+from ada_jax.nets import layers, per_example
 
 DIV2K_MEAN = np.array([0.4488, 0.4371, 0.4040], np.float32)  # EDSR's fixed MeanShift
 
@@ -77,9 +78,40 @@ def edsr_body_end(theta: dict, h: jax.Array) -> jax.Array:
 
 def edsr_tail(theta: dict, h: jax.Array) -> jax.Array:
     """Features [B,H,W,C] to [B,scale H,scale W,3] near [0,1]."""
-    for i in range(sum(name.startswith("up") for name in theta)):
+    ups, tail = sum(name.startswith("up") for name in theta), theta["tail"]
+    for i in range(ups - 1):
         h = pixel_shuffle(layers.conv(theta[f"up{i}"], h))
-    return layers.conv(theta["tail"], h) / 255 + DIV2K_MEAN
+    if ups:
+        h = layers.conv(theta[f"up{ups - 1}"], h)
+        h = jax.lax.platform_dependent(tail, h, tpu=_conv_shuffled_late, default=_conv_shuffled)
+    else:
+        h = layers.conv(tail, h)
+    return h / 255 + DIV2K_MEAN
+
+
+def _conv_shuffled(params: dict, x: jax.Array) -> jax.Array:
+    """Shuffles [B,H,W,4C] and convolves the result, to [B,2H,2W,O]."""
+    return layers.conv(params, pixel_shuffle(x))
+
+
+# [a, d, i, p] is 1 where tap a of a kernel of size 3, for the output at subpixel p of a pixel, reads
+# subpixel i of the neighbouring pixel d.
+_TAPS = np.array(
+    [[[[p + a - 1 == 2 * (d - 1) + i for p in (0, 1)] for i in (0, 1)] for d in (0, 1, 2)]
+     for a in (0, 1, 2)], np.float32,
+)  # fmt: skip
+
+
+def _conv_shuffled_late(params: dict, x: jax.Array) -> jax.Array:
+    """`_conv_shuffled` with a kernel for unshuffled images: only its few outputs are shuffled.
+
+    Three quarters of the kernel are zero, but a TPU takes longer to shuffle the features.
+    """
+    w = params["w"]
+    (_, _, inputs, outputs), taps = w.shape, jnp.asarray(_TAPS, w.dtype)
+    w = jnp.einsum("adip,bejq,abco->decijopq", taps, taps, w, precision="highest")
+    y = per_example.conv2d(x.astype(w.dtype), w.reshape(3, 3, 4 * inputs, 4 * outputs))
+    return pixel_shuffle(y) + params["b"]
 
 
 def pixel_shuffle(x: jax.Array) -> jax.Array:

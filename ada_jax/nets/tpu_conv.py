@@ -44,11 +44,12 @@ class _Tiling(NamedTuple):
 def _tiling(image: tuple[int, int], padding: int, patched: int, largest: int) -> _Tiling:
     """Divides an image, for patches of `patched` channels and at most `largest` channels."""
     size = image[0] * image[1]
-    if (whole := _round_up(size, _LANES)) <= _CHUNK // patched:
+    most = min(_CHUNK // patched, _TILE // largest)
+    if (whole := _round_up(size, _LANES)) <= most:
         return _Tiling(1, whole, whole, 0)
     halo = _round_up(padding * (image[1] + 1), _LANES)
     unit = halo or _LANES
-    chunk = max(_CHUNK // patched // unit, 1) * unit
+    chunk = max(most // unit, 1) * unit
     tiles = pl.cdiv(size, max(_TILE // largest // chunk, 1) * chunk)
     return _Tiling(tiles, _round_up(pl.cdiv(size, tiles), chunk), chunk, halo)
 
