@@ -94,8 +94,8 @@ def _conv_shuffled(params: dict, x: jax.Array) -> jax.Array:
     return layers.conv(params, pixel_shuffle(x))
 
 
-# [a, d, i, p] is 1 where tap a of a kernel of size 3, for the output at subpixel p of a pixel, reads
-# subpixel i of the neighbouring pixel d.
+# [a, d, i, p] is 1 where tap a of a kernel of size 3, for the output at subpixel p of a pixel,
+# reads subpixel i of the neighbouring pixel d.
 _TAPS = np.array(
     [[[[p + a - 1 == 2 * (d - 1) + i for p in (0, 1)] for i in (0, 1)] for d in (0, 1, 2)]
      for a in (0, 1, 2)], np.float32,
