@@ -90,6 +90,17 @@ def test_pixel_shuffle_follows_pytorchs_order(height, width, channels):
             assert y[b, 2 * h + i, 2 * w + j, c] == x[b, h, w, 4 * c + 2 * i + j]
 
 
+def test_a_late_shuffle_convolves_the_same():
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {"w": jax.random.normal(keys[0], (3, 3, 4, 3)), "b": jax.random.normal(keys[1], (3,))}
+    args = params, jax.random.normal(keys[2], (2, 5, 6, 16))
+    early, late = (
+        jax.value_and_grad(lambda *args, f=f: (f(*args) ** 2).sum(), (0, 1))(*args)
+        for f in (edsr._conv_shuffled, edsr._conv_shuffled_late)
+    )
+    chex.assert_trees_all_close(late, early, rtol=1e-4, atol=1e-3)
+
+
 def straightforward_edsr(theta, x, blocks: int, upsamplers: int):
     """The published code's forward pass on 0..255, channels first as in PyTorch."""
     mean = 255 * jnp.array([0.4488, 0.4371, 0.4040]).reshape(3, 1, 1)
