@@ -187,7 +187,7 @@ class _Instruction(NamedTuple):
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z\d\-]*)\((.*?)\)(.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")
-_ESTIMATE = re.compile(r'"cost_estimate":\{"flops":"(\d+)",.*?"bytes_accessed":"(\d+)"')
+_ESTIMATE = re.compile(r'"cost_estimate": ?\{"flops": ?"(\d+)",.*?"bytes_accessed": ?"(\d+)"')
 # They move nothing themselves, or are the ends of what the '-start' before them moved.
 _FREE = ("tuple", "get-tuple-element", "bitcast", "parameter", "constant", "after-all")
 _SLICES = ("slice", "dynamic-slice")
