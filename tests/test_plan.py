@@ -279,6 +279,15 @@ HloModule step, is_scheduled=true
   ROOT %nothing = f32[4,8]{1,0:T(8,128)S(1)} constant({...})
 }
 
+%zeros_and_kernel (p0: f32[4,8]) -> f32[4,8] {
+  %p0 = f32[4,8]{1,0:T(8,128)S(1)} parameter(0)
+  ROOT %inner = f32[4,8]{1,0:T(8,128)} custom-call(%p0), custom_call_target="tpu_custom_call", backend_config={"custom_call_config": {"body": "TUzv", "cost_estimate": {
+"bytes_accessed":2000,
+"flops":50,
+"transcendentals":0
+}, "serialization_format": 1}}
+}
+
 %condition (state: (s32[], f32[4,8,8,16], f32[3,3,16,32])) -> pred[] {
   %state = (s32[]{:T(128)}, f32[4,8,8,16]{3,2,1,0:T(8,128)}, f32[3,3,16,32]{3,2,1,0:T(8,128)}) parameter(0)
   %i = s32[]{:T(128)} get-tuple-element(%state), index=0
@@ -292,6 +301,7 @@ ENTRY %main (a: bf16[64,32], b: bf16[32,16]) -> bf16[64,16] {
   %loop = (s32[]{:T(128)}, f32[4,8,8,16]{3,2,1,0:T(8,128)}, f32[3,3,16,32]{3,2,1,0:T(8,128)}) while(%init), condition=%condition, body=%body
   %kept = f32[4,8]{1,0:T(8,128)S(1)} fusion(), kind=kLoop, calls=%zeros
   %kernel = (f32[4,8]{1,0:T(8,128)}, f32[2,8]{1,0:T(8,128)}) custom-call(%kept, %kept), custom_call_target="tpu_custom_call", backend_config={"custom_call_config":{"body":"TUzv","cost_estimate":{"flops":"700","transcendentals":"0","bytes_accessed":"1000","remote_bytes_transferred":"0"}}}
+  %fused_kernel = f32[4,8]{1,0:T(8,128)} fusion(%kept), kind=kCustom, calls=%zeros_and_kernel
   ROOT %dot = bf16[64,16]{1,0:T(8,128)(2,1)} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
 }
 """  # noqa: E501
@@ -300,10 +310,10 @@ ENTRY %main (a: bf16[64,32], b: bf16[32,16]) -> bf16[64,16] {
 def test_a_compiled_program_costs_what_its_loops_and_memory_spaces_say():
     cost = costs.program_costs(PROGRAM)
     x, w = 4 * 4 * 8 * 8 * 16, 4 * 3 * 3 * 16 * 32
-    assert cost.flops == 10 * 4 * conv(8, 16, 32) + 2 * 64 * 32 * 16 + 700
+    assert cost.flops == 10 * 4 * conv(8, 16, 32) + 2 * 64 * 32 * 16 + 700 + 50
     # The fused convolution reads x, the copy w, the slice a quarter of x, the update reads and
-    # writes one. One array that the kernel reads is on the chip.
-    kernel = 1000 - 4 * 4 * 8
+    # writes one. One array that the kernel reads is on the chip, also inside of the fusion.
+    kernel = 1000 - 4 * 4 * 8 + 4 * 4 * 8
     assert cost.hbm_bytes == 10 * (x + w + 3 * x / 4) + 2 * (64 * 32 + 32 * 16 + 64 * 16) + kernel
 
 

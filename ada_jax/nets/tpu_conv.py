@@ -84,6 +84,7 @@ def forward(x: jax.Array, w: jax.Array, padding: int, *, interpret: bool = False
         out_shape=y,
         scratch_shapes=_scratch(inputs, k, t),
         cost_estimate=_cost(flops, x, t, w, y),
+        compiler_params=_fusing(t, 1),
         interpret=interpret,
         name="forward",
     )(w, *[x] * _copies(t))
@@ -158,6 +159,7 @@ def gradients(
             pltpu.VMEM((parts, taps * part, inputs), jnp.float32),
         ],
         cost_estimate=_cost(flops, dy, t, x, matrix, x, matrix),
+        compiler_params=_fusing(t, 2),
         interpret=interpret,
         name="gradients",
     )(matrix, x, *[dy] * _copies(t))
@@ -265,6 +267,15 @@ def _scratch(channels: int, k: int, t: _Tiling) -> list:
         pltpu.VMEM((channels, t.tile + 2 * t.halo), jnp.float32),
         pltpu.VMEM((k * k * channels, t.chunk), jnp.float32),
     ]
+
+
+def _fusing(t: _Tiling, images: int) -> pltpu.CompilerParams:
+    """Lets XLA compute bias, ReLU and the like inside of a kernel, from a kernel and these images.
+
+    The compiler fails for tiles of which a kernel reads a part at a time.
+    """
+    inputs = [False] + [True] * images
+    return pltpu.CompilerParams(allow_input_fusion=inputs if t.tiles * t.tile == t.chunk else None)
 
 
 def _cost(flops: int, read: jax.Array, t: _Tiling, *others: jax.Array) -> pl.CostEstimate:

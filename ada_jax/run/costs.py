@@ -187,7 +187,7 @@ class _Instruction(NamedTuple):
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z\d\-]*)\((.*?)\)(.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")
-_ESTIMATE = re.compile(r'"cost_estimate": ?\{"flops": ?"(\d+)",.*?"bytes_accessed": ?"(\d+)"')
+_ESTIMATE = re.compile(r'"cost_estimate": ?\{([^}]*)\}')
 # They move nothing themselves, or are the ends of what the '-start' before them moved.
 _FREE = ("tuple", "get-tuple-element", "bitcast", "parameter", "constant", "after-all")
 _SLICES = ("slice", "dynamic-slice")
@@ -223,7 +223,8 @@ def program_costs(text: str) -> Costs:
 
 def _parse(text: str) -> tuple[str, dict[str, dict[str, _Instruction]]]:
     entry, computations, body = "", {}, {}
-    for line in text.splitlines():
+    # Inside of fusions a kernel's configuration is printed on several lines.
+    for line in re.sub(r'\n(?="|\}, )', "", text).splitlines():
         if header := _COMPUTATION.match(line):
             body = computations[header[2]] = {}
             entry = header[2] if header[1] else entry
@@ -245,7 +246,8 @@ def _cost(instruction: _Instruction, body, computations, cost) -> Costs:
     if estimate := _ESTIMATE.search(instruction.rest):
         arrays = [a for o in dict.fromkeys(instruction.operands) for a in _arrays(body[o].shape)]
         on_chip = sum(size for size, in_hbm in _arrays(instruction.shape) + arrays if not in_hbm)
-        return Costs(float(estimate[1]), max(float(estimate[2]) - on_chip, 0.0))
+        numbers = dict(re.findall(r'"(\w+)": ?"?(\d+)', estimate[1]))
+        return Costs(float(numbers["flops"]), max(float(numbers["bytes_accessed"]) - on_chip, 0.0))
     inner = [cost(n) for k, n in called.items() if k in ("calls", "to_apply") and n in computations]
     flops = sum(c.flops for c in inner) + _flops(instruction, body)
     if instruction.op in _CALLS:
