@@ -190,8 +190,9 @@ def _fill_patches(
     """Writes a chunk's patches [k * k * C, chunk]; pixels outside the image are zero."""
     length, (height, width) = t.chunk + 2 * t.halo, image
     window = window_ref[:, pl.ds(_aligned(index * t.chunk), length)]
-    pixel = start + index * t.chunk + lax.broadcasted_iota(jnp.int32, (1, t.chunk), 1)
-    column = lax.rem(pixel, width)
+    first = start + jnp.int32(index) * t.chunk
+    pixel = first + lax.broadcasted_iota(jnp.int32, (1, t.chunk), 1)
+    column = lax.rem(pixel, jnp.int32(width))
     offsets = range(-padding, padding + 1)
     for tap, (a, b) in enumerate((a, b) for a in offsets for b in offsets):
         shifted = pltpu.roll(window, -(a * width + b) % length, 1)[:, t.halo : t.halo + t.chunk]
@@ -208,7 +209,8 @@ def _dot(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
 
 
 def _aligned(pixel: jax.Array) -> jax.Array:
-    return pl.multiple_of(pixel, _LANES)
+    # Loops count in int64 under jax_enable_x64.
+    return pl.multiple_of(jnp.int32(pixel), _LANES)
 
 
 # -------------------------------------------------------------------- blocks and layouts
