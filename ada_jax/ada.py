@@ -47,13 +47,14 @@ def adversarial_augment(
     ssim_threshold: float = 0.3,
     root_rule: str = "in_range",
     microbatch: int | None = None,
+    group: int = 1,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Corrupts every image so that the classifier's loss on it is as large as possible.
 
     The batch may be split over several devices, either by `jax.jit` along automatic or explicit
-    mesh axes, or inside `jax.shard_map`, where `microbatch` counts a device's own examples. A
-    single key, equal on all devices, is split over the whole batch, as on one device. Pass one key
-    per example in `jax.pmap`, with `check_vma=False`, or if the batch's axes are not in the mesh's
+    mesh axes, or inside `jax.shard_map`, where `microbatch` and `group` count a device's own
+    examples. A single key, equal on all devices, is split over the whole batch, as on one device.
+    Pass one key per example in `jax.pmap`, with `check_vma=False`, or if the batch's axes are not in the mesh's
     order: a device does not know its position in the batch there.
 
     Args:
@@ -70,9 +71,12 @@ def adversarial_augment(
       ssim_threshold: images whose SSIM to x is lower are moved back to about this value. -1
         disables the search; images smaller than SSIM's window of 11x11 pixels need it.
       root_rule: 'in_range', 'interpolated' or 'paper', see `ada_jax.ssim.line_search`.
-      microbatch: number n of examples attacked at a time, a divisor of B; bounds memory. Group i
-        has examples i, i + B/n, ... The result does not depend on n unless logits_fn mixes
-        examples (batch-statistics batch norm).
+      microbatch: number n of examples attacked at a time, a divisor of B; bounds memory.
+        Microbatch i has the groups i, i + B/n, ... The result does not depend on n unless logits_fn
+        mixes examples (batch-statistics batch norm).
+      group: number of consecutive examples that share one delta, a divisor of the microbatch or of
+        B. The ascent maximises the sum of their losses. Above 1 this approximates AdA by a weaker
+        attack that is faster; the whole batch is one environment of IRM (paper, equations 4 and 5).
 
     Returns:
       The augmented images [B,H,W,C], float32 in [0,1], without a gradient, and metrics, each [B]:
@@ -86,7 +90,7 @@ def adversarial_augment(
     """
     x, y = checks.as_images(jnp.asarray(x)), jnp.asarray(y)
     check_settings(nu, steps, step_rule, step_scale, ssim_threshold, root_rule)
-    _check(net, x, ssim_threshold, microbatch)
+    _check(net, x, ssim_threshold, microbatch, group)
     classes = checks.check_labels(y, x, logits_fn, microbatch)
     spec = checks.microbatch_spec(x, microbatch)
     logits_fn = checks.float32_logits(logits_fn, spec, gradients=steps != 0)
@@ -94,9 +98,9 @@ def adversarial_augment(
     x, y = checks.nan_if_invalid(x, y, classes), y.astype(jnp.int32)
     # With one key per example, draws depend neither on the rest of the batch nor on `microbatch`.
     example_keys = keys.of_batch(key, x)
-    attack = functools.partial(_attack, _Static(net.apply, steps, step_rule, root_rule))
+    attack = functools.partial(_attack, _Static(net.apply, steps, step_rule, root_rule, group))
     if microbatch and microbatch < len(x):
-        attack = _in_microbatches(attack, len(x) // microbatch)
+        attack = _in_microbatches(attack, len(x) // microbatch, group)
     numbers = {"nu": nu, "step_scale": step_scale, "ssim_threshold": ssim_threshold}
     return sharding.on_mesh(attack, logits_fn, x)(x, y, example_keys, net.theta, numbers)
 
@@ -108,6 +112,7 @@ class _Static(NamedTuple):
     steps: int
     step_rule: str
     root_rule: str
+    group: int
 
 
 def _attack(
@@ -131,6 +136,7 @@ def _attack(
         steps=static.steps,
         step_rule=static.step_rule,
         step_scale=numbers["step_scale"],
+        group=static.group,
     )
     images = render(net, delta, x, example_keys)
     metrics["loss_end"] = loss_fn(images)
@@ -144,17 +150,26 @@ def _attack(
     return lax.stop_gradient((images, metrics))
 
 
-def _in_microbatches(attack: Callable[..., PyTree], groups: int) -> Callable[..., PyTree]:
-    """The attack on one group of examples at a time."""
-    # Strided groups, not contiguous ones: every device then holds some examples of each group.
-    split = lambda a: a.reshape(-1, groups, *a.shape[1:]).swapaxes(0, 1)  # noqa: E731
-    join = lambda a: a.swapaxes(0, 1).reshape(-1, *a.shape[2:])  # noqa: E731
+def _in_microbatches(
+    attack: Callable[..., PyTree], count: int, group: int
+) -> Callable[..., PyTree]:
+    """The attack on one of `count` microbatches at a time."""
+    # Strided microbatches, not contiguous ones: every device then holds some examples of each.
+    unit = (group,) if group > 1 else ()
 
-    def attack_groups(logits_fn, x, y, example_keys, *args):
+    def split(a):
+        parts = a.reshape(-1, count, *unit, *a.shape[1:]).swapaxes(0, 1)
+        return parts.reshape(count, -1, *a.shape[1:])
+
+    def join(a):
+        parts = a.reshape(count, -1, *unit, *a.shape[2:]).swapaxes(0, 1)
+        return parts.reshape(-1, *a.shape[2:])
+
+    def attack_all(logits_fn, x, y, example_keys, *args):
         batch = jax.tree.map(split, (x, y, example_keys))
         return jax.tree.map(join, lax.map(lambda b: attack(logits_fn, *b, *args), batch))
 
-    return attack_groups
+    return attack_all
 
 
 def maximise(
@@ -167,6 +182,7 @@ def maximise(
     steps: int,
     step_rule: str = "sign",
     step_scale: float = 0.25,
+    group: int = 1,
 ) -> tuple[PyTree, dict[str, jax.Array]]:
     """Projected gradient ascent on delta from a random start in the ball (paper, equation 2).
 
@@ -174,10 +190,10 @@ def maximise(
       example_keys: one key per example [B].
       x: images [B,H,W,C] in [0,1].
       loss_fn: images [B,H,W,C] -> losses [B].
-      net, nu, steps, step_rule, step_scale: as for `adversarial_augment`.
+      net, nu, steps, step_rule, step_scale, group: as for `adversarial_augment`.
 
     Returns:
-      delta, a tree of [B, *theta_i.shape] inside its balls, and metrics [B]: 'loss_start',
+      delta, a tree of [B/group, *theta_i.shape] inside its balls, and metrics [B]: 'loss_start',
       'on_surface'.
     """
     x, net = lax.stop_gradient(x), net._replace(theta=lax.stop_gradient(net.theta))
@@ -197,34 +213,48 @@ def maximise(
         delta = perturbation.add(delta, step(gradient, radii, step_scale))
         return perturbation.project(delta, radii), start
 
-    delta = perturbation.init(example_keys, net.theta, radii)
+    delta = perturbation.init(_of_groups(example_keys, group), net.theta, radii)
     start = jnp.zeros_like(x, jnp.float32, shape=(len(x),))
     delta, start = lax.fori_loop(0, steps, ascend, (delta, start))
     delta = lax.stop_gradient(delta)
-    return delta, {"loss_start": start, "on_surface": perturbation.on_surface(delta, radii)}
+    on_surface = perturbation.on_surface(delta, radii)
+    if group > 1:
+        on_surface = jnp.repeat(on_surface, group)
+    return delta, {"loss_start": start, "on_surface": on_surface}
 
 
 def render(net: CorruptionNet, delta: PyTree, x: jax.Array, example_keys: jax.Array) -> jax.Array:
-    """Applies each example's own network: c_{theta + delta_i}(x_i), clipped to [0,1].
+    """Applies each group's own network: c_{theta + delta_i}(x_i), clipped to [0,1].
 
     Args:
       net: the corruption network.
-      delta: tree of [B, *theta_i.shape].
+      delta: tree of [G, *theta_i.shape]; each of the G groups has B/G consecutive images.
       x: images [B,H,W,C] in [0,1].
-      example_keys: [B]; they fix a stochastic network's noise, which is then equal in all steps.
+      example_keys: [B]; that of a group's first image fixes a stochastic network's noise, which is
+        then equal in all steps.
 
     Returns:
       Images [B,H,W,C] in [0,1].
     """
+    group = len(x) // len(jax.tree.leaves(delta)[0])
 
     def one(delta, x, key):
         theta = perturbation.add(net.theta, delta)
+        if group > 1:
+            return net.apply(theta, x, key).astype(jnp.float32)
         return net.apply(theta, x[None], key)[0].astype(jnp.float32)
 
-    return jnp.clip(jax.vmap(one)(delta, x, example_keys), 0.0, 1.0)
+    groups = x if group == 1 else x.reshape(-1, group, *x.shape[1:])
+    rendered = jax.vmap(one)(delta, groups, _of_groups(example_keys, group))
+    return jnp.clip(rendered.reshape(x.shape), 0.0, 1.0)
 
 
-def _check(net, x, ssim_threshold, microbatch) -> None:
+def _of_groups(example_keys: jax.Array, group: int) -> jax.Array:
+    """The key of each group, that of its first example."""
+    return example_keys if group == 1 else example_keys[::group]
+
+
+def _check(net, x, ssim_threshold, microbatch, group) -> None:
     if not isinstance(net, CorruptionNet):
         raise UserError(
             f"net={net!r} is not an ada_jax.CorruptionNet: use ada_jax.make_corruption_net(name), "
@@ -256,6 +286,12 @@ def _check(net, x, ssim_threshold, microbatch) -> None:
     if microbatch and len(x) % microbatch:
         raise UserError(
             f"microbatch={microbatch} does not divide the batch of {len(x)}: use a divisor."
+        )
+    checks.check_integers(1, group=group)
+    if (microbatch or len(x)) % group:
+        raise UserError(
+            f"group={group} does not divide the {microbatch or len(x)} examples that are attacked "
+            "at a time: use a divisor."
         )
 
 

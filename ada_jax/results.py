@@ -60,7 +60,7 @@ def comparable(config: dict[str, Any]) -> dict[str, Any]:
     """
     fields = flat(config)
     off = set() if fields.get("crop_scale") else {"crop_scale", "crop_ratio"}
-    off |= {"ada.every"} if fields.get("ada.every") == 1 else set()
+    off |= {name for name in ("ada.every", "ada.group") if fields.get(name) == 1}
     return {name: value for name, value in fields.items() if name not in off}
 
 

@@ -131,6 +131,7 @@ def make_attack(
             ada.adversarial_augment,
             logits_fn=functools.partial(logits_fn, state, config.ada.batch_norm),
             microbatch=config.ada.microbatch or None,
+            group=config.ada.group,
             **attack_settings(config.ada),
         )
         nets = map(ada.CorruptionNet, net_applies, thetas)

@@ -36,7 +36,7 @@ AT_LEAST_0 = (lambda value: value >= 0, "must be 0 (off) or more")
 POSITIVE = (lambda value: value > 0, "must be positive")
 RULES = (
     (*AT_LEAST_1, ("batch_size", "log_steps", "keep_checkpoints", "image_size", "ada.every")),
-    (*AT_LEAST_1, ("corruption_eval_examples",)),
+    (*AT_LEAST_1, ("corruption_eval_examples", "ada.group")),
     (*AT_LEAST_0, ("eval_epochs", "corruption_eval_epochs", "checkpoint_epochs", "cpu_devices")),
     (*AT_LEAST_0, ("figure_examples", "deepaugment.copies", "augmix.jsd_weight")),
     (*AT_LEAST_0, ("weight_decay", "warmup_epochs", "epochs", "train_steps")),
@@ -224,15 +224,23 @@ def validate_devices(config: ml_collections.ConfigDict, devices: int) -> None:
                 f"config.{field}={config[field]} is not divisible by the {devices} devices: "
                 f"use a multiple of {devices}."
             )
+    if config.method != "ada":
+        return
     local = config.batch_size // devices
-    if config.method == "ada" and local % config.ada.every:
+    if local % config.ada.every:
         raise UserError(
             f"config.ada.every={config.ada.every} does not divide the {local} examples of a "
             "device: use a divisor."
         )
     attacked = local // config.ada.every
-    if config.method == "ada" and config.ada.microbatch and attacked % config.ada.microbatch:
+    if config.ada.microbatch and attacked % config.ada.microbatch:
         raise UserError(
             f"config.ada.microbatch={config.ada.microbatch} does not divide the {attacked} "
             "examples of a device that are attacked: use a divisor."
+        )
+    at_once = config.ada.microbatch or attacked
+    if at_once % config.ada.group:
+        raise UserError(
+            f"config.ada.group={config.ada.group} does not divide the {at_once} examples that a "
+            "device attacks at a time: use a divisor."
         )

@@ -138,7 +138,8 @@ def build(config: ml_collections.ConfigDict) -> Parts:
     config_checks.validate_devices(config, jax.device_count())
     check_files(config)
     nets = make_corruption_nets(config.ada) if config.method == "ada" else ()
-    check_memory(nets, config.ada.microbatch or config.batch_size // jax.device_count())
+    at_once = config.ada.microbatch or config.batch_size // jax.device_count()
+    check_memory(nets, at_once, config.ada.group)
     load = functools.partial(
         sources.load, config.dataset, data_dir=config.data_dir or None, image_size=config.image_size
     )
@@ -189,8 +190,13 @@ def _count_steps(config: ml_collections.ConfigDict, train_set: core.Dataset) -> 
     return steps_per_epoch, total_steps
 
 
-def check_memory(nets: Sequence[ada.CorruptionNet], attacked: int) -> None:
-    """Checks that the devices have the memory for perturbations, `attacked` at once on each.
+def check_memory(nets: Sequence[ada.CorruptionNet], attacked: int, group: int = 1) -> None:
+    """Checks that the devices have the memory for the perturbations.
+
+    Args:
+      nets: the corruption networks.
+      attacked: examples attacked at once on each device.
+      group: examples that share a perturbation.
 
     Raises:
       UserError: they have not.
@@ -199,11 +205,11 @@ def check_memory(nets: Sequence[ada.CorruptionNet], attacked: int) -> None:
     if not nets or available is None:
         return
     parameters = max(sum(a.size for a in jax.tree.leaves(net.theta)) for net in nets)
-    per_example = 3 * 4 * parameters  # float32: delta, its gradient and the next delta
+    per_example = 3 * 4 * parameters / group  # float32: delta, its gradient and the next delta
     if per_example * attacked > available:
-        divisors = [n for n in range(1, attacked + 1) if attacked % n == 0]
+        divisors = [n for n in range(group, attacked + 1, group) if attacked % n == 0]
         fits = [n for n in divisors if 2 * n * per_example <= available]
-        fix = f"{fits[-1]}, or a smaller divisor" if fits else "1, or use a smaller network"
+        fix = f"{fits[-1]}, or a smaller divisor" if fits else f"{group}, or use a smaller network"
         raise UserError(
             f"config.ada.microbatch attacks {attacked} examples at once on each device: their "
             f"perturbations need at least {per_example * attacked / 2**30:.1f} GiB, and a device "
