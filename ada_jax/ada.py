@@ -54,8 +54,8 @@ def adversarial_augment(
     The batch may be split over several devices, either by `jax.jit` along automatic or explicit
     mesh axes, or inside `jax.shard_map`, where `microbatch` and `group` count a device's own
     examples. A single key, equal on all devices, is split over the whole batch, as on one device.
-    Pass one key per example in `jax.pmap`, with `check_vma=False`, or if the batch's axes are not in the mesh's
-    order: a device does not know its position in the batch there.
+    Pass one key per example in `jax.pmap`, with `check_vma=False`, or if the batch's axes are not
+    in the mesh's order: a device does not know its position in the batch there.
 
     Args:
       key: random key, or one per example [B].

@@ -2,6 +2,7 @@
 
 python -m ada_jax.benchmark [--rows=peak,conv,inner,step,augment,memory,scaling] [--cpu_devices=2]
 python -m ada_jax.benchmark --rows=peak,conv,inner,step --peer=torch   # on a GPU, with '.[torch]'
+python -m ada_jax.benchmark --rows=inner,step --group=16   # examples that share a perturbation
 
 Every row has the useful work per second, counted as the floating-point operations of direct
 convolutions, and its share of the speed of a large matrix product measured just before. The type is
@@ -11,6 +12,7 @@ float32 on a CPU, and bfloat16 with larger batches on a GPU or a TPU.
 import concurrent.futures
 import functools
 import importlib.util
+import math
 import os
 import runpy
 import time
@@ -49,6 +51,7 @@ class Scale(NamedTuple):
       rendered: number of images for DeepAugment to render.
       memory: (batch, batch with microbatches, microbatch) for the first of `inner`.
       seconds: how long each row is repeated.
+      group: examples that share a perturbation in the rows inner and step.
     """
 
     dtype: str
@@ -61,6 +64,7 @@ class Scale(NamedTuple):
     rendered: int
     memory: tuple[int, int, int]
     seconds: float
+    group: int = 1
 
 
 SCALES = {
@@ -219,16 +223,22 @@ def inner_rows(scale: Scale, steps: int = 5) -> Iterator[Row]:
         net, logits_fn, x, y = inner_problem(name, classifier, batch, scale.dtype)
         flops = attack_flops(net, logits_fn) * batch * steps
 
-        def attack(x, y, net=net, logits_fn=logits_fn):
+        group = math.gcd(scale.group, batch)
+
+        def attack(x, y, net=net, logits_fn=logits_fn, group=group):
             keys = jax.random.split(jax.random.key(0), len(x))
             loss_fn = lambda images: losses.cross_entropy(logits_fn(images), y)  # noqa: E731
-            delta, _ = ada.maximise(keys, x, loss_fn, net, nu=0.015, steps=steps)
-            return delta
+            return ada.maximise(keys, x, loss_fn, net, nu=0.015, steps=steps, group=group)[0]
 
         seconds, compilation = time_calls(attack, x, y, seconds=scale.seconds)
         rate = f"{batch * steps / seconds:.0f} example-steps/s"
-        title = f"inner maximisation, {name} + {classifier}, batch {batch}"
+        title = f"inner maximisation, {name} + {classifier}, batch {batch}{grouped(group)}"
         yield title, flops, seconds, rate, compilation
+
+
+def grouped(group: int) -> str:
+    """The end of a title."""
+    return f", group {group}" if group > 1 else ""
 
 
 def peer_rows(scale: Scale, rows: str) -> Iterator[Row]:
@@ -285,6 +295,7 @@ def step_rows(scale: Scale) -> Iterator[Row]:
     for words in scale.words:
         config = cifar10(words).unlock()
         config.batch_size = scale.batch or config.batch_size
+        config.ada.group = scale.group
         images = jax.random.uniform(jax.random.key(0), (config.batch_size, 32, 32, 3))
         labels = jnp.arange(config.batch_size) % 10
         one_step, model, state, nets = first_step(config, images)
@@ -298,7 +309,9 @@ def step_rows(scale: Scale) -> Iterator[Row]:
             inner = attack_flops(net, lambda x, f=logits_fn: f(x)[0])
             flops += config.ada.steps * inner + net_flops(net)
         rate = f"{config.batch_size / seconds:.0f} examples/s"
-        title = f"training step, cifar10.py:{words}, batch {config.batch_size}"
+        title = (
+            f"training step, cifar10.py:{words}, batch {config.batch_size}{grouped(scale.group)}"
+        )
         yield title, flops * config.batch_size, seconds, rate, compilation
 
 
@@ -436,6 +449,7 @@ def main(argv: list[str]) -> None:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     cli.set_up_devices(f.cpu_devices, "")
     scale = SCALES[f.scale or ("cpu" if jax.default_backend() == "cpu" else "accelerator")]
+    scale = scale._replace(group=f.group)
     device = jax.devices()[0].device_kind
     print(f"{jax.local_device_count()} devices ({device}), jax {jax.__version__}\n")
     timed = {
@@ -476,6 +490,7 @@ def print_row(row: Row, reference: float) -> None:
 if __name__ == "__main__":
     flags.DEFINE_list("rows", list(ROWS), "Rows to measure: " + ", ".join(ROWS) + ".")
     flags.DEFINE_integer("cpu_devices", 2, "Number of devices that a CPU is split into.")
+    flags.DEFINE_integer("group", 1, "Examples that share a perturbation.", lower_bound=1)
     flags.DEFINE_enum("peer", None, ["torch"], "Also measure inner and step in PyTorch.")
     flags.DEFINE_enum("scale", None, list(SCALES), "Problem sizes; the device's by default.")
     cli.start(main)

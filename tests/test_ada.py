@@ -81,14 +81,14 @@ def augment(seed: int, x, y, nu: float = NU, ssim_threshold: float = 0.3):
     return jitted_augment(jax.random.key(seed), x, y, nu, ssim_threshold)
 
 
-@functools.partial(jax.jit, static_argnames=("steps", "step_rule"))
-def jitted_attack(example_keys, x, y, nu, steps, step_rule):
-    knobs = {"nu": nu, "steps": steps, "step_rule": step_rule}
+@functools.partial(jax.jit, static_argnames=("steps", "step_rule", "group"))
+def jitted_attack(example_keys, x, y, nu, steps, step_rule, group):
+    knobs = {"nu": nu, "steps": steps, "step_rule": step_rule, "group": group}
     return ada.maximise(example_keys, x, loss_of(y), NET, **knobs)
 
 
-def attack(seed: int, x, y, nu: float = NU, steps: int = 3, step_rule: str = "sign"):
-    return jitted_attack(example_keys(seed), x, y, nu, steps, step_rule)
+def attack(seed: int, x, y, nu: float = NU, steps: int = 3, step_rule="sign", group: int = 1):
+    return jitted_attack(example_keys(seed), x, y, nu, steps, step_rule, group)
 
 
 render = jax.jit(functools.partial(ada.render, NET))
@@ -124,17 +124,18 @@ def test_the_loss_rises_above_its_start_and_above_random_corruptions(seed):
 
 
 @quick
-@given(seeds, st.sampled_from(sorted(perturbation.STEP_RULES)))
-def test_every_leaf_of_the_result_is_inside_its_ball(seed, step_rule):
-    delta, metrics = attack(seed, *batch(seed), step_rule=step_rule)
+@given(seeds, st.sampled_from(sorted(perturbation.STEP_RULES)), st.sampled_from([1, 2]))
+def test_every_leaf_of_the_result_is_inside_its_ball(seed, step_rule, group):
+    delta, metrics = attack(seed, *batch(seed), step_rule=step_rule, group=group)
     chex.assert_tree_all_finite(delta)
     at_surface = []
     for d, a in zip(*map(jax.tree.leaves, (delta, NET.theta)), strict=True):
-        norm = np.linalg.norm(np.asarray(d).reshape(BATCH, -1), axis=1)
+        norm = np.linalg.norm(np.asarray(d).reshape(BATCH // group, -1), axis=1)
         radius = NU * np.linalg.norm(np.ravel(a))
         assert np.all(norm <= radius * (1 + 1e-5))
         at_surface.append(norm >= radius * (1 - 1e-3))
-    np.testing.assert_allclose(metrics["on_surface"], np.mean(at_surface, 0), atol=1e-6)
+    expected = np.mean(at_surface, 0).repeat(group)
+    np.testing.assert_allclose(metrics["on_surface"], expected, atol=1e-6)
 
 
 def test_the_start_is_a_random_point_of_the_ball():
@@ -204,17 +205,20 @@ def test_different_keys_give_different_images_and_equal_keys_equal_ones():
     assert np.all(np.any(first != other, axis=(1, 2, 3)))
 
 
-def test_a_stochastic_networks_noise_is_the_same_at_every_step_and_in_the_result():
+@pytest.mark.parametrize("group", [1, 2])
+def test_a_stochastic_networks_noise_is_the_same_at_every_step_and_in_the_result(group):
     noise = lambda key: jax.random.key_data(key)[1] % 100 / 500  # noqa: E731
     net = CorruptionNet(lambda t, x, key: AFFINE.apply(t, x, key) + noise(key), AFFINE.theta)
     (x, y), keys = batch(), example_keys(0)
-    maximise = functools.partial(ada.maximise, loss_fn=loss_of(y), net=net, nu=0.1, steps=3)
-    delta, metrics = jax.jit(maximise)(keys, x)
+    knobs = {"net": net, "nu": 0.1, "steps": 3, "group": group}
+    delta, metrics = jax.jit(functools.partial(ada.maximise, loss_fn=loss_of(y), **knobs))(keys, x)
     images = jax.jit(functools.partial(ada.render, net))(delta, x, keys)
     for i in range(BATCH):
-        expected = (1 + delta["gain"][i]) * x[i] + noise(keys[i])
+        first = i - i % group
+        expected = (1 + delta["gain"][i // group]) * x[i] + noise(keys[first])
         np.testing.assert_allclose(images[i], np.clip(expected, 0, 1), atol=1e-6)
-    assert np.all(loss_of(y)(images) >= metrics["loss_start"])
+    gained = loss_of(y)(images) - metrics["loss_start"]
+    assert np.all(gained.reshape(-1, group).sum(1) >= 0)
 
 
 # ------------------------------------------------------------------------------- literally
@@ -229,28 +233,34 @@ def literal_gradient(delta, x, y):
 
 
 def literal_attack(delta, x, y, steps: int):
-    """Appendix A for one example: sign of the gradient times a quarter of the median radius."""
+    """Appendix A for images that share delta: sign of the gradient, a quarter median radius."""
     leaves, tree = jax.tree.flatten(delta)
     leaves = [np.asarray(d, np.float64) for d in leaves]
     radii = [NU * np.linalg.norm(np.ravel(a)) for a in jax.tree.leaves(NET.theta)]
     eta = np.median(radii) / 4
     for _ in range(steps):
         delta = jax.tree.unflatten(tree, [jnp.float32(d) for d in leaves])
-        for i, gradient in enumerate(jax.tree.leaves(literal_gradient(delta, x, y))):
+        each = [jax.tree.leaves(literal_gradient(delta, *one)) for one in zip(x, y, strict=True)]
+        for i, gradient in enumerate(map(sum, zip(*each, strict=True))):
             moved = leaves[i] + eta * np.sign(gradient)
             norm = np.linalg.norm(np.ravel(moved))
             leaves[i] = moved * radii[i] / norm if norm > radii[i] else moved
     return jax.tree.unflatten(tree, [np.float32(d) for d in leaves])
 
 
-@pytest.mark.parametrize("steps", [1, 3])
-def test_maximise_equals_a_literal_statement_for_each_example(steps):
+@pytest.mark.parametrize(("steps", "group"), [(1, 1), (3, 1), (3, 2), (3, BATCH)])
+def test_maximise_equals_a_literal_statement_for_each_group(steps, group):
     x, y = batch()
-    start = random_delta(example_keys(0))
-    delta, _ = attack(0, x, y, steps=steps)
-    for i in range(BATCH):
-        expected = literal_attack(row(start, i), x[i], y[i], steps)
+    start = random_delta(example_keys(0)[::group])
+    delta, _ = attack(0, x, y, steps=steps, group=group)
+    images = render(delta, x, example_keys(0))
+    for i in range(BATCH // group):
+        own = slice(i * group, (i + 1) * group)
+        expected = literal_attack(row(start, i), x[own], y[own], steps)
         chex.assert_trees_all_close(row(delta, i), expected, rtol=1e-4, atol=1e-6)
+        theta = jax.tree.map(jnp.add, NET.theta, expected)
+        shared = [NET.apply(theta, image[None], None)[0] for image in x[own]]
+        np.testing.assert_allclose(images[own], np.clip(shared, 0, 1), atol=1e-5)
 
 
 # ------------------------------------------------------------------------------- in other programs
@@ -320,6 +330,9 @@ def test_it_takes_a_flax_like_closure_under_jit_and_an_equinox_like_module_under
         ({"microbatch": 3}, "microbatch=3 .*4"),
         ({"microbatch": 8}, "microbatch=8 .*4"),
         ({"microbatch": -2}, "microbatch=-2 must be an integer"),
+        ({"group": 3}, "group=3 does not divide the 4 examples"),
+        ({"group": 4, "microbatch": 2}, "group=4 does not divide the 2 examples"),
+        ({"group": 0}, "group=0 must be an integer of at least 1"),
     ],
     ids=str,
 )
@@ -424,9 +437,10 @@ def test_a_network_without_parameters_cannot_be_perturbed():
 
 
 @functools.cache
-def compiled(examples: int, microbatch: int | None):
+def compiled(examples: int, microbatch: int | None, group: int = 1):
     """Two steps on examples that have a key each."""
-    knobs = {"net": NET_WITHOUT_BLOCKS, "nu": NU, "steps": 2, "microbatch": microbatch}
+    knobs = {"net": NET_WITHOUT_BLOCKS, "nu": NU, "steps": 2}
+    knobs |= {"microbatch": microbatch, "group": group}
     program = functools.partial(ada.adversarial_augment, logits_fn=LOGITS_FN, **knobs)
     return jax.jit(program).lower(example_keys(0, examples), *batch(n=examples)).compile()
 
@@ -446,6 +460,15 @@ def test_a_microbatch_gets_what_it_would_get_as_a_batch():
         alone_images, alone_metrics = compiled(4, microbatch=None)(*row(examples, part))
         np.testing.assert_allclose(images[part], alone_images, atol=1e-6)
         chex.assert_trees_all_close(row(metrics, part), alone_metrics, rtol=1e-4, atol=1e-5)
+
+
+def test_groups_do_not_depend_on_the_microbatch_or_on_other_groups():
+    examples = example_keys(0, 32), *batch(n=32)
+    whole, split = (compiled(32, microbatch, group=4)(*examples) for microbatch in (None, 8))
+    chex.assert_trees_all_close(split, whole, rtol=1e-4, atol=1e-5)
+    for part in (slice(i, i + 4) for i in range(0, 32, 4)):
+        alone = compiled(4, microbatch=None, group=4)(*row(examples, part))
+        chex.assert_trees_all_close(row(whole, part), alone, rtol=1e-4, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------- a golden step

@@ -78,6 +78,7 @@ def test_perturbations_that_do_not_fit_are_told_before_anything_is_compiled(monk
         UserError, match=r"attacks 16 examples at once.*Set it to 4, or a smaller divisor"
     ):
         setup.check_memory(parts.nets, 16)
+    setup.check_memory(parts.nets, 16, group=2)
     monkeypatch.setattr(devices, "device_memory", lambda: 12 * numbers * 16)
     setup.check_memory(parts.nets, 16)
 

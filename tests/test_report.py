@@ -231,10 +231,11 @@ def test_runs_from_before_there_were_crops_are_joined_with_those_after(tmp_path)
     assert len(grouping.rows(read(tmp_path, result(), after))) == 2
 
 
-def test_runs_from_before_all_or_some_were_attacked_are_those_of_all(tmp_path):
+@pytest.mark.parametrize("field", ["every", "group"])
+def test_runs_from_before_a_later_field_are_those_with_its_default(tmp_path, field):
     after = result(seed=1)
-    for every, rows in ((1, 1), (2, 2)):
-        after["config"]["ada"] = {"nu": 0.02, "every": every}
+    for value, rows in ((1, 1), (2, 2)):
+        after["config"]["ada"] = {"nu": 0.02, field: value}
         assert len(grouping.rows(read(tmp_path, result(), after))) == rows
 
 

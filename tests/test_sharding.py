@@ -67,6 +67,7 @@ def attack(function, key, weights, x, y, epsilon=0.02, **knobs):
 FUNCTIONS: dict[str, Callable] = {
     "augment": functools.partial(augment, steps=2, nu=0.2),
     "augment-microbatch": functools.partial(augment, steps=2, nu=0.2, microbatch=2),
+    "augment-group": functools.partial(augment, steps=2, nu=0.2, microbatch=2, group=2),
     # One operation takes statistics, one moves pixels; all of them would compile for minutes.
     "augmix": functools.partial(mix, ops=("autocontrast", "rotate"), width=2, depth=1),
     "pgd": functools.partial(attack, attacks.pgd, steps=3, restarts=2),

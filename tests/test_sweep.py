@@ -136,6 +136,16 @@ def test_radius_keeps_off_the_images_that_the_table_is_measured_on():
     assert preset.config["eval_split"] == "train[40000:45000]"
 
 
+def test_group_repeats_one_size_with_other_seeds():
+    points = sweep.read("experiments/sweeps/group.py:16")
+    names = ["small-group4-seed0", "small-group16-seed0", "small-group64-seed0"]
+    names += ["small-group16-seed1", "small-group16-seed2"]
+    assert [point.name for point in points] == names
+    assert points == [*sweep.read("experiments/sweeps/group.py"), *points[3:]]
+    with pytest.raises(UserError, match="The word '5' is unknown"):
+        sweep.read("experiments/sweeps/group.py:5")
+
+
 @pytest.mark.parametrize(
     ("images", "attacks"),
     [("40000", [(0.02, 2), (0.01, 1), (0.005, 1)]), ("5000", [(0.02, 1)])],
@@ -369,7 +379,8 @@ def test_results_from_before_a_field_was_there_are_finished(stand_in):
     results = json.loads(path.read_text())
     for field in ("crop_scale", "crop_ratio"):
         del results["config"][field]
-    assert results["config"]["ada"].pop("every") == 1
+    for field in ("every", "group"):
+        assert results["config"]["ada"].pop(field) == 1
     path.write_text(json.dumps(results))
     assert sweep.finished(points[0], str(ready))
     assert not sweep.finished(

@@ -220,6 +220,7 @@ def test_learning_rate_schedule(batch_size):
         ("ada.nu", -0.1, "negative"),
         ("ada.steps", -1, "at least 0"),
         ("ada.every", 0, "1 or more"),
+        ("ada.group", 0, "1 or more"),
         ("deepaugment.copies", -1, "0 (off) or more"),
         ("ada.ssim_threshold", 1.0, "[-1, 1)"),
         ("augmix.severity", 0.0, "severity=0.0"),
@@ -282,6 +283,8 @@ def test_images_that_a_corruption_network_does_not_take_are_found_before_compili
         ({"ada.every": 3}, "config.ada.every=3 does not divide the 8 examples"),
         ({"ada.microbatch": 3}, "config.ada.microbatch=3 does not divide the 8 examples"),
         ({"ada.every": 4, "ada.microbatch": 4}, "microbatch=4 does not divide the 2 examples"),
+        ({"ada.group": 3}, "config.ada.group=3 does not divide the 8 examples"),
+        ({"ada.group": 8, "ada.microbatch": 4}, "config.ada.group=8 does not divide the 4"),
     ],
 )
 def test_batches_that_the_devices_do_not_divide(changes, said):
@@ -697,11 +700,12 @@ def test_each_second_example_is_attacked_and_the_others_stay_as_they_are():
     chex.assert_trees_all_close(metrics, jax.tree.map(lambda a: a[::2], all_metrics), atol=1e-4)
 
 
-def test_the_share_of_attacked_examples_is_part_of_a_run_where_it_is_not_all():
-    for every, part in ((1, False), (2, True)):
-        parts = setup.build(tiny(**{"ada.every": every}))
+@pytest.mark.parametrize("field", ["ada.every", "ada.group"])
+def test_a_later_field_is_part_of_a_run_where_it_is_not_its_default(field):
+    for value, part in ((1, False), (2, True)):
+        parts = setup.build(tiny(**{field: value}))
         known = setup.identity(parts, (), training.TrainState(0, {}, {}, ()))
-        assert ("config.ada.every" in known) == part  # A run from before it must still go on.
+        assert (f"config.{field}" in known) == part  # A run from before it must still go on.
 
 
 def test_the_nominal_line_trains_without_a_corruption_network():
