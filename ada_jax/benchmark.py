@@ -222,8 +222,7 @@ def inner_rows(scale: Scale, steps: int = 5) -> Iterator[Row]:
     for name, classifier, batch in scale.inner:
         net, logits_fn, x, y = inner_problem(name, classifier, batch, scale.dtype)
         flops = attack_flops(net, logits_fn) * batch * steps
-
-        group = math.gcd(scale.group, batch)
+        group = math.gcd(scale.group, batch // jax.local_device_count())
 
         def attack(x, y, net=net, logits_fn=logits_fn, group=group):
             keys = jax.random.split(jax.random.key(0), len(x))
