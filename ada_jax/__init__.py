@@ -16,6 +16,7 @@ _HOMES = {
     "augment_and_mix": "ada_jax.augment.augmix",
     "autoattack": "ada_jax.attacks",
     "conv2d": "ada_jax.nets.per_example",
+    "conv_transpose2d": "ada_jax.nets.per_example",
     "corrupt": "ada_jax.corruptions",
     "corruption_errors": "ada_jax.evaluation.scoring",
     "load_classifier": "ada_jax.evaluation.scoring",

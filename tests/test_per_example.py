@@ -1,5 +1,8 @@
 """The fast convolution against XLA's own, alone and under `jax.vmap`, and where it must be fast."""
 
+import pathlib
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -267,3 +270,25 @@ def test_the_tpu_s_kernels_are_as_exact_as_their_type(groups, size, channels, k,
         assert value.dtype == kind and value.shape == expected.shape
         error = np.linalg.norm(np.asarray(value, np.float64) - expected)
         assert error < TYPES[kind] * np.linalg.norm(expected)
+
+
+def test_the_readme_s_per_example_gradient_norms():
+    text = (pathlib.Path(per_example.__file__).parents[1] / "README.md").read_text()
+    (block,) = (b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "conv2d" in b)
+    params = {"w0": random(3, 3, 3, 4), "w1": random(3, 3, 4, 5), "v": random(5, 10)}
+    given = {"x": random(2, 1, 8, 8, 3), "w": random(2, 3, 3, 3, 4), "b": random(2, 4)}
+    given |= {"params": params, "images": random(20, 8, 8, 3), "labels": jnp.arange(20) % 10}
+    exec(block, given)
+    assert given["y"].shape == (2, 1, 8, 8, 4)
+
+    def loss(params, image, label):
+        h = jax.nn.relu(reference(image[None], params["w0"], 2, 1))
+        h = jax.nn.relu(reference(h, params["w1"], 1, 1))
+        return -jax.nn.log_softmax(h.mean((1, 2)) @ params["v"])[0, label]
+
+    gradient = jax.jit(jax.grad(loss))
+    for i in range(20):
+        one = gradient(params, given["images"][i], given["labels"][i])
+        norms = jax.tree.map(np.linalg.norm, jax.tree.map(np.ravel, one))
+        found = jax.tree.map(lambda a, i=i: a[i], given["found"])
+        chex.assert_trees_all_close(found, norms, rtol=1e-4)
