@@ -57,6 +57,17 @@ def test_one_kernel_per_example_equals_a_loop_of_convolutions(kernel, stride, ex
     )
 
 
+def test_more_images_per_kernel_than_one_patch_matrix_takes():
+    x, w, dy = random(2, 8, 32, 32, 3), random(2, 3, 3, 3, 4, seed=1), random(2, 8, 32, 32, 4)
+    slow = jax.vmap(lambda x, w: reference(x, w, 1, 1))
+    chex.assert_trees_all_close(
+        jax.jit(value_and_gradients, static_argnums=0)(jax.vmap(per_example.conv2d), x, w, dy),
+        value_and_gradients(slow, x, w, dy),
+        rtol=1e-4,
+        atol=2e-3,
+    )
+
+
 def test_a_shared_kernel_s_gradient_in_bfloat16_is_as_exact_for_large_batches():
     x, w, dy = random(256, 32, 32, 4), random(3, 3, 4, 4, seed=1), random(256, 32, 32, 4, seed=2)
     x, w, dy = (a.astype(jnp.bfloat16) for a in (x, w, dy))

@@ -313,7 +313,16 @@ def cpu_gradients(
         return mirrored_input_gradient(x, w, dy, stride, padding), winograd.kernel_gradient(
             x, dy, padding
         )
-    return patch_gradients(x, w, dy, stride, padding)
+    parts = _parts(x, dy)
+    if len(parts[0]) == 1:
+        return patch_gradients(x, w, dy, stride, padding)
+
+    def add(dw, part):
+        dx, more = patch_gradients(part[0], w, part[1], stride, padding)
+        return dw + more, dx
+
+    dw, dx = lax.scan(add, _float32_zeros(dy, w), parts)
+    return dx.reshape(x.shape), dw.astype(w.dtype)
 
 
 def mirrored_input_gradient(
@@ -348,16 +357,24 @@ def grouped_kernel_gradient(
     """The gradient dw of a shared kernel, summed over groups of images that fit in the cache."""
     if winograd.pays(x, w, stride, padding):
         return winograd.kernel_gradient(x, dy, padding)
+
+    def add(dw, part):
+        return dw + patch_gradients(part[0], w, part[1], stride, padding)[1], None
+
+    return lax.scan(add, _float32_zeros(dy, w), _parts(x, dy))[0].astype(w.dtype)
+
+
+def _parts(x: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Splits G images, [n,g,...], so that the patch matrix of g images fits in the cache."""
     rows = dy.shape[1] * dy.shape[2]
-    divisors = (g for g in range(1, x.shape[0] + 1) if x.shape[0] % g == 0)
-    group = max((g for g in divisors if g * rows <= _ROWS), default=1)
+    divisors = (g for g in range(1, len(x) + 1) if len(x) % g == 0)
+    size = max((g for g in divisors if g * rows <= _ROWS), default=1)
+    return tuple(a.reshape(len(a) // size, size, *a.shape[1:]) for a in (x, dy))
 
-    def add(dw, group):
-        return dw + patch_gradients(group[0], w, group[1], stride, padding)[1], None
 
-    x, dy = (a.reshape(len(a) // group, group, *a.shape[1:]) for a in (x, dy))
-    total = jnp.zeros_like(dy, jnp.promote_types(w.dtype, jnp.float32), shape=w.shape)
-    return lax.scan(add, total, (x, dy))[0].astype(w.dtype)
+def _float32_zeros(like: jax.Array, w: jax.Array) -> jax.Array:
+    """Zeros of the kernel's shape for a sum, on the mesh axes of `like`."""
+    return jnp.zeros_like(like, jnp.promote_types(w.dtype, jnp.float32), shape=w.shape)
 
 
 def patches(x: jax.Array, kernel: tuple[int, int], stride: int, padding: int) -> jax.Array:
