@@ -76,7 +76,7 @@ def adversarial_augment(
         mixes examples (batch-statistics batch norm).
       group: number of consecutive examples that share one delta, a divisor of the microbatch or of
         B. The ascent maximises the sum of their losses. Above 1 this approximates AdA by a weaker
-        attack that is faster; the whole batch is one environment of IRM (paper, equations 4 and 5).
+        attack; the whole batch is one environment of IRM (paper, equations 4 and 5).
 
     Returns:
       The augmented images [B,H,W,C], float32 in [0,1], without a gradient, and metrics, each [B]:

@@ -99,8 +99,8 @@ def get_config(words: str = "") -> ml_collections.ConfigDict:
     # Attack every n-th example; the others are not augmented by AdA. With batch_norm 'batch' the
     # statistics in the attack are those of the attacked examples.
     config.ada.every = 1
-    # Consecutive examples that share a perturbation, an approximation that is faster; 1 is the
-    # paper's. It divides the examples that a device attacks at a time.
+    # Consecutive examples that share a perturbation, a weaker attack; 1 is the paper's. It divides
+    # the examples that a device attacks at a time.
     config.ada.group = 1
     config.ada.ssim_threshold = 0.3  # the line search restores about this SSIM; -1 disables it
     config.ada.root_rule = "in_range"  # or 'interpolated', 'paper': see ada_jax/ssim.py
