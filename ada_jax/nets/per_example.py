@@ -313,15 +313,14 @@ def cpu_gradients(
         return mirrored_input_gradient(x, w, dy, stride, padding), winograd.kernel_gradient(
             x, dy, padding
         )
-    parts = _parts(x, dy)
-    if len(parts[0]) == 1:
+    if _images_in_cache(dy) == len(x):
         return patch_gradients(x, w, dy, stride, padding)
 
     def add(dw, part):
         dx, more = patch_gradients(part[0], w, part[1], stride, padding)
         return dw + more, dx
 
-    dw, dx = lax.scan(add, _float32_zeros(dy, w), parts)
+    dw, dx = lax.scan(add, _float32_zeros(dy, w), _parts(x, dy))
     return dx.reshape(x.shape), dw.astype(w.dtype)
 
 
@@ -365,11 +364,16 @@ def grouped_kernel_gradient(
 
 
 def _parts(x: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Splits G images, [n,g,...], so that the patch matrix of g images fits in the cache."""
-    rows = dy.shape[1] * dy.shape[2]
-    divisors = (g for g in range(1, len(x) + 1) if len(x) % g == 0)
-    size = max((g for g in divisors if g * rows <= _ROWS), default=1)
+    """Splits G images into parts [n,g,...] whose patch matrices fit in the cache."""
+    size = _images_in_cache(dy)
     return tuple(a.reshape(len(a) // size, size, *a.shape[1:]) for a in (x, dy))
+
+
+def _images_in_cache(dy: jax.Array) -> int:
+    """The largest divisor of G images whose patch matrix fits in the cache."""
+    rows = dy.shape[1] * dy.shape[2]
+    divisors = (g for g in range(1, len(dy) + 1) if len(dy) % g == 0)
+    return max((g for g in divisors if g * rows <= _ROWS), default=1)
 
 
 def _float32_zeros(like: jax.Array, w: jax.Array) -> jax.Array:
