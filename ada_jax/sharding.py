@@ -18,6 +18,12 @@ def shard(batch: dict[str, Any]) -> dict[str, Any]:
     return {name: a.reshape(devices, -1, *a.shape[1:]) for name, a in batch.items()}
 
 
+def output_like(x: jax.Array, shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
+    """A Pallas kernel's output, which inside `shard_map` varies over the mesh axes that x does."""
+    varying = jax.typeof(x).manual_axis_type
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=varying)
+
+
 def in_batches(mapped: Callable[..., Any], arrays: Sequence[Any], size: int, *args: Any) -> Any:
     """Applies a mapped function to arrays batch by batch; the last batch repeats the last example.
 

@@ -13,6 +13,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ada_jax import sharding
+
 _LANES = 128  # The last axis of a block is a multiple of it.
 _TILE = 2**18  # Numbers in the largest block of an image: 1 MiB in float32.
 _CHUNK = 2**16  # Numbers of one tap's patches: 2.25 MiB for nine taps in float32.
@@ -62,7 +64,7 @@ def forward(x: jax.Array, w: jax.Array, padding: int, *, interpret: bool = False
     t = _tiling(image, padding, inputs, max(inputs, outputs))
     flops = 2 * w.size * groups * image[0] * image[1]
     x, w = _planes(x, inputs, t), _matrix(w, inputs, outputs)
-    y = jax.ShapeDtypeStruct((groups, outputs, t.tiles * t.tile), x.dtype)
+    y = sharding.output_like(x, (groups, outputs, t.tiles * t.tile), x.dtype)
 
     def kernel(w_ref, *refs):
         *x_refs, y_ref, window_ref, patch_ref = refs
@@ -151,7 +153,7 @@ def gradients(
         grid=(groups, t.tiles, parts),
         in_specs=[whole, tile, *_with_halo(part, t)],
         out_specs=[tile, whole],
-        out_shape=[jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, matrix)],
+        out_shape=[sharding.output_like(x, a.shape, a.dtype) for a in (x, matrix)],
         scratch_shapes=[
             *_scratch(part, k, t),
             pltpu.VMEM((parts, inputs, taps * part), jnp.float32),

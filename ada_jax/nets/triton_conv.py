@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from ada_jax import sharding
+
 _PIXELS = 128  # Output pixels of one program of the forward pass.
 _PART = 1024  # Output pixels that one program of the kernel's gradient sums over.
 _ROW = 128  # Bytes of a row of a block: 64 bfloat16 or 32 float32.
@@ -61,7 +63,7 @@ def forward(x: jax.Array, w: jax.Array, padding: int, *, interpret: bool = False
             pl.BlockSpec((*w.shape[:2], outputs), lambda g, p, o: (0, 0, o)),
         ],
         out_specs=pl.BlockSpec((None, size, outputs), lambda g, p, o: (g, 0, o)),
-        out_shape=jax.ShapeDtypeStruct((groups, size, w.shape[2]), x.dtype),
+        out_shape=sharding.output_like(x, (groups, size, w.shape[2]), x.dtype),
         compiler_params=triton.CompilerParams(num_warps=8, num_stages=_STAGES),
         interpret=interpret,
     )(x, w)
@@ -120,8 +122,8 @@ def kernel_gradient(
         out_specs=pl.BlockSpec(
             (None, None, k, inputs, outputs), lambda t, g, p, b: (g, p, t, b // blocks, b % blocks)
         ),
-        out_shape=jax.ShapeDtypeStruct(
-            (groups, parts, k * k, x.shape[2], dy.shape[2]), jnp.float32
+        out_shape=sharding.output_like(
+            x, (groups, parts, k * k, x.shape[2], dy.shape[2]), jnp.float32
         ),
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=_STAGES),
         interpret=interpret,
