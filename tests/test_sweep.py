@@ -209,7 +209,7 @@ LIST = "CONFIG = 'experiments/quickstart.py'\ndef get_hyper(hyper): return {}"
         (LIST.format("[1]"), "not a dict"),
         (LIST.format("[{'seed': 1}]"), "'config.seed': 1"),
         ("def get_hyper(hyper): return [{'config.seed': 1}]", "without a config"),
-        (LIST.format("[{'config': 'nothing.py:a'}]"), "nothing.py is not a file"),
+        (LIST.format("[{'config': 'nothing.py:a'}]"), "nothing.py does not exist"),
         (LIST.format("[{'config': 'experiments/cifar10.py:x'}]"), "unknown word 'x'"),
         (LIST.format("[{'config.sed': 1}]"), "point quickstart: The config has no field 'sed'"),
         (LIST.format("[{'config.seed': 'x'}]"), "config.seed=x"),

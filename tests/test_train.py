@@ -296,7 +296,7 @@ def test_batches_that_the_devices_do_not_divide(changes, said):
     ("flags", "said"),
     [
         (["--config.classifer=resnet9"], "no field 'classifer'"),
-        (["--config=experiments/none.py"], "experiments/none.py is not a file"),
+        (["--config=experiments/none.py"], "experiments/none.py does not exist"),
         (["--config=experiments/cifar10.py:adda"], "choose from nominal, augmix"),
         (["--config.epochs=many"], "--config.epochs=many"),
         (["--config.ada.steps=-1"], "config.ada.steps=-1"),

@@ -43,7 +43,9 @@ def run(
         "other than 0, with NAME from the config.",
     )
     flags.register_validator(
-        "config", bool, "give a config file, such as --config=experiments/quickstart.py."
+        "config",
+        lambda c: c is not None,
+        "give a config file, such as --config=experiments/quickstart.py.",
     )
     if several:
         from ada_jax.run import distributed
