@@ -58,6 +58,7 @@ def planes(x: np.ndarray) -> np.ndarray:
 
 
 def pixels(planes: np.ndarray) -> np.ndarray:
+    """Channel planes [B,C,H,W] as images [B,H,W,C]."""
     return planes.transpose(0, 2, 3, 1)
 
 

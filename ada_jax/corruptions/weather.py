@@ -17,6 +17,7 @@ from ada_jax.errors import UserError
 
 
 def snow(x: np.ndarray, c: tuple[float, ...], draws: Draws) -> np.ndarray:
+    """Images [B,H,W,3] with motion-blurred flakes, whitened; c holds the severity's parameters."""
     mean, spread, zoom, threshold, radius, sigma, kept = c
     flakes = filters.zoom(mean + spread * draws.normal(1, *x.shape[1:3]), zoom)
     flakes = np.where(flakes < threshold, 0, 255 * np.clip(flakes, 0, 1)).astype(np.uint8)
@@ -27,6 +28,7 @@ def snow(x: np.ndarray, c: tuple[float, ...], draws: Draws) -> np.ndarray:
 
 
 def frost(x: np.ndarray, c: tuple[float, float, float], draws: Draws) -> np.ndarray:
+    """Images [B,H,W,3] blended with crops of photographs of frost."""
     image_share, frost_share, scale = c
     h, w = x.shape[1:3]
     textures = _frost_textures(scale, h, w)
@@ -87,6 +89,7 @@ def frost_files() -> list[pathlib.Path]:
 
 
 def fog(x: np.ndarray, c: tuple[float, float], draws: Draws) -> np.ndarray:
+    """Images [B,H,W,3] blended with plasma noise."""
     amount, decay = c
     h, w = x.shape[1:3]
     size = 2 ** math.ceil(math.log2(max(h, w)))
@@ -122,6 +125,7 @@ def _plasma(u: np.ndarray, decay: float) -> np.ndarray:
 
 
 def spatter(x: np.ndarray, c: tuple[Any, ...], draws: Draws) -> np.ndarray:
+    """Images [B,H,W,3] with drops of water or mud."""
     mean, spread, sigma, threshold, strength, kind = c
     liquid = filters.gaussian_blur(mean + spread * draws.normal(*x.shape[1:3]), sigma)
     if kind == "water":
