@@ -148,7 +148,7 @@ def _is_relevant(record: python_logging.LogRecord) -> bool:
         return record.levelno == python_logging.WARNING
     if record.name == "asyncio":  # Repeats an error of saving that is raised.
         return False
-    libraries = ("grain", "jax/_src")
+    libraries = ("grain", "jax/_src", "matplotlib")
     return record.levelno >= python_logging.WARNING or not any(
         n in record.pathname for n in libraries
     )
