@@ -4,6 +4,7 @@ import functools
 import pathlib
 import re
 from typing import NamedTuple
+from unittest import mock
 
 import chex
 import jax
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from ada_jax import ada, losses, perturbation, ssim
 from ada_jax.ada import CorruptionNet
 from ada_jax.errors import UserError
-from ada_jax.nets import corruption_nets, edsr
+from ada_jax.nets import corruption_nets, edsr, per_example
 
 BATCH, SIZE, CLASSES, NU = 4, 16, 5, 0.05
 PIXELS = SIZE * SIZE * 3
@@ -490,6 +491,22 @@ def test_a_golden_step():
         np.testing.assert_allclose(metrics[name], values, rtol=1e-3, err_msg=name)
     means = [0.49417, 0.49714, 0.53425, 0.51220]
     np.testing.assert_allclose(images.mean((1, 2, 3)), means, rtol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", ["mosaic", "triton"])
+def test_a_golden_step_through_pallas_kernels(kernels, monkeypatch):
+    lowering = [mock.Mock(wraps=f) for f in per_example.LOWERINGS[kernels]]
+    monkeypatch.setattr(per_example, "cpu_forward", lowering[0])
+    monkeypatch.setattr(per_example, "cpu_gradients", lowering[1])
+    per_example._many_op.cache_clear()
+    try:
+        through_kernels = jax.jit(lambda *a: jitted_augment.__wrapped__(*a))
+        found = through_kernels(jax.random.key(7), *batch(7), NU, 0.3)
+    finally:
+        per_example._many_op.cache_clear()
+    assert all(f.called for f in lowering)
+    chex.assert_trees_all_close(found, augment(7, *batch(7)), rtol=1e-4, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------- the README

@@ -333,10 +333,12 @@ def compile_for(tmp_path, config: str, *flags: str) -> list[dict]:
 
 @pytest.mark.slow
 def test_the_tiny_step_compiles_for_a_tpu_and_makes_no_more_of_the_work(tmp_path):
-    changed = ["--config.batch_size=16", "--config.eval_batch_size=16", "--config.ada.steps=2"]
+    # The compiler splits the images of smaller batches, with up to a fifth more flops in all.
+    changed = [f"--config.{name}=256" for name in ("batch_size", "eval_batch_size")]
+    changed.append("--config.ada.steps=2")
     (f,) = compile_for(tmp_path, "experiments/quickstart.py", "--topology=v5e:2x2", *changed)
-    assert f["cores"] == 4 and f["batch_per_core"] == 4
-    np.testing.assert_allclose(f["compiled_flops"], f["useful_flops"], rtol=0.1)
+    assert f["cores"] == 4 and f["batch_per_core"] == 64
+    np.testing.assert_allclose(f["compiled_flops"], f["useful_flops"], rtol=0.02)
     assert f["hbm_share"] < 0.05
 
 
