@@ -12,7 +12,7 @@ The figures, all for one core:
                    their number of iterations (XLA's cost analysis counts them once).
   compiled flops   the same for the compiled program; many more than the useful ones mean that the
                    compiler chose an inefficient algorithm.
-  HBM traffic      bytes that the compiled program moves to and from HBM.
+  HBM traffic      bytes that the compiled program moves to and from HBM, and what moves them.
   floor            the larger of compiled flops / the chip's published peak and HBM traffic / its
                    published bandwidth. No step is faster; most are several times slower, because
                    64 channels do not fill a matrix unit of 128 x 128.
@@ -255,6 +255,7 @@ def program_figures(compiled: jax.stages.Compiled, chip: Chip) -> dict[str, floa
     return {
         "compiled_flops": cost.flops,
         "hbm_traffic": cost.hbm_bytes,
+        **{f"hbm_traffic_{kind}": cost.traffic[kind] for kind in costs.KINDS},
         "xla_flops": xla["flops"],
         "xla_bytes": xla["bytes accessed"],
         **parts,
@@ -279,6 +280,7 @@ def table(figures: dict[str, Any]) -> str:
         rows += [
             ("compiled flops", f"{f['compiled_flops'] / 1e12:.3f} T a core"),
             ("HBM traffic", f"{f['hbm_traffic'] / 1e9:.1f} GB a core"),
+            *_traffic_rows(f),
             ("XLA's count, loops once", once),
             ("HBM for arguments", _gib(f["hbm_arguments"])),
             ("HBM for temporaries", _gib(f["hbm_temporary"])),
@@ -330,6 +332,16 @@ def comparison(results: Sequence[dict[str, Any]]) -> tables.Table:
             line += [tables.Cell("does not fit"), *[tables.Cell()] * 4]
         groups.append([line])
     return tables.Table("Plans", head, groups)
+
+
+def _traffic_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
+    """The traffic of each kind; files of older versions have none."""
+    sizes = {kind: figures.get(f"hbm_traffic_{kind}") for kind in costs.KINDS}
+    return [
+        (f"  {name}", f"{sizes[kind] / 1e9:.1f} GB")
+        for kind, name in costs.KINDS.items()
+        if sizes[kind] is not None
+    ]
 
 
 def _gib(size: float) -> str:

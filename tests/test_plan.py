@@ -313,8 +313,12 @@ def test_a_compiled_program_costs_what_its_loops_and_memory_spaces_say():
     assert cost.flops == 10 * 4 * conv(8, 16, 32) + 2 * 64 * 32 * 16 + 700 + 50
     # The fused convolution reads x, the copy w, the slice a quarter of x, the update reads and
     # writes one. One array that the kernel reads is on the chip, also inside of the fusion.
-    kernel = 1000 - 4 * 4 * 8 + 4 * 4 * 8
-    assert cost.hbm_bytes == 10 * (x + w + 3 * x / 4) + 2 * (64 * 32 + 32 * 16 + 64 * 16) + kernel
+    assert cost.traffic == {
+        "products": 10 * x + 2 * (64 * 32 + 32 * 16 + 64 * 16),
+        "copies": 10 * (w + 3 * x / 4),
+        "kernels": 1000 - 4 * 4 * 8 + 4 * 4 * 8,
+    }
+    assert cost.hbm_bytes == sum(cost.traffic.values())
 
 
 # ------------------------------------------------------------------------------- the compiler

@@ -12,9 +12,10 @@ number of turns:
 Both leave out elementwise arithmetic, and in convolutions the products with padding.
 """
 
+import collections
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from jax.extend import core
@@ -167,10 +168,28 @@ def _conv_flops(eqn) -> float:
 
 
 class Costs(NamedTuple):
-    """What a compiled program does on one core: `flops`, and `hbm_bytes` to and from HBM."""
+    """What a compiled program does on one core.
+
+    Attributes:
+      flops: multiplications and additions.
+      traffic: bytes to and from HBM by what moves them, one of `KINDS`.
+    """
 
     flops: float
-    hbm_bytes: float
+    traffic: collections.Counter[str]
+
+    @property
+    def hbm_bytes(self) -> float:
+        return float(self.traffic.total())
+
+
+# What moves bytes, with what is fused into it.
+KINDS = {
+    "kernels": "per-example kernels",
+    "products": "convolutions, products",
+    "copies": "copies, layout changes",
+    "others": "elementwise, sums",
+}
 
 
 class _Instruction(NamedTuple):
@@ -191,6 +210,12 @@ _ESTIMATE = re.compile(r'"cost_estimate": ?\{([^}]*)\}')
 # They move nothing themselves, or are the ends of what the '-start' before them moved.
 _FREE = ("tuple", "get-tuple-element", "bitcast", "parameter", "constant", "after-all")
 _SLICES = ("slice", "dynamic-slice")
+_MOVES = (
+    *_FREE,
+    *_SLICES,
+    *("broadcast", "concatenate", "copy", "copy-start", "dynamic-update-slice", "iota", "pad"),
+    *("reshape", "reverse", "slice-start", "transpose"),
+)
 _CALLS = ("call", "conditional", "async-start")
 
 
@@ -214,8 +239,7 @@ def program_costs(text: str) -> Costs:
     def cost(name: str) -> Costs:
         if name not in known:
             body = computations[name]
-            costs = [_cost(i, body, computations, cost) for i in body.values()]
-            known[name] = Costs(*map(sum, zip(*costs, strict=True)))
+            known[name] = _sum(_cost(i, body, computations, cost) for i in body.values())
         return known[name]
 
     return cost(entry)
@@ -235,24 +259,47 @@ def _parse(text: str) -> tuple[str, dict[str, dict[str, _Instruction]]]:
     return entry, computations
 
 
+def _sum(costs: Iterable[Costs], turns: int = 1) -> Costs:
+    flops, traffic = 0.0, collections.Counter()
+    for c in costs:
+        flops += turns * c.flops
+        traffic.update({kind: turns * size for kind, size in c.traffic.items()})
+    return Costs(flops, traffic)
+
+
 def _cost(instruction: _Instruction, body, computations, cost) -> Costs:
     called = _called(instruction.rest)
     if instruction.op in _FREE or instruction.op.endswith(("-done", "-update")):
-        return Costs(0.0, 0.0)
+        return _sum([])
     if instruction.op == "while":
         turns = _turns(computations[called["condition"]], computations)
-        flops, traffic = cost(called["body"])
-        return Costs(turns * flops, turns * traffic)
+        return _sum([cost(called["body"])], turns)
     if estimate := _ESTIMATE.search(instruction.rest):
         arrays = [a for o in dict.fromkeys(instruction.operands) for a in _arrays(body[o].shape)]
         on_chip = sum(size for size, in_hbm in _arrays(instruction.shape) + arrays if not in_hbm)
         numbers = dict(re.findall(r'"(\w+)": ?"?(\d+)', estimate[1]))
-        return Costs(float(numbers["flops"]), max(float(numbers["bytes_accessed"]) - on_chip, 0.0))
+        size = max(float(numbers["bytes_accessed"]) - on_chip, 0.0)
+        return Costs(float(numbers["flops"]), collections.Counter(kernels=size))
     inner = [cost(n) for k, n in called.items() if k in ("calls", "to_apply") and n in computations]
-    flops = sum(c.flops for c in inner) + _flops(instruction, body)
+    inner = _sum(inner)
     if instruction.op in _CALLS:
-        return Costs(flops, sum(c.hbm_bytes for c in inner))
-    return Costs(flops, _traffic(instruction, body, computations))
+        return inner
+    flops = inner.flops + _flops(instruction, body)
+    if inner.traffic["kernels"]:
+        kind = "kernels"
+    elif flops:
+        kind = "products"
+    else:
+        kind = "copies" if _only_copies(instruction, computations) else "others"
+    return Costs(flops, collections.Counter({kind: _traffic(instruction, body, computations)}))
+
+
+def _only_copies(instruction: _Instruction, computations) -> bool:
+    """Whether an instruction or all of a fusion moves numbers and computes none."""
+    if instruction.op == "fusion":
+        inner = computations[_called(instruction.rest)["calls"]].values()
+        return all(_only_copies(i, computations) for i in inner)
+    return instruction.op in _MOVES
 
 
 def _called(rest: str) -> dict[str, str]:
