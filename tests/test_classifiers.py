@@ -376,3 +376,53 @@ def reference_resnet50(params: hk.Params, state: hk.State, x: jax.Array) -> jax.
             x = jnp.maximum(h + (x if i else conv_norm(x, *shortcut)), 0)
     logits = params["resnet50/~/logits"]
     return x.mean((1, 2)) @ logits["w"] + logits["b"]
+
+
+STAGES = ("stem", "stage1", "stage2", "stage3", "stage4")
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_feature_layers(name: str) -> None:
+    found = classifiers.feature_shapes(classifiers.make(name, 10), (32, 32, 3))
+    assert tuple(found) == STAGES[: 4 if name in ("resnet9", "preact_resnet20") else 5]
+    expected = {
+        "resnet9": [(32, 32, 16), (16, 16, 32), (8, 8, 64), (4, 4, 128)],
+        "preact_resnet18": [(32, 32, 64), (32, 32, 64), (16, 16, 128), (8, 8, 256), (4, 4, 512)],
+        "resnet50": [(8, 8, 64), (8, 8, 256), (4, 4, 512), (2, 2, 1024), (1, 1, 2048)],
+    }
+    assert list(found.values()) == expected.get(name, list(found.values()))
+
+
+@pytest.mark.parametrize("name", ["resnet9", "preact_resnet20", "resnet50"])
+def test_perturbations_are_added_to_the_outputs_of_layers(name: str) -> None:
+    net, params, state = fitted(name)
+    x = images(2)
+
+    @jax.jit
+    def run(perturbations: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        options = {"is_training": False, "with_features": True}
+        return net.apply(params, state, None, x, perturbations=perturbations, **options)[0]
+
+    layers = classifiers.feature_shapes(net, (32, 32, 3))
+    deltas = {k: jax.random.normal(jax.random.key(1), (2, *shape)) for k, shape in layers.items()}
+    last = list(layers)[-1]
+    logits, clean = run({})
+    np.testing.assert_allclose(logits, apply(name, x, is_training=False)[0], atol=1e-6)
+    moved, features = run({"stage2": deltas["stage2"], last: deltas[last]})
+    np.testing.assert_allclose(features["stage1"], clean["stage1"], atol=1e-6)
+    np.testing.assert_allclose(features["stage2"], clean["stage2"] + deltas["stage2"], atol=1e-5)
+    assert np.abs(features["stage3"] - clean["stage3"]).max() > 0.01
+    assert np.abs(moved - logits).max() > 0.01
+
+
+def test_perturbations_of_unknown_layers_are_rejected() -> None:
+    net, params, state = fitted("resnet9")
+    with pytest.raises(UserError, match="'stage5' is unknown: resnet9 has stem, stage1, stage2"):
+        net.apply(params, state, None, images(2), is_training=False, perturbations={"stage5": 0})
+
+
+def test_networks_without_feature_layers_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = lambda x, norm_relu, tap: norm_relu(x, "bn")  # noqa: E731
+    monkeypatch.setitem(classifiers._NETWORKS, "resnet9", pool)
+    with pytest.raises(UserError, match="names no feature layers"):
+        classifiers.feature_shapes(classifiers.make("resnet9", 10), (32, 32, 3))

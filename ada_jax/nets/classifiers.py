@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import haiku as hk
@@ -19,6 +19,8 @@ CIFAR10_STD = (0.2471, 0.2435, 0.2616)
 
 # norm_relu(x, name): batch normalisation with parameters under this name, followed by ReLU.
 NormRelu = Callable[[jax.Array, str], jax.Array]
+# tap(h, layer): names the features h, and returns them with the layer's perturbation, if any.
+Tap = Callable[[jax.Array, str], jax.Array]
 
 # U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the default of PyTorch's convolutions and linear layers.
 _uniform_fan_in = hk.initializers.VarianceScaling(1 / 3, "fan_in", "uniform")
@@ -48,6 +50,10 @@ def make(
     batch normalisation uses the batch's statistics and updates the running ones; with only
     `test_local_stats` it uses the batch's without an update; otherwise it uses the running ones.
 
+    `apply` has two more arguments. `perturbations`, {layer: array}, are added to the outputs of
+    layers, whose names and shapes `feature_shapes` returns. With `with_features` the result is
+    `((logits, features), state)`, where features are the layers' outputs, {layer: [B, H', W', C']}.
+
     Args:
       name: one of `names()`.
       num_classes: the number of logits.
@@ -65,7 +71,8 @@ def make(
       The pure functions `init` and `apply`.
 
     Raises:
-      UserError: the name is unknown; from `init` and `apply`, the images are not as above.
+      UserError: the name is unknown; from `init` and `apply`, the images are not as above, or a
+        perturbation is of an unknown layer.
 
     Source: networks and normalisation follow Wong et al., "Fast is better than free" (2020), and
     He et al., "Identity mappings in deep residual networks" (2016), with PyTorch's default
@@ -78,7 +85,13 @@ def make(
 
     policy = jmp.get_policy(f"params=float32,compute={compute_dtype},output=float32")
 
-    def forward(x: jax.Array, is_training: bool, test_local_stats: bool = False) -> jax.Array:
+    def forward(
+        x: jax.Array,
+        is_training: bool,
+        test_local_stats: bool = False,
+        perturbations: Mapping[str, jax.Array] | None = None,
+        with_features: bool = False,
+    ) -> jax.Array | tuple[jax.Array, dict[str, jax.Array]]:
         if x.ndim != 4 or x.shape[-1] != len(mean) or not jnp.issubdtype(x.dtype, jnp.floating):
             raise UserError(
                 f"Images of shape {list(x.shape)} and {x.dtype} must be [B,H,W,{len(mean)}], "
@@ -86,6 +99,13 @@ def make(
             )
         x = x.astype(jnp.float32)
         axis_name = None if hk.running_init() else bn_axis_name
+        perturbations, outputs = perturbations or {}, {}
+
+        def tap(h: jax.Array, layer: str) -> jax.Array:
+            if layer in perturbations:
+                h = h + perturbations[layer].astype(h.dtype)
+            outputs[layer] = h
+            return h
 
         def norm_relu(h: jax.Array, bn_name: str) -> jax.Array:
             bn = hk.BatchNorm(
@@ -103,13 +123,53 @@ def make(
         if name == "resnet50":
             bn_config = {"decay_rate": bn_decay, "cross_replica_axis": axis_name}
             net = _resnet50(num_classes, bn_config, zero_init_logits)
-            with _resnet50_policies(compute_dtype):
-                return net(x, is_training, test_local_stats)
-        features = _NETWORKS[name](policy.cast_to_compute(x), norm_relu)
-        features = jnp.mean(policy.cast_to_output(features), axis=(1, 2))
-        return _logits(features, num_classes, zero_init_logits)
+            with _resnet50_policies(compute_dtype), hk.intercept_methods(_resnet50_taps(tap)):
+                logits = net(x, is_training, test_local_stats)
+        else:
+            features = _NETWORKS[name](policy.cast_to_compute(x), norm_relu, tap)
+            features = jnp.mean(policy.cast_to_output(features), axis=(1, 2))
+            logits = _logits(features, num_classes, zero_init_logits)
+        if unknown := perturbations.keys() - outputs.keys():
+            raise UserError(
+                f"The layer {min(unknown)!r} is unknown: {name} has {', '.join(outputs)}."
+            )
+        return (logits, outputs) if with_features else logits
 
     return hk.transform_with_state(forward)
+
+
+def feature_shapes(
+    classifier: hk.TransformedWithState, image_shape: Sequence[int]
+) -> dict[str, tuple[int, ...]]:
+    """The layers whose outputs can be read and perturbed, found without computing anything.
+
+    Args:
+      classifier: a classifier of `make`.
+      image_shape: [H, W, C].
+
+    Returns:
+      {layer: (H', W', C')}, from the first layer to the last: 'stem', 'stage1' and so on.
+
+    Raises:
+      UserError: the classifier names no layers.
+    """
+
+    found = {}  # Filled while tracing: a dict that leaves `eval_shape` is sorted by name.
+
+    def trace(x: jax.Array) -> None:
+        variables = classifier.init(jax.random.key(0), x, is_training=True)
+        (_, features), _ = classifier.apply(
+            *variables, None, x, is_training=False, with_features=True
+        )
+        found.update({layer: output.shape[1:] for layer, output in features.items()})
+
+    jax.eval_shape(trace, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
+    if not found:
+        raise UserError(
+            "The classifier names no feature layers, which RLAT and PAT need: call `tap` on the "
+            "outputs of its stages in nets/classifiers.py, or choose another classifier."
+        )
+    return found
 
 
 class Conv(hk.Module):
@@ -161,6 +221,22 @@ def _resnet50_policies(compute_dtype: str) -> contextlib.ExitStack:
     return stack
 
 
+def _resnet50_taps(tap: Tap) -> Callable[..., Any]:
+    """Names the outputs of Haiku's stem and stages, for `hk.intercept_methods`."""
+
+    def interceptor(method, args, kwargs, context):
+        if not isinstance(context.module, hk.nets.ResNet.BlockGroup):
+            return method(*args, **kwargs)
+        if context.method_name != "__call__":
+            return method(*args, **kwargs)
+        index = int(context.module.name.removeprefix("block_group_"))
+        if index == 0:
+            args = (tap(args[0], "stem"), *args[1:])
+        return tap(method(*args, **kwargs), f"stage{index + 1}")
+
+    return interceptor
+
+
 def _basic_block(x: jax.Array, width: int, stride: int, norm_relu: NormRelu) -> jax.Array:
     h = norm_relu(x, "bn1")
     h = Conv(width, 3, stride, name="conv1")(h)
@@ -184,32 +260,35 @@ def _bottleneck_block(x: jax.Array, width: int, stride: int, norm_relu: NormRelu
 def _preact_resnet(
     x: jax.Array,
     norm_relu: NormRelu,
+    tap: Tap,
     *,
     block: Callable[[jax.Array, int, int, NormRelu], jax.Array],
     widths: tuple[int, ...],
     depths: tuple[int, ...],
 ) -> jax.Array:
-    x = Conv(widths[0], 3, name="stem")(x)
+    x = tap(Conv(widths[0], 3, name="stem")(x), "stem")
     for stage, (width, depth) in enumerate(zip(widths, depths, strict=True), start=1):
         for i in range(1, depth + 1):
             stride = 2 if stage > 1 and i == 1 else 1
             with hk.name_scope(f"stage{stage}_block{i}"):
                 x = block(x, width, stride, norm_relu)
+        x = tap(x, f"stage{stage}")
     return norm_relu(x, "bn")
 
 
-def _resnet9(x: jax.Array, norm_relu: NormRelu) -> jax.Array:
-    x = norm_relu(Conv(16, 3, name="stem")(x), "stem_bn")
+def _resnet9(x: jax.Array, norm_relu: NormRelu, tap: Tap) -> jax.Array:
+    x = tap(norm_relu(Conv(16, 3, name="stem")(x), "stem_bn"), "stem")
     for stage, width in enumerate((32, 64, 128), start=1):
         with hk.name_scope(f"stage{stage}"):
             x = norm_relu(Conv(width, 3, stride=2, name="down")(x), "down_bn")
             h = norm_relu(Conv(width, 3, name="conv1")(x), "bn1")
             x = x + norm_relu(Conv(width, 3, name="conv2")(h), "bn2")
+        x = tap(x, f"stage{stage}")
     return x
 
 
 # Functions of normalised images [B, H, W, C] that return the features [B, H', W', C'] to pool.
-_NETWORKS: dict[str, Callable[[jax.Array, NormRelu], jax.Array]] = {
+_NETWORKS: dict[str, Callable[[jax.Array, NormRelu, Tap], jax.Array]] = {
     "preact_resnet20": functools.partial(
         _preact_resnet, block=_basic_block, widths=(16, 32, 64), depths=(3, 3, 3)
     ),
