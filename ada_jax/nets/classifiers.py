@@ -1,4 +1,4 @@
-"""Image classifiers: pre-activation ResNets, a nine-layer ResNet for small images, ResNet50."""
+"""Image classifiers: pre-activation ResNets, a nine-layer ResNet, AlexNet, ResNet50."""
 
 import contextlib
 import functools
@@ -76,7 +76,9 @@ def make(
 
     Source: networks and normalisation follow Wong et al., "Fast is better than free" (2020), and
     He et al., "Identity mappings in deep residual networks" (2016), with PyTorch's default
-    initialisation. `resnet9` is this project's own, for small machines. `resnet50` is Haiku's, of
+    initialisation. `resnet9` is this project's own, for small machines. `alexnet` is that of
+    Laidlaw et al., "Perceptual adversarial robustness" (2021), for CIFAR-10, without dropout, and
+    `alexnet_small` has a quarter of its channels. `resnet50` is Haiku's, of
     He et al., "Deep residual learning for image recognition" (2016) with the stride in the 3x3
     convolution, with Haiku's initialisation and residual branches that start at zero.
     """
@@ -148,7 +150,8 @@ def feature_shapes(
       image_shape: [H, W, C].
 
     Returns:
-      {layer: (H', W', C')}, from the first layer to the last: 'stem', 'stage1' and so on.
+      {layer: (H', W', C')}, from the first layer to the last: 'stem', 'stage1' and so on, or, of
+      AlexNet, 'conv1' to 'conv5'.
 
     Raises:
       UserError: the classifier names no layers.
@@ -173,17 +176,29 @@ def feature_shapes(
 
 
 class Conv(hk.Module):
-    """A square convolution without bias, padded by `size // 2` pixels as in PyTorch."""
+    """A square convolution, padded by `size // 2` pixels as in PyTorch."""
 
-    def __init__(self, channels: int, size: int, stride: int = 1, name: str | None = None):
+    def __init__(
+        self,
+        channels: int,
+        size: int,
+        stride: int = 1,
+        with_bias: bool = False,
+        name: str | None = None,
+    ):
         super().__init__(name=name)
         self.channels, self.size, self.stride = channels, size, stride
+        self.with_bias = with_bias
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [B, H, W, Cin] to [B, ceil(H / stride), ceil(W / stride), channels]."""
         shape = (self.size, self.size, x.shape[-1], self.channels)
         w = hk.get_parameter("w", shape, jnp.float32, init=_uniform_fan_in).astype(x.dtype)
-        return per_example.conv2d(x, w, stride=self.stride, padding=self.size // 2)
+        b = None
+        if self.with_bias:
+            init = _uniform(self.size**2 * x.shape[-1])
+            b = hk.get_parameter("b", (self.channels,), jnp.float32, init=init).astype(x.dtype)
+        return per_example.conv2d(x, w, b, stride=self.stride, padding=self.size // 2)
 
 
 def _logits(features: jax.Array, num_classes: int, zero_init: bool) -> jax.Array:
@@ -192,11 +207,15 @@ def _logits(features: jax.Array, num_classes: int, zero_init: bool) -> jax.Array
 
 
 def _logits_inits(width: int, zero_init: bool) -> dict[str, hk.initializers.Initializer]:
-    bound = 1 / math.sqrt(width)
     zeros = hk.initializers.Constant(0.0)
     w_init = zeros if zero_init else _uniform_fan_in
-    b_init = zeros if zero_init else hk.initializers.RandomUniform(-bound, bound)
+    b_init = zeros if zero_init else _uniform(width)
     return {"w_init": w_init, "b_init": b_init}
+
+
+def _uniform(fan_in: int) -> hk.initializers.Initializer:
+    bound = 1 / math.sqrt(fan_in)
+    return hk.initializers.RandomUniform(-bound, bound)
 
 
 def _resnet50(num_classes: int, bn_config: dict[str, Any], zero_init_logits: bool) -> hk.Module:
@@ -287,15 +306,52 @@ def _resnet9(x: jax.Array, norm_relu: NormRelu, tap: Tap) -> jax.Array:
     return x
 
 
+def _alexnet(
+    x: jax.Array, norm_relu: NormRelu, tap: Tap, *, widths: tuple[int, ...], hidden: int
+) -> jax.Array:
+    del norm_relu  # It has no batch normalisation.
+    for layer, width in enumerate(widths, start=1):
+        conv = Conv(width, 3, stride=2 if layer == 1 else 1, with_bias=True, name=f"conv{layer}")
+        x = tap(jax.nn.relu(conv(x)), f"conv{layer}")
+        if layer in (1, 2, 5):
+            x = _max_pool(x)
+    x = _quarters(x.astype(jnp.float32)).reshape(len(x), -1)
+    for name in ("hidden1", "hidden2"):
+        inits = _logits_inits(x.shape[-1], zero_init=False)
+        x = jax.nn.relu(hk.Linear(hidden, **inits, name=name)(x))
+    return x[:, None, None]
+
+
+def _max_pool(x: jax.Array) -> jax.Array:
+    """The maximum of each 2x2 pixels; a last odd row or column is its own maximum."""
+    batch, height, width, channels = x.shape
+    padding = ((0, 0), (0, height % 2), (0, width % 2), (0, 0))
+    x = jnp.pad(x, padding, constant_values=-jnp.inf)
+    # Not `hk.max_pool`, whose gradient is slow on CPUs.
+    return x.reshape(batch, -(-height // 2), 2, -(-width // 2), 2, channels).max((2, 4))
+
+
+def _quarters(x: jax.Array) -> jax.Array:
+    """The means [B, 2, 2, C] of the four quarters of features [B, H, W, C], for any size."""
+    down, right = -(-x.shape[1] // 2), -(-x.shape[2] // 2)
+    rows = [
+        jnp.stack([half[:, :, :right].mean((1, 2)), half[:, :, -right:].mean((1, 2))], 1)
+        for half in (x[:, :down], x[:, -down:])
+    ]
+    return jnp.stack(rows, 1)
+
+
 # Functions of normalised images [B, H, W, C] that return the features [B, H', W', C'] to pool.
 _NETWORKS: dict[str, Callable[[jax.Array, NormRelu, Tap], jax.Array]] = {
     "preact_resnet20": functools.partial(
         _preact_resnet, block=_basic_block, widths=(16, 32, 64), depths=(3, 3, 3)
     ),
+    "alexnet_small": functools.partial(_alexnet, widths=(16, 48, 96, 64, 64), hidden=256),
     "resnet9": _resnet9,
     "preact_resnet18": functools.partial(
         _preact_resnet, block=_basic_block, widths=(64, 128, 256, 512), depths=(2, 2, 2, 2)
     ),
+    "alexnet": functools.partial(_alexnet, widths=(64, 192, 384, 256, 256), hidden=4096),
     "preact_resnet50": functools.partial(
         _preact_resnet, block=_bottleneck_block, widths=(64, 128, 256, 512), depths=(3, 4, 6, 3)
     ),
