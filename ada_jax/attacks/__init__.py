@@ -1,4 +1,4 @@
-"""Adversarial attacks in l-infinity and l2 balls, and AutoAttack.
+"""Adversarial attacks in l-infinity and l2 balls, AutoAttack, and attacks bounded by LPIPS.
 
 Every call traces `logits_fn` again, so that it attacks the classifier in its current state.
 (Arrays that an already jitted `logits_fn` closes over may be those of its first trace.) Outside
@@ -16,6 +16,7 @@ split over several devices, like `ada_jax.adversarial_augment`.
 from ada_jax.attacks.apgd import apgd
 from ada_jax.attacks.autoattack import ATTACKS, STANDARD, Account, Report, autoattack
 from ada_jax.attacks.fab import fab
+from ada_jax.attacks.perceptual import fast_lpa, lpa, ppgd
 from ada_jax.attacks.pgd import multitargeted, pgd
 from ada_jax.attacks.square import square
 
@@ -27,7 +28,10 @@ __all__ = [
     "apgd",
     "autoattack",
     "fab",
+    "fast_lpa",
+    "lpa",
     "multitargeted",
     "pgd",
+    "ppgd",
     "square",
 ]
