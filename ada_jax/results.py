@@ -61,6 +61,8 @@ def comparable(config: dict[str, Any]) -> dict[str, Any]:
     fields = flat(config)
     off = set() if fields.get("crop_scale") else {"crop_scale", "crop_ratio"}
     off |= {name for name in ("ada.every", "ada.group") if fields.get(name) == 1}
+    others = {"pat", "rlat"} - {fields.get("method")}
+    off |= {name for name in fields if name.partition(".")[0] in others}
     return {name: value for name, value in fields.items() if name not in off}
 
 

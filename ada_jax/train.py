@@ -76,7 +76,7 @@ def make_task(parts: setup.Parts, thetas: tuple[Any, ...], key: jax.Array) -> lo
 
     Args:
       parts: the run.
-      thetas: the corruption networks' parameters.
+      thetas: the parameters of `parts.nets`.
       key: the run's key.
     """
     config, epoch = parts.config, parts.steps_per_epoch
@@ -183,7 +183,7 @@ def finish(
     )
     rows = results_files.summary(results)
     shown = zip(parts.nets, config_checks.net_labels(config.ada), strict=False)
-    for net, name in shown if config.figure_examples else ():
+    for net, name in shown if config.method == "ada" and config.figure_examples else ():
         picture = os.path.join(workdir, f"adversarial_{name}.png")
         # In every process: one that left early would not meet the others at the end.
         attacked = show_attack(parts, net, state, picture)

@@ -1,4 +1,4 @@
-"""The update step: crop and flip, AdA, AugMix, classifier update, metrics."""
+"""The update step: crop and flip, AdA or another attack, AugMix, classifier update, metrics."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from ada_jax import ada, attacks, keys, losses
+from ada_jax import ada, attacks, keys, losses, perceptual
+from ada_jax.attacks import rlat
 from ada_jax.augment import augmix, cropping
 from ada_jax.data import batching
-from ada_jax.nets import corruption_nets
+from ada_jax.nets import classifiers, corruption_nets
 from ada_jax.sharding import AXIS
 
-METHODS = ("ada", "nominal", "pgd")
+METHODS = ("ada", "nominal", "pat", "pgd", "rlat")
 
 
 class TrainState(NamedTuple):
@@ -46,23 +47,28 @@ def make_update_step(
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """Makes the step of one device: crop/flip -> AdA -> line search -> AugMix -> update -> metrics.
 
+    Adversarial training and PAT have their attack in AdA's place. RLAT's is part of the update.
+
     Args:
       config: the run's config.
       classifier: Haiku classifier.
-      net_applies: functions of the corruption networks, one of which is drawn for every batch;
-        empty without AdA.
+      net_applies: functions of AdA's corruption networks, one of which is drawn for every batch, or
+        `(theta, images) -> features` of the network that bounds PAT; else empty.
       optimizer: the classifier's.
 
     Returns:
       `update_step(state, thetas, batch, key) -> (state, metrics)`, to be mapped over AXIS; `thetas`
       has a tree for each network, `batch` has a device's 'image' [b,H,W,3] and 'label' [b].
     """
-    precision = {"dtype": config.compute_dtype, "remat": config.ada.remat}
-    net_applies = [corruption_nets.cast(apply, **precision) for apply in net_applies]
+    if config.method == "ada":
+        precision = {"dtype": config.compute_dtype, "remat": config.ada.remat}
+        net_applies = [corruption_nets.cast(apply, **precision) for apply in net_applies]
     attack = make_attack(config, classifier, net_applies)
 
-    def loss_fn(params, net_state, views, y):
-        logits, net_state = classifier.apply(params, net_state, None, views, is_training=True)
+    def loss_fn(params, net_state, views, y, deltas):
+        logits, net_state = classifier.apply(
+            params, net_state, None, views, is_training=True, perturbations=deltas
+        )
         decay = config.weight_decay * losses.weight_decay(params, include_bn=config.weight_decay_bn)
         logits, *mixed = jnp.split(logits, len(views) // len(y))
         loss = losses.cross_entropy(logits, y).mean()
@@ -84,8 +90,14 @@ def make_update_step(
             metrics = attack_metrics(config.method, attacked)
         if config.augmix.use:
             x = mixed_views(example_keys, x, config.augmix)
+        deltas = {}
+        if config.method == "rlat":
+            x, deltas, start = perturb_layers(classifier, state, x, y, config.rlat.epsilon)
+            metrics = attack_metrics(config.method, {"loss_start": start})
         gradient_fn = jax.grad(loss_fn, has_aux=True)
-        gradient, (net_state, loss, logits) = gradient_fn(state.params, state.net_state, x, y)
+        gradient, (net_state, loss, logits) = gradient_fn(
+            state.params, state.net_state, x, y, deltas
+        )
         gradient, net_state = average((gradient, net_state))
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -155,7 +167,50 @@ def make_attack(
         )
         return jax.lax.stop_gradient((images, {"broken": info["broken"]}))
 
-    return {"ada": ada_attack, "pgd": pgd_attack, "nominal": None}[config.method]
+    pat_attack = functools.partial(_pat_attack, config, classifier, net_applies)
+    return {"ada": ada_attack, "pgd": pgd_attack, "pat": pat_attack}.get(config.method)
+
+
+def _pat_attack(config, classifier, net_applies, key, state, thetas, example_keys, x, y):
+    """PAT's attack, see `make_attack`: LPIPS is the classifier's own or that of the network."""
+    del key
+    model = own = perceptual.model_of(classifier, state.params, state.net_state)
+    if net_applies:
+        model = lambda x: (own(x)[0], net_applies[0](thetas[0], x))  # noqa: E731
+    settings = pat_settings(config.pat)
+    return attacks.fast_lpa(example_keys, model, x, y, config.pat.bound, **settings)
+
+
+def perturb_layers(
+    classifier: hk.TransformedWithState,
+    state: TrainState,
+    views: jax.Array,
+    y: jax.Array,
+    epsilon: float,
+) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
+    """RLAT's step on images and layers, with batch norm's statistics of the batch.
+
+    Args:
+      classifier: Haiku classifier.
+      state: the state.
+      views: images [b,H,W,3] or, for AugMix's consistency loss, [3b,H,W,3].
+      y: labels [b].
+      epsilon: l2 radius of an image.
+
+    Returns:
+      The perturbed images, the perturbations of `classifiers.feature_shapes`, and the loss of each
+      image without them. The running statistics are updated in the perturbed pass alone.
+    """
+    labels = jnp.tile(y, len(views) // len(y))
+
+    def loss_fn(images, deltas):
+        logits, _ = classifier.apply(
+            state.params, state.net_state, None, images, is_training=True, perturbations=deltas
+        )
+        return losses.cross_entropy(logits, labels)
+
+    layers = classifiers.feature_shapes(classifier, views.shape[1:])
+    return rlat.perturb(loss_fn, views, layers, epsilon)
 
 
 def mixed_views(
@@ -195,6 +250,11 @@ def attack_settings(settings: ml_collections.ConfigDict) -> dict[str, Any]:
     return {name: settings[name] for name in names}
 
 
+def pat_settings(settings: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The arguments of `attacks.fast_lpa` from config.pat, without the bound."""
+    return {name: settings[name] for name in ("steps", "step_size", "penalty", "noise")}
+
+
 def attack_metrics(method: str, attacked: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """Means, and minima of SSIMs, of an attack's per-example metrics."""
     means = {f"{method}_{name}": jnp.mean(value) for name, value in attacked.items()}
@@ -216,14 +276,17 @@ def make_optimizer(
     """SGD with Nesterov momentum, and its learning rate; weight decay is part of the loss.
 
     The rate rises linearly from 0 to max(lr * batch size / 256, lr), the linear scaling rule, and
-    falls as a cosine to 0 at the last step (paper, appendix A).
+    falls as a cosine to 0 at the last step (paper, appendix A). PAT clips the gradient's values.
     """
     peak = max(config.learning_rate * config.batch_size / 256, config.learning_rate)
     warmup = min(round(config.warmup_epochs * steps_per_epoch), total_steps - 1)
     schedule = optax.warmup_cosine_decay_schedule(
         0.0 if warmup else peak, peak, warmup, total_steps
     )
-    return optax.sgd(schedule, momentum=config.momentum, nesterov=True), schedule
+    sgd = optax.sgd(schedule, momentum=config.momentum, nesterov=True)
+    if config.method == "pat":
+        sgd = optax.chain(optax.clip(config.pat.gradient_clip), sgd)
+    return sgd, schedule
 
 
 def initial_state(

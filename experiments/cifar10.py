@@ -12,6 +12,10 @@ comma:
   nominal                      none of these
   random                       random perturbations in AdA's ball, for comparison
   linf_at, l2_at               adversarial training by PGD, for comparison (table 3)
+  pat_self, pat_alexnet        perceptual adversarial training, bounded by the classifier's own
+                               features or by those of an AlexNet, the row below trained first
+  rlat                         relaxed LPIPS adversarial training, after AugMix if both are given
+  alexnet                      'nominal' with an AlexNet; with ',small' of a quarter of its width
   small                        a network and a schedule for two CPU cores
   gpu                          a network and a schedule for one GPU of 24 GB or more
 
@@ -43,6 +47,17 @@ ROWS = (
 )
 
 PRESETS = ("small", "gpu")
+
+# Words for comparison, and the methods that words of attacks select.
+ATTACKS = {
+    "ada": "ada",
+    "random": "ada",
+    "linf_at": "pgd",
+    "l2_at": "pgd",
+    "pat_self": "pat",
+    "pat_alexnet": "pat",
+    "rlat": "rlat",
+}
 
 
 def get_config(words: str = "") -> ml_collections.ConfigDict:
@@ -85,8 +100,7 @@ def get_config(words: str = "") -> ml_collections.ConfigDict:
     config.weight_decay_bn = False  # also decay batch-norm scales and offsets
 
     # Inner maximisation.
-    config.method = "ada" if {"ada", "random"} & set(chosen) else "nominal"
-    config.method = "pgd" if {"linf_at", "l2_at"} & set(chosen) else config.method
+    config.method = next((ATTACKS[word] for word in chosen if word in ATTACKS), "nominal")
     config.ada = ml_collections.ConfigDict()
     config.ada.corruption_net = ("edsr_baseline_x4",)  # if several, one is drawn for each batch
     config.ada.corruption_weights = ("",)  # safetensors files; '' is the shipped one
@@ -116,6 +130,27 @@ def get_config(words: str = "") -> ml_collections.ConfigDict:
     config.pgd.steps = 10
     config.pgd.step_scale = 0.25  # relative to epsilon
     config.pgd.batch_norm = "batch"  # as for ada
+
+    # Perceptual adversarial training (PAT), for comparison: Fast-LPA within a distance (LPIPS) in
+    # the features of a network. The constants are those of Laidlaw et al.
+    config.pat = ml_collections.ConfigDict()
+    config.pat.network = "alexnet" if "pat_alexnet" in chosen else "self"  # or any classifier
+    config.pat.weights = ""  # its weights: a run's folder or a safetensors file; '' for 'self'
+    config.pat.bound = 0.5  # LPIPS above which distances are penalised
+    config.pat.steps = 10
+    config.pat.step_size = 0.5  # LPIPS of the first step, falling to a tenth
+    config.pat.penalty = 10.0  # the penalty's weight in the end, from a tenth
+    config.pat.noise = 0.01  # standard deviation of the start, in units of pixel values
+    config.pat.gradient_clip = 1.0  # largest value in the classifier's gradient
+
+    # Relaxed LPIPS adversarial training (RLAT), for comparison: one step on images and features.
+    # The radii are those of Kireev et al.
+    config.rlat = ml_collections.ConfigDict()
+    config.rlat.epsilon = 0.08  # l2 radius of images; those of layers follow from it
+    if "augmix" in chosen:
+        config.rlat.epsilon = 0.05
+    if {"deepaugment", "deepaugment10x"} & set(chosen):
+        config.rlat.epsilon = 0.02
 
     # AugMix, after AdA.
     config.augmix = ml_collections.ConfigDict()
@@ -149,31 +184,61 @@ def get_config(words: str = "") -> ml_collections.ConfigDict:
     config.compilation_cache = "~/.cache/ada_jax"
     config.cpu_devices = 0  # number of devices that a CPU is split into; 0 does not split it
 
+    if not {*PRESETS} & {*chosen}:
+        compared(config)
     if "small" in chosen:
         small(config)
     if "gpu" in chosen:
         gpu(config)
+    if "alexnet" in chosen:
+        alexnet(config, "alexnet_small" if "small" in chosen else "alexnet")
+    if "pat_alexnet" in chosen:
+        config.pat.network = "alexnet_small" if "small" in chosen else "alexnet"
+        config.pat.weights = config.name.replace("cifar10_pat_alexnet", "runs/cifar10_alexnet")
     return config.lock()
 
 
 def _chosen(words: str) -> list[str]:
     """The words after the colon, checked and sorted; the default row is 'ada'."""
-    attacks = ("ada", "random", "linf_at", "l2_at")
-    rows = ("nominal", *attacks, "deepaugment", "deepaugment10x", "augmix")
+    alone = ("nominal", "alexnet")
+    rows = (*alone, *ATTACKS, "deepaugment", "deepaugment10x", "augmix")
     given = [word for word in re.split("[,+]", words) if word]
     presets = [word for word in PRESETS if word in given]
     unknown = [word for word in given if word not in (*rows, *PRESETS)]
     chosen = [word for word in rows if word in given] or ["ada"]
-    twice = len({*attacks} & {*chosen}) > 1 or {"deepaugment", "deepaugment10x"} <= {*chosen}
+    twice = len({*ATTACKS} & {*chosen}) > 1 or {"deepaugment", "deepaugment10x"} <= {*chosen}
     twice = twice or len(presets) > 1
-    if unknown or twice or ("nominal" in chosen and len(chosen) > 1):
+    if unknown or twice or ({*alone} & {*chosen} and len(chosen) > 1):
+        known = ", ".join(dict.fromkeys([*ROWS, *ATTACKS]))
         raise ValueError(
             f"--config=...:{words} "
             + (f"has the unknown word {unknown[0]!r}" if unknown else "is not a row")
-            + f": choose from {', '.join(ROWS)}, random, linf_at and l2_at, and optionally one of "
-            "',small' and ',gpu'."
+            + f": choose from {known} and alexnet, and optionally one of ',small' and ',gpu'."
         )
     return chosen + presets
+
+
+def compared(config: ml_collections.ConfigDict) -> None:
+    """Sets the published networks and schedules of PAT and RLAT, but for the cosine's shape."""
+    if config.method == "pat":
+        config.epochs = 100.0
+        config.batch_size = 50
+        config.weight_decay = 2e-4
+    if config.method == "rlat":
+        config.classifier = "preact_resnet18"
+        config.bn_decay = 0.9
+        config.epochs = 150.0
+        config.batch_size = 128
+        config.weight_decay = 5e-4
+        config.warmup_epochs = 0.0
+
+
+def alexnet(config: ml_collections.ConfigDict, name: str) -> None:
+    """Sets an AlexNet, which has no batch normalisation and needs a lower learning rate."""
+    config.classifier = name
+    config.mean = (0.485, 0.456, 0.406)
+    config.std = (0.229, 0.224, 0.225)
+    config.learning_rate = 0.02
 
 
 def small(config: ml_collections.ConfigDict) -> None:
@@ -190,6 +255,7 @@ def small(config: ml_collections.ConfigDict) -> None:
     # experiments/README.md.
     config.ada.nu = 0.005 if config.method == "ada" and config.deepaugment.copies else 0.02
     config.ada.steps = min(config.ada.steps, 1)  # 0 for 'random'
+    config.pat.steps = 3
     config.eval_epochs = 1.0
     config.cpu_devices = 2
 

@@ -66,19 +66,20 @@ def run(name: str, order=slice(None)):
 
 def test_lpips_is_a_distance_with_finite_gradients():
     (x, _), (other, _) = batch(), batch(1)
-    lpips = functools.partial(perceptual.lpips, lambda x: model(x)[1])
+    lpips = jax.jit(functools.partial(perceptual.lpips, lambda x: model(x)[1]))
     np.testing.assert_allclose(lpips(x, other), lpips(other, x), rtol=1e-6)
     np.testing.assert_array_equal(lpips(x, x), np.zeros(BATCH))
-    gradient = jax.grad(lambda a: lpips(a, x).sum())(x)
+    gradient = jax.jit(jax.grad(lambda a: lpips(a, x).sum()))(x)
     np.testing.assert_array_equal(gradient, np.zeros_like(x))
 
 
 def test_features_are_of_unit_norm_in_every_pixel():
     features = {"a": 7 * jnp.ones((2, 3, 5, 4)), "b": jnp.zeros((2, 1, 1, 6))}
-    unit = perceptual.unit_features(features)
+    unit = jax.jit(perceptual.unit_features)(features)
     np.testing.assert_allclose(jnp.sum(unit["a"] ** 2, (1, 2, 3)), np.ones(2), rtol=1e-6)
     np.testing.assert_array_equal(unit["b"], features["b"])  # Without NaN.
-    gradients = jax.grad(lambda f: perceptual.unit_features(f)["b"].sum())(features)
+    total = lambda f: perceptual.unit_features(f)["b"].sum()  # noqa: E731
+    gradients = jax.jit(jax.grad(total))(features)
     assert np.isfinite(gradients["b"]).all()
 
 
@@ -176,7 +177,8 @@ def test_rlat_raises_the_loss_and_keeps_its_radii():
         h = x.reshape(BATCH, 4, 4, -1)[..., :4] + deltas["stem"]
         return losses.cross_entropy(h.reshape(BATCH, -1) @ w, y)
 
-    images, deltas, before = rlat.perturb(loss_fn, x, {"stem": (4, 4, 4)}, 0.1)
+    perturb = jax.jit(lambda x: rlat.perturb(loss_fn, x, {"stem": (4, 4, 4)}, 0.1))
+    images, deltas, before = perturb(x)
     radius = 0.1 * 64 / x[0].size / 2
     np.testing.assert_allclose(
         jnp.linalg.norm(deltas["stem"].reshape(BATCH, -1), axis=1), radius, rtol=1e-5

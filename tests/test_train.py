@@ -25,7 +25,7 @@ from ada_jax import results as results_files
 from ada_jax.data import batching, core, rendered_set, sources
 from ada_jax.errors import UserError
 from ada_jax.evaluation import scoring
-from ada_jax.nets import weight_files
+from ada_jax.nets import classifiers, weight_files
 from ada_jax.run import checkpoint, config_checks, distributed, logbook, loop, setup
 from experiments import cifar10, finetune, imagenet, quickstart
 from experiments import deepaugment as deepaugment_config
@@ -59,7 +59,7 @@ def flags_of(config: ConfigDict) -> list[str]:
     base = quickstart.get_config().to_dict()
     flags = []
     for name, value in config.items():
-        if name not in ("ada", "pgd", "augmix", "deepaugment") and base[name] != value:
+        if not isinstance(value, ConfigDict) and base[name] != value:
             flags.append(f"--config.{name}={value}")
     return flags
 
@@ -84,7 +84,7 @@ def here(workdir, *flags: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("small", ["", ",small", ",gpu"])
-@pytest.mark.parametrize("row", ["", "random", "linf_at", "l2_at", *cifar10.ROWS])
+@pytest.mark.parametrize("row", ["", *cifar10.ATTACKS, "rlat+augmix", "alexnet", *cifar10.ROWS])
 def test_every_preset_is_valid(row, small):
     for experiment in (cifar10, finetune):
         config_checks.validate(experiment.get_config(row + small))
@@ -165,7 +165,7 @@ def test_imagenet_trains_and_is_evaluated_on_generated_photographs(request, tmp_
 
 
 @pytest.mark.parametrize(
-    "words", ["adda", "nominal+ada", "random+ada", "deepaugment,deepaugment10x"]
+    "words", ["adda", "nominal+ada", "random+ada", "pat_self+rlat", "deepaugment,deepaugment10x"]
 )
 def test_an_unknown_row_lists_the_known_ones(words):
     with pytest.raises(ValueError, match=r"ada\+deepaugment10x\+augmix"):
@@ -211,6 +211,13 @@ def test_learning_rate_schedule(batch_size):
         ("pgd.norm", "l1", "linf"),
         ("pgd.epsilon", 0.0, "positive"),
         ("pgd.steps", 0, "at least 1"),
+        ("pat.bound", 0.0, "config.pat.bound=0.0 must be positive"),
+        ("pat.steps", 0, "config.pat.steps=0 must be an integer of at least 1"),
+        ("pat.penalty", -1.0, "config.pat.penalty=-1.0 must be positive"),
+        ("pat.gradient_clip", 0.0, "must be positive"),
+        ("pat.network", "vgg", "choose one of self, "),
+        ("pat.network", "alexnet", "config.pat.weights='' is missing"),
+        ("rlat.epsilon", 0.0, "config.rlat.epsilon=0.0 must be positive"),
         ("ada.corruption_net", ("edsr",), "edsr_small"),
         ("ada.corruption_net", ("edsr_small", "cae"), "2 networks"),
         ("ada.corruption_enlarge", (0,), "at least 1"),
@@ -489,6 +496,85 @@ def test_every_program_runs_two_steps(row, rendered_digits):
     state, metrics = first_steps(config, steps=2)
     assert int(state.step) == 2 and np.isfinite(metrics["loss"])
     assert ("ada" in row.split("+")) == ("ada_loss_end" in metrics)
+
+
+def bounding(folder, name: str = "alexnet_small", classes: int = 10) -> str:
+    """The file of an untrained network, as of a finished run."""
+    net = classifiers.make(name, classes)
+    init = jax.jit(net.init, static_argnames="is_training")
+    params, state = init(jax.random.key(0), jnp.zeros((2, 28, 28, 3)), is_training=True)
+    about = {"classifier": name, "classes": classes}
+    about |= {"mean": classifiers.CIFAR10_MEAN, "std": classifiers.CIFAR10_STD}
+    path = str(folder / "classifier.safetensors")
+    weight_files.save_weights(path, {"params": params, "state": state}, about)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "row",
+    ["pat_self", "pat_alexnet", "rlat", "rlat+augmix", "rlat+deepaugment", "alexnet"],
+)
+def test_every_row_for_comparison_runs_two_steps(row, rendered_digits, tmp_path):
+    chosen = cifar10.get_config(f"{row},small")
+    config = tiny(method=chosen.method, classifier=chosen.classifier)
+    config.update(augmix=chosen.augmix, deepaugment=chosen.deepaugment)
+    config.update(pat=chosen.pat, rlat=chosen.rlat)
+    config.deepaugment.dir = rendered_digits
+    if row == "pat_alexnet":
+        config.pat.weights = bounding(tmp_path)
+    state, metrics = first_steps(config, steps=2)
+    assert int(state.step) == 2 and np.isfinite(metrics["loss"])
+    assert metrics["loss"] > metrics.get("rlat_loss_start", 0)
+    assert (config.method == "pat") == ("pat_distance" in metrics)
+
+
+@pytest.mark.slow
+def test_rlat_perturbs_the_views_of_augmix_s_consistency_loss():
+    config = tiny(method="rlat", **{"augmix.use": True, "augmix.jsd_weight": 12.0})
+    assert np.isfinite(first_steps(config, steps=1)[1]["loss"])
+
+
+@pytest.mark.slow
+def test_pat_changes_correctly_classified_images_only():
+    config = tiny(method="pat", **{"pat.steps": 2})
+    parts = setup.build(config)
+    images = batching.to_float(next(batching.eval_batches(parts.train_set, batch_size=16))["image"])
+    state = training.initial_state(parts.classifier, parts.optimizer, jax.random.key(0), images)
+    logits_fn = jax.jit(
+        lambda x: scoring.apply_classifier(parts.classifier, state.params, state.net_state, x)
+    )
+    y = jnp.argmax(logits_fn(images), -1).at[::2].add(1) % 10
+    attack = jax.jit(training.make_attack(config, parts.classifier, ()))
+    keys = jax.random.split(jax.random.key(1), len(images))
+    attacked, metrics = attack(jax.random.key(0), state, (), keys, images, y)
+    np.testing.assert_array_equal(attacked[::2], images[::2])
+    assert np.all(np.any(attacked[1::2] != images[1::2], axis=(1, 2, 3)))
+    assert metrics["distance"].shape == (len(images),)
+
+
+def test_the_bounding_network_is_part_of_a_run(tmp_path):
+    path = bounding(tmp_path)
+    config = tiny(method="pat", **{"pat.network": "alexnet_small", "pat.weights": path})
+    parts = setup.build(config)
+    fields = setup.identity(parts, tuple(net.theta for net in parts.nets), state=None)
+    assert fields["config.pat.network"] == "alexnet_small"
+    assert len(fields["config.pat.weights_digest"]) == 64 and "config.pat.weights" not in fields
+    assert not any("rlat" in field or "config.ada." in field for field in fields)
+    assert setup.describe(parts, fields)["training"]["bounding_net"]
+    with pytest.raises(UserError, match=r"are of alexnet_small, and config.pat.network='resnet9'"):
+        setup.build(tiny(method="pat", **{"pat.network": "resnet9", "pat.weights": path}))
+    with pytest.raises(UserError, match=r"config.pat.weights='.*none': .* has no weights"):
+        missing = str(tmp_path / "none")
+        setup.build(tiny(method="pat", **{"pat.network": "resnet9", "pat.weights": missing}))
+
+
+@pytest.mark.parametrize("method", ["pat", "rlat"])
+def test_networks_without_feature_layers_are_no_classifiers_of_pat_and_rlat(method, monkeypatch):
+    pool = lambda x, norm_relu, tap: norm_relu(x, "bn")  # noqa: E731
+    monkeypatch.setitem(classifiers._NETWORKS, "resnet9", pool)
+    with pytest.raises(UserError, match="names no feature layers"):
+        setup.build(tiny(method=method))
 
 
 @pytest.mark.slow

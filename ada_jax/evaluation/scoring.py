@@ -15,7 +15,7 @@ import ml_collections
 import numpy as np
 import tqdm
 
-from ada_jax import checks, losses, paths
+from ada_jax import checks, losses, paths, perceptual
 from ada_jax import results as results_files
 from ada_jax.corruptions import parameter_tables
 from ada_jax.data import batching, core
@@ -77,9 +77,18 @@ def map_eval_step(classifier: hk.TransformedWithState) -> Callable[..., dict[str
 
 
 def apply_classifier(
-    classifier: hk.TransformedWithState, params: hk.Params, state: hk.State, x: jax.Array
+    classifier: hk.TransformedWithState,
+    params: hk.Params,
+    state: hk.State,
+    x: jax.Array,
+    with_features: bool = False,
 ) -> jax.Array:
-    """Logits [B,K] of images [B,H,W,3] in [0,1], with batch norm's running statistics."""
+    """Logits [B,K] of images [B,H,W,3] in [0,1], with batch norm's running statistics.
+
+    With `with_features` these are logits and features, see `perceptual.model_of`.
+    """
+    if with_features:
+        return perceptual.model_of(classifier, params, state)(x)
     return classifier.apply(params, state, None, x, is_training=False)[0]
 
 
@@ -109,6 +118,37 @@ def load_classifier(
     # Every classifier averages over its last features, so that weights fit images of any size.
     params, state, _ = load_variables(config, classifier, (32, 32, 3), workdir)
     return functools.partial(apply_classifier, classifier, params, state)
+
+
+def load_features(
+    path: str | os.PathLike[str],
+) -> tuple[Callable[..., perceptual.Features], dict[str, Any], str]:
+    """Loads a trained classifier as a network whose features bound PAT and perceptual attacks.
+
+    Args:
+      path: folder of a finished run, or its classifier.safetensors.
+
+    Returns:
+      `apply(theta, images) -> features`, theta, and the classifier's name.
+
+    Raises:
+      UserError: there are no weights, they do not name their classifier, or do not fit it.
+    """
+    about = metadata(path)
+    if not {"classifier", "classes", "mean", "std"} <= about.keys():
+        raise UserError(
+            f"{path} has no weights that name their classifier: give the folder of a finished run."
+        )
+    normalisation = {field: tuple(about[field]) for field in ("mean", "std")}
+    classifier = classifiers.make(about["classifier"], about["classes"], **normalisation)
+    params, state, _ = load_variables(
+        ml_collections.ConfigDict(normalisation), classifier, (32, 32, 3), path
+    )
+
+    def apply(theta, x):
+        return perceptual.model_of(classifier, theta["params"], theta["state"])(x)[1]
+
+    return apply, {"params": params, "state": state}, about["classifier"]
 
 
 def metadata(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import ml_collections
 from ada_jax import ada, checks, training
 from ada_jax import results as results_files
 from ada_jax.attacks import loops
+from ada_jax.attacks import perceptual as perceptual_attacks
 from ada_jax.augment import augmix
 from ada_jax.corruptions import parameter_tables
 from ada_jax.data import sources
@@ -29,6 +30,7 @@ CHOICES = {
     "classifier": classifiers.names(),
     "compute_dtype": ("float32", "bfloat16"),
     "pgd.batch_norm": ("batch", "running"),
+    "pat.network": ("self", *classifiers.names()),
     "ada.batch_norm": ("batch", "running"),
 }
 AT_LEAST_1 = (lambda value: value >= 1, "must be 1 or more")
@@ -40,7 +42,7 @@ RULES = (
     (*AT_LEAST_0, ("eval_epochs", "corruption_eval_epochs", "checkpoint_epochs", "cpu_devices")),
     (*AT_LEAST_0, ("figure_examples", "deepaugment.copies", "augmix.jsd_weight")),
     (*AT_LEAST_0, ("weight_decay", "warmup_epochs", "epochs", "train_steps")),
-    (*POSITIVE, ("learning_rate", "pgd.step_scale")),
+    (*POSITIVE, ("learning_rate", "pgd.step_scale", "pat.gradient_clip", "rlat.epsilon")),
     (lambda value: 0 <= value < 1, "must be in [0, 1)", ("momentum", "bn_decay")),
     (lambda value: 0 <= value < 2**32, "must be in 0..2**32-1", ("seed",)),
     (lambda value: value <= 4096, "must be at most 4096 pixels", ("image_size",)),
@@ -68,6 +70,12 @@ def validate(config: ml_collections.ConfigDict) -> None:
     with named_in("config.pgd."):
         loops.check(config.pgd.epsilon, config.pgd.norm)
         checks.check_integers(1, steps=config.pgd.steps)
+    with named_in("config.pat."):
+        perceptual_attacks.check(config.pat.bound)
+        perceptual_attacks.check_settings(**training.pat_settings(config.pat))
+    bounded = config.pat.network == "self" or config.pat.weights
+    weights = f"is missing for config.pat.network={config.pat.network!r}: name a run's folder"
+    require(fields, "pat.weights", bounded, weights)
     with named_in("config.augmix."):
         augmix.check(**training.augmix_settings(config.augmix))
     _check_crops(config)

@@ -17,12 +17,12 @@ from ada_jax import results as results_files
 from ada_jax.data import core, rendered_set, sources
 from ada_jax.errors import UserError, require_extra
 from ada_jax.evaluation import evaluators, scoring
-from ada_jax.nets import corruption_nets, weight_files
+from ada_jax.nets import classifiers, corruption_nets, weight_files
 from ada_jax.run import config_checks, devices
 
 _BOOKKEEPING = results_files.BOOKKEEPING | {
     *("name", "init_weights", "corruption_seed", "corruption_table"),
-    *("ada.microbatch", "ada.corruption_weights"),
+    *("ada.microbatch", "ada.corruption_weights", "pat.weights"),
 }
 
 
@@ -35,7 +35,8 @@ class Parts(NamedTuple):
     eval_set: core.Dataset
     sets: evaluators.Sets  # for the evaluation after training
     corruption_sets: evaluators.Sets  # for evaluations during training
-    nets: tuple[ada.CorruptionNet, ...]  # empty without AdA
+    # AdA's corruption networks, or the network whose features bound PAT; else empty.
+    nets: tuple[ada.CorruptionNet, ...]
     classifier: hk.TransformedWithState
     eval_step: Callable[..., dict[str, jax.Array]]  # mapped over devices
     optimizer: optax.GradientTransformation
@@ -51,11 +52,11 @@ def identity(parts: Parts, thetas: Any, state: training.TrainState) -> dict[str,
 
     Args:
       parts: the run.
-      thetas: the corruption networks' parameters.
+      thetas: the parameters of `parts.nets`.
       state: the state before the first step.
     """
     config = parts.config
-    unused = {"ada", "pgd"} - {config.method}
+    unused = {"ada", "pgd", "pat", "rlat"} - {config.method}
     unused |= set() if config.augmix.use else {"augmix"}
     unused |= set() if parts.renderings else {"deepaugment"}
     fields = results_files.comparable(config.to_dict())
@@ -70,6 +71,8 @@ def identity(parts: Parts, thetas: Any, state: training.TrainState) -> dict[str,
         fields["ada.weights_digest"] = weight_files.digest(
             {str(i): theta for i, theta in enumerate(thetas)}
         )
+    if config.method == "pat":
+        fields["pat.weights_digest"] = weight_files.digest(thetas[0]) if thetas else ""
     # With statistics of the batch, those of batch norm depend on the microbatch.
     mixing = {"ada.microbatch"} if config.ada.batch_norm == "batch" else set()
     unlisted = _BOOKKEEPING - mixing
@@ -87,9 +90,10 @@ def describe(parts: Parts, expect: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
       'class_names', in the order of the logits; 'dataset'; 'train_split'; 'training', digests of
-      'data' and, if they are used, of 'deepaugment', 'corruption_nets' and 'init_weights'; and
-      'recipe', a digest of `expect` without the seed. Initial weights enter the recipe by their own
-      recipe, if their file has one, so that runs with different seeds have the same recipe.
+      'data' and, if they are used, of 'deepaugment', 'corruption_nets', 'bounding_net' and
+      'init_weights'; and 'recipe', a digest of `expect` without the seed. Initial weights enter the
+      recipe by their own recipe, if their file has one, so that runs with different seeds have the
+      same recipe.
     """
     fields = {name: value for name, value in expect.items() if name != "config.seed"}
     if path := parts.config.init_weights:
@@ -100,6 +104,7 @@ def describe(parts: Parts, expect: dict[str, Any]) -> dict[str, Any]:
         "data": "training data",
         "deepaugment": "config.deepaugment.set",
         "corruption_nets": "config.ada.weights_digest",
+        "bounding_net": "config.pat.weights_digest",
         "init_weights": "config.init_weights_digest",
     }
     return {
@@ -138,6 +143,7 @@ def build(config: ml_collections.ConfigDict) -> Parts:
     config_checks.validate_devices(config, jax.device_count())
     check_files(config)
     nets = make_corruption_nets(config.ada) if config.method == "ada" else ()
+    bounding = make_bounding_net(config.pat) if config.method == "pat" else ()
     at_once = config.ada.microbatch or config.batch_size // jax.device_count()
     check_memory(nets, at_once, config.ada.group)
     load = functools.partial(
@@ -154,6 +160,8 @@ def build(config: ml_collections.ConfigDict) -> Parts:
     folder, copies = config.deepaugment.dir, config.deepaugment.copies
     during = ("c",) if config.corruption_eval_epochs else ()
     classifier = scoring.make_classifier(config, train_set.num_classes)
+    if config.method in ("pat", "rlat"):
+        classifiers.feature_shapes(classifier, train_set.image_shape)  # Raises without any.
     optimizer, schedule = training.make_optimizer(config, steps_per_epoch, total_steps)
     return Parts(
         config,
@@ -162,7 +170,7 @@ def build(config: ml_collections.ConfigDict) -> Parts:
         eval_set,
         evaluators.open_sets(config, eval_set, config.eval_sets),
         evaluators.open_sets(config, eval_set, during, config.corruption_eval_examples),
-        nets,
+        nets or bounding,
         classifier,
         scoring.map_eval_step(classifier),
         optimizer,
@@ -254,3 +262,21 @@ def make_corruption_nets(settings: ml_collections.ConfigDict) -> tuple[ada.Corru
             corruption_nets.make(name, weights or None, enlarge=enlarge)
             for name, weights, enlarge in zip(*fields, strict=True)
         )
+
+
+def make_bounding_net(settings: ml_collections.ConfigDict) -> tuple[ada.CorruptionNet, ...]:
+    """The network of config.pat whose features bound PAT, frozen; empty for the classifier itself.
+
+    Raises:
+      UserError: weights that are missing, damaged or of another network.
+    """
+    if settings.network == "self":
+        return ()
+    with config_checks.named_in(f"config.pat.weights={settings.weights!r}: "):
+        apply, theta, name = scoring.load_features(settings.weights)
+        if name != settings.network:
+            raise UserError(
+                f"the weights are of {name}, and config.pat.network={settings.network!r}: make "
+                "them agree."
+            )
+    return (ada.CorruptionNet(apply, theta),)
