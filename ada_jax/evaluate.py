@@ -127,7 +127,7 @@ def _check_flags(argv: list[str]) -> None:
     for flag in ("config", "out"):
         if not values.workdir and not values[flag].value:
             raise UserError(f"--{given[0]} needs --{flag}=FILE: give both.")
-    for flag in ("workdir", "weights", "out"):
+    for flag in ("workdir", "weights", "out", "lpips_weights"):
         paths.check_bucket(f"--{flag}={values[flag].value}", values[flag].value or "")
     worst_case.check_radii("ada_radii", values.ada_radii)
 
@@ -196,6 +196,9 @@ def _options(
         radii=[float(nu) for nu in values.ada_radii],
         steps=values.ada_steps,
         restarts=values.ada_restarts,
+        lpips_weights=values.lpips_weights,
+        lpips_bound=values.lpips_bound,
+        lpips_steps=values.lpips_steps,
     )
 
 
@@ -313,7 +316,10 @@ if __name__ == "__main__":
     flags.DEFINE_bool("random", False, "Evaluate an untrained classifier.")
     flags.DEFINE_list("sets", None, f"What to measure: {','.join(evaluators.EVALUATORS)}.")
     flags.DEFINE_integer(
-        "worst_examples", 0, "lp, ada: number of images, from the start; 0 is all.", lower_bound=0
+        "worst_examples",
+        0,
+        "lp, ada, perceptual: number of images, from the start; 0 is all.",
+        lower_bound=0,
     )
     flags.DEFINE_list("ada_nets", ["edsr_small"], "ada: corruption networks.")
     flags.DEFINE_list("ada_radii", ["0.015", "0.03", "0.06"], "ada: relative radii nu.")
@@ -323,6 +329,15 @@ if __name__ == "__main__":
         1,
         "ada: restarts; an image counts as wrong if any succeeds.",
         lower_bound=1,
+    )
+    flags.DEFINE_string(
+        "lpips_weights",
+        "",
+        "perceptual: folder of the run whose features bound the attacks; '' is the classifier.",
+    )
+    flags.DEFINE_float("lpips_bound", 0.5, "perceptual: largest LPIPS.")
+    flags.DEFINE_integer(
+        "lpips_steps", 40, "perceptual: steps of PPGD, and of a round of LPA.", lower_bound=1
     )
     flags.DEFINE_string("c_dir", None, "Folder of a '-C' set, 'tfds', or '' to corrupt on the fly.")
     flags.DEFINE_integer("corruption_seed", None, "Seed of corruptions on the fly.")

@@ -19,7 +19,8 @@ A results file is JSON, one object:
 | mce_alexnet | ImageNet only: mCE relative to AlexNet, in percent |
 | lp, lp_accuracy | for each norm and radius: attack reports; robust accuracy in percent |
 | under_ada | errors under AdA's attack, a list over networks and radii |
-| ada | the same at the end of training: `examples`, `error`, `ssim` for each network |
+| perceptual | errors under LPA and PPGD, a list |
+| ada | as under_ada, at the end of training: `examples`, `error`, `ssim` for each network |
 
 `ada_jax.evaluation.evaluators` lists which evaluator writes which field.
 """
@@ -275,6 +276,9 @@ def summary(results: Results) -> list[tuple[str, str]]:
             lines.append((f"robust, {norm} {radius} (AutoAttack alone)", value))
     for entry in results.get("under_ada", []):
         title = f"error under AdA, {entry['net']}, nu {entry['nu']:g}, {entry['steps']} steps"
+        lines.append((title, f"{entry['error']:.2f}% of {entry['examples']}"))
+    for entry in results.get("perceptual", []):
+        title = f"error under {entry['attack']}, LPIPS of {entry['features']}, {entry['bound']:g}"
         lines.append((title, f"{entry['error']:.2f}% of {entry['examples']}"))
     return lines
 

@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 
 from ada_jax import attacks, losses, perceptual
+from ada_jax import results as results_files
 from ada_jax.attacks import rlat
 from ada_jax.errors import UserError
+from ada_jax.evaluation import perceptual_attacks, worst_case
 from ada_jax.nets import classifiers
+from tests.conftest import assert_mistake, run_here
+from tests.test_train import bounding
 
 BATCH, SIZE, CLASSES, BOUND = 8, 8, 5, 0.25
 
@@ -185,3 +189,61 @@ def test_rlat_raises_the_loss_and_keeps_its_radii():
     )
     assert np.all(jnp.linalg.norm((images - x).reshape(BATCH, -1), axis=1) <= 0.1 + 1e-6)
     assert np.all(loss_fn(images, deltas) > before)
+
+
+# ------------------------------------------------------------------------ evaluation
+
+
+def test_errors_are_measured_once_and_independently_of_the_batch_size():
+    x, y = map(np.asarray, batch())
+    written = []
+
+    def classify(x, with_features=False):
+        return model(x) if with_features else logits_fn(x)
+
+    def measure(measured, **changes):
+        options = {"lpips_steps": 4, "lpips_bound": BOUND, "batch_size": 8} | changes
+        options = worst_case.Options(**options)
+        return perceptual_attacks.measure(
+            classify, x, y, options=options, measured=measured, save=written.append
+        )
+
+    found = measure({})
+    assert [e["attack"] for e in found["perceptual"]] == ["lpa", "ppgd"] and len(written) == 2
+    for entry in found["perceptual"]:
+        assert (entry["examples"], entry["features"], entry["bound"]) == (BATCH, "self", BOUND)
+        assert 1 <= entry["wrong"] <= BATCH and 0 < entry["distance"] <= BOUND
+        assert entry["error"] == 100 * entry["wrong"] / BATCH
+    assert measure(found) == found and len(written) == 2
+    others = measure({}, batch_size=3)["perceptual"]
+    assert [e["wrong"] for e in others] == [e["wrong"] for e in found["perceptual"]]
+    title, value = results_files.summary(found)[0]
+    assert title == "error under lpa, LPIPS of self, 0.25" and value.endswith("% of 8")
+
+
+RANDOM = ("evaluate", "--config=experiments/quickstart.py", "--random", "--sets=perceptual")
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--lpips_bound=0", "--lpips_bound=0.0 must be positive"),
+        ("--lpips_steps=0", "--lpips_steps=0"),
+        ("--lpips_weights=nowhere", "nowhere has no weights that name their classifier"),
+    ],
+)
+def test_mistakes_are_said_before_anything_is_measured(tmp_path, flag, said):
+    assert_mistake(run_here(*RANDOM, f"--out={tmp_path}/r.json", flag), said)
+    assert not (tmp_path / "r.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("features", ["self", "alexnet_small"])
+def test_the_binary_measures_under_perceptual_attacks(tmp_path, features):
+    flags = [f"--out={tmp_path / 'r.json'}", "--split=test[:40]", "--worst_examples=8"]
+    if features != "self":
+        flags.append(f"--lpips_weights={bounding(tmp_path)}")
+    done = run_here(*RANDOM, *flags, "--lpips_steps=2")
+    assert done.returncode == 0, done.stderr
+    for attack in ("lpa", "ppgd"):
+        assert f"error under {attack}, LPIPS of {features}, 0.5" in done.stdout

@@ -11,7 +11,7 @@ import ml_collections
 from ada_jax import results as results_files
 from ada_jax.corruptions import parameter_tables
 from ada_jax.data import core
-from ada_jax.evaluation import image_sets, worst_case
+from ada_jax.evaluation import image_sets, perceptual_attacks, worst_case
 
 
 class Evaluator(NamedTuple):
@@ -26,7 +26,8 @@ class Evaluator(NamedTuple):
       images: `(config, clean) -> dataset`, which opens any other set. Its errors are written to
         the field with the set's name.
       attack: `(logits_fn, images, labels, *, options, measured, save) -> dict` of `fields`. Images
-        are [N,H,W,3] float32 in [0,1]; `options` are `worst_case.Options`; `measured` are the
+        are [N,H,W,3] float32 in [0,1]; `logits_fn` is `scoring.apply_classifier`, closed over its
+        classifier and variables; `options` are `worst_case.Options`; `measured` are the
         fields of an earlier, interrupted call; `save(fields)` may write intermediate results.
       check: `(options, image_shape)`, which raises `UserError` before an attack starts.
     """
@@ -47,6 +48,9 @@ EVALUATORS = {
     "cifar10_1": Evaluator(("cifar10_1",), images=image_sets.cifar10_1),
     "lp": Evaluator(("lp", "lp_accuracy"), attack=worst_case.pixel_balls),
     "ada": Evaluator(("under_ada",), attack=worst_case.under_ada, check=worst_case.check_under_ada),
+    "perceptual": Evaluator(
+        ("perceptual",), attack=perceptual_attacks.measure, check=perceptual_attacks.check
+    ),
 }
 ATTACKS = tuple(name for name, entry in EVALUATORS.items() if entry.attack)
 IMAGE_SETS = tuple(name for name in EVALUATORS if name not in ATTACKS)  # also for training

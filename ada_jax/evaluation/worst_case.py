@@ -39,6 +39,9 @@ class Options(NamedTuple):
       radii: relative radii nu of AdA.
       steps: steps of AdA's gradient ascent.
       restarts: random starts of AdA; an image counts as wrong if any succeeds.
+      lpips_weights: the network whose features bound LPA and PPGD; '' is the classifier itself.
+      lpips_bound: their largest LPIPS.
+      lpips_steps: steps of PPGD, and of each round of LPA.
     """
 
     seed: int = 0
@@ -48,6 +51,9 @@ class Options(NamedTuple):
     radii: Sequence[float] = (0.015, 0.03, 0.06)
     steps: int = 10
     restarts: int = 1
+    lpips_weights: str = ""
+    lpips_bound: float = 0.5
+    lpips_steps: int = 40
 
 
 def first_examples(dataset: core.Dataset, count: int) -> tuple[np.ndarray, np.ndarray]:
