@@ -19,6 +19,7 @@ The figures, all for one core:
   whole run        hours for all steps at the floor, and at 40% and 20% of its speed.
 """
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -39,7 +40,7 @@ from absl import flags
 from ada_jax import paths, sharding, training
 from ada_jax.errors import UserError
 from ada_jax.evaluation import scoring
-from ada_jax.nets import corruption_nets
+from ada_jax.nets import classifiers, corruption_nets
 from ada_jax.report import tables
 from ada_jax.run import cli, config_checks, costs
 
@@ -161,6 +162,12 @@ def step_of(config: ml_collections.ConfigDict, batch_size: int) -> Step:
         corruption_nets.enlarged(net.apply, enlarge)
         for net, enlarge in zip(nets, config.ada.corruption_enlarge, strict=False)
     ]
+    if config.method == "pat" and config.pat.network != "self":
+        bounding = classifiers.make(config.pat.network, num_classes)
+        init = functools.partial(bounding.init, is_training=True)
+        params, net_state = jax.eval_shape(init, key, jnp.zeros((1, size, size, 3)))
+        thetas = ({"params": params, "state": net_state},)
+        applies = [scoring.features_fn(bounding)]
     update = training.make_update_step(config, classifier, applies, optimizer)
     return Step(update, (jax.eval_shape(initial_state, key), thetas, batch, key))
 

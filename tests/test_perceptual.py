@@ -122,7 +122,7 @@ def test_the_attacks_of_evaluation_stay_within_the_bound(name):
 def test_fast_lpa_leaves_misclassified_images():
     images, info = run("fast_lpa")
     np.testing.assert_array_equal(images[0], batch()[0][0])
-    assert info["broken"][0] and info["distance"][0] == 0
+    assert info["broken"][0] and info["distance"][0] < 1e-6
 
 
 @each_attack
@@ -238,12 +238,10 @@ def test_mistakes_are_said_before_anything_is_measured(tmp_path, flag, said):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("features", ["self", "alexnet_small"])
-def test_the_binary_measures_under_perceptual_attacks(tmp_path, features):
+def test_the_binary_measures_under_perceptual_attacks(tmp_path):
     flags = [f"--out={tmp_path / 'r.json'}", "--split=test[:40]", "--worst_examples=8"]
-    if features != "self":
-        flags.append(f"--lpips_weights={bounding(tmp_path)}")
-    done = run_here(*RANDOM, *flags, "--lpips_steps=2")
+    flags += [f"--lpips_weights={bounding(tmp_path)}", "--lpips_steps=2"]
+    done = run_here(*RANDOM, *flags)
     assert done.returncode == 0, done.stderr
     for attack in ("lpa", "ppgd"):
-        assert f"error under {attack}, LPIPS of {features}, 0.5" in done.stdout
+        assert f"error under {attack}, LPIPS of alexnet_small, 0.5" in done.stdout

@@ -144,11 +144,12 @@ def load_features(
     params, state, _ = load_variables(
         ml_collections.ConfigDict(normalisation), classifier, (32, 32, 3), path
     )
+    return features_fn(classifier), {"params": params, "state": state}, about["classifier"]
 
-    def apply(theta, x):
-        return perceptual.model_of(classifier, theta["params"], theta["state"])(x)[1]
 
-    return apply, {"params": params, "state": state}, about["classifier"]
+def features_fn(classifier: hk.TransformedWithState) -> Callable[..., perceptual.Features]:
+    """A classifier's features as a function `(theta, images)`, theta of 'params' and 'state'."""
+    return lambda theta, x: perceptual.model_of(classifier, **theta)(x)[1]
 
 
 def metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
