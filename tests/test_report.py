@@ -162,6 +162,20 @@ def test_the_config_alone_says_which_row_of_the_paper_is_meant(trained, copies, 
     assert grouping.method(config | ({"method": trained} if trained else {})) == expected
 
 
+@pytest.mark.parametrize(
+    ("network", "augmix", "expected"),
+    [
+        ("self", False, "pat_self"),
+        ("alexnet_small", False, "pat_alexnet"),
+        ("resnet9", False, ""),
+        ("self", True, ""),
+    ],
+)
+def test_rows_of_pat_are_those_of_table_3(network, augmix, expected):
+    config = {"method": "pat", "pat": {"network": network}, "augmix": {"use": augmix}}
+    assert grouping.method(config) == expected
+
+
 # ------------------------------------------------------------------------ our results
 
 

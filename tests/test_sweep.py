@@ -127,6 +127,18 @@ def test_the_gpu_s_rows_are_table_1_s_and_the_most_telling_come_first():
         sweep.read("experiments/sweeps/gpu.py:small")
 
 
+def test_table_3_has_the_methods_for_comparison():
+    names = [point.name for point in sweep.read("experiments/sweeps/table3.py:small")]
+    assert names[0] == "nominal,small-seed0" and "pat_alexnet,small-seed0" in names
+    assert {point.config["method"] for point in sweep.read("experiments/sweeps/table3.py:gpu")} == {
+        *("nominal", "ada", "pgd", "pat", "rlat")
+    }
+    points = sweep.read("experiments/sweeps/table3.py:rlat,seeds=2")
+    assert [point.name for point in points] == ["rlat-seed0", "rlat-seed1"]
+    with pytest.raises(UserError, match="The word 'big' is unknown"):
+        sweep.read("experiments/sweeps/table3.py:big")
+
+
 def test_radius_keeps_off_the_images_that_the_table_is_measured_on():
     points = sweep.read(RADIUS)
     assert len({point.name for point in points}) == 12

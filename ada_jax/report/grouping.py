@@ -30,15 +30,19 @@ class Row(NamedTuple):
 
 
 def method(config: dict[str, Any]) -> str:
-    """The row of the paper's table 1 that corresponds to a config, whatever the run's name.
+    """The row of the paper's table 1 or 3 that corresponds to a config, whatever the run's name.
 
     Args:
       config: the config in the results file.
 
     Returns:
-      A row such as 'nominal' or 'ada+deepaugment10x+augmix'; '' if table 1 has no such row.
+      A row such as 'nominal' or 'ada+deepaugment10x+augmix', or, of table 3, 'pat_self' or
+      'pat_alexnet'; '' if the tables have no such row.
     """
     copies = config.get("deepaugment", {}).get("copies", 0)
+    if config.get("method") == "pat" and not copies and not config.get("augmix", {}).get("use"):
+        network = config["pat"]["network"].removesuffix("_small")
+        return f"pat_{network}" if network in ("self", "alexnet") else ""
     if config.get("method") not in ("nominal", "ada") or copies not in (0, 1, 10):
         return ""
     words = ["ada"] if config["method"] == "ada" else []
