@@ -84,7 +84,7 @@ setuptools.setup(
     package_dir={"ada_jax.experiments": "experiments"},
     package_data={
         "ada_jax": ["commit.txt"],
-        "ada_jax.nets": ["weights/*.safetensors"],
+        "ada_jax.nets": ["weights/*.safetensors", "torch_models/*.py"],
         "ada_jax.experiments": ["results/published.json"],
     },
     cmdclass={"build_py": BuildWithCommit, "sdist": SdistWithCommit},

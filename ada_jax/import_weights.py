@@ -1,12 +1,16 @@
-"""Converts corruption networks' weights from and to PyTorch.
+"""Converts weights from PyTorch, and corruption networks' also to PyTorch.
 
 python -m ada_jax.import_weights edsr edsr_baseline_x4.pt OUT.safetensors
 python -m ada_jax.import_weights edsr model.safetensors OUT.safetensors
 python -m ada_jax.import_weights cae model_final.state OUT.safetensors
 python -m ada_jax.import_weights --export cae IN.safetensors OUT.pt
+python -m ada_jax.import_weights classifier resnet20.pt OUT.safetensors --classifier=resnet20 \\
+    --mean=0.4914,0.4822,0.4465 --std=0.2471,0.2435,0.2616
 
 'edsr' is the EDSR preset that matches the file. All files except safetensors need PyTorch
-(pip install -e '.[torch]').
+(pip install -e '.[torch]'). A classifier's file is a state dict in a layout of
+`nets.torch_layouts`; --mean and --std normalise its input, images in [0,1].
+`ada_jax.export_weights` exports classifiers.
 """
 
 import hashlib
@@ -15,20 +19,23 @@ import os
 import pathlib
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from absl import flags
+from absl import flags, logging
 
 from ada_jax import paths
 from ada_jax.errors import UserError
-from ada_jax.nets import corruption_nets, edsr, weight_files
+from ada_jax.nets import classifiers, corruption_nets, edsr, torch_layouts, weight_files
 from ada_jax.run import cli
 
 StateDict = dict[str, np.ndarray]
-_NETWORKS = ("edsr", *corruption_nets.names())
+_NETWORKS = ("edsr", *corruption_nets.names(), "classifier")
+# Under which training scripts save a state dict; RobustBench reads 'last'.
+_WRAPPERS = ("state_dict", "model", "net", "last")
+_NORMALISATION = (("mu", "sigma"), ("normalize.mean", "normalize.std"))
 _SHIFT = {"sub_mean": -255.0, "add_mean": 255.0}  # EDSR's MeanShift layers: factors of the mean.
 
 
@@ -110,7 +117,7 @@ def from_torch(preset: str, state: StateDict) -> dict[str, dict[str, np.ndarray]
 
 
 def _without_prefix(state: StateDict) -> StateDict:
-    prefixes = {re.match(r"((module|model)\.)*", name)[0] for name in state}
+    prefixes = {re.match(r"((module|model|_orig_mod)\.)*", name)[0] for name in state}
     prefix = prefixes.pop() if len(prefixes) == 1 else ""
     return {name.removeprefix(prefix): a for name, a in state.items()}
 
@@ -203,7 +210,7 @@ def read_torch(path: str | os.PathLike[str]) -> StateDict:
     """Reads the tensors of a PyTorch or safetensors file without executing code from it.
 
     Args:
-      path: a file with a state dict, or with a dict that has one under 'state_dict' or 'model'.
+      path: a file with a state dict, or with a dict that has one under a key of `_WRAPPERS`.
         safetensors files do not need PyTorch.
 
     Returns:
@@ -238,8 +245,9 @@ def read_torch(path: str | os.PathLike[str]) -> StateDict:
         raise UserError(
             f"{path} is not a complete PyTorch file ({type(error).__name__}): download it again."
         ) from error
-    for key in ("state_dict", "model"):
+    for key in _WRAPPERS:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            logging.info("%s: reading the state dict under %r.", path, key)
             loaded = loaded[key]
     if not isinstance(loaded, Mapping) or not all(
         isinstance(name, str) and torch.is_tensor(a) and a.layout == torch.strided
@@ -256,7 +264,15 @@ def write_torch(path: str | os.PathLike[str], state: StateDict) -> None:
     torch = _torch()
     with io.BytesIO() as file:
         torch.save({name: torch.from_numpy(a.copy()) for name, a in state.items()}, file)
-        content = file.getvalue()
+        write_file(path, file.getvalue())
+
+
+def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Writes a file atomically, and its folder.
+
+    Raises:
+      UserError: it cannot be written.
+    """
     try:
         paths.make_folder(os.path.dirname(path) or ".")
         paths.write(path, content)
@@ -297,6 +313,89 @@ def import_file(network: str, source: str, out: str) -> str:
     return f"{out}: {preset}, {count:,} numbers in {len(leaves)} leaves, digest {digest[:16]}"
 
 
+def import_classifier(
+    classifier: str, source: str, out: str, mean: Sequence[float], std: Sequence[float]
+) -> str:
+    """Converts a PyTorch file to weights for `config.init_weights` and `evaluate --weights`.
+
+    Args:
+      classifier: one of `classifiers.names()`.
+      source: the file with a state dict in the layout of `torch_layouts.layout(classifier)`.
+      out: the weights file to write.
+      mean: channel means of images in [0,1], by which the network's input is normalised.
+      std: channel standard deviations.
+
+    Returns:
+      A summary line.
+
+    Raises:
+      UserError: the file is missing, damaged, of another network or of other normalisation.
+    """
+    torch_layouts.layout(classifier)
+    read = _without_normalisation(read_torch(source), mean, std)
+    state = _without_prefix(read)
+    if removed := len(next(iter(read), "")) - len(next(iter(state), "")):
+        logging.info("%s: ignoring the prefix %r of all names.", source, next(iter(read))[:removed])
+    tree = torch_layouts.from_torch(classifier, state)
+    digest = hashlib.sha256(pathlib.Path(source).read_bytes()).hexdigest()
+    metadata = {
+        "classifier": classifier,
+        "classes": torch_layouts.num_classes(classifier, state),
+        "mean": list(mean),
+        "std": list(std),
+        "imported_from": os.path.basename(source),
+        "imported_sha256": digest,
+        "recipe": digest,  # Runs of several seeds that start from it are repetitions.
+    }
+    weight_files.save_weights(out, tree, metadata)
+    count = sum(leaf.size for leaf in jax.tree.leaves(tree["params"]))
+    return (
+        f"{out}: {classifier} with {metadata['classes']} classes, {count:,} parameters; use it "
+        f"with --config.init_weights={out} --config.classifier={classifier} "
+        f'--config.mean="{tuple(mean)}" --config.std="{tuple(std)}"'
+    )
+
+
+def _without_normalisation(
+    state: StateDict, mean: Sequence[float], std: Sequence[float]
+) -> StateDict:
+    """Checks and drops the mean and standard deviation that RobustBench's models store."""
+    state = dict(state)
+    for names in _NORMALISATION:
+        for name, flag, asked in zip(names, ("mean", "std"), (mean, std), strict=True):
+            stored = state.pop(name, np.asarray(asked)).ravel().tolist()
+            if len(stored) != 3 or not np.allclose(stored, asked, atol=1e-6):
+                raise UserError(
+                    f"The file's {name} is {stored}, and --{flag} is {list(asked)}: use the file's."
+                )
+    return state
+
+
+def _classifier_flags() -> tuple[str, list[float], list[float]]:
+    """--classifier, --mean and --std, checked."""
+    values = flags.FLAGS
+    if values.classifier not in classifiers.names():
+        raise UserError(
+            f"--classifier={values.classifier} is unknown: choose one of "
+            f"{', '.join(classifiers.names())}."
+        )
+    for name, least in (("mean", 0), ("std", 1e-6)):
+        given = values[name].value or []
+        try:
+            numbers = [float(number) for number in given]
+        except ValueError:
+            numbers = []
+        if len(numbers) != 3 or not all(least <= number <= 1 for number in numbers):
+            raise UserError(
+                f"--{name}={','.join(given)} must be three numbers, one per channel of images in "
+                "[0,1], by which the network was trained to normalise its input: give them, such "
+                "as --mean=0.4914,0.4822,0.4465 --std=0.2471,0.2435,0.2616, or --mean=0,0,0 "
+                "--std=1,1,1 for none."
+            )
+    mean, std = ([float(number) for number in values[name].value] for name in ("mean", "std"))
+    return values.classifier, mean, std
+
+
 def export_file(network: str, source: str, out: str) -> str:
     """Converts weights to a PyTorch file; returns a summary line."""
     if network == "edsr":
@@ -319,9 +418,20 @@ def main(argv: list[str]) -> None:
     paths.check_bucket(out, out)
     if paths.exists(out):
         raise UserError(f"{out} exists and is not overwritten: rename it or give another file.")
-    print((export_file if flags.FLAGS.export else import_file)(network, source, out))
+    if network != "classifier":
+        print((export_file if flags.FLAGS.export else import_file)(network, source, out))
+    elif flags.FLAGS.export:
+        raise UserError(
+            "--export is for corruption networks: use python -m ada_jax.export_weights."
+        )
+    else:
+        classifier, mean, std = _classifier_flags()
+        print(import_classifier(classifier, source, out, mean, std))
 
 
 if __name__ == "__main__":
     flags.DEFINE_bool("export", False, "Whether to convert to PyTorch instead of from it.")
+    flags.DEFINE_string("classifier", None, "The classifier's architecture.")
+    flags.DEFINE_list("mean", None, "Channel means of the classifier's input, images in [0,1].")
+    flags.DEFINE_list("std", None, "Channel standard deviations of the classifier's input.")
     cli.start(main)

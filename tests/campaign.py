@@ -42,7 +42,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from ada_jax import results as results_files
-from ada_jax.nets import classifiers
+from ada_jax.nets import classifiers, residual_nets
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 QUICKSTART = ROOT / "experiments" / "quickstart.py"
@@ -529,8 +529,8 @@ def preload() -> None:
             importlib.import_module(module)
 
     # Tracing resnet9 is most of what a tiny run does: one block takes a third of it.
-    block = {"block": classifiers._basic_block, "widths": (8,), "depths": (1,)}
-    classifiers._NETWORKS["resnet9"] = functools.partial(classifiers._preact_resnet, **block)
+    block = {"block": residual_nets.preact_basic, "widths": (8,), "depths": (1,)}
+    classifiers._NETWORKS["resnet9"] = functools.partial(residual_nets.preact_resnet, **block)
 
 
 def one(case: str) -> Outcome:

@@ -18,8 +18,17 @@ PARAMETERS = {
     "alexnet_small": 275_418,
     "resnet9": 486_938,
     "preact_resnet18": 11_172_170,
+    "preact_resnet18_no_bn": 11_171_146,
+    "preact_resnet18_v2": 11_172_170,
     "alexnet": 23_272_266,
     "preact_resnet50": 23_513_162,
+    "resnet20": 269_722,
+    "resnet56": 853_018,
+    "wide_resnet40_2": 2_243_546,
+    "wide_resnet28_4": 5_849_050,
+    "wide_resnet28_10": 36_479_194,
+    "torchvision_resnet18": 11_181_642,
+    "torchvision_resnet50": 23_528_522,
     "resnet50": 23_528_522,
 }
 
@@ -386,12 +395,16 @@ STAGES = ("stem", "stage1", "stage2", "stage3", "stage4")
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_feature_layers(name: str) -> None:
     found = classifiers.feature_shapes(classifiers.make(name, 10), (32, 32, 3))
+    three = ("resnet9", "preact_resnet20", "resnet20", "resnet56")
     if name not in ("alexnet", "alexnet_small"):
-        assert tuple(found) == STAGES[: 4 if name in ("resnet9", "preact_resnet20") else 5]
+        assert tuple(found) == STAGES[: 4 if name in three or name.startswith("wide") else 5]
     expected = {
         "alexnet": [(16, 16, 64), (8, 8, 192), (4, 4, 384), (4, 4, 256), (4, 4, 256)],
         "resnet9": [(32, 32, 16), (16, 16, 32), (8, 8, 64), (4, 4, 128)],
         "preact_resnet18": [(32, 32, 64), (32, 32, 64), (16, 16, 128), (8, 8, 256), (4, 4, 512)],
+        "resnet20": [(32, 32, 16), (32, 32, 16), (16, 16, 32), (8, 8, 64)],
+        "wide_resnet28_4": [(32, 32, 16), (32, 32, 64), (16, 16, 128), (8, 8, 256)],
+        "torchvision_resnet18": [(8, 8, 64), (8, 8, 64), (4, 4, 128), (2, 2, 256), (1, 1, 512)],
         "resnet50": [(8, 8, 64), (8, 8, 256), (4, 4, 512), (2, 2, 1024), (1, 1, 2048)],
     }
     assert list(found.values()) == expected.get(name, list(found.values()))

@@ -1,8 +1,7 @@
-"""Image classifiers: pre-activation ResNets, a nine-layer ResNet, AlexNet, ResNet50."""
+"""Image classifiers: `residual_nets`, AlexNet and Haiku's ResNet50, with normalisation."""
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,22 +11,15 @@ import jax.numpy as jnp
 import jmp
 
 from ada_jax.errors import UserError
-from ada_jax.nets import per_example
+from ada_jax.nets import residual_nets
+from ada_jax.nets.residual_nets import Conv, NormRelu, Tap, uniform, uniform_fan_in
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2471, 0.2435, 0.2616)
 
-# norm_relu(x, name): batch normalisation with parameters under this name, followed by ReLU.
-NormRelu = Callable[[jax.Array, str], jax.Array]
-# tap(h, layer): names the features h, and returns them with the layer's perturbation, if any.
-Tap = Callable[[jax.Array, str], jax.Array]
-
-# U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the default of PyTorch's convolutions and linear layers.
-_uniform_fan_in = hk.initializers.VarianceScaling(1 / 3, "fan_in", "uniform")
-
 
 def names() -> tuple[str, ...]:
-    """The names of the classifiers, from the smallest to the largest."""
+    """The names of the classifiers."""
     return (*_NETWORKS, "resnet50")
 
 
@@ -78,9 +70,13 @@ def make(
     He et al., "Identity mappings in deep residual networks" (2016), with PyTorch's default
     initialisation. `resnet9` is this project's own, for small machines. `alexnet` is that of
     Laidlaw et al., "Perceptual adversarial robustness" (2021), for CIFAR-10, without dropout, and
-    `alexnet_small` has a quarter of its channels. `resnet50` is Haiku's, of
-    He et al., "Deep residual learning for image recognition" (2016) with the stride in the 3x3
-    convolution, with Haiku's initialisation and residual branches that start at zero.
+    `alexnet_small` has a quarter of its channels. `preact_resnet18_no_bn` and `_v2` are
+    RobustBench's variants: without the last batch normalisation, and with shortcuts that project
+    the pre-activated input. `resnet20` and `resnet56` are He et al.'s for CIFAR, with option A;
+    `wide_resnet*` Zagoruyko and Komodakis' (2016); `torchvision_resnet*` torchvision's, whose
+    padding differs from Haiku's. `resnet50` is Haiku's, of He et al., "Deep residual learning for
+    image recognition" (2016) with the stride in the 3x3 convolution, with Haiku's initialisation
+    and residual branches that start at zero.
     """
     if name not in names():
         raise UserError(f"The classifier {name!r} is unknown: choose one of {', '.join(names())}.")
@@ -109,7 +105,7 @@ def make(
             outputs[layer] = h
             return h
 
-        def norm_relu(h: jax.Array, bn_name: str) -> jax.Array:
+        def norm_relu(h: jax.Array, bn_name: str, relu: bool = True) -> jax.Array:
             bn = hk.BatchNorm(
                 create_scale=True,
                 create_offset=True,
@@ -119,7 +115,7 @@ def make(
                 name=bn_name,
             )
             h = bn(policy.cast_to_param(h), is_training, test_local_stats)
-            return policy.cast_to_compute(jax.nn.relu(h))
+            return policy.cast_to_compute(jax.nn.relu(h) if relu else h)
 
         x = (x - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
         if name == "resnet50":
@@ -175,32 +171,6 @@ def feature_shapes(
     return found
 
 
-class Conv(hk.Module):
-    """A square convolution, padded by `size // 2` pixels as in PyTorch."""
-
-    def __init__(
-        self,
-        channels: int,
-        size: int,
-        stride: int = 1,
-        with_bias: bool = False,
-        name: str | None = None,
-    ):
-        super().__init__(name=name)
-        self.channels, self.size, self.stride = channels, size, stride
-        self.with_bias = with_bias
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [B, H, W, Cin] to [B, ceil(H / stride), ceil(W / stride), channels]."""
-        shape = (self.size, self.size, x.shape[-1], self.channels)
-        w = hk.get_parameter("w", shape, jnp.float32, init=_uniform_fan_in).astype(x.dtype)
-        b = None
-        if self.with_bias:
-            init = _uniform(self.size**2 * x.shape[-1])
-            b = hk.get_parameter("b", (self.channels,), jnp.float32, init=init).astype(x.dtype)
-        return per_example.conv2d(x, w, b, stride=self.stride, padding=self.size // 2)
-
-
 def _logits(features: jax.Array, num_classes: int, zero_init: bool) -> jax.Array:
     inits = _logits_inits(features.shape[-1], zero_init)
     return hk.Linear(num_classes, **inits, name="logits")(features)
@@ -208,14 +178,9 @@ def _logits(features: jax.Array, num_classes: int, zero_init: bool) -> jax.Array
 
 def _logits_inits(width: int, zero_init: bool) -> dict[str, hk.initializers.Initializer]:
     zeros = hk.initializers.Constant(0.0)
-    w_init = zeros if zero_init else _uniform_fan_in
-    b_init = zeros if zero_init else _uniform(width)
+    w_init = zeros if zero_init else uniform_fan_in
+    b_init = zeros if zero_init else uniform(width)
     return {"w_init": w_init, "b_init": b_init}
-
-
-def _uniform(fan_in: int) -> hk.initializers.Initializer:
-    bound = 1 / math.sqrt(fan_in)
-    return hk.initializers.RandomUniform(-bound, bound)
 
 
 def _resnet50(num_classes: int, bn_config: dict[str, Any], zero_init_logits: bool) -> hk.Module:
@@ -256,56 +221,6 @@ def _resnet50_taps(tap: Tap) -> Callable[..., Any]:
     return interceptor
 
 
-def _basic_block(x: jax.Array, width: int, stride: int, norm_relu: NormRelu) -> jax.Array:
-    h = norm_relu(x, "bn1")
-    h = Conv(width, 3, stride, name="conv1")(h)
-    h = Conv(width, 3, name="conv2")(norm_relu(h, "bn2"))
-    if stride == 1 and x.shape[-1] == width:
-        return h + x
-    # As in Wong et al., who project the raw input here and the pre-activated one in the bottleneck.
-    return h + Conv(width, 1, stride, name="shortcut")(x)
-
-
-def _bottleneck_block(x: jax.Array, width: int, stride: int, norm_relu: NormRelu) -> jax.Array:
-    pre = norm_relu(x, "bn1")
-    h = Conv(width, 1, name="conv1")(pre)
-    h = Conv(width, 3, stride, name="conv2")(norm_relu(h, "bn2"))
-    h = Conv(4 * width, 1, name="conv3")(norm_relu(h, "bn3"))
-    if stride == 1 and x.shape[-1] == 4 * width:
-        return h + x
-    return h + Conv(4 * width, 1, stride, name="shortcut")(pre)
-
-
-def _preact_resnet(
-    x: jax.Array,
-    norm_relu: NormRelu,
-    tap: Tap,
-    *,
-    block: Callable[[jax.Array, int, int, NormRelu], jax.Array],
-    widths: tuple[int, ...],
-    depths: tuple[int, ...],
-) -> jax.Array:
-    x = tap(Conv(widths[0], 3, name="stem")(x), "stem")
-    for stage, (width, depth) in enumerate(zip(widths, depths, strict=True), start=1):
-        for i in range(1, depth + 1):
-            stride = 2 if stage > 1 and i == 1 else 1
-            with hk.name_scope(f"stage{stage}_block{i}"):
-                x = block(x, width, stride, norm_relu)
-        x = tap(x, f"stage{stage}")
-    return norm_relu(x, "bn")
-
-
-def _resnet9(x: jax.Array, norm_relu: NormRelu, tap: Tap) -> jax.Array:
-    x = tap(norm_relu(Conv(16, 3, name="stem")(x), "stem_bn"), "stem")
-    for stage, width in enumerate((32, 64, 128), start=1):
-        with hk.name_scope(f"stage{stage}"):
-            x = norm_relu(Conv(width, 3, stride=2, name="down")(x), "down_bn")
-            h = norm_relu(Conv(width, 3, name="conv1")(x), "bn1")
-            x = x + norm_relu(Conv(width, 3, name="conv2")(h), "bn2")
-        x = tap(x, f"stage{stage}")
-    return x
-
-
 def _alexnet(
     x: jax.Array, norm_relu: NormRelu, tap: Tap, *, widths: tuple[int, ...], hidden: int
 ) -> jax.Array:
@@ -342,17 +257,34 @@ def _quarters(x: jax.Array) -> jax.Array:
 
 
 # Functions of normalised images [B, H, W, C] that return the features [B, H', W', C'] to pool.
+_preact = residual_nets.preact_resnet
+_preact18 = functools.partial(_preact, widths=(64, 128, 256, 512), depths=(2, 2, 2, 2))
+_basic, _basic_v2 = residual_nets.preact_basic, residual_nets.preact_basic_v2
 _NETWORKS: dict[str, Callable[[jax.Array, NormRelu, Tap], jax.Array]] = {
     "preact_resnet20": functools.partial(
-        _preact_resnet, block=_basic_block, widths=(16, 32, 64), depths=(3, 3, 3)
+        _preact, block=_basic, widths=(16, 32, 64), depths=(3, 3, 3)
     ),
     "alexnet_small": functools.partial(_alexnet, widths=(16, 48, 96, 64, 64), hidden=256),
-    "resnet9": _resnet9,
-    "preact_resnet18": functools.partial(
-        _preact_resnet, block=_basic_block, widths=(64, 128, 256, 512), depths=(2, 2, 2, 2)
-    ),
+    "resnet9": residual_nets.resnet9,
+    "preact_resnet18": functools.partial(_preact18, block=_basic),
+    "preact_resnet18_no_bn": functools.partial(_preact18, block=_basic, last_norm=False),
+    "preact_resnet18_v2": functools.partial(_preact18, block=_basic_v2),
     "alexnet": functools.partial(_alexnet, widths=(64, 192, 384, 256, 256), hidden=4096),
     "preact_resnet50": functools.partial(
-        _preact_resnet, block=_bottleneck_block, widths=(64, 128, 256, 512), depths=(3, 4, 6, 3)
+        _preact,
+        block=residual_nets.preact_bottleneck,
+        widths=(64, 128, 256, 512),
+        depths=(3, 4, 6, 3),
+    ),
+    "resnet20": functools.partial(residual_nets.cifar_resnet, depth=20),
+    "resnet56": functools.partial(residual_nets.cifar_resnet, depth=56),
+    "wide_resnet40_2": functools.partial(residual_nets.wide_resnet, depth=40, factor=2),
+    "wide_resnet28_4": functools.partial(residual_nets.wide_resnet, depth=28, factor=4),
+    "wide_resnet28_10": functools.partial(residual_nets.wide_resnet, depth=28, factor=10),
+    "torchvision_resnet18": functools.partial(
+        residual_nets.imagenet_resnet, block=residual_nets.imagenet_basic, depths=(2, 2, 2, 2)
+    ),
+    "torchvision_resnet50": functools.partial(
+        residual_nets.imagenet_resnet, block=residual_nets.imagenet_bottleneck, depths=(3, 4, 6, 3)
     ),
 }
