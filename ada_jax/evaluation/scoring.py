@@ -356,7 +356,8 @@ def load_variables(
     """Loads a classifier's variables from a weights file or a run's folder.
 
     Args:
-      config: config of the classifier; its 'mean' and 'std' must be those of the weights file.
+      config: config of the classifier; its 'classifier', 'mean' and 'std' must be those of the
+        weights file.
       classifier: the network.
       image_shape: [H, W, 3].
       path: a safetensors file, or a folder with classifier.safetensors or else checkpoints.
@@ -374,8 +375,9 @@ def load_variables(
     file = path / "classifier.safetensors" if folder else path
     if paths.exists(file) or not folder:
         tree, metadata = weight_files.load_weights(file, {"params": params, "state": state})
-        for field in ("mean", "std"):
-            value, ours = tuple(metadata.get(field, config[field])), tuple(config[field])
+        for field in ("classifier", "mean", "std"):  # Two classifiers can have the same shapes.
+            kind = str if field == "classifier" else tuple
+            value, ours = kind(metadata.get(field, config[field])), kind(config[field])
             if value != ours:
                 raise UserError(
                     f"The weights file {file} was trained with config.{field}={value}, but this "

@@ -148,7 +148,9 @@ def from_torch(classifier: str, state_dict: StateDict) -> dict[str, dict[str, An
       UserError: names or shapes differ, values are not finite, or PyTorch has no such network.
     """
     if difference := mismatch(classifier, state_dict):
-        fits = [name for name in _convertible() if not mismatch(name, state_dict)]
+        kind = re.match(r"\D+", classifier)[0]
+        alike = [name for name in _convertible() if re.match(r"\D+", name)[0] == kind]
+        fits = [name for name in alike if not mismatch(name, state_dict)]
         other = f"it fits {' and '.join(fits)}" if fits else "give the weights of this network"
         raise UserError(f"The file is not {classifier} ({difference}): {other}.")
     with np.errstate(over="ignore"):

@@ -11,6 +11,7 @@ import haiku as hk
 import jax
 import ml_collections
 import optax
+from absl import logging
 
 from ada_jax import ada, paths, training
 from ada_jax import results as results_files
@@ -228,22 +229,38 @@ def check_memory(nets: Sequence[ada.CorruptionNet], attacked: int, group: int = 
 def with_weights(state: training.TrainState, parts: Parts, path: str) -> training.TrainState:
     """The initial state with a trained classifier's weights; see `scoring.load_variables`.
 
+    The last layer of a classifier of another number of classes is replaced by a new one.
+
     Raises:
-      UserError: there are none at `path`, or they are of another architecture or other classes.
+      UserError: there are none at `path`, or they are of another architecture, or of as many other
+        classes.
     """
     paths.check_bucket(f"config.init_weights={path!r}", path)
     if paths.is_dir(path):
         path = os.path.join(path, "classifier.safetensors")  # Not a checkpoint.
     own = parts.train_set.class_names
     with config_checks.named_in(f"config.init_weights={path!r} cannot be used: "):
-        theirs = scoring.metadata(path).get("class_names", own)
-        if not core.same_classes(own, theirs):
+        about = scoring.metadata(path)
+        theirs = about.get("class_names", own)
+        classes = about.get("classes", len(theirs))
+        if classes == len(own) and not core.same_classes(own, theirs):
             raise UserError(
                 f"it was trained on the classes {core.quoted_some(theirs)}, and config.dataset has "
                 f"{core.quoted_some(own)}: name weights of the same classes in the same order."
             )
+        classifier = scoring.make_classifier(parts.config, classes)
         params, net_state, _ = scoring.load_variables(
-            parts.config, parts.classifier, parts.train_set.image_shape, path
+            parts.config, classifier, parts.train_set.image_shape, path
+        )
+    if classes != len(own):
+        new = {layer: p for layer, p in state.params.items() if layer.endswith("logits")}
+        params = params | new
+        logging.info(
+            "%s was trained on %d classes, and config.dataset has %d: the last layer (%s) is new.",
+            path,
+            classes,
+            len(own),
+            *new,
         )
     return state._replace(params=params, net_state=net_state)
 
