@@ -1,6 +1,7 @@
 """The training binary: its schedule and checks, devices, kills and resumes, and one golden step."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -647,6 +648,45 @@ def test_weights_of_other_classes_are_no_start(tmp_path):
     save("abcdefghji")
     with pytest.raises(UserError, match=r"config\.init_weights=.* on the classes 'a', .*'j', 'i'"):
         setup.with_weights(state, parts, file)
+
+
+def test_weights_of_another_number_of_classes_get_a_new_last_layer(tmp_path, caplog):
+    caplog.set_level("INFO", "absl")
+    parts = setup.build(tiny(method="nominal"))
+    images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+
+    def variables(classes, fill):
+        net = scoring.make_classifier(parts.config, classes)
+        init = functools.partial(net.init, is_training=True)
+        shapes = jax.eval_shape(init, jax.random.key(0), images)
+        return jax.tree.map(lambda a: np.full(a.shape, fill, a.dtype), shapes)
+
+    state = training.TrainState(0, *variables(10, 1), ())
+    params, net_state = variables(4, 2)
+    file, names = str(tmp_path / "w.safetensors"), {"class_names": list("abcd")}
+    for about in (names, {"classes": 4}, names | {"classes": 4}):
+        weight_files.save_weights(file, {"params": params, "state": net_state}, about)
+        caplog.clear()
+        found = setup.with_weights(state, parts, file)
+        expected = params | {"logits": state.params["logits"]}
+        chex.assert_trees_all_equal(found.params, expected)
+        chex.assert_trees_all_equal(found.net_state, net_state)
+        assert "on 4 classes, and config.dataset has 10: the last layer (logits) is new" in (
+            caplog.text
+        )
+
+
+def test_weights_of_another_classifier_of_the_same_shapes_are_no_start(tmp_path):
+    config = tiny(method="nominal", classifier="preact_resnet18")
+    net = scoring.make_classifier(config, 10)
+    init = functools.partial(net.init, is_training=True)
+    shapes = jax.eval_shape(init, jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32))
+    params, net_state = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes)
+    tree = {"params": params, "state": net_state}
+    file = tmp_path / "w.safetensors"
+    weight_files.save_weights(file, tree, {"classifier": "preact_resnet18_v2"})
+    with pytest.raises(UserError, match="classifier=preact_resnet18_v2, but this config has"):
+        scoring.load_variables(config, net, (32, 32, 3), file)
 
 
 def test_training_images_are_not_evaluated_on(tmp_path):
