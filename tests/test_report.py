@@ -19,7 +19,7 @@ import scipy.stats
 from ada_jax import results as results_files
 from ada_jax.corruptions import parameter_tables
 from ada_jax.errors import UserError
-from ada_jax.report import charts, figures, grouping, paper_tables, tables, web_page
+from ada_jax.report import charts, figures, grouping, paper_tables, robustbench, tables, web_page
 from ada_jax.report.tables import Cell, Table
 from tests.conftest import assert_mistake, run_here
 
@@ -539,3 +539,80 @@ def test_table_2_is_of_the_seeds_that_were_attacked(tmp_path):
 def test_reports_start_without_jax():
     code = "import ada_jax.report.__main__, sys; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# ------------------------------------------------------------------------ RobustBench
+
+# Of RobustBench/robustbench at commit 0e814568: model_info/cifar10/corruptions/
+# Kireev2021Effectiveness_RLATAugMix.json, in its order, without the optional 'footnote'; and of
+# commit fe235fb6: model_info/imagenet/corruptions/Standard_R50.json has 'corruptions_mce', too.
+MODEL_INFO = ["link", "name", "authors", "additional_data", "number_forward_passes", "dataset"]
+MODEL_INFO += ["venue", "architecture", "eps", "clean_acc", "reported", "corruptions_acc"]
+# The first line of model_info/cifar10/corruptions/unaggregated_results.csv (commit c76809a0), each
+# name five times there.
+COLUMNS = "shot_noise motion_blur snow pixelate gaussian_noise defocus_blur brightness fog "
+COLUMNS += "zoom_blur frost glass_blur impulse_noise contrast jpeg_compression elastic_transform"
+
+
+def test_robustbench_gets_its_own_fields_and_columns(tmp_path):
+    files = [
+        write(tmp_path / "a.json", result(config={"classifier": "resnet20"})),
+        write(tmp_path / "b.json", result(seed=3, shift=5, config={"classifier": "resnet20"})),
+    ]
+    done = run_here("report", *files, "--format=robustbench", f"--out={tmp_path / 'rb'}")
+    assert done.returncode == 0, done.stderr
+    name = "cifar10_ada_small"
+    written = [f"{name}.json", f"{name}_seed3.json", "unaggregated_results.csv"]
+    assert done.stdout.split() == [str(tmp_path / "rb" / file) for file in written]
+    info = json.loads((tmp_path / "rb" / written[0]).read_text())
+    assert list(info) == MODEL_INFO
+    measured = json.loads(files[0].read_text())
+    assert (info["dataset"], info["eps"], info["clean_acc"]) == ("cifar10", None, "91.00")
+    assert info["corruptions_acc"] == f"{100 - measured['mce_unnormalised']:.2f}"
+    names, severities, *lines = csv.reader(io.StringIO((tmp_path / "rb" / written[2]).read_text()))
+    assert names == ["", *(name for name in COLUMNS.split() for _ in range(5))]
+    assert severities == ["", *(15 * list("12345"))]
+    assert [line[0] for line in lines] == [name, f"{name}_seed3"]
+    accuracies = np.array(lines[0][1:], float)
+    assert accuracies[5] == 1 - measured["corruptions"]["motion_blur"][0]["error"] / 100
+    assert f"{100 * accuracies.mean():.2f}" == info["corruptions_acc"]
+    assert "corrupted by ada_jax, not read from the published archive" in done.stderr
+    assert "1,000 images were evaluated instead of 10,000" in done.stderr
+
+
+def test_pandas_reads_the_table_as_robustbench_does(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    text = robustbench.table(read(tmp_path, result()))
+    table = pandas.read_csv(io.StringIO(text), header=[0, 1], index_col=0)
+    assert table.shape == (1, 75) and table.index[0] == "cifar10_ada_small"
+    assert table["fog"]["3"].item() == 1 - result()["corruptions"]["fog"][2]["error"] / 100
+    assert pandas.DataFrame(table).to_csv() == text
+
+
+def test_imagenets_model_info_has_the_mce_relative_to_alexnet(tmp_path):
+    content = result(data={"name": "imagenet2012", "split": "validation", "examples": 50_000})
+    (read_back,) = read(tmp_path, content | {"mce_alexnet": 0.0})
+    assert list(robustbench.model_info(read_back)) == [*MODEL_INFO, "corruptions_mce"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags", "said"),
+    [
+        ({}, (), "give --out=FOLDER with --format=robustbench"),
+        ({"data": {"name": "digits", "examples": 9}}, ("--out=rb",), "is of the data set 'digits'"),
+        ({"names": results_files.NAMES[1:]}, ("--out=rb",), "lacks gaussian_noise/1 and"),
+        ({"clean": None}, ("--out=rb",), "lacks clean and RobustBench needs"),
+    ],
+)
+def test_what_robustbench_cannot_take_is_rejected(tmp_path, changes, flags, said):
+    content = {k: v for k, v in result(**changes).items() if v is not None}
+    file = write(tmp_path / "a.json", content)
+    flags = [flag.replace("rb", str(tmp_path / "rb")) for flag in flags]
+    assert_mistake(run_here("report", file, "--format=robustbench", *flags), said)
+    assert not list(tmp_path.glob("rb/*.json"))
+
+
+def test_robustbench_takes_one_result_of_a_name(tmp_path):
+    file = write(tmp_path / "a.json", result())
+    words = ("report", file, file, "--format=robustbench", f"--out={tmp_path / 'rb'}")
+    assert_mistake(run_here(*words), "has the models cifar10_ada_small, cifar10_ada_small")
