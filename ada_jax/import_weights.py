@@ -336,6 +336,9 @@ def import_classifier(
     state = _without_prefix(read)
     if removed := len(next(iter(read), "")) - len(next(iter(state), "")):
         logging.info("%s: ignoring the prefix %r of all names.", source, next(iter(read))[:removed])
+    if unused := [name for name in state if name.startswith("sub_block1.")]:  # of TRADES
+        logging.info("%s: ignoring sub_block1, which the network does not use.", source)
+        state = {name: a for name, a in state.items() if name not in unused}
     tree = torch_layouts.from_torch(classifier, state)
     digest = hashlib.sha256(pathlib.Path(source).read_bytes()).hexdigest()
     metadata = {

@@ -1,6 +1,7 @@
 """Classifiers from and to PyTorch: the same logits, bit for bit the same numbers, nothing run."""
 
 import functools
+import json
 import os
 import pathlib
 import pickle
@@ -12,8 +13,11 @@ import jax
 import numpy as np
 import pytest
 
+import ada_jax
 from ada_jax import export_weights, import_weights
+from ada_jax.data import sources
 from ada_jax.errors import UserError
+from ada_jax.evaluation import scoring
 from ada_jax.nets import classifiers, torch_layouts, weight_files
 from tests.conftest import assert_mistake, run_here
 
@@ -255,6 +259,69 @@ def test_training_continues_from_imported_averages(tmp_path):
 CIFAR_MEAN, CIFAR_STD = classifiers.CIFAR10_MEAN, classifiers.CIFAR10_STD
 
 
+# ------------------------------------------------------------------- from PyTorch and back
+
+
+def trained_in_pytorch(images, labels, steps=10):
+    """A ResNet-20 after a few steps of SGD."""
+    module = network("resnet20")
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9)
+    module.train()
+    for step in range(steps):
+        batch = [(16 * step + i) % len(images) for i in range(16)]
+        loss = F.cross_entropy(module(images[batch]), labels[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return module.eval()
+
+
+def wrong(module, images, labels):
+    with torch.no_grad():
+        return int(
+            (module(nchw(np.float32(images) / 255)).argmax(1) != torch.from_numpy(labels)).sum()
+        )
+
+
+@pytest.mark.slow
+def test_a_network_of_pytorch_is_fine_tuned_and_measured_in_pytorch_again(tmp_path):
+    train_set = sources.load("mnist5k", "train[:64]")
+    test_set = sources.load("mnist5k", "test[:48]")
+    (x, y), (test_x, test_y) = (
+        map(np.stack, zip(*(d.source[i] for i in range(len(d))), strict=True))
+        for d in (train_set, test_set)
+    )
+    module = trained_in_pytorch(nchw(np.float32(x) / 255), torch.from_numpy(y))
+    names = ("gaussian_noise", "fog", "pixelate")
+    corrupted = {name: ada_jax.corrupt(name, 3, test_x) for name in names} | {"clean": test_x}
+    state = {f"module.{name}": tensor for name, tensor in module.network.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "resnet20.pt")
+
+    weights, run = tmp_path / "resnet20.safetensors", tmp_path / "run"
+    words = ("classifier", tmp_path / "resnet20.pt", weights, "--classifier=resnet20", *FLAGS)
+    assert run_here("import_weights", *words).returncode == 0
+    config = ["--config=experiments/quickstart.py", "--config.classifier=resnet20"]
+    config += [f"--config.mean={MEAN}", f"--config.std={STD}", "--config.train_split=train[:64]"]
+    config += ["--config.eval_split=test[:48]", "--config.batch_size=16", "--config.epochs=1"]
+    config += ["--config.cpu_devices=0", "--config.eval_sets=('clean',)", "--config.log_steps=1"]
+    config += ["--config.compilation_cache=", "--config.figure_examples=0"]
+    done = run_here("train", *config, f"--config.init_weights={weights}", f"--workdir={run}")
+    assert done.returncode == 0, done.stderr
+    assert run_here("export_weights", run, tmp_path / "out" / "robust.pt").returncode == 0
+    tuned = runpy.run_path(str(tmp_path / "out" / "model.py"))["load"]()
+
+    images = {name: jax.numpy.float32(x) / 255 for name, x in corrupted.items()}
+    ours = scoring.load_classifier(run)
+    for name, x in corrupted.items():
+        predicted = np.argmax(ours(images[name]), 1)
+        assert wrong(tuned, x, test_y) == (predicted != test_y).sum(), name
+    results = json.loads((run / "results.json").read_text())
+    assert wrong(tuned, test_x, test_y) == results["clean"]["wrong"]
+    old, new = module.network.state_dict(), tuned.network.state_dict()
+    assert new["bn1.num_batches_tracked"] == old["bn1.num_batches_tracked"] + 4
+    assert not torch.equal(new["linear.weight"], old["linear.weight"])
+
+
 # ------------------------------------------------------------------- files
 
 
@@ -282,6 +349,18 @@ def test_a_normalisation_in_the_file_must_be_the_one_given(tmp_path):
     with pytest.raises(UserError, match=r"The file's sigma is \[1.0, 1.0, 1.0\], and --std is"):
         import_weights.import_classifier(*arguments, MEAN, STD)
     import_weights.import_classifier(*arguments, MEAN, (1.0, 1.0, 1.0))
+
+
+def test_the_unused_stage_of_trades_is_ignored(tmp_path):
+    state = dict(network("wide_resnet40_2").network.state_dict())
+    more = {k.replace("block1", "sub_block1"): t for k, t in state.items() if "block1" in k}
+    trees = []
+    for file, content in (("a.pt", state), ("b.pt", state | more)):
+        torch.save(content, tmp_path / file)
+        out = str(tmp_path / f"{file}.safetensors")
+        import_weights.import_classifier("wide_resnet40_2", str(tmp_path / file), out, MEAN, STD)
+        trees.append(weight_files.load_weights(out)[0])
+    jax.tree.map(np.testing.assert_array_equal, *trees)
 
 
 class Code:
