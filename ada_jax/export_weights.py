@@ -8,6 +8,7 @@ The names and shapes are those of widespread PyTorch code, see `nets.torch_layou
 returns the network, with the normalisation of its input, in evaluation mode.
 """
 
+import json
 import os
 import pathlib
 from collections.abc import Sequence
@@ -25,18 +26,23 @@ _MODELS = pathlib.Path(__file__).parent / "nets" / "torch_models"
 _IMPORTS = "import pathlib\n\nimport torch\nfrom torch import nn\n"
 _CLASSIFIER = """
 
+WEIGHTS = pathlib.Path(__file__).with_name({file})
+CLASS_NAMES = {class_names}
+MEAN, STD = {mean}, {std}  # of the training images, in [0,1]
+
+
 class Classifier(nn.Module):
     def __init__(self):
         super().__init__()
         self.network = Network({arguments})
-        self.register_buffer("mean", torch.tensor({mean}).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor({std}).view(1, 3, 1, 1), persistent=False)
+        for name, values in (("mean", MEAN), ("std", STD)):
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.network((images - self.mean) / self.std)
 
 
-def load(path=pathlib.Path(__file__).with_name({file!r})) -> Classifier:
+def load(path=WEIGHTS) -> Classifier:
     \"\"\"The classifier: images [B,3,H,W] in [0,1] to logits, in the order of CLASS_NAMES.\"\"\"
     classifier = Classifier()
     classifier.network.load_state_dict({read})
@@ -81,9 +87,13 @@ def model_file(
         content = content.replace(
             "import torch\n", "import torch\nfrom safetensors.torch import load_file\n", 1
         )
-    arguments = ", ".join(filter(None, [f"num_classes={classes}", layout.arguments]))
-    return f"{content}\nCLASS_NAMES = {list(class_names)!r}\n" + _CLASSIFIER.format(
-        arguments=arguments, mean=list(mean), std=list(std), file=file, read=_READ[suffix]
+    return content + _CLASSIFIER.format(
+        arguments=", ".join(filter(None, [f"num_classes={classes}", layout.arguments])),
+        mean=[float(value) for value in mean],
+        std=[float(value) for value in std],
+        file=json.dumps(file, ensure_ascii=False),
+        class_names=json.dumps(list(class_names), ensure_ascii=False),
+        read=_READ[suffix],
     )
 
 

@@ -57,8 +57,9 @@ def layout(classifier: str) -> Layout:
         case "preact_resnet", _:
             widths = (16, 32, 64) if depth == "20" else (64, 128, 256, 512)
             depths = {"18": (2, 2, 2, 2), "20": (3, 3, 3), "50": (3, 4, 6, 3)}[depth]
-            given = f"widths={widths}, depths={depths}, bottleneck={depth == '50'}"
-            given += f", v2={rest == 'v2' or depth == '50'}, last_bn={rest != 'no_bn'}"
+            given = f"widths={widths}, depths={depths}"
+            given += ", bottleneck=True" if depth == "50" else ""
+            given += {"": "", "v2": ", v2=True", "no_bn": ", last_bn=False"}[rest]
             layers |= {"shortcut": "shortcut.0"}
             return Layout("layer{}.{}", layers, "preact_resnet.py", given)
         case "resnet", "20" | "56":

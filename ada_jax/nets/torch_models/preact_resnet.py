@@ -10,11 +10,11 @@ def conv(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Conv2d:
 
 
 class Block(nn.Module):
-    """v2: the shortcut projects the pre-activated input."""
+    """v2: the shortcut projects the pre-activated input, as bottlenecks always do."""
 
     def __init__(self, inputs: int, width: int, stride: int, bottleneck: bool, v2: bool):
         super().__init__()
-        self.bottleneck, self.v2 = bottleneck, v2
+        self.bottleneck, self.v2 = bottleneck, v2 or bottleneck
         outputs = 4 * width if bottleneck else width
         first = (1, 1) if bottleneck else (3, stride)
         self.bn1, self.conv1 = nn.BatchNorm2d(inputs), conv(inputs, width, *first)
