@@ -29,7 +29,17 @@ def test_a_pipe_that_closes_early_costs_no_traceback():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["deepaugment", "evaluate", "import_weights", "plan", "pretrain", "report", "study"]
+    "name",
+    [
+        "deepaugment",
+        "evaluate",
+        "export_weights",
+        "import_weights",
+        "plan",
+        "pretrain",
+        "report",
+        "study",
+    ],
 )
 def test_every_binary_tells_a_mistake_in_a_process_of_its_own(name):
     """Other mistakes are told in the test's process."""
