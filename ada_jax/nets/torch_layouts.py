@@ -51,6 +51,10 @@ def layout(classifier: str) -> Layout:
     TRADES), akamaster/pytorch_resnet_cifar10 (`resnet20`, `resnet56`) and torchvision. The layouts
     of `resnet9` and `preact_resnet20` are this project's own.
     """
+    if classifier not in _convertible():
+        raise UserError(
+            f"{classifier!r} has no PyTorch layout: choose one of {', '.join(_convertible())}."
+        )
     kind, depth, rest = re.fullmatch(r"(\D+)(\d+)_?(\w*)", classifier).groups()
     layers = {"stem": "conv1", "stem_bn": "bn1", "logits": "linear"}
     match kind, depth:
@@ -70,13 +74,9 @@ def layout(classifier: str) -> Layout:
             layers |= {"shortcut": "convShortcut", "bn": "bn1", "logits": "fc"}
             given = f"depth={depth}, factor={rest}"
             return Layout("block{}.layer.{}", layers, "wide_resnet.py", given)
-        case "torchvision_resnet", _:
-            layers |= {"shortcut": "downsample.0", "shortcut_bn": "downsample.1", "logits": "fc"}
-            source = f"from torchvision.models import resnet{depth} as Network\n"
-            return Layout("layer{}.{}", layers, source, "")
-    raise UserError(
-        f"{classifier!r} has no PyTorch layout: choose one of {', '.join(_convertible())}."
-    )
+    layers |= {"shortcut": "downsample.0", "shortcut_bn": "downsample.1", "logits": "fc"}
+    source = f"from torchvision.models import resnet{depth} as Network\n"
+    return Layout("layer{}.{}", layers, source, "")
 
 
 def torch_name(classifier: str, layer: str) -> str:
