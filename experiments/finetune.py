@@ -3,11 +3,12 @@
     python -m ada_jax.train --config=experiments/finetune.py \\
         --config.init_weights=runs/cifar10_nominal_small
 
-`init_weights` is a run's folder or its classifier.safetensors. The classifier, its normalisation
-and the data must be those of the run. By default they are those of experiments/cifar10.py:small;
-the word gpu selects those of :gpu, and flags such as --config.classifier others. The words after
-the colon are those of experiments/cifar10.py: 'ada+augmix' is AdA with AugMix, and 'nominal' the
-same schedule without AdA, for comparison.
+`init_weights` is a run's folder, its classifier.safetensors, or a file of ada_jax.import_weights.
+The classifier and its normalisation must be those of the weights. Data of another number of classes
+get a new last layer. By default the classifier and the data are those of
+experiments/cifar10.py:small; the word gpu selects those of :gpu, and flags such as
+--config.classifier others. The words after the colon are those of experiments/cifar10.py:
+'ada+augmix' is AdA with AugMix, and 'nominal' the same schedule without AdA, for comparison.
 """
 
 import pathlib
