@@ -29,6 +29,7 @@ class CorruptionNet(NamedTuple):
     theta: dict
 
 
+CHOICES = ("delta", "mixing")
 PyTree = object
 LogitsFn = Callable[[jax.Array], jax.Array]
 
@@ -48,6 +49,8 @@ def adversarial_augment(
     root_rule: str = "in_range",
     microbatch: int | None = None,
     group: int = 1,
+    leaves: str = "",
+    choice: str = "delta",
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Corrupts every image so that the classifier's loss on it is as large as possible.
 
@@ -77,12 +80,16 @@ def adversarial_augment(
       group: number of consecutive examples that share one delta, a divisor of the microbatch or of
         B. The ascent maximises the sum of their losses. Above 1 this approximates AdA by a weaker
         attack; the whole batch is one environment of IRM (paper, equations 4 and 5).
+      leaves: regular expression; only the leaves of theta whose path, such as 'block00/conv0/w',
+        it is found in are perturbed. '' means all, 'b$' the biases, '^tail/' the last layer and
+        '^block' the residual blocks of EDSR. The median radius is that of these leaves.
+      choice: what the ascent chooses, 'delta' (the paper's) or 'mixing' (AdvMix), see `maximise`.
 
     Returns:
       The augmented images [B,H,W,C], float32 in [0,1], without a gradient, and metrics, each [B]:
       'loss_start' (random start), 'loss_end' (after the ascent), 'ssim_before' and 'ssim_after'
       (the line search), 'changed' (1 if the line search moved the image, else 0) and 'on_surface'
-      (share of leaves on their ball's surface). Images smaller than 11x11 have no SSIMs.
+      (share of perturbed leaves on their ball's surface). Images smaller than 11x11 have no SSIMs.
 
     Raises:
       UserError: a parameter, an image or a label is out of range. Inside `jax.jit` values cannot be
@@ -91,6 +98,8 @@ def adversarial_augment(
     x, y = checks.as_images(jnp.asarray(x)), jnp.asarray(y)
     check_settings(nu, steps, step_rule, step_scale, ssim_threshold, root_rule)
     _check(net, x, ssim_threshold, microbatch, group)
+    if choice not in CHOICES:
+        raise UserError(f"choice={choice!r} is unknown: choose one of {', '.join(CHOICES)}.")
     classes = checks.check_labels(y, x, logits_fn, microbatch)
     spec = checks.microbatch_spec(x, microbatch)
     logits_fn = checks.float32_logits(logits_fn, spec, gradients=steps != 0)
@@ -98,7 +107,8 @@ def adversarial_augment(
     x, y = checks.nan_if_invalid(x, y, classes), y.astype(jnp.int32)
     # With one key per example, draws depend neither on the rest of the batch nor on `microbatch`.
     example_keys = keys.of_batch(key, x)
-    attack = functools.partial(_attack, _Static(net.apply, steps, step_rule, root_rule, group))
+    static = _Static(net.apply, steps, step_rule, root_rule, group, leaves, choice)
+    attack = functools.partial(_attack, static)
     if microbatch and microbatch < len(x):
         attack = _in_microbatches(attack, len(x) // microbatch, group)
     numbers = {"nu": nu, "step_scale": step_scale, "ssim_threshold": ssim_threshold}
@@ -113,6 +123,8 @@ class _Static(NamedTuple):
     step_rule: str
     root_rule: str
     group: int
+    leaves: str
+    choice: str
 
 
 def _attack(
@@ -125,7 +137,8 @@ def _attack(
     numbers: dict[str, jax.Array | float],
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """`adversarial_augment` with checked arguments."""
-    net, x = CorruptionNet(static.apply, lax.stop_gradient(theta)), lax.stop_gradient(x)
+    net = restricted(CorruptionNet(static.apply, theta), static.leaves)
+    net, x = net._replace(theta=lax.stop_gradient(net.theta)), lax.stop_gradient(x)
     loss_fn = lambda images: losses.cross_entropy(logits_fn(images), y)  # noqa: E731
     delta, metrics = maximise(
         example_keys,
@@ -137,6 +150,7 @@ def _attack(
         step_rule=static.step_rule,
         step_scale=numbers["step_scale"],
         group=static.group,
+        choice=static.choice,
     )
     images = render(net, delta, x, example_keys)
     metrics["loss_end"] = loss_fn(images)
@@ -172,6 +186,27 @@ def _in_microbatches(
     return attack_all
 
 
+def restricted(net: CorruptionNet, leaves: str) -> CorruptionNet:
+    """A network whose theta has only the leaves that a regular expression matches.
+
+    The other leaves are constants of its `apply`: they have no perturbation, no gradient and no
+    copy per example.
+
+    Args:
+      net: the corruption network.
+      leaves: as for `adversarial_augment`.
+
+    Raises:
+      UserError: the regular expression is invalid or matches no leaf.
+    """
+    perturbed, fixed = perturbation.split(net.theta, leaves)
+
+    def apply(theta, x, key):
+        return net.apply(perturbation.merge(theta, lax.stop_gradient(fixed)), x, key)
+
+    return CorruptionNet(apply, perturbed)
+
+
 def maximise(
     example_keys: jax.Array,
     x: jax.Array,
@@ -183,14 +218,27 @@ def maximise(
     step_rule: str = "sign",
     step_scale: float = 0.25,
     group: int = 1,
+    choice: str = "delta",
 ) -> tuple[PyTree, dict[str, jax.Array]]:
     """Projected gradient ascent on delta from a random start in the ball (paper, equation 2).
+
+    With `choice='mixing'` it is AdvMix in AdA's terms. Each example's leaf i becomes the
+    interpolation theta_i + w_i delta_i between the network and a random corruption: delta is drawn
+    uniformly in the ball, and the ascent finds the weights w_i in [0,1], one per leaf, from a
+    random start. Its steps are those of a ball of radius 1, and its projection clips.
+
+    From the papers: corruptions of one example are mixed into another one adversarially (Gowal et
+    al., 2019, with latents of a generative model), the parameters of the corruption network are
+    the latents, and some of them may be chosen (Calian et al., appendix C; see `restricted`).
+    Ours: all the rest, because the paper gives no formula. A delta drawn for another example has
+    the same distribution as one drawn from a key of the example's own, so the latter is used; the
+    result then does not depend on the other examples.
 
     Args:
       example_keys: one key per example [B].
       x: images [B,H,W,C] in [0,1].
       loss_fn: images [B,H,W,C] -> losses [B].
-      net, nu, steps, step_rule, step_scale, group: as for `adversarial_augment`.
+      net, nu, steps, step_rule, step_scale, group, choice: as for `adversarial_augment`.
 
     Returns:
       delta, a tree of [B/group, *theta_i.shape] inside its balls, and metrics [B]: 'loss_start',
@@ -200,27 +248,57 @@ def maximise(
     loss_fn = checks.detached(loss_fn, x)
     radii = perturbation.radii(net.theta, nu)
     step = perturbation.STEP_RULES[step_rule]
+    free = _free_choice(choice, _of_groups(example_keys, group), net.theta, radii)
 
-    def total_loss(delta):
+    def total_loss(chosen):
         # A sum, not a mean, makes an example's gradient independent of the batch size.
-        per_example = loss_fn(render(net, delta, x, example_keys))
+        per_example = loss_fn(render(net, free.delta(chosen), x, example_keys))
         return per_example.sum(), per_example
 
     def ascend(i, carry):
-        delta, start = carry
-        gradient, loss = jax.grad(total_loss, has_aux=True)(delta)
+        chosen, start = carry
+        gradient, loss = jax.grad(total_loss, has_aux=True)(chosen)
         start = jnp.where(i == 0, loss, start)
-        delta = perturbation.add(delta, step(gradient, radii, step_scale))
-        return perturbation.project(delta, radii), start
+        chosen = perturbation.add(chosen, step(gradient, free.radii, step_scale))
+        return free.project(chosen), start
 
-    delta = perturbation.init(_of_groups(example_keys, group), net.theta, radii)
     start = jnp.zeros_like(x, jnp.float32, shape=(len(x),))
-    delta, start = lax.fori_loop(0, steps, ascend, (delta, start))
-    delta = lax.stop_gradient(delta)
+    chosen, start = lax.fori_loop(0, steps, ascend, (free.start, start))
+    delta = lax.stop_gradient(free.delta(chosen))
     on_surface = perturbation.on_surface(delta, radii)
     if group > 1:
         on_surface = jnp.repeat(on_surface, group)
     return delta, {"loss_start": start, "on_surface": on_surface}
+
+
+class _FreeChoice(NamedTuple):
+    """What the ascent varies, a tree of [G,...].
+
+    Attributes:
+      start: its random start.
+      radii: a scalar per leaf, which scales the steps.
+      project: its projection onto the feasible set.
+      delta: computes delta from it.
+    """
+
+    start: PyTree
+    radii: PyTree
+    project: Callable[[PyTree], PyTree]
+    delta: Callable[[PyTree], PyTree]
+
+
+def _free_choice(choice: str, keys: jax.Array, theta: PyTree, radii: PyTree) -> _FreeChoice:
+    """The free choice of `maximise` for groups with these keys."""
+    if choice == "delta":
+        start = perturbation.init(keys, theta, radii)
+        project = functools.partial(perturbation.project, radii=radii)
+        return _FreeChoice(start, radii, project, lambda delta: delta)
+    delta_keys, weight_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+    drawn = perturbation.init(delta_keys, theta, radii)
+    weights = perturbation.init_weights(weight_keys, theta)
+    ones = jax.tree.map(jnp.ones_like, radii)
+    mix = functools.partial(perturbation.mix, drawn)
+    return _FreeChoice(weights, ones, perturbation.clip, mix)
 
 
 def render(net: CorruptionNet, delta: PyTree, x: jax.Array, example_keys: jax.Array) -> jax.Array:

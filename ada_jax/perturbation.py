@@ -1,16 +1,65 @@
 """Geometry of delta, the per-example perturbations of theta inside one l2 ball per leaf.
 
 `theta` is any pytree of arrays, `delta` the same tree with a leading example axis on every leaf,
-and `radii` the same tree with one scalar per leaf.
+and `radii` the same tree with one scalar per leaf. Leaves that are not perturbed are None in all
+three, see `split`.
 """
+
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ada_jax import checks, sharding
+from ada_jax.errors import UserError
 
 PyTree = object
+
+
+def split(theta: PyTree, leaves: str) -> tuple[PyTree, PyTree]:
+    """Splits theta into the leaves to be perturbed and the others.
+
+    Args:
+      theta: parameters.
+      leaves: regular expression, searched for in the path of every leaf, such as
+        'block00/conv0/w'; '' matches all leaves.
+
+    Returns:
+      The leaves that match and those that do not: two trees with None for the leaves of the other.
+
+    Raises:
+      UserError: the regular expression is invalid or matches no leaf.
+    """
+    try:
+        pattern = re.compile(leaves)
+    except (re.error, TypeError, OverflowError) as error:
+        raise UserError(
+            f"leaves={leaves!r} is not a regular expression ({error}): correct it, or use '' for "
+            "all leaves."
+        ) from error
+    paths, tree = jax.tree_util.tree_flatten_with_path(theta)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+    matches = [pattern.search(name) is not None for name in names]
+    if not any(matches):
+        raise UserError(
+            f"leaves={leaves!r} matches no parameter of the corruption network: use a regular "
+            f"expression that is found in some of its {len(names)} paths, from {names[0]!r} to "
+            f"{names[-1]!r}."
+        )
+    parts = (
+        [a if m == wanted else None for (_, a), m in zip(paths, matches, strict=True)]
+        for wanted in (True, False)
+    )
+    perturbed, fixed = (jax.tree.unflatten(tree, part) for part in parts)
+    return perturbed, fixed
+
+
+def merge(perturbed: PyTree, fixed: PyTree) -> PyTree:
+    """The inverse of `split`."""
+    return jax.tree.map(
+        lambda a, b: b if a is None else a, perturbed, fixed, is_leaf=lambda a: a is None
+    )
 
 
 def radii(theta: PyTree, nu: float) -> PyTree:
@@ -60,6 +109,23 @@ def init(keys: jax.Array, theta: PyTree, radii: PyTree) -> PyTree:
     # A loop, because under vmap the intermediates would take four times delta's memory. Two
     # examples at a time, because XLA on a CPU draws random bits for one four times more slowly.
     return sharding.map_examples(one_example, keys, batch_size=2)
+
+
+def init_weights(keys: jax.Array, theta: PyTree) -> PyTree:
+    """Draws one weight in [0,1) per example and leaf, uniformly: a tree of float32 [B]."""
+    tree = jax.tree.structure(theta)
+    draw = lambda key: jax.random.uniform(key, (tree.num_leaves,), jnp.float32)  # noqa: E731
+    return jax.tree.unflatten(tree, list(jax.vmap(draw)(keys).T))
+
+
+def mix(delta: PyTree, weights: PyTree) -> PyTree:
+    """Multiplies every leaf of every example by its weight."""
+    return jax.tree.map(lambda d, w: d * _along(w, d), delta, weights)
+
+
+def clip(weights: PyTree) -> PyTree:
+    """Projects weights onto [0,1]."""
+    return jax.tree.map(lambda w: jnp.clip(w, 0.0, 1.0), weights)
 
 
 def norms(delta: PyTree) -> PyTree:

@@ -61,7 +61,9 @@ def comparable(config: dict[str, Any]) -> dict[str, Any]:
     """
     fields = flat(config)
     off = set() if fields.get("crop_scale") else {"crop_scale", "crop_ratio"}
-    off |= {name for name in ("ada.every", "ada.group") if fields.get(name) == 1}
+    later = {"ada.every": (1,), "ada.group": (1,), "ada.leaves": ("",)}
+    later["ada.choice"] = (("delta",), ["delta"])
+    off |= {name for name, defaults in later.items() if fields.get(name) in defaults}
     others = {"pat", "rlat"} - {fields.get("method")}
     off |= {name for name in fields if name.partition(".")[0] in others}
     return {name: value for name, value in fields.items() if name not in off}

@@ -244,6 +244,8 @@ def show_attack(
             logits_fn=logits_fn,
             net=net._replace(apply=cast(net.apply)),
             microbatch=max(n for n in at_once if len(x) % n == 0),
+            leaves=config.ada.leaves,
+            choice=config.ada.choice[0],
             **training.attack_settings(config.ada),
         )
         return images, metrics.get("ssim_after"), logits_fn(x), logits_fn(images)

@@ -136,18 +136,20 @@ def make_attack(
         )[0]
 
     def ada_attack(key, state, thetas, example_keys, x, y):
-        # The same network on every device. No example has this position.
+        nets = map(ada.CorruptionNet, net_applies, thetas)
+        pairs = [{"net": net, "choice": choice} for net in nets for choice in config.ada.choice]
+        # The same pair on every device. No example has this position.
         key = jax.random.fold_in(key, config.batch_size)
-        drawn = jax.random.randint(key, (), 0, len(net_applies))
+        drawn = jax.random.randint(key, (), 0, len(pairs))
         augment = functools.partial(
             ada.adversarial_augment,
             logits_fn=functools.partial(logits_fn, state, config.ada.batch_norm),
             microbatch=config.ada.microbatch or None,
             group=config.ada.group,
+            leaves=config.ada.leaves,
             **attack_settings(config.ada),
         )
-        nets = map(ada.CorruptionNet, net_applies, thetas)
-        branches = [functools.partial(augment, net=net) for net in nets]
+        branches = [functools.partial(augment, **pair) for pair in pairs]
         attacked = slice(None, None, config.ada.every)
         examples = example_keys[attacked], x[attacked], y[attacked]
         images, metrics = jax.lax.switch(drawn, branches, *examples)

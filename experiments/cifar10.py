@@ -16,6 +16,8 @@ comma:
                                features or by those of an AlexNet, the row below trained first
   rlat                         relaxed LPIPS adversarial training, after AugMix if both are given
   alexnet                      'nominal' with an AlexNet; with ',small' of a quarter of its width
+  advmix                       AdvMix in AdA's terms, for comparison (appendix C); with ada, one of
+                               the two is drawn for each batch
   small                        a network and a schedule for two CPU cores
   gpu                          a network and a schedule for one GPU of 24 GB or more
 
@@ -57,7 +59,13 @@ ATTACKS = {
     "pat_self": "pat",
     "pat_alexnet": "pat",
     "rlat": "rlat",
+    "advmix": "ada",
 }
+
+COMPARISONS = (
+    *(word for word in ATTACKS if word != "ada"),
+    *("rlat+augmix", "rlat+deepaugment", "ada+advmix", "advmix+augmix", "alexnet"),
+)
 
 
 def get_config(words: str = "") -> ml_collections.ConfigDict:
@@ -116,6 +124,14 @@ def get_config(words: str = "") -> ml_collections.ConfigDict:
     # Consecutive examples that share a perturbation, a weaker attack; 1 is the paper's. It divides
     # the examples that a device attacks at a time.
     config.ada.group = 1
+    # Regular expression for the perturbed leaves of the network, found in paths such as
+    # 'block00/conv0/w' and, with several networks, in each: '' is all, 'b$' the biases, '^tail/'
+    # the last layer, '^block' the residual blocks of EDSR.
+    config.ada.leaves = ""
+    # What the attack chooses: 'delta' (the paper's), or 'mixing', weights of random perturbations
+    # (AdvMix, see ada.maximise). If both, one is drawn for each batch.
+    choices = {"ada": "delta", "advmix": "mixing"}
+    config.ada.choice = tuple(choices[word] for word in chosen if word in choices) or ("delta",)
     config.ada.ssim_threshold = 0.3  # the line search restores about this SSIM; -1 disables it
     config.ada.root_rule = "in_range"  # or 'interpolated', 'paper': see ada_jax/ssim.py
     config.ada.microbatch = 0  # examples attacked at a time on a device; 0 is all
@@ -206,14 +222,15 @@ def _chosen(words: str) -> list[str]:
     presets = [word for word in PRESETS if word in given]
     unknown = [word for word in given if word not in (*rows, *PRESETS)]
     chosen = [word for word in rows if word in given] or ["ada"]
-    twice = len({*ATTACKS} & {*chosen}) > 1 or {"deepaugment", "deepaugment10x"} <= {*chosen}
-    twice = twice or len(presets) > 1
+    both = {*ATTACKS} & {*chosen}
+    twice = len(both) > 1 and both != {"ada", "advmix"}
+    twice = twice or {"deepaugment", "deepaugment10x"} <= {*chosen} or len(presets) > 1
     if unknown or twice or ({*alone} & {*chosen} and len(chosen) > 1):
-        known = ", ".join(dict.fromkeys([*ROWS, *ATTACKS]))
         raise ValueError(
             f"--config=...:{words} "
             + (f"has the unknown word {unknown[0]!r}" if unknown else "is not a row")
-            + f": choose from {known} and alexnet, and optionally one of ',small' and ',gpu'."
+            + f": choose from {', '.join((*ROWS, *COMPARISONS))}, and optionally one of ',small' "
+            "and ',gpu'."
         )
     return chosen + presets
 

@@ -9,6 +9,7 @@ After the colon: words of experiments/cifar10.py, joined by '+':
   nominal              neither
   random               random perturbations in AdA's ball, for comparison
   linf_at, l2_at       adversarial training by PGD, for comparison
+  advmix               AdvMix in AdA's terms, for comparison
   small                a small network and crops of 64 pixels, to test the input on two CPU cores
 
 From the paper's later version: the network (a standard ResNet50), standard augmentation and crops

@@ -82,14 +82,14 @@ def augment(seed: int, x, y, nu: float = NU, ssim_threshold: float = 0.3):
     return jitted_augment(jax.random.key(seed), x, y, nu, ssim_threshold)
 
 
-@functools.partial(jax.jit, static_argnames=("steps", "step_rule", "group"))
-def jitted_attack(example_keys, x, y, nu, steps, step_rule, group):
-    knobs = {"nu": nu, "steps": steps, "step_rule": step_rule, "group": group}
-    return ada.maximise(example_keys, x, loss_of(y), NET, **knobs)
+@functools.partial(jax.jit, static_argnames=("steps", "step_rule", "group", "leaves", "choice"))
+def jitted_attack(example_keys, x, y, nu, leaves="", **knobs):
+    net = ada.restricted(NET, leaves)
+    return ada.maximise(example_keys, x, loss_of(y), net, nu=nu, **knobs)
 
 
-def attack(seed: int, x, y, nu: float = NU, steps: int = 3, step_rule="sign", group: int = 1):
-    return jitted_attack(example_keys(seed), x, y, nu, steps, step_rule, group)
+def attack(seed: int, x, y, nu: float = NU, steps: int = 3, **knobs):
+    return jitted_attack(example_keys(seed), x, y, nu, steps=steps, **knobs)
 
 
 render = jax.jit(functools.partial(ada.render, NET))
@@ -233,12 +233,19 @@ def literal_gradient(delta, x, y):
     return -jax.nn.log_softmax(LOGITS_FN(image)[0])[y]
 
 
-def literal_attack(delta, x, y, steps: int):
-    """Appendix A for images that share delta: sign of the gradient, a quarter median radius."""
+def literal_attack(delta, x, y, steps: int, perturbed: str = ""):
+    """Appendix A for images that share delta: sign of the gradient, a quarter median radius.
+
+    Leaves of the layers whose name lacks `perturbed` have the radius 0.
+    """
     leaves, tree = jax.tree.flatten(delta)
     leaves = [np.asarray(d, np.float64) for d in leaves]
-    radii = [NU * np.linalg.norm(np.ravel(a)) for a in jax.tree.leaves(NET.theta)]
-    eta = np.median(radii) / 4
+    radii = [
+        NU * np.linalg.norm(np.ravel(a)) * (perturbed in layer)
+        for layer, parameters in sorted(NET.theta.items())
+        for a in jax.tree.leaves(parameters)
+    ]
+    eta = np.median([radius for radius in radii if radius]) / 4
     for _ in range(steps):
         delta = jax.tree.unflatten(tree, [jnp.float32(d) for d in leaves])
         each = [jax.tree.leaves(literal_gradient(delta, *one)) for one in zip(x, y, strict=True)]
@@ -262,6 +269,81 @@ def test_maximise_equals_a_literal_statement_for_each_group(steps, group):
         theta = jax.tree.map(jnp.add, NET.theta, expected)
         shared = [NET.apply(theta, image[None], None)[0] for image in x[own]]
         np.testing.assert_allclose(images[own], np.clip(shared, 0, 1), atol=1e-5)
+
+
+def test_only_the_leaves_that_match_are_perturbed():
+    x, y = batch()
+    delta, metrics = attack(0, x, y, leaves="^block")
+    theirs, others = perturbation.split(NET.theta, "^block")
+    start = perturbation.init(example_keys(0), theirs, perturbation.radii(theirs, NU))
+    zeros = jax.tree.map(lambda a: jnp.zeros((BATCH, *a.shape)), others)
+    start, full = (perturbation.merge(tree, zeros) for tree in (start, delta))
+    for i in range(BATCH):
+        expected = literal_attack(row(start, i), x[i : i + 1], y[i : i + 1], 3, "block")
+        chex.assert_trees_all_close(row(full, i), expected, rtol=1e-4, atol=1e-6)
+    images = ada.render(ada.restricted(NET, "^block"), delta, x, example_keys(0))
+    np.testing.assert_allclose(images, render(full, x, example_keys(0)), atol=1e-5)
+    assert np.all(metrics["on_surface"] > 0)
+
+
+def test_a_pattern_that_matches_all_leaves_changes_nothing():
+    programs = [
+        jax.jit(functools.partial(augment_affinely, LOGITS_FN, net=NET, **knobs))
+        .lower(jax.random.key(0), *batch())
+        .as_text()
+        for knobs in ({}, {"leaves": ""}, {"leaves": ".*"}, {"choice": "delta"})
+    ]
+    assert len(set(programs)) == 1
+
+
+def literal_mixing(delta, weights, x, y, steps: int):
+    """One weight in [0,1] per leaf: sign of the derivative, steps of a quarter."""
+    leaves, tree = jax.tree.flatten(delta)
+    weights = np.array(jax.tree.leaves(weights), np.float64)
+    mixed = lambda: [jnp.float32(w * d) for w, d in zip(weights, leaves, strict=True)]  # noqa: E731
+    for _ in range(steps):
+        gradient = literal_gradient(jax.tree.unflatten(tree, mixed()), x, y)
+        slopes = [np.sum(g * d) for g, d in zip(jax.tree.leaves(gradient), leaves, strict=True)]
+        weights = np.clip(weights + np.sign(slopes) / 4, 0, 1)
+    return jax.tree.unflatten(tree, mixed())
+
+
+@pytest.mark.parametrize("step_rule", sorted(perturbation.STEP_RULES))
+def test_mixing_equals_a_literal_statement(step_rule):
+    x, y = batch()
+    delta, _ = attack(0, x, y, choice="mixing", step_rule=step_rule)
+    delta_keys, weight_keys = jax.vmap(jax.random.split)(example_keys(0)).T
+    drawn, weights = random_delta(delta_keys), perturbation.init_weights(weight_keys, NET.theta)
+    for i in range(BATCH):
+        expected = literal_mixing(row(drawn, i), row(weights, i), x[i], y[i], 3)
+        chex.assert_trees_all_close(row(delta, i), expected, rtol=1e-4, atol=1e-6)
+
+
+@quick
+@given(seeds)
+def test_mixing_interpolates_every_leaf_and_exceeds_a_random_mixing(seed):
+    x, y = batch(seed)
+    delta, metrics = attack(seed, x, y, choice="mixing", group=2)
+    delta_keys = jax.vmap(jax.random.split)(example_keys(seed)[::2])[:, 0]
+    for d, other in zip(*map(jax.tree.leaves, (delta, random_delta(delta_keys))), strict=True):
+        d, other = (np.asarray(a).reshape(BATCH // 2, -1) for a in (d, other))
+        weights = (d * other).sum(1) / (other * other).sum(1)
+        assert np.all((weights >= 0) & (weights <= 1 + 1e-6))
+        np.testing.assert_allclose(d, weights[:, None] * other, rtol=1e-4, atol=1e-8)
+    reached = loss_of(y)(render(delta, x, example_keys(seed)))
+    assert reached.sum() > metrics["loss_start"].sum()
+
+
+def test_mixed_leaves_are_those_that_match_whatever_the_microbatch():
+    arguments, knobs = (example_keys(0), *batch()), {"choice": "mixing", "leaves": "b$"}
+    augment = functools.partial(augment_affinely, LOGITS_FN, net=NET_WITHOUT_BLOCKS, **knobs)
+    whole, split = (
+        jax.jit(functools.partial(augment, microbatch=microbatch))(*arguments)
+        for microbatch in (None, 2)
+    )
+    chex.assert_trees_all_close(split, whole, rtol=1e-4, atol=1e-5)
+    unperturbed, _ = jax.jit(functools.partial(augment, nu=0.0))(*arguments)
+    assert np.all(np.any(whole[0] != unperturbed, axis=(1, 2, 3)))
 
 
 # ------------------------------------------------------------------------------- in other programs
@@ -334,6 +416,9 @@ def test_it_takes_a_flax_like_closure_under_jit_and_an_equinox_like_module_under
         ({"group": 3}, "group=3 does not divide the 4 examples"),
         ({"group": 4, "microbatch": 2}, "group=4 does not divide the 2 examples"),
         ({"group": 0}, "group=0 must be an integer of at least 1"),
+        ({"leaves": "tail"}, "leaves='tail' matches no parameter .* 1 paths, from 'gain' to"),
+        ({"leaves": "["}, r"leaves='\[' is not a regular expression"),
+        ({"choice": "images"}, "choice='images' is unknown: choose one of delta, mixing"),
     ],
     ids=str,
 )

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ada_jax import perturbation
+from ada_jax.errors import UserError
 
 SHAPES = {"conv": {"w": (3, 3, 2, 4), "b": (4,)}, "zero": (5,), "scalar": (), "line": (1,)}
 EXAMPLES = 6
@@ -49,6 +50,75 @@ def assert_inside(delta, radii) -> None:
 
 
 init, project = jax.jit(perturbation.init), jax.jit(perturbation.project)
+
+
+# ------------------------------------------------------------------------------- split
+
+
+@pytest.mark.parametrize(
+    ("leaves", "expected"),
+    [
+        ("", ["conv/b", "conv/w", "line", "scalar", "zero"]),
+        (".*", ["conv/b", "conv/w", "line", "scalar", "zero"]),
+        ("^conv/", ["conv/b", "conv/w"]),
+        ("b$", ["conv/b"]),
+        ("^(line|zero)$", ["line", "zero"]),
+    ],
+)
+def test_split_takes_the_leaves_whose_path_matches(leaves, expected):
+    theta = make_theta()
+    perturbed, fixed = perturbation.split(theta, leaves)
+    everything = {
+        **{f"conv/{name}": theta["conv"][name] for name in "bw"},
+        **{name: theta[name] for name in ("line", "scalar", "zero")},
+    }
+    chex.assert_trees_all_equal(jax.tree.leaves(perturbed), [everything[n] for n in expected])
+    assert len(jax.tree.leaves(fixed)) == 5 - len(expected)
+    chex.assert_trees_all_equal(perturbation.merge(perturbed, fixed), theta)
+
+
+@pytest.mark.parametrize(
+    ("leaves", "message"),
+    [
+        ("tail", r"leaves='tail' matches no parameter .* 5 paths, from 'conv/b' to 'zero'"),
+        ("(", r"leaves='\(' is not a regular expression"),
+        ("a{99999999999}", "is not a regular expression"),
+        (3, "leaves=3 is not a regular expression"),
+    ],
+)
+def test_split_names_a_regular_expression_that_matches_nothing(leaves, message):
+    with pytest.raises(UserError, match=message):
+        perturbation.split(make_theta(), leaves)
+
+
+# ------------------------------------------------------------------------------- mixing
+
+
+@quick
+@given(seeds, st.floats(-3, 3))
+def test_mixed_perturbations_stay_inside_every_ball(seed, shift):
+    theta = make_theta()
+    radii = perturbation.radii(theta, 0.1)
+    delta, weights = init(keys(seed), theta, radii), perturbation.init_weights(keys(seed), theta)
+    for w in jax.tree.leaves(weights):
+        assert w.shape == (EXAMPLES,) and np.all((w >= 0) & (w < 1))
+    moved = jax.tree.map(lambda w: w + jnp.float32(shift), weights)
+    clipped = perturbation.clip(moved)
+    chex.assert_trees_all_equal(clipped, jax.tree.map(lambda w: np.clip(w, 0, 1), moved))
+    mixed = perturbation.mix(delta, clipped)
+    assert_inside(mixed, radii)
+    np.testing.assert_allclose(
+        mixed["conv"]["w"][2], clipped["conv"]["w"][2] * delta["conv"]["w"][2], rtol=1e-6
+    )
+
+
+def test_weights_are_uniform_and_depend_on_an_examples_own_key_only():
+    weights = perturbation.init_weights(keys(0, 2000), {"a": jnp.zeros(3), "b": jnp.zeros(())})
+    for w in weights.values():
+        assert scipy.stats.kstest(w, "uniform").pvalue > 0.01
+    assert abs(np.corrcoef(weights["a"], weights["b"])[0, 1]) < 0.1
+    alone = perturbation.init_weights(keys(0, 2000)[7:8], {"a": jnp.zeros(3), "b": jnp.zeros(())})
+    chex.assert_trees_all_equal(alone, jax.tree.map(lambda w: w[7:8], weights))
 
 
 # ------------------------------------------------------------------------------- radii

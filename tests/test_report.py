@@ -245,10 +245,13 @@ def test_runs_from_before_there_were_crops_are_joined_with_those_after(tmp_path)
     assert len(grouping.rows(read(tmp_path, result(), after))) == 2
 
 
-@pytest.mark.parametrize("field", ["every", "group"])
-def test_runs_from_before_a_later_field_are_those_with_its_default(tmp_path, field):
+@pytest.mark.parametrize(
+    ("field", "default", "other"),
+    [("every", 1, 2), ("group", 1, 2), ("leaves", "", "b$"), ("choice", ["delta"], ["mixing"])],
+)
+def test_runs_from_before_a_later_field_are_those_with_its_default(tmp_path, field, default, other):
     after = result(seed=1)
-    for value, rows in ((1, 1), (2, 2)):
+    for value, rows in ((default, 1), (other, 2)):
         after["config"]["ada"] = {"nu": 0.02, field: value}
         assert len(grouping.rows(read(tmp_path, result(), after))) == rows
 

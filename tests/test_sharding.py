@@ -68,6 +68,9 @@ FUNCTIONS: dict[str, Callable] = {
     "augment": functools.partial(augment, steps=2, nu=0.2),
     "augment-microbatch": functools.partial(augment, steps=2, nu=0.2, microbatch=2),
     "augment-group": functools.partial(augment, steps=2, nu=0.2, microbatch=2, group=2),
+    "augment-mixing": functools.partial(
+        augment, steps=2, nu=0.2, microbatch=2, choice="mixing", leaves="w"
+    ),
     # One operation takes statistics, one moves pixels; all of them would compile for minutes.
     "augmix": functools.partial(mix, ops=("autocontrast", "rotate"), width=2, depth=1),
     "pgd": functools.partial(attack, attacks.pgd, steps=3, restarts=2),

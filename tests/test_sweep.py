@@ -109,6 +109,7 @@ def test_table_1_at_the_small_preset_repeats_four_rows():
         ("nominal,ada+augmix", ["nominal-seed0", "ada+augmix-seed0"]),
         ("seeds=2,nominal", ["nominal-seed0", "nominal-seed1"]),
         ("small,random", ["random,small-seed0"]),
+        ("small,ada+advmix", ["ada+advmix,small-seed0"]),
     ],
 )
 def test_a_row_of_table_1_has_the_same_name_alone(words, expected):
@@ -391,8 +392,8 @@ def test_results_from_before_a_field_was_there_are_finished(stand_in):
     results = json.loads(path.read_text())
     for field in ("crop_scale", "crop_ratio"):
         del results["config"][field]
-    for field in ("every", "group"):
-        assert results["config"]["ada"].pop(field) == 1
+    for field, default in {"every": 1, "group": 1, "leaves": "", "choice": ["delta"]}.items():
+        assert results["config"]["ada"].pop(field) == default
     path.write_text(json.dumps(results))
     assert sweep.finished(points[0], str(ready))
     assert not sweep.finished(

@@ -85,7 +85,7 @@ def here(workdir, *flags: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("small", ["", ",small", ",gpu"])
-@pytest.mark.parametrize("row", ["", *cifar10.ATTACKS, "rlat+augmix", "alexnet", *cifar10.ROWS])
+@pytest.mark.parametrize("row", ["", *cifar10.ROWS, *cifar10.COMPARISONS])
 def test_every_preset_is_valid(row, small):
     for experiment in (cifar10, finetune):
         config_checks.validate(experiment.get_config(row + small))
@@ -166,7 +166,9 @@ def test_imagenet_trains_and_is_evaluated_on_generated_photographs(request, tmp_
 
 
 @pytest.mark.parametrize(
-    "words", ["adda", "nominal+ada", "random+ada", "pat_self+rlat", "deepaugment,deepaugment10x"]
+    "words",
+    ["adda", "nominal+ada", "random+ada", "pat_self+rlat", "advmix+random"]
+    + ["deepaugment,deepaugment10x"],
 )
 def test_an_unknown_row_lists_the_known_ones(words):
     with pytest.raises(ValueError, match=r"ada\+deepaugment10x\+augmix"):
@@ -229,6 +231,10 @@ def test_learning_rate_schedule(batch_size):
         ("ada.steps", -1, "at least 0"),
         ("ada.every", 0, "1 or more"),
         ("ada.group", 0, "1 or more"),
+        ("ada.leaves", "up0", "matches no parameter"),
+        ("ada.leaves", "*", "is not a regular expression"),
+        ("ada.choice", (), "one or both of delta, mixing"),
+        ("ada.choice", ("mixing", "mixing"), "one or both of delta, mixing"),
         ("deepaugment.copies", -1, "0 (off) or more"),
         ("ada.ssim_threshold", 1.0, "[-1, 1)"),
         ("augmix.severity", 0.0, "severity=0.0"),
@@ -832,6 +838,33 @@ def test_a_later_field_is_part_of_a_run_where_it_is_not_its_default(field):
         parts = setup.build(tiny(**{field: value}))
         known = setup.identity(parts, (), training.TrainState(0, {}, {}, ()))
         assert (f"config.{field}" in known) == part  # A run from before it must still go on.
+
+
+@pytest.mark.parametrize(
+    ("field", "default", "other"),
+    [("ada.leaves", "", "b$"), ("ada.choice", ("delta",), ("delta", "mixing"))],
+)
+def test_leaves_and_choice_are_part_of_a_run_where_they_are_not_the_default(field, default, other):
+    for value, part in ((default, False), (other, True)):
+        parts = setup.build(tiny(**{field: value}))
+        known = setup.identity(parts, (), training.TrainState(0, {}, {}, ()))
+        assert (f"config.{field}" in known) == part
+
+
+def test_leaves_must_match_in_each_network():
+    nets = {"ada.corruption_net": ("edsr_small", "cae"), "ada.corruption_weights": ("", "")}
+    config = tiny(**nets, **{"ada.corruption_enlarge": (1, 1), "ada.leaves": "^tail/"})
+    with pytest.raises(UserError, match=r"ada\.leaves='\^tail/' matches .* 42 paths"):
+        config_checks.validate(config)
+
+
+@pytest.mark.slow
+def test_advmix_alone_and_with_ada_trains():
+    alone = {"ada.choice": ("mixing",), "ada.leaves": "^block"}
+    for changes in (alone, {"ada.choice": ("delta", "mixing")}):
+        state, metrics = first_steps(tiny(**changes), steps=2)
+        assert int(state.step) == 2 and metrics["ada_loss_end"] > metrics["ada_loss_start"]
+        assert np.all(np.isfinite(list(metrics.values())))
 
 
 def test_the_nominal_line_trains_without_a_corruption_network():

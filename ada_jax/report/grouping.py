@@ -149,8 +149,10 @@ def paper_row(result: results_files.Result) -> str:
     if result.published:
         return fields["name"]
     config = fields["config"]
-    # The paper has neither fine-tuning nor random perturbations.
-    other = config.get("init_weights") or config.get("ada", {}).get("steps") == 0
+    attack = config.get("ada", {})
+    # The paper has neither fine-tuning, random perturbations nor AdvMix.
+    other = config.get("init_weights") or attack.get("steps") == 0
+    other = other or "mixing" in attack.get("choice", ())
     if other or fields["data"].get("name") != "cifar10":
         return ""
     return method(config)

@@ -9,9 +9,10 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import ml_collections
 
-from ada_jax import ada, checks, training
+from ada_jax import ada, checks, perturbation, training
 from ada_jax import results as results_files
 from ada_jax.attacks import loops
 from ada_jax.attacks import perceptual as perceptual_attacks
@@ -43,6 +44,11 @@ RULES = (
     (*AT_LEAST_0, ("figure_examples", "deepaugment.copies", "augmix.jsd_weight")),
     (*AT_LEAST_0, ("weight_decay", "warmup_epochs", "epochs", "train_steps")),
     (*POSITIVE, ("learning_rate", "pgd.step_scale", "pat.gradient_clip", "rlat.epsilon")),
+    (
+        lambda value: len({*value} & {*ada.CHOICES}) == len(value) > 0,
+        f"must name one or both of {', '.join(ada.CHOICES)}, as ('delta',)",
+        ("ada.choice",),
+    ),
     (lambda value: 0 <= value < 1, "must be in [0, 1)", ("momentum", "bn_decay")),
     (lambda value: 0 <= value < 2**32, "must be in 0..2**32-1", ("seed",)),
     (lambda value: value <= 4096, "must be at most 4096 pixels", ("image_size",)),
@@ -199,10 +205,11 @@ def _check_crops(config: ml_collections.ConfigDict) -> None:
 
 def _check_nets(settings: ml_collections.ConfigDict) -> None:
     """Raises UserError for corruption networks, weights or enlargements that do not fit."""
-    nets = tuple(settings.corruption_net)
+    nets, key = tuple(settings.corruption_net), jax.eval_shape(jax.random.key, 0)
     with named_in("config.ada."):
         for name in nets or ("",):
-            corruption_nets.architecture(name)
+            theta = jax.eval_shape(corruption_nets.architecture(name).init, key)
+            perturbation.split(theta, settings.leaves)
         for factor in settings.corruption_enlarge:
             checks.check_integers(1, corruption_enlarge=factor)
     for field in ("corruption_weights", "corruption_enlarge"):

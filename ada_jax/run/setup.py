@@ -146,7 +146,8 @@ def build(config: ml_collections.ConfigDict) -> Parts:
     nets = make_corruption_nets(config.ada) if config.method == "ada" else ()
     bounding = make_bounding_net(config.pat) if config.method == "pat" else ()
     at_once = config.ada.microbatch or config.batch_size // jax.device_count()
-    check_memory(nets, at_once, config.ada.group)
+    perturbed = [ada.restricted(net, config.ada.leaves) for net in nets]
+    check_memory(perturbed, at_once, config.ada.group)
     load = functools.partial(
         sources.load, config.dataset, data_dir=config.data_dir or None, image_size=config.image_size
     )

@@ -5,7 +5,8 @@
 
 Words after the colon, separated by commas:
   a row     such as ada+augmix; without any row, all ten are trained.
-  random    an extra row, random perturbations in AdA's ball.
+  random, linf_at, l2_at, advmix, ada+advmix, advmix+augmix
+            extra rows for comparison, see experiments/cifar10.py.
   small     the small preset; three seeds for nominal, augmix, ada and ada+augmix.
   seeds=N   the seeds 0 to N-1 for every row; by default only 0.
 """
@@ -16,8 +17,9 @@ import runpy
 from typing import Any
 
 CONFIG = "experiments/cifar10.py"
-ROWS = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "cifar10.py"))["ROWS"]
-KNOWN = (*ROWS, "random")
+_CIFAR10 = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "cifar10.py"))
+ROWS = _CIFAR10["ROWS"]
+KNOWN = (*ROWS, *_CIFAR10["COMPARISONS"])
 REPEATED = ("nominal", "augmix", "ada", "ada+augmix")  # at the small preset
 
 
