@@ -327,7 +327,8 @@ if __name__ == "__main__":
     flags.DEFINE_integer(
         "ada_restarts",
         1,
-        "ada: restarts; an image counts as wrong if any succeeds.",
+        "ada: restarts; an image counts as wrong if any succeeds. Of perturbations shared by all "
+        "images the one with the largest loss counts.",
         lower_bound=1,
     )
     flags.DEFINE_string(

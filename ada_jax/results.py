@@ -18,7 +18,8 @@ A results file is JSON, one object:
 | mce_unnormalised, mean_extra | mean error over the 15 corruptions, over the extra ones |
 | mce_alexnet | ImageNet only: mCE relative to AlexNet, in percent |
 | lp, lp_accuracy | for each norm and radius: attack reports; robust accuracy in percent |
-| under_ada | errors under AdA's attack, a list over networks and radii |
+| under_ada | errors under AdA's attack, a list over networks and radii; `loss` and `ssim` too |
+| under_shared_ada | the same under one perturbation for all images |
 | perceptual | errors under LPA and PPGD, a list |
 | ada | as under_ada, at the end of training: `examples`, `error`, `ssim` for each network |
 
@@ -276,9 +277,11 @@ def summary(results: Results) -> list[tuple[str, str]]:
         for radius, ball in balls.items():
             value = f"{ball['accuracy']:.2f}% of {ball['examples']} ({ball['autoattack']:.2f}%)"
             lines.append((f"robust, {norm} {radius} (AutoAttack alone)", value))
-    for entry in results.get("under_ada", []):
-        title = f"error under AdA, {entry['net']}, nu {entry['nu']:g}, {entry['steps']} steps"
-        lines.append((title, f"{entry['error']:.2f}% of {entry['examples']}"))
+    for field, attack in (("under_ada", "AdA"), ("under_shared_ada", "AdA, shared by all")):
+        for entry in results.get(field, []):
+            about = f"{entry['net']}, nu {entry['nu']:g}, {entry['steps']} steps"
+            value = f"{entry['error']:.2f}% of {entry['examples']}"
+            lines.append((f"error under {attack}, {about}", value))
     for entry in results.get("perceptual", []):
         title = f"error under {entry['attack']}, LPIPS of {entry['features']}, {entry['bound']:g}"
         lines.append((title, f"{entry['error']:.2f}% of {entry['examples']}"))

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -36,14 +36,27 @@ def in_batches(mapped: Callable[..., Any], arrays: Sequence[Any], size: int, *ar
     Returns:
       The tree of NumPy arrays [N,...].
     """
+    parts = [
+        jax.tree.map(lambda a: np.concatenate(np.asarray(a)), mapped(*batch, *args))
+        for batch, _ in batches(arrays, size)
+    ]
+    return jax.tree.map(lambda *a: np.concatenate(a)[: len(arrays[0])], *parts)
+
+
+def batches(arrays: Sequence[Any], size: int) -> Iterator[tuple[list[Any], np.ndarray]]:
+    """Splits arrays [N,...] as `in_batches` does.
+
+    Returns:
+      An iterator of (a batch [devices,b,...] of each array, whether an example is none of the
+      repeated ones, bool [devices,b]).
+    """
     count, devices = len(arrays[0]), jax.local_device_count()
     size = -(-min(size, count) // devices) * devices
-    parts = []
     for start in range(0, count, size):
-        place = np.minimum(start + np.arange(size), count - 1)
-        batch = [a[place].reshape(devices, -1, *a.shape[1:]) for a in arrays]
-        parts.append(jax.tree.map(lambda a: np.concatenate(np.asarray(a)), mapped(*batch, *args)))
-    return jax.tree.map(lambda *a: np.concatenate(a)[:count], *parts)
+        place = start + np.arange(size)
+        batch = [a[np.minimum(place, count - 1)] for a in arrays]
+        split = [a.reshape(devices, -1, *a.shape[1:]) for a in batch]
+        yield split, (place < count).reshape(devices, -1)
 
 
 def replicate(tree: Any) -> Any:

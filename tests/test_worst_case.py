@@ -2,13 +2,15 @@
 
 import functools
 import json
+from unittest import mock
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_evaluate import classifier, images, variables
 
-from ada_jax import attacks
+from ada_jax import ada, attacks, losses, ssim
 from ada_jax import results as results_files
 from ada_jax.attacks import Account, Report
 from ada_jax.evaluation import scoring, worst_case
@@ -93,20 +95,68 @@ def test_errors_under_ada_are_the_worst_of_the_restarts_and_kept():
     # With a radius of 0 the network renders the image almost as it is.
     assert none["error"] == pytest.approx(100 * plain, abs=10) and none["ssim"] > 0.98
     assert some["wrong"] >= none["wrong"] and some["ssim"] < none["ssim"]
-    assert len(written) == 2 and measure(once, radii=[0.05], restarts=1) == once
+    assert len(written) == 4 and measure(once, radii=[0.05], restarts=1) == once
     again = measure(once, radii=[0.05], restarts=3)["under_ada"]
     assert len(again) == 3 and again[-1]["wrong"] >= some["wrong"]
-    other = measure({}, radii=[0.05], restarts=1, batch_size=4)["under_ada"][0]
-    assert other["wrong"] == some["wrong"]
+    assert again[-1]["loss"] >= some["loss"] > none["loss"]
+    other = measure({}, radii=[0.05], restarts=1, batch_size=4)
+    assert other["under_ada"][0]["wrong"] == some["wrong"]
+    # The gradient of the shared perturbation is summed over all batches.
+    shared = once["under_shared_ada"][1]
+    assert other["under_shared_ada"][0]["loss"] == pytest.approx(shared["loss"], rel=1e-3)
+    # A results file from before there were shared ones keeps what it has.
+    assert measure({"under_ada": once["under_ada"]}, radii=[0.0, 0.05], restarts=1) == once
+
+
+GAIN = ada.CorruptionNet(
+    lambda theta, x, key: theta["gain"] * x + theta["shift"],
+    {"gain": jnp.ones(3), "shift": jnp.full((32, 32, 1), 0.01)},
+)
+
+
+def under_gain(**changes):
+    """AdA with a network of one layer."""
+    options = worst_case.Options(**{"radii": [0.3], "batch_size": 4} | changes)
+    examples = worst_case.first_examples(DATASET, 10)
+    with mock.patch.object(worst_case.corruption_nets, "make", lambda name: GAIN):
+        return worst_case.under_ada(
+            logits_fn(), *examples, options=options, measured={}, save=lambda fields: None
+        )
+
+
+def test_the_worst_shared_perturbation_is_between_a_random_one_and_the_worst_of_each_example():
+    random, worst = under_gain(steps=0), under_gain(steps=5, restarts=2)
+    (shared,), (own,) = worst["under_shared_ada"], worst["under_ada"]
+    assert random["under_shared_ada"][0]["loss"] < shared["loss"] <= own["loss"]
+    assert shared["wrong"] <= own["wrong"] and shared["examples"] == 10
+    assert shared["error"] == 10 * shared["wrong"] and 0 < shared["ssim"] < 1
+
+
+def test_one_shared_perturbation_is_that_of_a_single_group():
+    """What `ada.maximise` finds for all images as one group, from the same start."""
+    (shared,) = under_gain(steps=3, batch_size=4)["under_shared_ada"]
+    images, labels = worst_case.first_examples(DATASET, 10)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 10), 0)
+    loss_fn = lambda x: losses.cross_entropy(logits_fn()(x), labels)  # noqa: E731
+    delta, _ = ada.maximise(
+        jnp.repeat(key[None], 10), images, loss_fn, GAIN, nu=0.3, steps=3, group=10
+    )
+    found = ada.render(GAIN, delta, images, jnp.repeat(key[None], 10))
+    found, _ = ssim.line_search(images, found)
+    assert shared["loss"] == pytest.approx(float(loss_fn(found).mean()), rel=1e-3)
+    assert shared["ssim"] == pytest.approx(float(ssim.ssim(images, found).mean()), abs=1e-4)
 
 
 def test_the_tables_of_the_binary():
     cell = {"accuracy": 50.0, "autoattack": 51.0, "examples": 8}
     under = {"net": "cae", "nu": 0.03, "steps": 5, "error": 25.0, "examples": 8}
-    rows = results_files.summary({"lp": {"l2": {"1": cell}}, "under_ada": [under]})
+    rows = results_files.summary(
+        {"lp": {"l2": {"1": cell}}, "under_ada": [under], "under_shared_ada": [under]}
+    )
     assert rows == [
         ("robust, l2 1 (AutoAttack alone)", "50.00% of 8 (51.00%)"),
         ("error under AdA, cae, nu 0.03, 5 steps", "25.00% of 8"),
+        ("error under AdA, shared by all, cae, nu 0.03, 5 steps", "25.00% of 8"),
     ]
 
 
@@ -135,7 +185,8 @@ def test_the_binary_measures_under_ada(tmp_path):
     flags = [f"--out={tmp_path / 'r.json'}", "--sets=ada", "--ada_radii=0.02"]
     done = run_here(*RANDOM, *flags, "--split=test[:40]", "--worst_examples=16", "--ada_steps=1")
     assert done.returncode == 0, done.stderr
-    assert "error under AdA, edsr_small, nu 0.02, 1 steps" in done.stdout
+    for attack in ("AdA", "AdA, shared by all"):
+        assert f"error under {attack}, edsr_small, nu 0.02, 1 steps" in done.stdout
 
 
 @pytest.mark.slow

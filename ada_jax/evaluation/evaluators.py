@@ -47,7 +47,11 @@ EVALUATORS = {
     "extra": Evaluator(("corruptions", "mean_extra"), corruptions=parameter_tables.EXTRA),
     "cifar10_1": Evaluator(("cifar10_1",), images=image_sets.cifar10_1),
     "lp": Evaluator(("lp", "lp_accuracy"), attack=worst_case.pixel_balls),
-    "ada": Evaluator(("under_ada",), attack=worst_case.under_ada, check=worst_case.check_under_ada),
+    "ada": Evaluator(
+        ("under_ada", "under_shared_ada"),
+        attack=worst_case.under_ada,
+        check=worst_case.check_under_ada,
+    ),
     "perceptual": Evaluator(
         ("perceptual",), attack=perceptual_attacks.measure, check=perceptual_attacks.check
     ),

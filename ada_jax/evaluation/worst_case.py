@@ -5,6 +5,7 @@ Both skip what an interrupted call has measured on as many images.
 
 import dataclasses
 import functools
+import itertools
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from ada_jax import ada, attacks, checks, keys, sharding, ssim
+from ada_jax import ada, attacks, checks, keys, losses, perturbation, sharding, ssim
 from ada_jax import results as results_files
 from ada_jax.attacks import loops
 from ada_jax.attacks.loops import LogitsFn
@@ -173,7 +174,7 @@ def under_ada(
     measured: Fields,
     save: Callable[[Fields], None],
 ) -> Fields:
-    """Errors under AdA's maximisation.
+    """Errors under AdA's maximisation, by one perturbation per example and by one for all.
 
     Args:
       logits_fn: the classifier in evaluation mode, closed over its parameters.
@@ -181,65 +182,133 @@ def under_ada(
       labels: [N].
       options: all but 'state_dir' are used.
       measured: fields of an earlier call; what is in it is not measured again.
-      save: called with the fields after every network and radius.
+      save: called with the fields after every measurement.
 
     Returns:
-      'under_ada', one entry per network and radius: 'examples', 'wrong', 'error' in percent, and
-      the mean 'ssim' of the last restart's images. For images smaller than SSIM's window there is
-      no 'ssim', and AdA's line search is off.
+      Two lists with an entry per network and radius: 'under_ada' (paper, equation 1) and
+      'under_shared_ada', where one perturbation maximises the mean loss of all images, the worst
+      environment of IRM (equations 4 and 5). Entries have 'examples', 'wrong', 'error' in percent,
+      the mean 'loss' in nats and the mean 'ssim'. In 'under_ada' 'wrong' and 'loss' are the worst
+      of the image itself and of all restarts, and 'ssim' is that of the last restart; in
+      'under_shared_ada' they are those of the restart with the largest loss. For images smaller
+      than SSIM's window there is no 'ssim', and AdA's line search is off.
 
     Raises:
       UserError: logits that are not finite.
     """
-    entries, count = measured.get("under_ada", []), len(images)
+    fields = {name: measured.get(name, []) for name in ("under_ada", "under_shared_ada")}
+    count = len(images)
     example_keys = keys.of_positions(jax.random.key(options.seed), 0, count)
     examples = example_keys, images, labels
     for name in options.nets:
         net = corruption_nets.make(name)
-        attack = _attacker(logits_fn, net, options.steps, options.restarts)
-        attack = jax.pmap(attack, sharding.AXIS, in_axes=(0, 0, 0, None))
-        for nu in options.radii:
+        attacks_of = {
+            "under_ada": _per_example(logits_fn, net, examples, options),
+            "under_shared_ada": _shared(logits_fn, net, examples, options),
+        }
+        for nu, (field, attack) in itertools.product(options.radii, attacks_of.items()):
             entry = {"net": name, "nu": nu, "steps": options.steps, "restarts": options.restarts}
             entry |= {"examples": count, "seed": options.seed}
-            if any(entry.items() <= earlier.items() for earlier in entries):
+            if any(entry.items() <= earlier.items() for earlier in fields[field]):
                 continue
-            found = sharding.in_batches(attack, examples, options.batch_size, nu)
+            found = attack(nu)
             bad = int(found["not_finite"].sum())
             checks.check_finite(bad, count, f"images of AdA's attack by {name} at nu {nu:g}")
             wrong = found["wrong"]
             entry |= {"wrong": int(wrong.sum()), "error": 100 * float(wrong.mean())}
-            entry |= {"ssim": float(found["ssim"].mean())} if "ssim" in found else {}
-            entries = [*entries, entry]
-            save({"under_ada": entries})
-            logging.info("AdA, %s, nu %g: %.2f%% wrong", name, nu, entry["error"])
-    return {"under_ada": entries}
+            entry |= {key: float(found[key].mean()) for key in ("loss", "ssim") if key in found}
+            fields |= {field: [*fields[field], entry]}
+            save(fields)
+            logging.info("%s, %s, nu %g: %.2f%% wrong", field, name, nu, entry["error"])
+    return fields
 
 
-def _attacker(
-    logits_fn: Callable[[jax.Array], jax.Array],
-    net: ada.CorruptionNet,
-    steps: int,
-    restarts: int,
-) -> Callable[..., dict[str, jax.Array]]:
-    augment = functools.partial(ada.adversarial_augment, logits_fn=logits_fn, net=net, steps=steps)
+def _verdict(logits_fn: LogitsFn, images: jax.Array, y: jax.Array) -> dict[str, jax.Array]:
+    logits = logits_fn(images)
+    return {
+        "wrong": loops.misclassified(logits, y),
+        "not_finite": checks.not_finite(logits),
+        "loss": losses.cross_entropy(logits, y),
+    }
+
+
+def _per_example(
+    logits_fn: LogitsFn, net: ada.CorruptionNet, examples: Sequence[Any], options: Options
+) -> Callable[[float], dict[str, np.ndarray]]:
+    """The attack on each example, a function of nu that returns arrays [N]."""
+    augment = functools.partial(
+        ada.adversarial_augment, logits_fn=logits_fn, net=net, steps=options.steps
+    )
 
     def attack(key, x, y, nu):
         settings = {"nu": nu} if ssim.fits(x) else {"nu": nu, "ssim_threshold": -1}
 
-        def verdict(images):
-            logits = logits_fn(images)
-            return {
-                "wrong": loops.misclassified(logits, y),
-                "not_finite": checks.not_finite(logits),
-            }
-
         def once(i, found):
             example_keys = jax.vmap(lambda key: jax.random.fold_in(key, i))(key)
             images, metrics = augment(example_keys, x, y, **settings)
-            new = {name: found[name] | value for name, value in verdict(images).items()}
+            verdict = _verdict(logits_fn, images, y)
+            new = {name: jnp.maximum(found[name], value) for name, value in verdict.items()}
             return new | ({"ssim": metrics["ssim_after"]} if ssim.fits(x) else {})
 
         similarity = {"ssim": jnp.ones(len(x), jnp.float32)} if ssim.fits(x) else {}
-        return jax.lax.fori_loop(0, restarts, once, verdict(x) | similarity)
+        return jax.lax.fori_loop(0, options.restarts, once, _verdict(logits_fn, x, y) | similarity)
+
+    mapped = jax.pmap(attack, sharding.AXIS, in_axes=(0, 0, 0, None))
+    return functools.partial(sharding.in_batches, mapped, examples, options.batch_size)
+
+
+def _shared(
+    logits_fn: LogitsFn, net: ada.CorruptionNet, examples: Sequence[Any], options: Options
+) -> Callable[[float], dict[str, np.ndarray]]:
+    """The attack by one delta for all examples, a function of nu that returns arrays [N].
+
+    It is `ada.maximise` with the gradient of the loss summed over all batches and devices.
+    """
+
+    def render(delta, key, x):
+        everyone = jax.tree.map(lambda d: jnp.broadcast_to(d, (len(x), *d.shape[1:])), delta)
+        return ada.render(net, everyone, x, key)
+
+    def gradient(key, x, y, real, delta):
+        def total_loss(delta):
+            return (real * losses.cross_entropy(logits_fn(render(delta, key, x)), y)).sum()
+
+        return jax.lax.psum(jax.grad(total_loss)(delta), sharding.AXIS)
+
+    def judge(key, x, y, delta):
+        images = render(delta, key, x)
+        if not ssim.fits(x):
+            return _verdict(logits_fn, images, y)
+        images, _ = ssim.line_search(x, images)
+        return _verdict(logits_fn, images, y) | {"ssim": ssim.ssim(x, images)}
+
+    @jax.jit
+    def start(key, nu):
+        radii = perturbation.radii(net.theta, nu)
+        return perturbation.init(key[None], net.theta, radii), radii
+
+    @jax.jit
+    def ascend(delta, radii, total):
+        step = perturbation.sign_step(total, radii, 0.25)
+        return perturbation.project(perturbation.add(delta, step), radii)
+
+    gradient = jax.pmap(gradient, sharding.AXIS, in_axes=(0, 0, 0, 0, None))
+    judge = jax.pmap(judge, sharding.AXIS, in_axes=(0, 0, 0, None))
+
+    def restart(key, nu):
+        delta, radii = start(key, jnp.float32(nu))
+        for _ in range(options.steps):
+            total = jax.tree.map(np.zeros_like, delta)
+            for batch, real in sharding.batches(examples, options.batch_size):
+                part = sharding.unreplicate(gradient(*batch, real, delta))
+                total = jax.tree.map(np.add, total, part)
+            delta = ascend(delta, radii, total)
+        return sharding.in_batches(judge, examples, options.batch_size, delta)
+
+    def attack(nu):
+        # No example has this position.
+        key = jax.random.fold_in(jax.random.key(options.seed), len(examples[1]))
+        found = (restart(jax.random.fold_in(key, i), nu) for i in range(options.restarts))
+        return max(found, key=lambda one: one["loss"].mean())
 
     return attack
