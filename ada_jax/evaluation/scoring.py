@@ -139,12 +139,11 @@ def load_features(
         raise UserError(
             f"{path} has no weights that name their classifier: give the folder of a finished run."
         )
-    normalisation = {field: tuple(about[field]) for field in ("mean", "std")}
-    classifier = classifiers.make(about["classifier"], about["classes"], **normalisation)
-    params, state, _ = load_variables(
-        ml_collections.ConfigDict(normalisation), classifier, (32, 32, 3), path
-    )
-    return features_fn(classifier), {"params": params, "state": state}, about["classifier"]
+    name, normalisation = about["classifier"], {f: tuple(about[f]) for f in ("mean", "std")}
+    classifier = classifiers.make(name, about["classes"], **normalisation)
+    config = ml_collections.ConfigDict({"classifier": name} | normalisation)
+    params, state, _ = load_variables(config, classifier, (32, 32, 3), path)
+    return features_fn(classifier), {"params": params, "state": state}, name
 
 
 def features_fn(classifier: hk.TransformedWithState) -> Callable[..., perceptual.Features]:
