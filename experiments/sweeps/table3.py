@@ -22,6 +22,8 @@ ROWS = (
     "ada",
     "linf_at",
     "l2_at",
+    "advmix",
+    "ada+advmix",
     "pat_self",
     "pat_alexnet",
     "rlat",
