@@ -42,19 +42,35 @@ def iterate(
       state: initial state, arrays [B, ...].
       steps: maximum number of steps.
       microbatch: at most B.
-      between: applied to the whole state after every step; it may deactivate examples.
+      between: applied to the whole state after steps that deactivate examples; it may deactivate
+        more.
 
     Returns:
       The state; an example's does not change after the example is deactivated.
     """
 
-    def body(carry):
+    size = len(state.active)
+    unfinished = lambda carry: (carry[0] < steps) & jnp.any(carry[1].active)  # noqa: E731
+
+    def until_one_ends(carry):
         i, state = carry
-        return i + 1, between(on_active(lambda e, s: step(i, e, s), examples, state, microbatch))
+        order, count = _active_first(state)
+        ordered, state = jax.tree.map(lambda a: a[order], (examples, state))
 
-    def unfinished(carry):
-        return (carry[0] < steps) & jnp.any(carry[1].active)
+        def body(carry):
+            i, state = carry
+            one_step = functools.partial(step, i)
+            return i + 1, _on_first(one_step, ordered, state, count, microbatch)
 
+        all_go_on = lambda carry: (carry[0] < steps) & (jnp.sum(carry[1].active) == count)  # noqa: E731
+        i, state = lax.while_loop(all_go_on, body, (i, state))
+        return i, between(jax.tree.map(lambda a: a[jnp.argsort(order)], state))
+
+    def for_all(carry):
+        i, state = carry
+        return i + 1, between(_select(state.active, step(i, examples, state), state))
+
+    body = for_all if microbatch == size else until_one_ends
     return lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
 
 
@@ -69,20 +85,43 @@ def on_active(
       state: arrays [B, ...].
       microbatch: b, at most B; with b = B the step is computed for all examples.
     """
-    size = len(state.active)
-    if microbatch == size:
+    if microbatch == len(state.active):
         return _select(state.active, step(examples, state), state)
-    groups = -(-size // microbatch)
-    # Padded with `size`: reads are kept in range, writes are dropped.
-    places = jnp.flatnonzero(state.active, size=groups * microbatch, fill_value=size)
+    order, count = _active_first(state)
+    ordered, state = jax.tree.map(lambda a: a[order], (examples, state))
+    state = _on_first(step, ordered, state, count, microbatch)
+    return jax.tree.map(lambda a: a[jnp.argsort(order)], state)
+
+
+def _active_first(state: State) -> tuple[jax.Array, jax.Array]:
+    """An order of the examples [B] with the active ones first, and how many are active."""
+    return jnp.argsort(~state.active, stable=True), jnp.sum(state.active)
+
+
+def _on_first(
+    step: Callable[[Examples, State], State],
+    examples: Examples,
+    state: State,
+    count: jax.Array,
+    microbatch: int,
+) -> State:
+    """Applies a step to the first `count` examples, one microbatch at a time.
+
+    Slices, not gathers: XLA scatters row by row, as slowly as a small classifier computes.
+    """
+    last = len(state.active) - microbatch
 
     def one_group(i, state):
-        place = lax.dynamic_slice_in_dim(places, i * microbatch, microbatch)
-        read = lambda a: a[jnp.minimum(place, size - 1)]  # noqa: E731
-        new = step(jax.tree.map(read, examples), jax.tree.map(read, state))
-        return jax.tree.map(lambda a, b: a.at[place].set(b, mode="drop"), state, new)
+        start = jnp.minimum(i * microbatch, last)
+        read = lambda a: lax.dynamic_slice_in_dim(a, start, microbatch)  # noqa: E731
+        old = jax.tree.map(read, state)
+        # The last group may overlap with the one before.
+        new = start + jnp.arange(microbatch) >= i * microbatch
+        new = _select(old.active & new, step(jax.tree.map(read, examples), old), old)
+        write = lambda a, b: lax.dynamic_update_slice_in_dim(a, b, start, 0)  # noqa: E731
+        return jax.tree.map(write, state, new)
 
-    return lax.fori_loop(0, -(-jnp.sum(state.active) // microbatch), one_group, state)
+    return lax.fori_loop(0, -(-count // microbatch), one_group, state)
 
 
 def repeat(one_run: Callable[[jax.Array, State], State], runs: int, state: State) -> State:
