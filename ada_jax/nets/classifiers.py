@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import jmp
 
 from ada_jax.errors import UserError
-from ada_jax.nets import residual_nets
+from ada_jax.nets import batch_norm, residual_nets
 from ada_jax.nets.residual_nets import Conv, NormRelu, Tap, uniform, uniform_fan_in
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
@@ -106,7 +106,7 @@ def make(
             return h
 
         def norm_relu(h: jax.Array, bn_name: str, relu: bool = True) -> jax.Array:
-            bn = hk.BatchNorm(
+            bn = batch_norm.BatchNorm(
                 create_scale=True,
                 create_offset=True,
                 decay_rate=bn_decay,

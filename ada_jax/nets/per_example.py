@@ -28,7 +28,7 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 
 from ada_jax import sharding
-from ada_jax.nets import tpu_conv, triton_conv, winograd
+from ada_jax.nets import narrow_conv, tpu_conv, triton_conv, winograd, winograd_rows
 
 _ROWS = 4096  # Rows of one patch matrix: a fast matrix product that still fits in the cache.
 
@@ -155,9 +155,7 @@ def _many_op(stride: int, padding: int, gradients: bool) -> Callable:
 
     @custom_vmap
     def many(*args):
-        return lax.platform_dependent(
-            args, cpu=lambda args: sharding.map_examples(cpu, args), **chosen
-        )
+        return lax.platform_dependent(args, cpu=functools.partial(_one_by_one, cpu), **chosen)
 
     @many.def_vmap
     def _(size, batched, *args):
@@ -166,6 +164,22 @@ def _many_op(stride: int, padding: int, gradients: bool) -> Callable:
         return jax.tree.map(lambda a: _split(a, size), out), jax.tree.map(lambda a: True, out)
 
     return many
+
+
+def _one_by_one(f: Callable[..., Any], args: Any) -> Any:
+    """Applies f to one example at a time.
+
+    Pixels and channels are one axis between the loops: their bodies copy and transform whole rows.
+    """
+
+    def flat(tree):
+        return jax.tree.map(lambda a: a.reshape(*a.shape[:-2], -1), tree)
+
+    def one(parts):
+        return flat(f([p.reshape(a.shape[1:]) for p, a in zip(parts, args, strict=True)]))
+
+    out = sharding.map_examples(one, flat(args))
+    return jax.tree.map(lambda a, s: a.reshape(s.shape), out, jax.eval_shape(jax.vmap(f), args))
 
 
 def _merge(a: jax.Array) -> jax.Array:
@@ -201,6 +215,10 @@ def cpu_forward(x: jax.Array, w: jax.Array, stride: int, padding: int) -> jax.Ar
     """
     if winograd.pays(x, w, stride, padding):
         return winograd.convolve(x, w, padding)
+    if winograd_rows.pays(x, w, stride, padding):
+        return winograd_rows.convolve(x, w, padding)
+    if narrow_conv.pays(x, w, stride, padding):
+        return narrow_conv.convolve(x, w, padding)
     if w.shape[:2] == (1, 1) and padding == 0:
         x = x[:, ::stride, ::stride]
         return (x.reshape(-1, x.shape[-1]) @ w[0, 0]).reshape(*x.shape[:3], -1)
@@ -314,14 +332,26 @@ def cpu_gradients(
             x, dy, padding
         )
     if _images_in_cache(dy) == len(x):
-        return patch_gradients(x, w, dy, stride, padding)
+        return _gradients_in_cache(x, w, dy, stride, padding)
 
     def add(dw, part):
-        dx, more = patch_gradients(part[0], w, part[1], stride, padding)
+        dx, more = _gradients_in_cache(part[0], w, part[1], stride, padding)
         return dw + more, dx
 
     dw, dx = lax.scan(add, _float32_zeros(dy, w), _parts(x, dy))
     return dx.reshape(x.shape), dw.astype(w.dtype)
+
+
+def _gradients_in_cache(
+    x: jax.Array, w: jax.Array, dy: jax.Array, stride: int, padding: int
+) -> tuple[jax.Array, jax.Array]:
+    """The gradients (dx, dw) of `_images_in_cache`, except where `winograd` pays."""
+    if winograd_rows.pays(x, w, stride, padding):
+        return winograd_rows.gradients(x, w, dy, padding)
+    if narrow_conv.pays(x, w, stride, padding) and w.shape[2] < w.shape[3]:
+        dx = mirrored_input_gradient(x, w, dy, stride, padding)
+        return dx, narrow_conv.kernel_gradient(x, w, dy, padding)
+    return patch_gradients(x, w, dy, stride, padding)
 
 
 def mirrored_input_gradient(
@@ -335,6 +365,8 @@ def mirrored_input_gradient(
     mirrored = lax.optimization_barrier(jnp.swapaxes(w[::-1, ::-1], 2, 3))
     if stride == 1 and w.shape[0] == w.shape[1] and padding < w.shape[0]:
         return cpu_forward(dy, mirrored, 1, w.shape[0] - 1 - padding)
+    if narrow_conv.strided_pays(w, stride):
+        return narrow_conv.strided_input_gradient(x, w, dy, stride, padding)
     before = [k - 1 - padding for k in w.shape[:2]]
     after = [
         size + padding - 1 - (out - 1) * stride
@@ -358,7 +390,7 @@ def grouped_kernel_gradient(
         return winograd.kernel_gradient(x, dy, padding)
 
     def add(dw, part):
-        return dw + patch_gradients(part[0], w, part[1], stride, padding)[1], None
+        return dw + _gradients_in_cache(part[0], w, part[1], stride, padding)[1], None
 
     return lax.scan(add, _float32_zeros(dy, w), _parts(x, dy))[0].astype(w.dtype)
 

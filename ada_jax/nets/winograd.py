@@ -20,7 +20,7 @@ _LEAST_PIXELS = 1024  # With fewer, the kernel's transform costs more.
 
 # Transforms for interpolation at 0, 1, -1, 2, -2 and infinity: of six image values, three kernel
 # values and four results.
-_IMAGE = np.array(
+IMAGE = np.array(
     [
         [4, 0, -5, 0, 1, 0],
         [0, -4, -4, 1, 1, 0],
@@ -30,8 +30,8 @@ _IMAGE = np.array(
         [0, 4, 0, -5, 0, 1],
     ]
 )
-_KERNEL = np.array([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]) / 24
-_RESULT = np.array(
+KERNEL = np.array([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]) / 24
+RESULT = np.array(
     [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]]
 )
 
@@ -60,9 +60,8 @@ def convolve(x: jax.Array, w: jax.Array, padding: int) -> jax.Array:
       [G,H',W',O] with H' = H + 2 padding - 2.
     """
     size = [n + 2 * padding - 2 for n in x.shape[1:3]]
-    kernel = _both(_KERNEL, w.reshape(9, *w.shape[2:]))
-    group = _group(x)
-    y = lax.map(lambda x: _result(_tiles(x, size, padding) @ kernel, size), _grouped(x, group))
+    kernel = _both(KERNEL, w.reshape(9, *w.shape[2:]))
+    y = lax.map(lambda x: _result(_tiles(x, size, padding) @ kernel, size), groups(x))
     return y.reshape(-1, *y.shape[2:])[: len(x)]
 
 
@@ -76,21 +75,19 @@ def kernel_gradient(x: jax.Array, dy: jax.Array, padding: int) -> jax.Array:
         return total + jnp.swapaxes(_spread(x), 1, 2) @ tiles, None
 
     zero = jnp.zeros_like(dy, jnp.float32, shape=(36, x.shape[-1], dy.shape[-1]))
-    group = _group(x)
-    total = lax.scan(add, zero, (_grouped(x, group), _grouped(dy, group)))[0]
-    return _both(_KERNEL.T, total).reshape(3, 3, *total.shape[1:])[::-1, ::-1]
+    total = lax.scan(add, zero, (groups(x), groups(dy, x)))[0]
+    return _both(KERNEL.T, total).reshape(3, 3, *total.shape[1:])[::-1, ::-1]
 
 
-def _group(x: jax.Array) -> int:
-    """Number of images that have about `_PIXELS` pixels together."""
-    groups = -(-math.prod(x.shape[:3]) // _PIXELS)
-    return -(-len(x) // groups)
+def groups(a: jax.Array, like: jax.Array | None = None) -> jax.Array:
+    """Reshapes images [G,...] to [n,g,...], padded with zeros, where g have about `_PIXELS` pixels.
 
-
-def _grouped(x: jax.Array, group: int) -> jax.Array:
-    """Reshapes [G,...] to [groups,group,...], padded with zeros."""
-    x = jnp.pad(x, [(0, -len(x) % group), *[(0, 0)] * (x.ndim - 1)])
-    return x.reshape(-1, group, *x.shape[1:])
+    The pixels are those of `like`, if it is given.
+    """
+    count = -(-math.prod((a if like is None else like).shape[:3]) // _PIXELS)
+    group = -(-len(a) // count)
+    a = jnp.pad(a, [(0, -len(a) % group), *[(0, 0)] * (a.ndim - 1)])
+    return a.reshape(-1, group, *a.shape[1:])
 
 
 def _tiles(x: jax.Array, size: Sequence[int], padding: int) -> jax.Array:
@@ -98,15 +95,15 @@ def _tiles(x: jax.Array, size: Sequence[int], padding: int) -> jax.Array:
     h, w = (-(-n // 4) for n in size)
     after = [4 * n + 2 - padding - side for n, side in zip((h, w), x.shape[1:3], strict=True)]
     x = jnp.pad(x, [(0, 0), (padding, after[0]), (padding, after[1]), (0, 0)])
-    rows = _combine(_IMAGE, lambda k: x[:, k : k + 4 * h - 3 : 4])
-    tiles = _combine(_IMAGE, lambda k: rows[:, :, :, k : k + 4 * w - 3 : 4], axis=1)
+    rows = combine(IMAGE, lambda k: x[:, k : k + 4 * h - 3 : 4])
+    tiles = combine(IMAGE, lambda k: rows[:, :, :, k : k + 4 * w - 3 : 4], axis=1)
     return tiles.reshape(36, -1, x.shape[-1])
 
 
 def _result(products: jax.Array, size: Sequence[int]) -> jax.Array:
     """Transforms products [36,T,O] to images [G,h,w,O] of size (h, w)."""
     h, w = (-(-n // 4) for n in size)
-    y = _both(_RESULT, products).reshape(4, 4, -1, h, w, products.shape[-1])
+    y = _both(RESULT, products).reshape(4, 4, -1, h, w, products.shape[-1])
     y = y.transpose(2, 3, 0, 4, 1, 5).reshape(-1, 4 * h, 4 * w, products.shape[-1])
     return y[:, : size[0], : size[1]]
 
@@ -116,19 +113,19 @@ def _spread(x: jax.Array) -> jax.Array:
     h, w = (-(-n // 4) for n in x.shape[1:3])
     x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % 4), (0, -x.shape[2] % 4), (0, 0)])
     x = x.reshape(-1, h, 4, w, 4, x.shape[-1]).transpose(2, 4, 0, 1, 3, 5)
-    return _both(_RESULT.T, x.reshape(16, -1, x.shape[-1]))
+    return _both(RESULT.T, x.reshape(16, -1, x.shape[-1]))
 
 
 def _both(matrix: np.ndarray, x: jax.Array) -> jax.Array:
     """Applies a matrix [q,p] along both axes of tiles, [p^2,...] to [q^2,...], as one product.
 
-    It compiles faster than `_combine` and runs as fast unless there are many tiles.
+    It compiles faster than `combine` and runs as fast unless there are many tiles.
     """
     both = np.kron(matrix, matrix).astype(np.float32)
     return (both @ x.reshape(both.shape[1], -1)).reshape(-1, *x.shape[1:])
 
 
-def _combine(matrix: np.ndarray, part: Callable[[int], jax.Array], axis: int = 0) -> jax.Array:
+def combine(matrix: np.ndarray, part: Callable[[int], jax.Array], axis: int = 0) -> jax.Array:
     """Stacks the sums of parts weighted by the rows of a matrix, leaving out zero weights."""
     parts = [part(k) for k in range(matrix.shape[1])]
     sums = [sum(float(m) * p for m, p in zip(row, parts, strict=True) if m) for row in matrix]
