@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ada_jax.errors import UserError
-from ada_jax.nets import classifiers
+from ada_jax.nets import batch_norm, classifiers
 
 PARAMETERS = {
     "preact_resnet20": 272_282,
@@ -300,6 +300,27 @@ def test_statistics_are_averaged_over_the_named_axis() -> None:
     chex.assert_trees_all_close(
         jax.tree.map(lambda leaf: leaf[0], new_state), expected_state, atol=1e-4
     )
+
+
+@pytest.mark.parametrize(("is_training", "local"), [(True, False), (False, True), (False, False)])
+def test_batch_normalisation_equals_haikus(is_training: bool, local: bool) -> None:
+    x = jnp.asarray(np.random.default_rng(0).normal(2, 3, (4, 5, 6, 3)), jnp.float32)
+
+    def results(module):
+        net = hk.transform_with_state(
+            lambda x: module(True, True, 0.9, name="bn")(x, is_training, local)
+        )
+        params, state = net.init(jax.random.key(0), x)
+        state = jax.tree.map(lambda a: a + 1, state)
+
+        def loss(params, x):
+            y, new = net.apply(params, state, None, x)
+            return (y**3).mean(), (y, new)
+
+        return jax.grad(loss, (0, 1), has_aux=True)(params, x)
+
+    found, expected = results(batch_norm.BatchNorm), results(hk.BatchNorm)
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_unknown_name() -> None:

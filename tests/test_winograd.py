@@ -1,4 +1,4 @@
-"""The convolution by transformed tiles against XLA's own."""
+"""The convolutions by transformed tiles and by transformed rows against XLA's own."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ada_jax.nets import per_example, winograd
+from ada_jax.nets import per_example, winograd, winograd_rows
 
 
 def random(*shape, seed=0):
@@ -33,6 +33,21 @@ def test_it_equals_xla_for_any_size_and_grouping(images, size, padding, pixels):
         patch.setattr(winograd, "_PIXELS", pixels)
         close(winograd.convolve(x, w, padding), y)
         close(winograd.kernel_gradient(x, dy, padding), transpose(dy)[0])
+        close(winograd_rows.convolve(x, w, padding), y)
+
+
+@settings(max_examples=5, deadline=None)
+@given(
+    images=st.integers(1, 3),
+    size=st.tuples(st.integers(3, 13), st.integers(3, 13)),
+    padding=st.integers(0, 2),
+)
+def test_the_gradients_by_rows_equal_xla(images, size, padding):
+    x, w = random(images, *size, 7), random(3, 3, 7, 5, seed=1)
+    y, transpose = jax.vjp(lambda x, w: per_example.plain_forward(x, w, 1, padding), x, w)
+    dy = random(*y.shape, seed=2)
+    for a, b in zip(winograd_rows.gradients(x, w, dy, padding), transpose(dy), strict=True):
+        close(a, b)
 
 
 def test_its_rounding_is_small():
@@ -62,10 +77,22 @@ def test_what_it_is_used_for(x, w, stride, padding, dtype, pays):
     assert winograd.pays(x, w, stride, padding) == pays
 
 
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "pixels", "pays"),
+    [(16, 16, 32, True), (8, 64, 32, True), (32, 32, 32, False), (3, 16, 32, False),
+     (16, 256, 32, False), (16, 16, 8, False)],
+)  # fmt: skip
+def test_what_rows_are_used_for(inputs, outputs, pixels, pays):
+    x, w = jnp.zeros((1, pixels, pixels, inputs)), jnp.zeros((3, 3, inputs, outputs))
+    assert winograd_rows.pays(x, w, 1, 1) == pays
+    assert not winograd_rows.pays(x, w, 2, 1)
+
+
 @pytest.mark.parametrize("own", [False, True])
-def test_the_cpu_program_of_a_training_step_has_no_convolution(own):
+@pytest.mark.parametrize(("inputs", "outputs"), [(32, 32), (16, 16), (3, 16), (16, 3)])
+def test_the_cpu_program_of_a_training_step_has_no_convolution(own, inputs, outputs):
     """Forward and both gradients, with a shared kernel and with one for every example."""
-    x, w = random(2, 1, 32, 32, 32), random(2, 3, 3, 32, 32, seed=1)
+    x, w = random(2, 1, 32, 32, inputs), random(2, 3, 3, inputs, outputs, seed=1)
     w = w if own else w[0]
 
     def gradients(conv):
