@@ -1,7 +1,9 @@
 """Convolutions with three or so input or output channels, and strided ones' input gradients.
 
-XLA's CPU back end vectorises over channels and fails with few. Matrix products of longer rows are
-several times as fast.
+XLA's convolutions are slow there on a CPU. Matrix products of longer rows are two to four times as
+fast: 32 images of 32x32, 3 to 16 channels, take 0.6 ms on one core and took 2.1; 16 to 3 channels,
+0.9 and 3.1. In a program for two devices, XLA's input gradient of a convolution from 16 to 32
+channels at stride 2 took 7.9 ms, because the devices waited for each other's threads.
 """
 
 import jax
