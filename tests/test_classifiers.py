@@ -308,13 +308,13 @@ def test_batch_normalisation_equals_haikus(is_training: bool, local: bool) -> No
 
     def results(module):
         net = hk.transform_with_state(
-            lambda x: module(True, True, 0.9, name="bn")(x, is_training, local)
+            lambda x, *flags: module(True, True, 0.9, name="bn")(x, *flags)
         )
-        params, state = net.init(jax.random.key(0), x)
+        params, state = net.init(jax.random.key(0), x, True, False)
         state = jax.tree.map(lambda a: a + 1, state)
 
         def loss(params, x):
-            y, new = net.apply(params, state, None, x)
+            y, new = net.apply(params, state, None, x, is_training, local)
             return (y**3).mean(), (y, new)
 
         return jax.grad(loss, (0, 1), has_aux=True)(params, x)
