@@ -5,6 +5,7 @@ Source: Zhang et al., "The unreasonable effectiveness of deep features as a perc
 section 3, apply it to any classifier.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -37,7 +38,7 @@ def unit_features(features: Features) -> Features:
     def unit(layer: jax.Array) -> jax.Array:
         layer = layer.astype(jnp.float32)
         norms = _norm(jnp.sum(layer**2, -1, keepdims=True))
-        return layer / (norms + _EPSILON) / jnp.sqrt(layer.shape[1] * layer.shape[2])
+        return layer / (norms + _EPSILON) / math.sqrt(layer.shape[1] * layer.shape[2])
 
     return jax.tree.map(unit, features)
 

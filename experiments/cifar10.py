@@ -255,7 +255,7 @@ def alexnet(config: ml_collections.ConfigDict, name: str) -> None:
     config.classifier = name
     config.mean = (0.485, 0.456, 0.406)
     config.std = (0.229, 0.224, 0.225)
-    config.learning_rate = 0.02
+    config.learning_rate = 0.05
 
 
 def small(config: ml_collections.ConfigDict) -> None:

@@ -128,6 +128,18 @@ def pretraining(x: Any, y: Any, number: Callable) -> Any:
     return state.theta, metrics
 
 
+def perceptual(x: Any, y: Any, number: Callable) -> Any:
+    def model(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        h = jnp.tanh(x.reshape(len(x), -1) @ WEIGHTS).astype(jnp.float32)
+        return h, h[:, None, None]
+
+    settings = {"steps": 3, "step_size": number(0.5), "noise": number(0.01)}
+    found = [attacks.fast_lpa(jax.random.key(0), model, x, y, number(0.5), **settings)]
+    for f in (attacks.lpa, attacks.ppgd):
+        found.append(f(jax.random.key(0), model, x, y, number(0.5), steps=2))
+    return found
+
+
 CASES: dict[str, Callable] = {
     "ada": augment,
     "ada-l2": functools.partial(augment, step_rule="l2", microbatch=2),
@@ -144,6 +156,7 @@ CASES: dict[str, Callable] = {
     "fab": functools.partial(attack, f=attacks.fab, norm="l2", steps=4, restarts=2),
     "square": functools.partial(attack, f=attacks.square, norm="linf", queries=20),
     "square-l2": functools.partial(attack, f=attacks.square, norm="l2", queries=20),
+    "perceptual": perceptual,
     "autoattack": autoattack,
     "errors": errors,
     "small": small_things,

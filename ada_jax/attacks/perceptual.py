@@ -82,10 +82,11 @@ def fast_lpa(
       UserError: an argument is out of range, or the model returns no features.
     """
     check_settings(steps=steps, step_size=step_size, penalty=penalty, noise=noise)
+    step_size, penalty, noise = map(jnp.float32, (step_size, penalty, noise))
 
     def search(problem, start):
         def step(i, images):
-            decay = 0.1 ** (i / steps)
+            decay = _decay(i, steps)
             weight, length = penalty * 0.1 / decay, step_size * decay
             return _ascend(problem, images, weight, length, floor=1e-4)[0]
 
@@ -134,7 +135,7 @@ def lpa(
 
     def search(problem, start):
         def step(i, _, state):
-            length = problem.bound * 0.1 ** ((i % steps) / steps)
+            length = problem.bound * _decay(i % steps, steps)
             options = {"floor": 1e-8, "kappa": _KAPPA}
             moved, distances, wrong = _ascend(problem, state.x, state.penalty, length, **options)
             found = wrong & (distances <= problem.bound)
@@ -182,7 +183,7 @@ def ppgd(
 
     def search(problem, start):
         def step(_, images):
-            return _project(problem, _first_order_step(problem, images, 2 * bound / steps))
+            return _project(problem, _first_order_step(problem, images, 2 * problem.bound / steps))
 
         return lax.fori_loop(0, steps, step, start)
 
@@ -230,7 +231,7 @@ def _run(
         return lax.stop_gradient((images, info))
 
     run = sharding.on_mesh(on_devices, model, x)
-    return run(x, key, y.astype(jnp.int32), checks.float32(bound))
+    return run(x, key, y.astype(jnp.int32), jnp.asarray(bound, jnp.float32))
 
 
 def _distances(problem: _Problem, images: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -368,6 +369,11 @@ def _project(problem: _Problem, images: jax.Array) -> jax.Array:
     share = _Bisection(outside, none, none + 1)
     share = loops.iterate(bisect, {}, share, _BISECTIONS, len(images)).inside
     return jnp.where(geometry.along(outside, moved), between(share), moved)
+
+
+def _decay(i: jax.Array, steps: int) -> jax.Array:
+    """0.1^(i / steps), in float32 also under x64."""
+    return jnp.float32(0.1) ** (jnp.float32(i) / jnp.float32(steps))
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
