@@ -273,5 +273,7 @@ def _adam(
     """Adam's ascent step (Kingma and Ba, 2015), with an epsilon of 1e-9."""
     mean = 0.9 * memory[0] + 0.1 * gradient
     square = 0.999 * memory[1] + 0.001 * gradient**2
-    unbiased, unbiased_square = mean / (1 - 0.9 ** (i + 1)), square / (1 - 0.999 ** (i + 1))
+    # A Python number to the power of an integer would be float64 under x64.
+    bias, bias_of_square = (jnp.float32(decay) ** (i + 1) for decay in (0.9, 0.999))
+    unbiased, unbiased_square = mean / (1 - bias), square / (1 - bias_of_square)
     return step_size * unbiased / (jnp.sqrt(unbiased_square) + 1e-9), (mean, square)

@@ -10,6 +10,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from ada_jax.nets import winograd
@@ -20,6 +21,7 @@ from ada_jax.nets import winograd
 _CHANNELS = range(8, 32)
 _MOST_CHANNELS = 64  # On the wider side.
 _LEAST_PIXELS = 256  # With fewer, the kernel's transform costs more.
+_KERNEL = winograd.KERNEL.astype(np.float32)  # A product with float64 would be float64 under x64.
 
 
 def pays(x: jax.Array, w: jax.Array, stride: int, padding: int) -> bool:
@@ -59,7 +61,7 @@ def gradients(
     tiles = _tiles(dy, *x.shape[1:3], 2 - padding)
     dx = _result(tiles @ _kernel(jnp.swapaxes(w[::-1, ::-1], 2, 3)), x.shape[2])
     dw = jnp.swapaxes(_spread(x), 1, 2) @ tiles
-    dw = (winograd.KERNEL.T @ dw.reshape(6, -1)).reshape(3, w.shape[2], 3, -1)
+    dw = (_KERNEL.T @ dw.reshape(6, -1)).reshape(3, w.shape[2], 3, -1)
     dx = dx.reshape(len(x), -1, *x.shape[2:])[:, : x.shape[1]]
     return dx, dw.swapaxes(1, 2)[::-1, ::-1]
 
@@ -91,4 +93,4 @@ def _spread(x: jax.Array) -> jax.Array:
 
 def _kernel(w: jax.Array) -> jax.Array:
     """Transforms kernels [3,3,C,O] to [6,3C,O]."""
-    return (winograd.KERNEL @ w.reshape(3, -1)).reshape(6, -1, w.shape[-1])
+    return (_KERNEL @ w.reshape(3, -1)).reshape(6, -1, w.shape[-1])
