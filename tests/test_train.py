@@ -825,9 +825,8 @@ def test_each_second_example_is_attacked_and_the_others_stay_as_they_are():
         return jax.jit(attack)(jax.random.key(0), state, thetas, example_keys, x, y)
 
     (all_images, all_metrics), (images, metrics) = attacked(1), attacked(2)
-    # A sign step makes more of rounding, which another batch size changes: a quarter of a grey
-    # level.
-    np.testing.assert_allclose(images[::2], all_images[::2], atol=1e-3)
+    # A sign step makes more of rounding, which another batch size changes: a 13th of a grey level.
+    np.testing.assert_allclose(images[::2], all_images[::2], atol=3e-4)
     np.testing.assert_array_equal(images[1::2], x[1::2])
     assert np.abs(images[::2] - x[::2]).max(axis=(1, 2, 3)).min() > 1e-3
     chex.assert_trees_all_close(metrics, jax.tree.map(lambda a: a[::2], all_metrics), atol=1e-4)

@@ -10,6 +10,8 @@ def conv(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
 
 
 class Block(nn.Module):
+    """Two convolutions and a shortcut."""
+
     def __init__(self, inputs: int, width: int, stride: int):
         super().__init__()
         self.stride, self.more = stride, (width - inputs) // 2
@@ -23,6 +25,8 @@ class Block(nn.Module):
 
 
 class Network(nn.Module):
+    """Maps normalised images [B,3,H,W] to logits."""
+
     def __init__(self, num_classes: int, depth: int):
         super().__init__()
         more = range((depth - 2) // 6 - 1)

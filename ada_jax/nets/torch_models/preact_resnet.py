@@ -35,6 +35,8 @@ class Block(nn.Module):
 
 
 class Network(nn.Module):
+    """Maps normalised images [B,3,H,W] to logits."""
+
     def __init__(self, num_classes: int, widths, depths, bottleneck=False, v2=False, last_bn=True):
         super().__init__()
         self.conv1, channels = conv(3, widths[0], 3), widths[0]

@@ -10,6 +10,8 @@ def conv(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
 
 
 class Stage(nn.Module):
+    """A convolution of stride 2, then two with a shortcut around them."""
+
     def __init__(self, inputs: int, width: int):
         super().__init__()
         self.down, self.down_bn = conv(inputs, width, 2), nn.BatchNorm2d(width)
@@ -23,6 +25,8 @@ class Stage(nn.Module):
 
 
 class Network(nn.Module):
+    """Maps normalised images [B,3,H,W] to logits."""
+
     def __init__(self, num_classes: int):
         super().__init__()
         self.conv1, self.bn1 = conv(3, 16), nn.BatchNorm2d(16)

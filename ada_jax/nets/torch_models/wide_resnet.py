@@ -10,6 +10,8 @@ def conv(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Conv2d:
 
 
 class Block(nn.Module):
+    """Two convolutions and a shortcut."""
+
     def __init__(self, inputs: int, width: int, stride: int):
         super().__init__()
         self.bn1, self.conv1 = nn.BatchNorm2d(inputs), conv(inputs, width, 3, stride)
@@ -23,6 +25,8 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
+    """Blocks of one width, the first with a stride."""
+
     def __init__(self, inputs: int, width: int, stride: int, blocks: int):
         super().__init__()
         more = (Block(width, width, 1) for _ in range(blocks - 1))
@@ -33,6 +37,8 @@ class Stage(nn.Module):
 
 
 class Network(nn.Module):
+    """Maps normalised images [B,3,H,W] to logits."""
+
     def __init__(self, num_classes: int, depth: int, factor: int):
         super().__init__()
         width, blocks = 16 * factor, (depth - 4) // 6
