@@ -64,8 +64,13 @@ def comparable(config: dict[str, Any]) -> dict[str, Any]:
     off = set() if fields.get("crop_scale") else {"crop_scale", "crop_ratio"}
     later = {"ada.every": (1,), "ada.group": (1,), "ada.leaves": ("",)}
     later["ada.choice"] = (("delta",), ["delta"])
+    later |= {"augmix.clean_view": (False,), "augmix.label_views": (False,)}
+    later |= {"augmix.split_batch_norm": (False,), "ada.random_nu": (False,)}
+    later |= {"label_smoothing": (0.0,), "ema_decay": (0.0,)}
     off |= {name for name, defaults in later.items() if fields.get(name) in defaults}
     others = {"pat", "rlat"} - {fields.get("method")}
+    switches = {"trivial_augment": "use", "noise": "share", "mixup": "alpha"}
+    others |= {group for group, switch in switches.items() if not fields.get(f"{group}.{switch}")}
     off |= {name for name in fields if name.partition(".")[0] in others}
     return {name: value for name, value in fields.items() if name not in off}
 

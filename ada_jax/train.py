@@ -41,6 +41,8 @@ def run(parts: setup.Parts, workdir: str) -> int | None:
     state = training.initial_state(parts.classifier, parts.optimizer, key, images)
     if config.init_weights:
         state = setup.with_weights(state, parts, config.init_weights)
+    if config.ema_decay:
+        state = state._replace(ema=(state.params, state.net_state))
     thetas = tuple(net.theta for net in parts.nets)
     expect = setup.identity(parts, thetas, state)
     about = setup.describe(parts, expect)
@@ -130,11 +132,17 @@ def compile_update_step(parts: setup.Parts) -> Callable[..., Any]:
 
 
 def clean_error(parts: setup.Parts, state: training.TrainState) -> dict[str, float]:
-    """The replicated state's 'examples', 'wrong', 'error' in percent and 'loss'."""
-    variables = state.params, state.net_state
+    """The replicated state's 'examples', 'wrong', 'error' in percent and 'loss'.
+
+    With config.ema_decay also 'ema_error', that of the averaged weights.
+    """
     size = parts.config.eval_batch_size
     datasets = {("clean", 0): parts.eval_set}
-    ((_, counts),) = scoring.count_errors(parts.eval_step, variables, datasets, size)
+    count = functools.partial(scoring.count_errors, datasets=datasets, batch_size=size)
+    ((_, counts),) = count(parts.eval_step, (state.params, state.net_state))
+    if state.ema:
+        ((_, averaged),) = count(parts.eval_step, state.ema)
+        counts |= {"ema_error": averaged["error"]}
     return counts
 
 
@@ -153,10 +161,29 @@ def finish(
     seconds: float,
     about: dict[str, Any],
 ) -> None:
-    """Writes the run's weights, results and pictures, and prints its table."""
-    config, path = parts.config, os.path.join(workdir, "results.json")
+    """Writes the run's weights, results and pictures, and prints its table.
+
+    Averaged weights (config.ema_decay) are evaluated first, into files and results of their own.
+    """
+    if state.ema:
+        params, net_state = state.ema
+        averaged = state._replace(params=params, net_state=net_state)
+        write_outcome(parts, workdir, averaged, seconds, about, suffix="_ema")
+    write_outcome(parts, workdir, state, seconds, about)
+
+
+def write_outcome(
+    parts: setup.Parts,
+    workdir: str,
+    state: training.TrainState,
+    seconds: float,
+    about: dict[str, Any],
+    suffix: str = "",
+) -> None:
+    """Writes the weights `state.params` and what they reach; see `finish`."""
+    config, path = parts.config, os.path.join(workdir, f"results{suffix}.json")
     weights = {"params": state.params, "state": state.net_state}
-    weights_file = os.path.join(workdir, "classifier.safetensors")
+    weights_file = os.path.join(workdir, f"classifier{suffix}.safetensors")
     if jax.process_index() == 0:
         metadata = {
             "classifier": config.classifier,
@@ -169,7 +196,7 @@ def finish(
         weight_files.save_weights(weights_file, weights, metadata)
     results = evaluate.new_results(
         config,
-        name=config.name,
+        name=config.name + suffix,
         step=int(state.step),
         weights_digest=weight_files.digest(weights),
         clean=parts.eval_set,
@@ -184,20 +211,25 @@ def finish(
     rows = results_files.summary(results)
     shown = zip(parts.nets, config_checks.net_labels(config.ada), strict=False)
     for net, name in shown if config.method == "ada" and config.figure_examples else ():
-        picture = os.path.join(workdir, f"adversarial_{name}.png")
+        picture = os.path.join(workdir, f"adversarial_{name}{suffix}.png")
         # In every process: one that left early would not meet the others at the end.
         attacked = show_attack(parts, net, state, picture)
         results["ada"] = results.get("ada", {}) | {name: attacked}
-        error = f"{attacked['error']:.2f}% of {attacked['examples']} images"
-        rows.append((f"error under AdA, {name}", error))
-        if "ssim" in attacked:
-            rows.append(("mean SSIM of its images", f"{attacked['ssim']:.3f}"))
-        rows.append(("picture", picture))
+        rows += attack_rows(name, attacked, picture)
     if jax.process_index() == 0:
         scoring.write_results(path, results)
         rows += [("weights", weights_file), ("results", path)]
         rows += [("time of training", results_files.clock(results["seconds"]))]
         print("\n" + logbook.table(rows), flush=True)
+
+
+def attack_rows(name: str, attacked: dict[str, float], picture: str) -> list[tuple[str, str]]:
+    """Lines of the final table about a network's attack, see `show_attack`."""
+    error = f"{attacked['error']:.2f}% of {attacked['examples']} images"
+    rows = [(f"error under AdA, {name}", error)]
+    if "ssim" in attacked:
+        rows.append(("mean SSIM of its images", f"{attacked['ssim']:.3f}"))
+    return [*rows, ("picture", picture)]
 
 
 def _with_earlier(

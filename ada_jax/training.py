@@ -12,7 +12,7 @@ import optax
 
 from ada_jax import ada, attacks, keys, losses, perceptual
 from ada_jax.attacks import rlat
-from ada_jax.augment import augmix, cropping
+from ada_jax.augment import augmix, cropping, norm_noise, trivial_augment
 from ada_jax.data import batching
 from ada_jax.nets import classifiers, corruption_nets
 from ada_jax.sharding import AXIS
@@ -28,12 +28,14 @@ class TrainState(NamedTuple):
       params: the classifier's parameters.
       net_state: its batch-norm averages.
       opt_state: the optimiser's state.
+      ema: exponential moving averages of `params` and `net_state`; () without config.ema_decay.
     """
 
     step: jax.Array
     params: hk.Params
     net_state: hk.State
     opt_state: optax.OptState
+    ema: tuple[hk.Params, hk.State] | tuple[()] = ()
 
 
 # ------------------------------------------------------------------------ the step
@@ -64,17 +66,27 @@ def make_update_step(
         precision = {"dtype": config.compute_dtype, "remat": config.ada.remat}
         net_applies = [corruption_nets.cast(apply, **precision) for apply in net_applies]
     attack = make_attack(config, classifier, net_applies)
+    cross_entropy = functools.partial(losses.cross_entropy, smoothing=config.label_smoothing)
+
+    def logits_of_views(params, net_state, views, size, deltas):
+        parts = jnp.split(views, len(views) // size) if config.augmix.split_batch_norm else [views]
+        logits = []
+        for part in parts:
+            part_logits, net_state = classifier.apply(
+                params, net_state, None, part, is_training=True, perturbations=deltas
+            )
+            logits.append(part_logits)
+        return jnp.concatenate(logits), net_state
 
     def loss_fn(params, net_state, views, y, deltas):
-        logits, net_state = classifier.apply(
-            params, net_state, None, views, is_training=True, perturbations=deltas
-        )
+        logits, net_state = logits_of_views(params, net_state, views, len(y), deltas)
         decay = config.weight_decay * losses.weight_decay(params, include_bn=config.weight_decay_bn)
-        logits, *mixed = jnp.split(logits, len(views) // len(y))
-        loss = losses.cross_entropy(logits, y).mean()
-        consistency = losses.jsd(logits, *mixed).mean() if mixed else 0.0
+        parts = jnp.split(logits, len(views) // len(y))
+        labelled = parts if config.augmix.label_views else parts[:1]
+        loss = jnp.mean(jnp.stack([cross_entropy(part, y) for part in labelled]))
+        consistency = losses.jsd(*parts).mean() if len(parts) > 1 else 0.0
         total = loss + decay + config.augmix.jsd_weight * consistency
-        return total, (net_state, loss, logits)
+        return total, (net_state, loss, parts[0])
 
     def update_step(state, thetas, batch, key):
         x, y = batching.to_float(batch["image"]), batch["label"]
@@ -83,13 +95,15 @@ def make_update_step(
         example_keys = keys.of_positions(key, jax.lax.axis_index(AXIS) * len(y), len(y))
         crop_keys, ada_keys = jnp.moveaxis(jax.vmap(jax.random.split)(example_keys), 1, 0)
 
-        x = cropping.random_crop_flip(crop_keys, x, pad=config.pad, flip=config.flip)
+        clean = x = cropping.random_crop_flip(crop_keys, x, pad=config.pad, flip=config.flip)
+        if config.trivial_augment.use:
+            ops = trivial_ops(config.trivial_augment)
+            x = trivial_augment.trivial_augment(folded(example_keys, 4), x, ops=ops)
         metrics = {}
         if attack:
             x, attacked = attack(key, state, thetas, ada_keys, x, y)
             metrics = attack_metrics(config.method, attacked)
-        if config.augmix.use:
-            x = mixed_views(example_keys, x, config.augmix)
+        x = make_views(example_keys, clean, x, config)
         deltas = {}
         if config.method == "rlat":
             x, deltas, start = perturb_layers(classifier, state, x, y, config.rlat.epsilon)
@@ -107,7 +121,10 @@ def make_update_step(
             "error": 100 * jnp.mean(jnp.argmax(logits, -1) != y),
             "gradient_norm": optax.tree.norm(gradient),
         }
-        return TrainState(state.step + 1, params, net_state, opt_state), reduce_metrics(metrics)
+        state = state._replace(params=params, net_state=net_state, opt_state=opt_state)
+        if config.ema_decay:
+            state = state._replace(ema=moved_average(state, config.ema_decay))
+        return state._replace(step=state.step + 1), reduce_metrics(metrics)
 
     return update_step
 
@@ -147,6 +164,7 @@ def make_attack(
             microbatch=config.ada.microbatch or None,
             group=config.ada.group,
             leaves=config.ada.leaves,
+            random_nu=config.ada.random_nu,
             **attack_settings(config.ada),
         )
         branches = [functools.partial(augment, **pair) for pair in pairs]
@@ -215,21 +233,42 @@ def perturb_layers(
     return rlat.perturb(loss_fn, views, layers, epsilon)
 
 
-def mixed_views(
-    example_keys: jax.Array, x: jax.Array, settings: ml_collections.ConfigDict
+def folded(example_keys: jax.Array, number: int) -> jax.Array:
+    """New keys of the examples [B], for one use of them.
+
+    `split` made the keys of the crop and of AdA, which are those of 0 and 1.
+    """
+    return jax.vmap(lambda key: jax.random.fold_in(key, number))(example_keys)
+
+
+def make_views(
+    example_keys: jax.Array, clean: jax.Array, x: jax.Array, config: ml_collections.ConfigDict
 ) -> jax.Array:
-    """Applies AugMix to images [b,H,W,3], with the settings of config.augmix.
+    """Applies AugMix and noise to images, and makes the views of the consistency loss.
+
+    Args:
+      example_keys: keys [b].
+      clean: the images before TrivialAugment and the attack [b,H,W,3].
+      x: the images after them [b,H,W,3].
+      config: the run's config.
 
     Returns:
       Images [b,H,W,3]; for the consistency loss [3b,H,W,3], the images and two views of them.
     """
 
     def view(i):
-        # `split` made the keys of the crop and of AdA, which are those of 0 and 1.
-        view_keys = jax.vmap(lambda key: jax.random.fold_in(key, i))(example_keys)
-        return augmix.augment_and_mix(view_keys, x, **augmix_settings(settings))
+        images = x
+        if config.augmix.use:
+            settings = augmix_settings(config.augmix)
+            images = augmix.augment_and_mix(folded(example_keys, i), images, **settings)
+        if config.noise.share:
+            noise = noise_settings(config.noise)
+            images = norm_noise.add_noise(folded(example_keys, i + 3), images, **noise)
+        return images
 
-    return jnp.concatenate([x, view(2), view(3)]) if settings.jsd_weight else view(2)
+    if not (config.augmix.use and config.augmix.jsd_weight):
+        return view(2)
+    return jnp.concatenate([clean if config.augmix.clean_view else x, view(2), view(3)])
 
 
 def augmix_settings(settings: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -237,6 +276,32 @@ def augmix_settings(settings: ml_collections.ConfigDict) -> dict[str, Any]:
     ops = augmix.OPS + (augmix.EXTRA_OPS if settings.extra_ops else ())
     names = ("severity", "width", "depth", "alpha")
     return {name: settings[name] for name in names} | {"ops": ops}
+
+
+def moved_average(state: TrainState, decay: float) -> tuple[hk.Params, hk.State]:
+    """The averages after a step: decay * average + (1 - decay) * new, less at the start.
+
+    The decay is at most (1 + step) / (10 + step), so that the first weights are forgotten.
+    """
+    step = state.step.astype(jnp.float32)
+    decay = jnp.minimum(decay, (1 + step) / (10 + step))
+
+    def moved(average, new):
+        floating = jnp.issubdtype(new.dtype, jnp.floating)
+        return decay * average + (1 - decay) * new if floating else new
+
+    return jax.tree.map(moved, state.ema, (state.params, state.net_state))
+
+
+def trivial_ops(settings: ml_collections.ConfigDict) -> tuple[str, ...]:
+    """The operations of config.trivial_augment."""
+    extra = () if settings.extra_ops else augmix.EXTRA_OPS
+    return tuple(op for op in trivial_augment.OPS if op not in extra)
+
+
+def noise_settings(settings: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The arguments of `norm_noise.add_noise` from config.noise."""
+    return {name: settings[name] for name in ("norms", "radii", "share")}
 
 
 def average(tree: Any) -> Any:

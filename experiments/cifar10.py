@@ -106,6 +106,9 @@ def get_config(words: str = "") -> ml_collections.ConfigDict:
     config.momentum = 0.9
     config.weight_decay = 1e-4
     config.weight_decay_bn = False  # also decay batch-norm scales and offsets
+    config.label_smoothing = 0.0  # share of the labels that is spread evenly over all classes
+    # Decay per step of averaged weights, which are evaluated beside the last ones; 0 has none.
+    config.ema_decay = 0.0
 
     # Inner maximisation.
     config.method = next((ATTACKS[word] for word in chosen if word in ATTACKS), "nominal")
@@ -118,6 +121,7 @@ def get_config(words: str = "") -> ml_collections.ConfigDict:
     config.ada.step_rule = "sign"  # 'sign' (paper) or 'l2' (per leaf)
     config.ada.step_scale = 0.25  # of the median radius ('sign') or of the leaf's own ('l2')
     config.ada.batch_norm = "batch"  # statistics in the attack: 'batch' or 'running'
+    config.ada.random_nu = False  # draw each example's radius uniformly up to nu
     # Attack every n-th example; the others are not augmented by AdA. With batch_norm 'batch' the
     # statistics in the attack are those of the attacked examples.
     config.ada.every = 1
@@ -177,6 +181,23 @@ def get_config(words: str = "") -> ml_collections.ConfigDict:
     config.augmix.alpha = 1.0
     config.augmix.jsd_weight = 0.0  # of the consistency loss over three views; AugMix uses 12
     config.augmix.extra_ops = False  # also colour, contrast, brightness and sharpness
+    # The consistency loss's first view is the image after AdA or, if true, before it. The
+    # cross-entropy is that of the first view or, if label_views is true, the mean over all three.
+    config.augmix.clean_view = False
+    config.augmix.label_views = False
+    config.augmix.split_batch_norm = False  # each view has batch norm's statistics of its own
+
+    # TrivialAugment, before AdA: one strong operation for each image.
+    config.trivial_augment = ml_collections.ConfigDict()
+    config.trivial_augment.use = False
+    config.trivial_augment.extra_ops = True  # also colour, contrast, brightness and sharpness
+
+    # Noise, last: drawn per image from the balls of several norms.
+    config.noise = ml_collections.ConfigDict()
+    config.noise.share = 0.0  # share of the images with noise; 0 is off
+    config.noise.norms = ("l0", "l2", "linf")  # one is drawn for each image; also 'l1'
+    # Largest radii, means over an image's values: see ada_jax/augment/norm_noise.py.
+    config.noise.radii = {"l0": 0.12, "l1": 0.065, "l2": 0.09, "linf": 0.15}
 
     # DeepAugment: each image is either clean or rendered by one of the set's networks.
     config.deepaugment = ml_collections.ConfigDict()

@@ -16,7 +16,7 @@ from ada_jax import ada, checks, perturbation, training
 from ada_jax import results as results_files
 from ada_jax.attacks import loops
 from ada_jax.attacks import perceptual as perceptual_attacks
-from ada_jax.augment import augmix
+from ada_jax.augment import augmix, norm_noise
 from ada_jax.corruptions import parameter_tables
 from ada_jax.data import sources
 from ada_jax.errors import UserError
@@ -49,7 +49,8 @@ RULES = (
         f"must name one or both of {', '.join(ada.CHOICES)}, as ('delta',)",
         ("ada.choice",),
     ),
-    (lambda value: 0 <= value < 1, "must be in [0, 1)", ("momentum", "bn_decay")),
+    (lambda value: 0 <= value < 1, "must be in [0, 1)", ("momentum", "bn_decay", "ema_decay")),
+    (lambda value: 0 <= value < 1, "must be in [0, 1)", ("label_smoothing",)),
     (lambda value: 0 <= value < 2**32, "must be in 0..2**32-1", ("seed",)),
     (lambda value: value <= 4096, "must be at most 4096 pixels", ("image_size",)),
     (lambda value: value <= 1024, "must be at most 1024", ("cpu_devices",)),
@@ -84,6 +85,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
     require(fields, "pat.weights", bounded, weights)
     with named_in("config.augmix."):
         augmix.check(**training.augmix_settings(config.augmix))
+    with named_in("config.noise."):
+        norm_noise.check(**training.noise_settings(config.noise))
     _check_crops(config)
     pixels = f"must be pixels, from 0 to image_size={config.image_size}"
     require(fields, "pad", 0 <= config.pad <= config.image_size, pixels)

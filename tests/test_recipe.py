@@ -1,0 +1,117 @@
+"""Ingredients of the training step: views, averaged weights, label smoothing, random radius."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ada_jax import ada, train, training
+from ada_jax.nets import corruption_nets, weight_files
+from ada_jax.run import setup
+from tests.test_train import first_steps, tiny
+
+VIEWS = {"augmix.use": True, "augmix.jsd_weight": 12.0}
+
+
+def images_and_keys(count: int = 4) -> tuple[jax.Array, jax.Array]:
+    x = jax.random.uniform(jax.random.key(0), (count, 32, 32, 3))
+    return x, jax.random.split(jax.random.key(1), count)
+
+
+def test_averaged_weights_equal_those_of_numpy():
+    random = np.random.default_rng(0)
+    values = random.normal(size=(30, 5)).astype(np.float32)
+    tree = lambda i: ({"w": jnp.asarray(values[i])}, {"counter": jnp.int32(i)})  # noqa: E731
+    state = training.TrainState(jnp.int32(0), *tree(0), (), ema=tree(0))
+    expected = values[0].astype(np.float64)
+    for step, i in enumerate(range(1, 30)):
+        params, net_state = tree(i)
+        state = state._replace(step=jnp.int32(step), params=params, net_state=net_state)
+        state = state._replace(ema=training.moved_average(state, 0.6))
+        decay = min(0.6, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * values[i]
+    np.testing.assert_allclose(state.ema[0]["w"], expected, rtol=1e-5, atol=1e-6)
+    assert state.ema[1]["counter"] == 29
+
+
+@pytest.mark.parametrize("clean_view", [False, True])
+def test_the_first_view_is_the_image_before_or_after_ada(clean_view):
+    config = tiny(**VIEWS, **{"augmix.clean_view": clean_view, "noise.share": 1.0})
+    clean, example_keys = images_and_keys()
+    attacked = 0.5 * clean
+    views = training.make_views(example_keys, clean, attacked, config)
+    assert views.shape == (12, 32, 32, 3)
+    np.testing.assert_array_equal(views[:4], clean if clean_view else attacked)
+    # The two others have AugMix and noise, and draws of their own.
+    distance = lambda a, b: np.abs(a - b).max((1, 2, 3)).min()  # noqa: E731
+    assert distance(views[4:8], views[8:]) > 1e-3 < distance(views[4:8], attacked)
+
+
+def test_without_ingredients_images_stay_as_they_are():
+    clean, example_keys = images_and_keys()
+    views = training.make_views(example_keys, clean, 0.5 * clean, tiny(method="nominal"))
+    np.testing.assert_array_equal(views, 0.5 * clean)
+
+
+def test_a_random_radius_shrinks_the_perturbation():
+    net = corruption_nets.make("edsr_small")
+    x, key = images_and_keys(8)[0], jax.random.key(2)
+    y, logits_fn = jnp.zeros(8, jnp.int32), lambda images: images.mean((1, 2))
+    moved = {}
+    for random_nu in (False, True):
+        settings = {"net": net, "nu": 0.05, "steps": 1, "ssim_threshold": -1.0}
+        images, _ = ada.adversarial_augment(
+            key, x, y, logits_fn=logits_fn, random_nu=random_nu, **settings
+        )
+        neutral = ada.render(net, jax.tree.map(lambda a: jnp.zeros((8, *a.shape)), net.theta), x, key)
+        moved[random_nu] = np.abs(images - neutral).mean((1, 2, 3))
+    share = moved[True] / moved[False]
+    assert share.max() < 1.05 and share.min() < 0.5 and np.ptp(share) > 0.3
+
+
+@pytest.mark.slow
+def test_labels_of_all_views_and_smoothed_labels_change_the_loss():
+    losses = set()
+    for changes in ({}, {"augmix.label_views": True}, {"label_smoothing": 0.1}):
+        _, metrics = first_steps(tiny(method="nominal", **VIEWS, **changes), steps=1)
+        losses.add(round(metrics["loss"], 4))
+    assert len(losses) == 3
+
+
+@pytest.mark.slow
+def test_averaged_weights_are_evaluated_and_saved_beside_the_last_ones(tmp_path):
+    config = tiny(method="nominal", ema_decay=0.9, epochs=1.0)
+    assert train.main(config, str(tmp_path)) is None
+    last, averaged = (
+        json.loads((tmp_path / f"results{suffix}.json").read_text()) for suffix in ("", "_ema")
+    )
+    assert averaged["name"] == f"{last['name']}_ema"
+    assert averaged["weights_digest"] != last["weights_digest"]
+    saved = [
+        weight_files.load_weights(tmp_path / f"classifier{suffix}.safetensors")
+        for suffix in ("", "_ema")
+    ]
+    assert saved[0].keys() == saved[1].keys()
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert any("ema_error" in str(record) for record in records)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("ema_decay", 0.9),
+        ("label_smoothing", 0.1),
+        ("noise.share", 0.5),
+        ("trivial_augment.use", True),
+        ("ada.random_nu", True),
+    ],
+)
+def test_an_ingredient_is_part_of_a_run_where_it_is_on(field, value):
+    group = field.partition(".")[0]
+    for changes, part in (({}, False), ({field: value}, True)):
+        parts = setup.build(tiny(**changes))
+        known = setup.identity(parts, (), training.TrainState(0, {}, {}, ()))
+        assert any(name.startswith(f"config.{field}") for name in known) == part
+        assert part or group == "ada" or not any(f"config.{group}" in name for name in known)
