@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 import ada_jax
 from ada_jax import attacks
-from ada_jax.augment import augmix, norm_noise
+from ada_jax.augment import augmix, norm_noise, trivial_augment
 from ada_jax.nets import per_example
 
 DEVICES, BATCH, SIZE, CLASSES = 4, 8, 12, 4
@@ -74,6 +74,9 @@ FUNCTIONS: dict[str, Callable] = {
     # One operation takes statistics, one moves pixels; all of them would compile for minutes.
     "augmix": functools.partial(mix, ops=("autocontrast", "rotate"), width=2, depth=1),
     "norm_noise": lambda key, weights, x, y: norm_noise.add_noise(key, x),
+    "trivial_augment": lambda key, weights, x, y: trivial_augment.trivial_augment(
+        key, x, ops=("autocontrast", "color", "rotate")
+    ),
     "pgd": functools.partial(attack, attacks.pgd, steps=3, restarts=2),
     "multitargeted": functools.partial(attack, attacks.multitargeted, steps=3, restarts=2),
     "apgd": functools.partial(attack, attacks.apgd, steps=10, microbatch=2),

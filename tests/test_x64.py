@@ -16,7 +16,13 @@ import optax
 import pytest
 
 from ada_jax import ada, attacks, keys, losses, pretrain, ssim
-from ada_jax.augment import augmix, cropping, feature_distortions
+from ada_jax.augment import (
+    augmix,
+    cropping,
+    feature_distortions,
+    norm_noise,
+    trivial_augment,
+)
 from ada_jax.data import batching
 from ada_jax.evaluation import scoring
 from ada_jax.nets import cae, classifiers, edsr
@@ -63,6 +69,12 @@ def mix(x: Any, y: Any, number: Callable) -> jax.Array:
     return augmix.augment_and_mix(
         jax.random.key(0), x, severity=number(3), alpha=number(1.1), ops=ops
     )
+
+
+def augmentations(x: Any, y: Any, number: Callable) -> Any:
+    key, radii = jax.random.key(0), {k: number(v) for k, v in norm_noise.RADII.items()}
+    noisy = norm_noise.add_noise(key, x, norms=tuple(radii), radii=radii, share=number(0.9))
+    return noisy, trivial_augment.trivial_augment(key, x)
 
 
 def attack(x: Any, y: Any, number: Callable, *, f: Callable, norm: str, **knobs: Any) -> Any:
@@ -144,6 +156,7 @@ CASES: dict[str, Callable] = {
     "ada": augment,
     "ada-l2": functools.partial(augment, step_rule="l2", microbatch=2),
     "augmix": mix,
+    "augmentations": augmentations,
     "pgd": functools.partial(attack, f=attacks.pgd, norm="linf", steps=3, restarts=2),
     "pgd-l2": functools.partial(attack, f=attacks.pgd, norm="l2", steps=3),
     "multitargeted": functools.partial(

@@ -6,7 +6,7 @@ that was drawn is computed, example by example.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -113,22 +113,53 @@ def _mix(
     return (1 - share) * checks.nan_if_invalid(x) + share * mixed
 
 
+def amount(
+    name: str, level: jax.Array, sign: jax.Array, height: int, width: int
+) -> jax.Array | float:
+    """AugMix's parameter of an operation at a level: of which kind, `apply_ops` says."""
+    match name:
+        case "rotate":
+            return sign * jnp.floor(3 * level)
+        case "shear_x" | "shear_y":
+            return sign * level * 0.03
+        case "translate_x":
+            return sign * jnp.floor(level * (width / 3) / 10)
+        case "translate_y":
+            return sign * jnp.floor(level * (height / 3) / 10)
+        case "posterize":
+            return 4 - jnp.floor(level * 4 / 10)
+        case "solarize":
+            return 256 - jnp.floor(level * 256 / 10)
+        case "color" | "contrast" | "brightness" | "sharpness":
+            return level * np.float32(1.8) / 10 + np.float32(0.1)
+    return 0.0
+
+
 def apply_ops(
-    images: jax.Array, op: jax.Array, level: jax.Array, sign: jax.Array, *, ops: Sequence[str]
+    images: jax.Array,
+    op: jax.Array,
+    level: jax.Array,
+    sign: jax.Array,
+    *,
+    ops: Sequence[str],
+    amount: Callable[..., jax.Array | float] = amount,
 ) -> jax.Array:
     """Applies to every image its own operation.
 
     Args:
       images: [N,H,W,3] int32 in 0..255.
       op: index into `ops` [N].
-      level: [N] in 0.1..10, before the operation's own scaling.
+      level: [N], before the operation's own scaling; AugMix's are in 0.1..10.
       sign: [N], -1 or 1, for rotations, shears and translations.
       ops: names; '' is the identity.
+      amount: (name, level, sign, H, W) -> the operation's parameter: degrees to rotate by, pixels
+        per pixel to shear by, pixels to translate by, bits to keep (posterize), the smallest
+        inverted value (solarize), or the factor of color, contrast, brightness and sharpness.
 
     Returns:
       [N,H,W,3] int32 in 0..255.
     """
-    one = functools.partial(_apply_one, ops=tuple(ops))
+    one = functools.partial(_apply_one, ops=tuple(ops), amount=amount)
     return lax.platform_dependent(
         images,
         op,
@@ -140,40 +171,47 @@ def apply_ops(
 
 
 def _apply_one(
-    image: jax.Array, op: jax.Array, level: jax.Array, sign: jax.Array, *, ops: tuple[str, ...]
+    image: jax.Array,
+    op: jax.Array,
+    level: jax.Array,
+    sign: jax.Array,
+    *,
+    ops: tuple[str, ...],
+    amount: Callable[..., jax.Array | float] = amount,
 ) -> jax.Array:
     """Applies one operation to one image [H,W,3]; geometric operations share one branch."""
     height, width = image.shape[:2]
-    matrix = jnp.stack([_matrix(name, level, sign, height, width) for name in ops])[op]
+    amounts = {name: jnp.float32(amount(name, level, sign, height, width)) for name in ops}
+    matrix = jnp.stack([_matrix(name, amounts[name], height, width) for name in ops])[op]
     branches = {"": lambda: image, "affine": lambda: affine(image, matrix)}
     # Cast outside of the branches: in JAX 0.10 to 0.12, inside `jax.shard_map`, `jax.vmap` of
     # branches that cast a constant to vary fails.
     rounding = sharding.varying(jnp.asarray(_rounding_of_pillow()), image)
     plain = _PLAIN | {"autocontrast": functools.partial(autocontrast, rounding=rounding)}
-    branches |= {n: functools.partial(f, image, level) for n, f in plain.items() if n in ops}
+    branches |= {n: functools.partial(f, image, amounts[n]) for n, f in plain.items() if n in ops}
     kinds = [name if name in branches else "affine" for name in ops]
     names = sorted(branches)
     return lax.switch(jnp.array([names.index(k) for k in kinds])[op], [branches[n] for n in names])
 
 
-def _matrix(name: str, level: jax.Array, sign: jax.Array, height: int, width: int) -> jax.Array:
+def _matrix(name: str, amount: jax.Array, height: int, width: int) -> jax.Array:
     """The affine map (a,b,c,d,e,f) from output to input pixels; the identity for other names."""
     one, zero = jnp.float32(1), jnp.float32(0)
     match name:
         case "rotate":
-            radians = -sign * jnp.deg2rad(jnp.floor(3 * level))
+            radians = -jnp.deg2rad(amount)
             a, b = jnp.cos(radians), jnp.sin(radians)
             c = width / 2 - a * width / 2 - b * height / 2
             f = height / 2 + b * width / 2 - a * height / 2
             values = (a, b, c, -b, a, f)
         case "shear_x":
-            values = (one, sign * level * 0.03, zero, zero, one, zero)
+            values = (one, amount, zero, zero, one, zero)
         case "shear_y":
-            values = (one, zero, zero, sign * level * 0.03, one, zero)
+            values = (one, zero, zero, amount, one, zero)
         case "translate_x":
-            values = (one, zero, sign * jnp.floor(level * (width / 3) / 10), zero, one, zero)
+            values = (one, zero, amount, zero, one, zero)
         case "translate_y":
-            values = (one, zero, zero, zero, one, sign * jnp.floor(level * (height / 3) / 10))
+            values = (one, zero, zero, zero, one, amount)
         case _:
             values = (one, zero, zero, zero, one, zero)
     return jnp.stack(values)
@@ -216,9 +254,9 @@ def affine(image: jax.Array, matrix: jax.Array) -> jax.Array:
     return jnp.where(inside[..., None], value, 0).astype(jnp.int32)
 
 
-def autocontrast(image: jax.Array, level: jax.Array, rounding: jax.Array) -> jax.Array:
+def autocontrast(image: jax.Array, amount: jax.Array, rounding: jax.Array) -> jax.Array:
     """Stretches every channel to 0..255, rounded as in Pillow (`_rounding_of_pillow`)."""
-    del level
+    del amount
 
     def one(channel):
         low, high = channel.min(), channel.max()
@@ -242,9 +280,9 @@ def _rounding_of_pillow() -> np.ndarray:
     return np.packbits((pillows < exact) & (high > low), axis=-1, bitorder="little")
 
 
-def equalize(image: jax.Array, level: jax.Array) -> jax.Array:
+def equalize(image: jax.Array, amount: jax.Array) -> jax.Array:
     """Equalises every channel's histogram."""
-    del level
+    del amount
 
     def one(channel):
         counts = lax.platform_dependent(
@@ -270,49 +308,46 @@ def _histogram_by_product(values: jax.Array) -> jax.Array:
     return jnp.matmul(high.T, low, precision="highest").reshape(256).astype(jnp.int32)
 
 
-def posterize(image: jax.Array, level: jax.Array) -> jax.Array:
-    """Keeps at most the 4 highest bits."""
-    bits = 4 - (level * 4 / 10).astype(jnp.int32)
-    return image & (256 - (1 << (8 - bits)))
+def posterize(image: jax.Array, bits: jax.Array) -> jax.Array:
+    """Keeps the highest bits."""
+    return image & (256 - (1 << (8 - bits.astype(jnp.int32))))
 
 
-def solarize(image: jax.Array, level: jax.Array) -> jax.Array:
-    """Inverts bright pixels."""
-    threshold = 256 - (level * 256 / 10).astype(jnp.int32)
-    return jnp.where(image < threshold, image, 255 - image)
+def solarize(image: jax.Array, threshold: jax.Array) -> jax.Array:
+    """Inverts values from a threshold on."""
+    return jnp.where(image < threshold.astype(jnp.int32), image, 255 - image)
 
 
-def color(image: jax.Array, level: jax.Array) -> jax.Array:
-    """Reduces saturation, or increases it above level 5."""
-    return _blend(_grey(image)[..., None], image, level)
+def color(image: jax.Array, factor: jax.Array) -> jax.Array:
+    """Reduces saturation, or increases it with a factor above 1."""
+    return _blend(_grey(image)[..., None], image, factor)
 
 
-def contrast(image: jax.Array, level: jax.Array) -> jax.Array:
+def contrast(image: jax.Array, factor: jax.Array) -> jax.Array:
     """Blends the image with its mean grey."""
     grey = _grey(image)
-    return _blend((2 * grey.sum(dtype=jnp.int32) + grey.size) // (2 * grey.size), image, level)
+    return _blend((2 * grey.sum(dtype=jnp.int32) + grey.size) // (2 * grey.size), image, factor)
 
 
-def brightness(image: jax.Array, level: jax.Array) -> jax.Array:
+def brightness(image: jax.Array, factor: jax.Array) -> jax.Array:
     """Blends the image with black."""
-    return _blend(jnp.zeros_like(image), image, level)
+    return _blend(jnp.zeros_like(image), image, factor)
 
 
-def sharpness(image: jax.Array, level: jax.Array) -> jax.Array:
+def sharpness(image: jax.Array, factor: jax.Array) -> jax.Array:
     """Blends the image with a smoothed copy."""
     height, width, _ = image.shape
     around = sum(image[i : height - 2 + i, j : width - 2 + j] for i in range(3) for j in range(3))
     smooth = (2 * (around + 4 * image[1:-1, 1:-1]) + 13) // 26
-    return _blend(image.at[1:-1, 1:-1].set(smooth), image, level)
+    return _blend(image.at[1:-1, 1:-1].set(smooth), image, factor)
 
 
 def _grey(image: jax.Array) -> jax.Array:
     return (19595 * image[..., 0] + 38470 * image[..., 1] + 7471 * image[..., 2] + 32768) >> 16
 
 
-def _blend(degenerate: jax.Array, image: jax.Array, level: jax.Array) -> jax.Array:
-    """Pillow's blend, with the factor of a level."""
-    factor = level * np.float32(1.8) / 10 + np.float32(0.1)
+def _blend(degenerate: jax.Array, image: jax.Array, factor: jax.Array) -> jax.Array:
+    """Pillow's blend."""
     degenerate = degenerate.astype(jnp.float32)
     value = degenerate + factor * (image.astype(jnp.float32) - degenerate)
     return jnp.clip(value.astype(jnp.int32), 0, 255)
