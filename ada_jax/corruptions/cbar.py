@@ -290,7 +290,7 @@ def transverse_chromatic_abberation(x: np.ndarray, level: float, draws: Draws) -
         np.stack([_enlargement(n, factor) for factor in factors])[scales] for n in x.shape[1:3]
     )
     enlarged = rows @ filters.planes(x) @ columns.swapaxes(2, 3)
-    return filters.pixels(np.floor(enlarged + 0.5))
+    return filters.pixels(enlarged + 0.5)  # Rounded, where other corruptions are truncated.
 
 
 @functools.cache
