@@ -16,6 +16,7 @@ A results file is JSON, one object:
 | corruptions | for each corruption a list of `severity`, `examples`, `wrong`, `error` |
 | corruption_source | where the corrupted images come from |
 | mce_unnormalised, mean_extra | mean error over the 15 corruptions, over the extra ones |
+| mean_cbar | mean error over the ten corruptions of CIFAR-10-C-bar or ImageNet-C-bar |
 | mce_alexnet | ImageNet only: mCE relative to AlexNet, in percent |
 | lp, lp_accuracy | for each norm and radius: attack reports; robust accuracy in percent |
 | under_ada | errors under AdA's attack, a list over networks and radii; `loss` and `ssim` too |
@@ -29,7 +30,7 @@ A results file is JSON, one object:
 import json
 import os
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -92,11 +93,7 @@ def clock(seconds: float) -> str:
 
 
 SCHEMA = 1
-NAMES, EXTRA = parameter_tables.NAMES, parameter_tables.EXTRA
-_MEANS = {  # fields, written once all severities of these corruptions are measured
-    "mce_unnormalised": ("mCE, un-normalised", NAMES),
-    "mean_extra": (f"mean of the {len(EXTRA)} extra", EXTRA),
-}
+NAMES, EXTRA, CBAR = parameter_tables.NAMES, parameter_tables.EXTRA, parameter_tables.CBAR
 
 Condition = tuple[str, int]  # a corruption and its severity; another image set and 0
 Counts = dict[str, Any]
@@ -244,10 +241,24 @@ def alexnet_mce(grid: Mapping[str, Sequence[Mapping[str, Any]]]) -> float | None
     return float(np.mean([errors[n] / a for n, a in parameter_tables.ALEXNET_ERRORS.items()]))
 
 
+def _means(grid: Collection[str]) -> dict[str, tuple[str, Sequence[str]]]:
+    """The fields that are written once all severities of these corruptions are measured."""
+    return {
+        "mce_unnormalised": ("mCE, un-normalised", NAMES),
+        "mean_extra": (f"mean of the {len(EXTRA)} extra", EXTRA),
+        "mean_cbar": ("mean of C-bar", _cbar_of(grid)),
+    }
+
+
+def _cbar_of(measured: Collection[str]) -> Sequence[str]:
+    """The ten corruptions of ImageNet-C-bar if all were measured, else CIFAR-10-C-bar's."""
+    return CBAR["cifar"]
+
+
 def means_of(results: Results) -> Results:
     """The means over corruptions that are complete."""
     grid = results.get("corruptions", {})
-    means = {field: mean_error(grid, names) for field, (_, names) in _MEANS.items()}
+    means = {field: mean_error(grid, names) for field, (_, names) in _means(grid).items()}
     if results["data"]["name"] == "imagenet2012":
         means["mce_alexnet"] = alexnet_mce(grid)
     return {field: mean for field, mean in means.items() if mean is not None}
@@ -268,7 +279,7 @@ def summary(results: Results) -> list[tuple[str, str]]:
 
     lines = [("clean error", of(results["clean"]))] if "clean" in results else []
     grid = results.get("corruptions", {})
-    for field, (title, names) in _MEANS.items():
+    for field, (title, names) in _means(grid).items():
         errors = {name: mean_error(grid, [name]) for name in names}
         lines += [(n.replace("_", " "), f"{e:.2f}%") for n, e in errors.items() if e is not None]
         lines += [(title, f"{results[field]:.2f}%")] if field in results else []
@@ -376,7 +387,8 @@ def flatten(file: str, fields: dict[str, Any], rounding: float = 0.005) -> dict[
     Returns:
       Percent, for what was measured: 'clean', 'cifar10_1', 'fog/3' and so on (severity 3), 'fog'
       (mean over the five severities), 'noise', 'blur', 'weather' and 'digital' (means over the
-      paper's groups), 'extra' (the additional four), 'mce', and 'mce/3' (severity 3 of the 15);
+      paper's groups), 'extra' (the additional four), 'cbar' (C-bar's ten), 'mce', and 'mce/3'
+      (severity 3 of the 15);
       of ImageNet 'mce_alexnet', in percent of AlexNet's errors; and, not errors but robust
       accuracies, 'l2 0.5', 'linf 1/255' and so on.
 
@@ -395,13 +407,13 @@ def flatten(file: str, fields: dict[str, Any], rounding: float = 0.005) -> dict[
     for norm, accuracies in fields.get("lp_accuracy", {}).items():
         for radius, accuracy in accuracies.items():
             errors[f"{norm} {radius}"] = _error(file, f"{norm} {radius}", {"error": accuracy})
-    means = MEANS | {
-        f"mce/{s}": [f"{name}/{s}" for name in NAMES] for s in parameter_tables.SEVERITIES
-    }
+    means = MEANS | {"cbar": _cbar_of(errors)}
+    means |= {f"mce/{s}": [f"{name}/{s}" for name in NAMES] for s in parameter_tables.SEVERITIES}
     for key, names in means.items():
         if all(name in errors for name in names):
             errors[key] = statistics.fmean(errors[name] for name in names)
-    for key, field in (("mce", "mce_unnormalised"), ("extra", "mean_extra")):
+    fields_of = {"mce": "mce_unnormalised", "extra": "mean_extra", "cbar": "mean_cbar"}
+    for key, field in fields_of.items():
         if field in fields:
             stated = _error(file, field, {"error": fields[field]})
             if abs(errors.get(key, stated) - stated) > rounding:

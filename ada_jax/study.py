@@ -348,7 +348,7 @@ def main(argv: list[str]) -> None:
 def _run(argv: list[str], f: flags.FlagValues) -> None:
     if len(argv) != 2 or argv[1] not in ("ssim", "reconstruct"):
         raise UserError("Name one study: python -m ada_jax.study ssim, or reconstruct.")
-    study, known = argv[1], (*parameter_tables.NAMES, *parameter_tables.EXTRA)
+    study, known = argv[1], tuple(parameter_tables.TABLES["cifar"])
     if unknown := sorted(set(f.corruptions) - set(known)):
         raise UserError(f"--corruptions={unknown[0]} is unknown: choose from {', '.join(known)}.")
     for flag in ("nets", "radii", "corruptions"):

@@ -166,15 +166,15 @@ def test_severities_are_ever_further_from_clean(name, table):
 
 def test_the_tables_name_every_corruption_at_five_severities():
     assert (len(NAMES), len(EXTRA)) == (15, 4)
-    for table in parameter_tables.TABLES.values():
-        assert set(table) == set(ALL)
+    for name, table in parameter_tables.TABLES.items():
+        assert set(table) == {*ALL, *parameter_tables.CBAR[name]}
         assert all(len(parameters) == 5 for parameters in table.values())
 
 
 @pytest.mark.parametrize(
     ("arguments", "keywords", "message"),
     [
-        (("fogg", 1), {}, "'fogg' is unknown: choose from gaussian_noise, "),
+        (("fogg", 1), {}, "'fogg' is unknown in the table 'cifar': choose from gaussian_noise, "),
         (("fog", 0), {}, "severity 0 does not exist: choose it in 1..5"),
         (("fog", 6), {}, "severity 6 does not exist"),
         (("fog", 1), {"table": "coco"}, "'coco' is unknown: choose from cifar, imagenet"),

@@ -1,6 +1,6 @@
-"""The corruptions of ImageNet-C and CIFAR-10-C, in NumPy and SciPy."""
+"""The corruptions of ImageNet-C, CIFAR-10-C and C-bar, in NumPy and SciPy."""
 
 from ada_jax.corruptions.functions import corrupt
-from ada_jax.corruptions.parameter_tables import EXTRA, NAMES, SEVERITIES, TABLES
+from ada_jax.corruptions.parameter_tables import CBAR, EXTRA, NAMES, SEVERITIES, TABLES
 
-__all__ = ["EXTRA", "NAMES", "SEVERITIES", "TABLES", "corrupt"]
+__all__ = ["CBAR", "EXTRA", "NAMES", "SEVERITIES", "TABLES", "corrupt"]

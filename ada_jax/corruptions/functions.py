@@ -1,9 +1,9 @@
-"""The 15 common corruptions and the extra ones, at five severities.
+"""The 15 common corruptions, the extra ones and C-bar's, at five severities.
 
 The algorithms and parameters are those of Hendrycks & Dietterich (2019). The random numbers of an
 image depend on its index in the set, not on the other images. Noise, blur and digital corruptions
-are here, weather in `weather`. To add a corruption, write its function here, list it in
-`_FUNCTIONS`, and add its name and parameters to `parameter_tables`.
+are here, weather in `weather` and C-bar in `cbar`. To add a corruption, write its function here,
+list it in `_FUNCTIONS`, and add its name and parameters to `parameter_tables`.
 """
 
 import functools
@@ -16,7 +16,7 @@ import numpy as np
 import scipy.ndimage
 from PIL import Image
 
-from ada_jax.corruptions import filters, parameter_tables, weather
+from ada_jax.corruptions import cbar, filters, parameter_tables, weather
 from ada_jax.corruptions.filters import Draws
 from ada_jax.errors import UserError
 
@@ -35,11 +35,11 @@ def corrupt(
     """Corrupts a batch of images, each with its own random numbers.
 
     The result depends on the image, its index, the seed, the corruption, and the versions of NumPy,
-    SciPy and Pillow, but not on the other images. The elastic transform's lengths scale with the
-    image; all other lengths are in pixels, meant for 32x32 ('cifar') or 224x224 ('imagenet').
+    SciPy and Pillow, but not on the other images. Lengths of the elastic transform and of C-bar
+    scale with the image; all others are in pixels, for 32x32 ('cifar') or 224x224 ('imagenet').
 
     Args:
-      name: one of NAMES or EXTRA.
+      name: one of NAMES, EXTRA or CBAR[table].
       severity: 1 (mildest) to 5.
       images: [N, H, W, 3] uint8, H and W at least 8.
       seed: in 0..2**32-1.
@@ -52,7 +52,7 @@ def corrupt(
     Raises:
       UserError: an argument is not as above, or the photographs for frost are missing.
 
-    Source: Hendrycks & Dietterich (2019).
+    Source: Hendrycks & Dietterich (2019); for C-bar Mintun et al. (2021).
     """
     check(name, severity, seed, table)
     check_images(images)
@@ -75,16 +75,18 @@ def corrupt(
 
 def check(name: str, severity: int, seed: int, table: str) -> None:
     """Checks the arguments of `corrupt` except the images."""
-    if name not in parameter_tables.NAMES + parameter_tables.EXTRA:
-        known = ", ".join(parameter_tables.NAMES + parameter_tables.EXTRA)
-        raise UserError(f"The corruption {name!r} is unknown: choose from {known}.")
-    is_integer = lambda a: isinstance(a, int | np.integer) and not isinstance(a, bool)  # noqa: E731
-    if not is_integer(severity) or severity not in parameter_tables.SEVERITIES:
-        raise UserError(f"The severity {severity!r} does not exist: choose it in 1..5.")
     if table not in tuple(parameter_tables.TABLES):
         raise UserError(
             f"The table {table!r} is unknown: choose from {', '.join(parameter_tables.TABLES)}."
         )
+    if name not in tuple(parameter_tables.TABLES[table]):
+        known = ", ".join(parameter_tables.TABLES[table])
+        raise UserError(
+            f"The corruption {name!r} is unknown in the table {table!r}: choose from {known}."
+        )
+    is_integer = lambda a: isinstance(a, int | np.integer) and not isinstance(a, bool)  # noqa: E731
+    if not is_integer(severity) or severity not in parameter_tables.SEVERITIES:
+        raise UserError(f"The severity {severity!r} does not exist: choose it in 1..5.")
     if not is_integer(seed) or not 0 <= seed < 2**32:
         raise UserError(f"The seed {seed} is out of range: choose it in 0..{2**32 - 1}.")
 
@@ -348,6 +350,16 @@ _FUNCTIONS: dict[str, Callable[[np.ndarray, Any, Draws], np.ndarray]] = {
     "gaussian_blur": _gaussian_blur,
     "spatter": weather.spatter,
     "saturate": _saturate,
+    "blue_noise_sample": cbar.blue_noise_sample,
+    "brownish_noise": cbar.brownish_noise,
+    "checkerboard_cutout": cbar.checkerboard_cutout,
+    "inverse_sparkles": cbar.inverse_sparkles,
+    "pinch_and_twirl": cbar.pinch_and_twirl,
+    "ripple": cbar.ripple,
+    "circular_motion_blur": cbar.circular_motion_blur,
+    "lines": cbar.lines,
+    "sparkles": cbar.sparkles,
+    "transverse_chromatic_abberation": cbar.transverse_chromatic_abberation,
 }
 
 

@@ -18,6 +18,21 @@ NAMES = (
     "jpeg_compression",
 )
 EXTRA = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
+CBAR = {  # CIFAR-10-C-bar and ImageNet-C-bar have ten corruptions each.
+    "cifar": (
+        "blue_noise_sample",
+        "brownish_noise",
+        "checkerboard_cutout",
+        "inverse_sparkles",
+        "pinch_and_twirl",
+        "ripple",
+        "circular_motion_blur",
+        "lines",
+        "sparkles",
+        "transverse_chromatic_abberation",
+    ),
+    "imagenet": (),
+}
 SEVERITIES = (1, 2, 3, 4, 5)
 
 # AlexNet's mean errors on ImageNet-C, as shares in the order of NAMES, by which Hendrycks &
@@ -74,6 +89,17 @@ _CIFAR = {
         (0.65, 0.1, 0.5, 0.68, 0.6, "mud"),
     ),
     "saturate": ((0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2)),
+    # C-bar: the authors' levels, on a scale to 10.
+    "blue_noise_sample": (0.7, 1.4, 2.1, 3.5, 4.2),
+    "brownish_noise": (2.5, 4, 5.5, 6.5, 7),
+    "checkerboard_cutout": (1, 2, 3, 4, 5),
+    "inverse_sparkles": (1, 1.5, 2.5, 4.5, 5),
+    "pinch_and_twirl": (5.5, 6, 6.5, 8.5, 10),
+    "ripple": (5.5, 6, 6.5, 7.5, 8),
+    "circular_motion_blur": (2.8, 3.6, 4.4, 5.2, 6),
+    "lines": (0.5, 1, 1.5, 2, 2.5),
+    "sparkles": (0.7, 3.5, 5.6, 6.3, 7),
+    "transverse_chromatic_abberation": (1, 2, 5, 9, 10),
 }
 _IMAGENET = {
     "gaussian_noise": (0.08, 0.12, 0.18, 0.26, 0.38),

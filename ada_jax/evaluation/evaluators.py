@@ -3,7 +3,7 @@
 A new image set or attack is one entry of `EVALUATORS`. Its name then works in --sets.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -21,8 +21,9 @@ class Evaluator(NamedTuple):
 
     Attributes:
       fields: the fields of the results file that it writes; the last one is written at its end.
-      corruptions: corruptions to read from config.eval_c_dir, or to apply on the fly. They need no
-        more than a function in `corruptions`, or .npy files in the layout of CIFAR-10-C.
+      corruptions: for each config.corruption_table the corruptions to read from config.eval_c_dir
+        or to apply on the fly. They need no more than a function in `corruptions`, or .npy files in
+        the layout of CIFAR-10-C.
       images: `(config, clean) -> dataset`, which opens any other set. Its errors are written to
         the field with the set's name.
       attack: `(logits_fn, images, labels, *, options, measured, save) -> dict` of `fields`. Images
@@ -33,7 +34,7 @@ class Evaluator(NamedTuple):
     """
 
     fields: tuple[str, ...]
-    corruptions: tuple[str, ...] = ()
+    corruptions: Mapping[str, tuple[str, ...]] | None = None
     images: Callable[[ml_collections.ConfigDict, core.Dataset], core.Dataset] | None = None
     attack: Callable[..., dict[str, Any]] | None = None
     check: Callable[[worst_case.Options, Sequence[int]], None] = lambda options, image_shape: None
@@ -42,9 +43,14 @@ class Evaluator(NamedTuple):
 EVALUATORS = {
     "clean": Evaluator(("clean",), images=lambda config, clean: clean),
     "c": Evaluator(
-        ("corruptions", "mce_alexnet", "mce_unnormalised"), corruptions=parameter_tables.NAMES
+        ("corruptions", "mce_alexnet", "mce_unnormalised"),
+        corruptions=dict.fromkeys(parameter_tables.TABLES, parameter_tables.NAMES),
     ),
-    "extra": Evaluator(("corruptions", "mean_extra"), corruptions=parameter_tables.EXTRA),
+    "extra": Evaluator(
+        ("corruptions", "mean_extra"),
+        corruptions=dict.fromkeys(parameter_tables.TABLES, parameter_tables.EXTRA),
+    ),
+    "cbar": Evaluator(("corruptions", "mean_cbar"), corruptions=parameter_tables.CBAR),
     "cifar10_1": Evaluator(("cifar10_1",), images=image_sets.cifar10_1),
     "lp": Evaluator(("lp", "lp_accuracy"), attack=worst_case.pixel_balls),
     "ada": Evaluator(
@@ -94,7 +100,8 @@ def open_sets(
     entries = {name: EVALUATORS[name] for name in names}
     datasets = {(n, 0): e.images(config, clean) for n, e in entries.items() if e.images}
     source = {}
-    if corruptions := [c for entry in entries.values() for c in entry.corruptions]:
+    by_table = [entry.corruptions for entry in entries.values() if entry.corruptions]
+    if corruptions := [c for tables in by_table for c in tables[config.corruption_table]]:
         size = min(examples or len(clean), len(clean))
         corrupted, source = image_sets.corrupted(config, clean, corruptions, size)
         datasets |= corrupted

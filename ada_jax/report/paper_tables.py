@@ -10,6 +10,7 @@ _SUMMARY = {  # Value: (heading, digits).
     "mce_alexnet": ("mCE, AlexNet's errors as 100%", 2),
     **{group: (group, 1) for group in results_files.GROUPS},
     "extra": ("extra", 1),
+    "cbar": ("C-bar", 1),
     "cifar10_1": ("CIFAR-10.1", 2),
 }
 _EACH = {
@@ -17,6 +18,8 @@ _EACH = {
     "mce": ("mCE, un-normalised", 2),
     **{name: (name.split("_")[0], 1) for name in results_files.NAMES},
     **{name: (name.replace("_", " ").removesuffix(" noise"), 1) for name in results_files.EXTRA},
+    **{name: (name.replace("_", " "), 1) for name in results_files.CBAR["cifar"]},
+    **{name: (name.replace("_", " "), 1) for name in results_files.CBAR["imagenet"]},
 }
 _BALLS = {
     "clean": ("clean error", 2),
@@ -24,9 +27,7 @@ _BALLS = {
     **{f"linf {r}": (f"linf {r}", 2) for r in results_files.RADII["linf"]},
     "cifar10_1": ("CIFAR-10.1", 2),
 }
-_OPTIONAL = {"mce_alexnet", "extra", "cifar10_1", *results_files.EXTRA, *_BALLS} - {
-    "clean"
-}  # Columns that are left out if no row has them.
+_ALWAYS = {"clean", "mce", *results_files.GROUPS, *results_files.NAMES}
 
 
 def table_1(ours: list[grouping.Row], paper: list[grouping.Row]) -> Table:
@@ -82,7 +83,7 @@ def _table(
     columns = {
         key: column
         for key, column in columns.items()
-        if key not in _OPTIONAL or any(key in row.values for row in shown)
+        if key in _ALWAYS or any(key in row.values for row in shown)
     }
     groups = []
     for row in shown:
@@ -144,7 +145,8 @@ def table_list(results: list[results_files.Result], paper: list[grouping.Row]) -
         the difference, ours minus theirs.
     """
     theirs = {row.method: row.values["mce"] for row in paper if "mce" in row.values}
-    sets = [k for k in ("clean", "extra", "cifar10_1") if any(k in r.values for r in results)]
+    sets = ("clean", "extra", "cbar", "cifar10_1")
+    sets = [k for k in sets if any(k in r.values for r in results)]
     lines = []
     for result in sorted(results, key=lambda r: grouping.by_mce(r.values)):
         fields, mce = result.fields, result.values.get("mce")
