@@ -14,6 +14,12 @@ from ada_jax.errors import UserError
 # 'data' and 'corruption_source'.
 _BOOKKEEPING = results_files.BOOKKEEPING | {"seed"}
 
+# The paper's evaluation images, and its network and epochs for AdA and for PAT (Laidlaw et al.).
+_PAPER_IMAGES = {"name": "cifar10", "split": "test", "examples": 10_000}
+_PAPER_NETWORK = "preact_resnet50"
+_PAPER_EPOCHS = {"pat": 100.0}
+_OTHER_EPOCHS = 300.0
+
 
 class Row(NamedTuple):
     """A line of a table with all its values."""
@@ -27,6 +33,8 @@ class Row(NamedTuple):
     tables: tuple[str, ...] = ()  # The paper's tables that have this row.
     sampling: float = 0.0  # Standard error of one seed's clean error; 0 if unknown.
     attacked: str = ""  # Description of the attacked images and attacks.
+    scale: str = ""  # Network and duration of training.
+    comparable: bool = False  # Whether images and scale are those of the paper's row.
 
 
 def method(config: dict[str, Any]) -> str:
@@ -88,6 +96,8 @@ def rows(results: Iterable[results_files.Result]) -> list[Row]:
                 tables=tuple(same[0].fields.get("tables", ())),
                 sampling=max(map(_sampling_error, same)),
                 attacked=attacked_on(same[0]),
+                scale=scale(same[0]),
+                comparable=comparable(same[0]),
             )
         )
     return sorted(found, key=lambda row: by_mce(row.values))
@@ -156,6 +166,35 @@ def paper_row(result: results_files.Result) -> str:
     if other or fields["data"].get("name") != "cifar10":
         return ""
     return method(config)
+
+
+def comparable(result: results_files.Result) -> bool:
+    """Whether a result is of the paper's test images, network and number of epochs.
+
+    Whether the images were corrupted here or read from the published archive is not checked.
+    """
+    if result.published:
+        return False
+    config, data = result.fields["config"], result.fields["data"]
+    epochs = _PAPER_EPOCHS.get(config.get("method"), _OTHER_EPOCHS)
+    return (
+        all(data.get(key) == value for key, value in _PAPER_IMAGES.items())
+        and config.get("classifier") == _PAPER_NETWORK
+        and config.get("epochs") == epochs
+    )
+
+
+def scale(result: results_files.Result) -> str:
+    """Describes the network and the duration of training, as 'resnet9, 12 epochs'."""
+    if result.published:
+        known = "1" in result.fields["tables"]
+        return f"paper: {_PAPER_NETWORK}, {_OTHER_EPOCHS:g} epochs" if known else "paper: others"
+    config, data = result.fields["config"], result.fields["data"]
+    steps = config.get("train_steps")
+    words = f"{steps} steps" if steps else f"{config.get('epochs', 0):g} epochs"
+    words += " of fine-tuning" if config.get("init_weights") else ""
+    where = "" if data.get("name") == "cifar10" else f"{data.get('name')}: "
+    return f"{where}{config.get('classifier', 'network')}, {words}"
 
 
 def _corrupted(result: results_files.Result) -> int | None:

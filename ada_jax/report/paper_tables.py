@@ -35,8 +35,8 @@ def table_1(ours: list[grouping.Row], paper: list[grouping.Row]) -> Table:
 
     Args:
       ours: rows of results.
-      paper: published rows. Those of the paper's table 1 are shown, and each of our rows is
-        followed by its difference from the paper's, ours minus theirs.
+      paper: published rows. Those of the paper's table 1 are shown, and each of our rows that is
+        comparable to the paper's is followed by the difference, ours minus theirs.
     """
     return _table("Table 1: robustness to common corruptions", _SUMMARY, ours, paper, "1")
 
@@ -89,7 +89,7 @@ def _table(
     for row in shown:
         cells = [Cell(row.values.get(k), d, row.spread.get(k)) for k, (_, d) in columns.items()]
         group = [[Cell(row.label), *cells, Cell(row.seeds or None)]]
-        if row.seeds and row.method in by_method:
+        if row.comparable and row.method in by_method:
             theirs = by_method[row.method]
             cells = [
                 Cell(row.values[k] - theirs.values[k], d, signed=True)
@@ -141,23 +141,27 @@ def table_list(results: list[results_files.Result], paper: list[grouping.Row]) -
 
     Args:
       results: results of `results.read`.
-      paper: published rows; if there are any, each line has the mCE of the corresponding row and
-        the difference, ours minus theirs.
+      paper: published rows; if a result is comparable to one of them, its line has that row's mCE
+        and the difference, ours minus theirs.
     """
     theirs = {row.method: row.values["mce"] for row in paper if "mce" in row.values}
     sets = ("clean", "extra", "cbar", "cifar10_1")
     sets = [k for k in sets if any(k in r.values for r in results)]
+    ordered = sorted(results, key=lambda r: grouping.by_mce(r.values))
+    compared = [
+        theirs.get(grouping.paper_row(r)) if grouping.comparable(r) else None for r in ordered
+    ]
+    any_compared = any(mce is not None for mce in compared)
     lines = []
-    for result in sorted(results, key=lambda r: grouping.by_mce(r.values)):
+    for result, paper_mce in zip(ordered, compared, strict=True):
         fields, mce = result.fields, result.values.get("mce")
-        paper_mce = theirs.get(grouping.paper_row(result))
         difference = None if None in (mce, paper_mce) else mce - paper_mce
         lines.append(
             [
                 Cell(fields["name"]),
                 Cell(fields.get("seed")),
                 Cell(mce, 2),
-                *([Cell(paper_mce, 2), Cell(difference, 2, signed=True)] if paper else []),
+                *([Cell(paper_mce, 2), Cell(difference, 2, signed=True)] if any_compared else []),
                 *(Cell(result.values.get(key), 2) for key in sets),
                 Cell(fields.get("step")),
                 Cell(grouping.measured_on(result)),
@@ -168,7 +172,8 @@ def table_list(results: list[results_files.Result], paper: list[grouping.Row]) -
                 Cell(result.file),
             ]
         )
-    head = ["name", "seed", "mCE, un-normalised", *(["mCE, paper", "difference"] if paper else [])]
+    head = ["name", "seed", "mCE, un-normalised"]
+    head += ["mCE, paper", "difference"] if any_compared else []
     head += [_SUMMARY[key][0] for key in sets]
     head += ["step", "measured on", "device", "time", "commit", "weights", "file"]
     return Table("All results", head, [[line] for line in lines])
