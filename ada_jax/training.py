@@ -12,7 +12,7 @@ import optax
 
 from ada_jax import ada, attacks, keys, losses, perceptual
 from ada_jax.attacks import rlat
-from ada_jax.augment import augmix, cropping, norm_noise, trivial_augment
+from ada_jax.augment import augmix, cropping, mixup, norm_noise, trivial_augment
 from ada_jax.data import batching
 from ada_jax.nets import classifiers, corruption_nets
 from ada_jax.sharding import AXIS
@@ -66,27 +66,7 @@ def make_update_step(
         precision = {"dtype": config.compute_dtype, "remat": config.ada.remat}
         net_applies = [corruption_nets.cast(apply, **precision) for apply in net_applies]
     attack = make_attack(config, classifier, net_applies)
-    cross_entropy = functools.partial(losses.cross_entropy, smoothing=config.label_smoothing)
-
-    def logits_of_views(params, net_state, views, size, deltas):
-        parts = jnp.split(views, len(views) // size) if config.augmix.split_batch_norm else [views]
-        logits = []
-        for part in parts:
-            part_logits, net_state = classifier.apply(
-                params, net_state, None, part, is_training=True, perturbations=deltas
-            )
-            logits.append(part_logits)
-        return jnp.concatenate(logits), net_state
-
-    def loss_fn(params, net_state, views, y, deltas):
-        logits, net_state = logits_of_views(params, net_state, views, len(y), deltas)
-        decay = config.weight_decay * losses.weight_decay(params, include_bn=config.weight_decay_bn)
-        parts = jnp.split(logits, len(views) // len(y))
-        labelled = parts if config.augmix.label_views else parts[:1]
-        loss = jnp.mean(jnp.stack([cross_entropy(part, y) for part in labelled]))
-        consistency = losses.jsd(*parts).mean() if len(parts) > 1 else 0.0
-        total = loss + decay + config.augmix.jsd_weight * consistency
-        return total, (net_state, loss, parts[0])
+    gradient_fn = jax.grad(make_loss(config, classifier), has_aux=True)
 
     def update_step(state, thetas, batch, key):
         x, y = batching.to_float(batch["image"]), batch["label"]
@@ -104,13 +84,15 @@ def make_update_step(
             x, attacked = attack(key, state, thetas, ada_keys, x, y)
             metrics = attack_metrics(config.method, attacked)
         x = make_views(example_keys, clean, x, config)
-        deltas = {}
+        perturbations, mixed = {}, {}
         if config.method == "rlat":
-            x, deltas, start = perturb_layers(classifier, state, x, y, config.rlat.epsilon)
+            x, perturbations, start = perturb_layers(classifier, state, x, y, config.rlat.epsilon)
             metrics = attack_metrics(config.method, {"loss_start": start})
-        gradient_fn = jax.grad(loss_fn, has_aux=True)
+        if config.mixup.alpha:
+            mixup_key = jax.random.fold_in(key, config.batch_size + 1)  # Not an example's.
+            perturbations, mixed = draw_mixup(mixup_key, config.mixup, len(y))
         gradient, (net_state, loss, logits) = gradient_fn(
-            state.params, state.net_state, x, y, deltas
+            state.params, state.net_state, x, y, perturbations, mixed
         )
         gradient, net_state = average((gradient, net_state))
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
@@ -127,6 +109,73 @@ def make_update_step(
         return state._replace(step=state.step + 1), reduce_metrics(metrics)
 
     return update_step
+
+
+def make_loss(
+    config: ml_collections.ConfigDict, classifier: hk.TransformedWithState
+) -> Callable[..., tuple[jax.Array, tuple[hk.State, jax.Array, jax.Array]]]:
+    """Makes the loss of the update: cross-entropy, weight decay and AugMix's consistency loss.
+
+    Returns:
+      `loss_fn(params, net_state, views, y, perturbations, mixed) -> (loss, (net_state,
+      cross_entropy, logits))`, where views are images [b,H,W,3] or [3b,H,W,3], `perturbations` are
+      those of the classifier, `mixed` has mixup's 'partner' and 'share' or is empty, and logits
+      [b,K] are those of the first view.
+    """
+
+    def cross_entropy(logits, y, mixed):
+        function = mixup.cross_entropy if mixed else losses.cross_entropy
+        return function(logits, y, smoothing=config.label_smoothing, **mixed)
+
+    def logits_of_views(params, net_state, views, size, perturbations):
+        parts = jnp.split(views, len(views) // size) if config.augmix.split_batch_norm else [views]
+        logits = []
+        for part in parts:
+            part_logits, net_state = classifier.apply(
+                params, net_state, None, part, is_training=True, perturbations=perturbations
+            )
+            logits.append(part_logits)
+        return jnp.concatenate(logits), net_state
+
+    def loss_fn(params, net_state, views, y, perturbations, mixed):
+        logits, net_state = logits_of_views(params, net_state, views, len(y), perturbations)
+        decay = config.weight_decay * losses.weight_decay(params, include_bn=config.weight_decay_bn)
+        parts = jnp.split(logits, len(views) // len(y))
+        labelled = parts if config.augmix.label_views else parts[:1]
+        loss = jnp.mean(jnp.stack([cross_entropy(part, y, mixed) for part in labelled]))
+        consistency = losses.jsd(*parts).mean() if len(parts) > 1 else 0.0
+        total = loss + decay + config.augmix.jsd_weight * consistency
+        return total, (net_state, loss, parts[0])
+
+    return loss_fn
+
+
+def draw_mixup(
+    key: jax.Array, settings: ml_collections.ConfigDict, examples: int
+) -> tuple[dict[str, Callable[[jax.Array], jax.Array]], dict[str, jax.Array]]:
+    """Draws mixup's layer, partners, share and noise for one device's batch.
+
+    Args:
+      key: equal on every device, and so are the share and the layer.
+      settings: config.mixup.
+      examples: b.
+
+    Returns:
+      The classifier's perturbations, and 'partner' and 'share' of `mixup.cross_entropy`.
+    """
+    pair_key, layer_key, noise_key = jax.random.split(key, 3)
+    noise_key = jax.random.fold_in(noise_key, jax.lax.axis_index(AXIS))
+    partner, share = mixup.pair(pair_key, examples, alpha=settings.alpha)
+    levels = {name: settings[name] for name in ("additive", "multiplicative", "sparsity")}
+
+    def change(features):
+        count = len(features) // examples  # 1 if the views have batch statistics of their own
+        return mixup.noisy(noise_key, mixup.mix(features, partner, share), views=count, **levels)
+
+    return mixup.at_one_layer(layer_key, settings.layers, change), {
+        "partner": partner,
+        "share": share,
+    }
 
 
 def make_attack(

@@ -192,6 +192,15 @@ def get_config(words: str = "") -> ml_collections.ConfigDict:
     config.trivial_augment.use = False
     config.trivial_augment.extra_ops = True  # also colour, contrast, brightness and sharpness
 
+    # Mixup of images or of the outputs of feature layers, one drawn for each batch, and noise on
+    # them as in NoisyMix.
+    config.mixup = ml_collections.ConfigDict()
+    config.mixup.alpha = 0.0  # the share is Beta(alpha, alpha); 0 is off, NoisyMix uses 1
+    config.mixup.layers = ("input",)  # also 'stem', 'stage1' and so on
+    config.mixup.additive = 0.0  # largest level of additive noise, 0.5 in NoisyMix
+    config.mixup.multiplicative = 0.0  # of multiplicative noise, 0.5 in NoisyMix
+    config.mixup.sparsity = 0.65  # share of the values without noise
+
     # Noise, last: drawn per image from the balls of several norms.
     config.noise = ml_collections.ConfigDict()
     config.noise.share = 0.0  # share of the images with noise; 0 is off

@@ -42,6 +42,7 @@ RULES = (
     (*AT_LEAST_1, ("corruption_eval_examples", "ada.group")),
     (*AT_LEAST_0, ("eval_epochs", "corruption_eval_epochs", "checkpoint_epochs", "cpu_devices")),
     (*AT_LEAST_0, ("figure_examples", "deepaugment.copies", "augmix.jsd_weight")),
+    (*AT_LEAST_0, ("mixup.alpha", "mixup.additive", "mixup.multiplicative")),
     (*AT_LEAST_0, ("weight_decay", "warmup_epochs", "epochs", "train_steps")),
     (*POSITIVE, ("learning_rate", "pgd.step_scale", "pat.gradient_clip", "rlat.epsilon")),
     (
@@ -51,6 +52,7 @@ RULES = (
     ),
     (lambda value: 0 <= value < 1, "must be in [0, 1)", ("momentum", "bn_decay", "ema_decay")),
     (lambda value: 0 <= value < 1, "must be in [0, 1)", ("label_smoothing",)),
+    (lambda value: 0 <= value <= 1, "must be in [0, 1]", ("mixup.sparsity",)),
     (lambda value: 0 <= value < 2**32, "must be in 0..2**32-1", ("seed",)),
     (lambda value: value <= 4096, "must be at most 4096 pixels", ("image_size",)),
     (lambda value: value <= 1024, "must be at most 1024", ("cpu_devices",)),
@@ -85,6 +87,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
     require(fields, "pat.weights", bounded, weights)
     with named_in("config.augmix."):
         augmix.check(**training.augmix_settings(config.augmix))
+    both = "and config.method='rlat' both perturb features: set it to 0"
+    require(fields, "mixup.alpha", not (config.mixup.alpha and config.method == "rlat"), both)
     with named_in("config.noise."):
         norm_noise.check(**training.noise_settings(config.noise))
     _check_crops(config)
