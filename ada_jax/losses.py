@@ -9,24 +9,32 @@ import optax
 from ada_jax.errors import UserError
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
     """Returns the cross-entropy of each example.
 
     Args:
       logits: [B, K], any type; computed in float32.
       labels: [B] integers in [0, K).
+      smoothing: share of the target that is spread evenly over all K classes, in [0, 1).
 
     Returns:
       [B] float32, in nats, non-negative.
 
     Raises:
-      UserError: the shapes do not match, or the labels are not integers.
+      UserError: the shapes do not match, the labels are not integers, or smoothing is out of range.
 
     Source: eq. (3) of Calian et al., "Defending against image corruptions through adversarial
-    augmentations" (2021).
+    augmentations" (2021); smoothing follows Szegedy et al., "Rethinking the Inception architecture
+    for computer vision" (2016), section 7.
     """
     _check(logits, labels)
-    return optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
+    if not 0 <= smoothing < 1:
+        raise UserError(f"smoothing={smoothing} must be at least 0 (off) and below 1.")
+    logits = logits.astype(jnp.float32)
+    if smoothing == 0:
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    one_hot = jax.nn.one_hot(labels, logits.shape[-1], dtype=jnp.float32)
+    return optax.softmax_cross_entropy(logits, optax.smooth_labels(one_hot, smoothing))
 
 
 def jsd(logits_clean: jax.Array, logits_aug1: jax.Array, logits_aug2: jax.Array) -> jax.Array:

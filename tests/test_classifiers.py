@@ -453,6 +453,24 @@ def test_perturbations_are_added_to_the_outputs_of_layers(name: str) -> None:
     assert np.abs(moved - logits).max() > 0.01
 
 
+@pytest.mark.parametrize("name", ["resnet9", "preact_resnet20"])
+def test_perturbations_may_be_functions_of_the_outputs(name: str) -> None:
+    net, params, state = fitted(name)
+    x = images(2)
+    options = {"is_training": False, "with_features": True}
+
+    def run(x, **perturbations):
+        return net.apply(params, state, None, x, perturbations=perturbations, **options)[0]
+
+    run = jax.jit(run, static_argnames=("input", "stage2"))
+    _, clean = run(x)
+    _, features = run(x, stage2=jnp.flip)
+    np.testing.assert_allclose(features["stage1"], clean["stage1"], atol=1e-6)
+    np.testing.assert_allclose(features["stage2"], jnp.flip(clean["stage2"]), atol=1e-5)
+    turned = functools.partial(jnp.flip, axis=(0, 1))
+    np.testing.assert_allclose(run(x, input=turned)[0], run(turned(x))[0], atol=1e-4)
+
+
 def test_perturbations_of_unknown_layers_are_rejected() -> None:
     net, params, state = fitted("resnet9")
     with pytest.raises(UserError, match="'stage5' is unknown: resnet9 has stem, stage1, stage2"):

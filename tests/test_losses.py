@@ -33,6 +33,23 @@ def test_cross_entropy_equals_scipy(logits: np.ndarray, labels: np.ndarray) -> N
 
 
 @quick
+@given(LOGITS, LABELS, st.floats(0, 0.875, width=32))
+def test_smoothed_cross_entropy_equals_scipy(
+    logits: np.ndarray, labels: np.ndarray, smoothing: float
+) -> None:
+    log_p = scipy.special.log_softmax(logits.astype(np.float64), axis=-1)
+    expected = -(1 - smoothing) * log_p[np.arange(EXAMPLES), labels] - smoothing * log_p.mean(-1)
+    found = losses.cross_entropy(logits, labels, smoothing)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_smoothing_out_of_range_is_refused() -> None:
+    for smoothing in (-0.1, 1.0):
+        with pytest.raises(UserError, match=f"smoothing={smoothing} must be"):
+            losses.cross_entropy(jnp.zeros((2, 3)), jnp.arange(2), smoothing)
+
+
+@quick
 @given(LOGITS, LOGITS, LOGITS)
 def test_jsd_equals_scipy(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> None:
     p = scipy.special.softmax(np.stack([a, b, c]).astype(np.float64), axis=-1)
@@ -93,6 +110,7 @@ def test_a_constant_added_to_the_logits_changes_nothing(
 
 LOSSES = {
     "cross_entropy": losses.cross_entropy,
+    "smoothed": functools.partial(losses.cross_entropy, smoothing=0.1),
     "margin": losses.margin,
     "jsd": lambda logits, labels: losses.jsd(logits, logits[::-1], -logits),
 }

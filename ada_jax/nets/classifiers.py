@@ -43,8 +43,10 @@ def make(
     `test_local_stats` it uses the batch's without an update; otherwise it uses the running ones.
 
     `apply` has two more arguments. `perturbations`, {layer: array}, are added to the outputs of
-    layers, whose names and shapes `feature_shapes` returns. With `with_features` the result is
-    `((logits, features), state)`, where features are the layers' outputs, {layer: [B, H', W', C']}.
+    layers, whose names and shapes `feature_shapes` returns; {layer: function} replaces a layer's
+    output by a function of it. The layer 'input' is the normalised images. With `with_features` the
+    result is `((logits, features), state)`, where features are the layers' outputs,
+    {layer: [B, H', W', C']}.
 
     Args:
       name: one of `names()`.
@@ -87,7 +89,7 @@ def make(
         x: jax.Array,
         is_training: bool,
         test_local_stats: bool = False,
-        perturbations: Mapping[str, jax.Array] | None = None,
+        perturbations: Mapping[str, jax.Array | Callable] | None = None,
         with_features: bool = False,
     ) -> jax.Array | tuple[jax.Array, dict[str, jax.Array]]:
         if x.ndim != 4 or x.shape[-1] != len(mean) or not jnp.issubdtype(x.dtype, jnp.floating):
@@ -99,11 +101,15 @@ def make(
         axis_name = None if hk.running_init() else bn_axis_name
         perturbations, outputs = perturbations or {}, {}
 
+        def perturbed(h: jax.Array, layer: str) -> jax.Array:
+            if layer not in perturbations:
+                return h
+            change = perturbations[layer]
+            return change(h) if callable(change) else h + change.astype(h.dtype)
+
         def tap(h: jax.Array, layer: str) -> jax.Array:
-            if layer in perturbations:
-                h = h + perturbations[layer].astype(h.dtype)
-            outputs[layer] = h
-            return h
+            outputs[layer] = perturbed(h, layer)
+            return outputs[layer]
 
         def norm_relu(h: jax.Array, bn_name: str, relu: bool = True) -> jax.Array:
             bn = batch_norm.BatchNorm(
@@ -118,6 +124,7 @@ def make(
             return policy.cast_to_compute(jax.nn.relu(h) if relu else h)
 
         x = (x - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
+        x = perturbed(x, "input")
         if name == "resnet50":
             bn_config = {"decay_rate": bn_decay, "cross_replica_axis": axis_name}
             net = _resnet50(num_classes, bn_config, zero_init_logits)
@@ -127,7 +134,7 @@ def make(
             features = _NETWORKS[name](policy.cast_to_compute(x), norm_relu, tap)
             features = jnp.mean(policy.cast_to_output(features), axis=(1, 2))
             logits = _logits(features, num_classes, zero_init_logits)
-        if unknown := perturbations.keys() - outputs.keys():
+        if unknown := perturbations.keys() - outputs.keys() - {"input"}:
             raise UserError(
                 f"The layer {min(unknown)!r} is unknown: {name} has {', '.join(outputs)}."
             )
