@@ -252,7 +252,7 @@ def _means(grid: Collection[str]) -> dict[str, tuple[str, Sequence[str]]]:
 
 def _cbar_of(measured: Collection[str]) -> Sequence[str]:
     """The ten corruptions of ImageNet-C-bar if all were measured, else CIFAR-10-C-bar's."""
-    return CBAR["cifar"]
+    return CBAR["imagenet" if set(CBAR["imagenet"]) <= set(measured) else "cifar"]
 
 
 def means_of(results: Results) -> Results:

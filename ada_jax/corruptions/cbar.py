@@ -1,4 +1,4 @@
-"""The corruptions of CIFAR-10-C-bar. See `functions` for their arguments.
+"""The corruptions of CIFAR-10-C-bar and ImageNet-C-bar. See `functions` for their arguments.
 
 Their parameters are the authors' levels, on a scale to 10. Lengths scale with the smaller side of
 the images. Odd sizes and images that are not square, which the published sets do not have, are
@@ -58,6 +58,81 @@ def _coloured_noise(
     noise = scipy.fft.ifft2(scipy.fft.ifftshift(amplitudes * np.exp(1j * phases), (-2, -1))).real
     noise /= noise.std((-2, -1), keepdims=True)
     return filters.pixels(noise[..., :h, :w])
+
+
+def perlin_noise(x: np.ndarray, level: float, draws: Draws) -> np.ndarray:
+    """Blends images with grey Perlin noise, five octaves of absolute values."""
+    h, w = x.shape[1:3]
+    scale = 7 / min(h, w)  # cells of the first octave per pixel
+    nodes = math.ceil(16 * scale * max(h, w)) + 1
+    # The original code draws 256 gradients and hashes the nodes to them.
+    gradients = draws.uniform(-1, 1, 2, nodes, nodes)
+    gradients /= np.linalg.norm(gradients, axis=1, keepdims=True)
+    octaves = [2**i for i in range(5)]
+    noise = sum(
+        np.abs(_gradient_noise(gradients, f * scale * np.arange(h), f * scale * np.arange(w))) / f
+        for f in octaves
+    )
+    grey = np.minimum(0.5 * noise + 0.5, 1)[..., None]
+    share = 0.05 * level
+    return (1 - share) * x.astype(np.float32) + 255 * share * grey
+
+
+def _gradient_noise(gradients: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Perlin noise [N, H, W] at rows [H] and columns [W], with gradients [N, 2, nodes, nodes]."""
+    i, j = rows.astype(int), columns.astype(int)
+    dy, dx = np.float32(rows - i)[:, None], np.float32(columns - j)
+
+    def corner(down: int, right: int) -> np.ndarray:
+        at = gradients[:, :, (i + down)[:, None], j + right]
+        return at[:, 0] * (dy - down) + at[:, 1] * (dx - right)
+
+    sy, sx = (t**2 * (3 - 2 * t) for t in (dy, dx))
+    upper, lower = (corner(k, 0) + sx * (corner(k, 1) - corner(k, 0)) for k in (0, 1))
+    return 1.5 * (upper + sy * (lower - upper))
+
+
+def plasma_noise(x: np.ndarray, level: float, draws: Draws) -> np.ndarray:
+    """Adds coloured plasma, sines of coordinates that are distorted four to six times."""
+    n, h, w, _ = x.shape
+    phase = draws.uniform(0, 6 * np.pi)[:, None, None]
+    rounds = draws.integers(4, 7)[:, None, None]
+    shrink = 2.25 - draws.uniform(0.5, 1)[:, None, None]
+    scale = (draws.uniform(0.075, 0.2) * min(h, w))[:, None, None]
+    v, u = np.broadcast_to(np.indices((h, w))[:, None], (2, n, h, w)) / scale
+    for k in range(6):
+        a = np.cos(v * 1.93**k + phase / 1.15**k)
+        b = np.sin(u * 1.93**k + phase / 1.15**k)
+        size = np.where(k < rounds, 1 / shrink**k, 0)
+        u, v = u + size * (a - 0.3 * b), v + size * (b + 0.3 * a)
+    waves = np.sin(u - phase), np.sin((u + v + np.sin(phase)) / 2), np.sin(v + phase)
+    strength = 6.4 * level
+    return (1 - strength / 255) * x + strength * np.stack(waves, -1)
+
+
+def single_frequency_greyscale(x: np.ndarray, level: float, draws: Draws) -> np.ndarray:
+    """Adds a grey plane wave."""
+    h, w = x.shape[1:3]
+    larger, smaller = draws.uniform(-np.pi, np.pi), draws.uniform(-1, 1)
+    frequencies = np.stack([larger, smaller * np.abs(larger)], -1)  # radians per pixel
+    swapped = draws.integers(0, 2)[:, None] == 1
+    down, right = np.where(swapped, frequencies, frequencies[:, ::-1]).T[..., None, None]
+    phase = draws.uniform(0, 2 * np.pi)[:, None, None]
+    wave = np.sin(down * np.arange(h)[:, None] + right * np.arange(w) + phase)
+    return x + 19.6 * level * wave[..., None]
+
+
+def cocentric_sine_waves(x: np.ndarray, level: float, draws: Draws) -> np.ndarray:
+    """Adds grey rings with wavy edges."""
+    h, w = x.shape[1:3]
+    size = min(h, w)
+    centre = draws.uniform(0, 1, 2) * (h, w)
+    petals = draws.uniform(0, 10)[:, None, None]
+    height, width = (draws.uniform(0, size / 10, 2).T)[..., None, None].astype(np.float64)
+    dy = np.arange(h)[:, None] - centre[:, 0, None, None]
+    dx = np.arange(w) - centre[:, 1, None, None]
+    distance = np.hypot(dy, dx) + height * np.sin(petals * np.arctan2(dx, dy))
+    return x + 12.8 * level * (distance / width % 1 - 0.5)[..., None]
 
 
 # -------------------------------------------------------------------------------------- drawings
@@ -211,6 +286,36 @@ def ripple(x: np.ndarray, level: float, draws: Draws) -> np.ndarray:
         return np.arange(n) + 0.0025 * level * size * np.sin(waves)
 
     return _sample(x, shifted(0, h)[:, :, None], shifted(1, w)[:, None, :])
+
+
+def caustic_refraction(x: np.ndarray, level: float, draws: Draws) -> np.ndarray:
+    """Refracts and lights images as if seen through a surface of moving water."""
+    h, w = x.shape[1:3]
+    size = min(h, w)
+    time = draws.uniform(0.5, 2)[:, None, None]
+    period = (draws.uniform(0.75, 1.25) * size)[:, None, None]
+    surface = filters.gaussian_blur(_caustics(h, w, time, period), 1, "reflect")
+    padded = np.pad(surface, ((0, 0), (1, 1), (1, 1)))
+    down = padded[:, 2:, 1:-1] - padded[:, :-2, 1:-1]
+    right = padded[:, 1:-1, 2:] - padded[:, 1:-1, :-2]
+    slope = np.hypot(down, right)
+    angle = np.arctan(slope)  # of the incident ray
+    bend = np.sin(angle - np.arcsin(np.sin(angle) / 4))
+    bend = np.where(np.cos(angle) < 0.999, 0.05 * level * size * bend / np.maximum(slope, 1e-9), 0)
+    rows, columns = np.indices((h, w))
+    shifted = [axis + np.round(bend * s, 3) for axis, s in ((rows, down), (columns, right))]
+    return _sample(x, *shifted) + (51 * level * (down - right))[..., None]
+
+
+def _caustics(h: int, w: int, time: np.ndarray, period: np.ndarray) -> np.ndarray:
+    """Light in [0, 1] on the ground of water, [N, H, W], for times and periods [N, 1, 1]."""
+    y, x = (t / period % 1 * 6.28318530718 - 250 for t in np.indices((h, w)))
+    v, u, total = y, x, 1.0
+    for k in range(5):
+        t = time * (1 - 3.5 / (k + 1))
+        v, u = y + np.cos(t - v) + np.sin(t + u), x + np.sin(t - u) + np.cos(t + v)
+        total = total + 200 / np.hypot(y / np.sin(v + t), x / np.cos(u + t))
+    return np.minimum(np.abs(1.17 - (total / 5) ** 1.4) ** 8, 1)
 
 
 def _sample(x: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:

@@ -360,6 +360,11 @@ _FUNCTIONS: dict[str, Callable[[np.ndarray, Any, Draws], np.ndarray]] = {
     "lines": cbar.lines,
     "sparkles": cbar.sparkles,
     "transverse_chromatic_abberation": cbar.transverse_chromatic_abberation,
+    "caustic_refraction": cbar.caustic_refraction,
+    "perlin_noise": cbar.perlin_noise,
+    "plasma_noise": cbar.plasma_noise,
+    "cocentric_sine_waves": cbar.cocentric_sine_waves,
+    "single_frequency_greyscale": cbar.single_frequency_greyscale,
 }
 
 

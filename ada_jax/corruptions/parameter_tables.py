@@ -31,7 +31,18 @@ CBAR = {  # CIFAR-10-C-bar and ImageNet-C-bar have ten corruptions each.
         "sparkles",
         "transverse_chromatic_abberation",
     ),
-    "imagenet": (),
+    "imagenet": (
+        "caustic_refraction",
+        "inverse_sparkles",
+        "sparkles",
+        "perlin_noise",
+        "blue_noise_sample",
+        "plasma_noise",
+        "checkerboard_cutout",
+        "cocentric_sine_waves",
+        "single_frequency_greyscale",
+        "brownish_noise",
+    ),
 }
 SEVERITIES = (1, 2, 3, 4, 5)
 
@@ -143,6 +154,17 @@ _IMAGENET = {
         (0.67, 0.4, 1, 0.65, 1.5, "mud"),
     ),
     "saturate": ((0.3, 0), (0.1, 0), (2, 0), (5, 0.1), (20, 0.2)),
+    # C-bar, as above.
+    "caustic_refraction": (2.35, 3.2, 4.9, 6.6, 9.15),
+    "inverse_sparkles": (1, 2, 4, 9, 10),
+    "sparkles": (1, 2, 3, 5, 6),
+    "perlin_noise": (4.6, 5.2, 5.8, 7.6, 8.8),
+    "blue_noise_sample": (0.8, 1.6, 2.4, 4, 5.6),
+    "plasma_noise": (4.75, 7, 8.5, 9.25, 10),
+    "checkerboard_cutout": (2, 3, 4, 5, 6),
+    "cocentric_sine_waves": (3, 5, 8, 9, 10),
+    "single_frequency_greyscale": (1, 1.5, 2, 4.5, 5),
+    "brownish_noise": (1, 2, 3, 4, 5),
 }
 TABLES = {"cifar": _CIFAR, "imagenet": _IMAGENET}
 
