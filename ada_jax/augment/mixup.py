@@ -96,6 +96,8 @@ def noisy(
     "Noisy feature mixup" (2022), have additive 0.4, multiplicative 0.2 and sparsity 0.
     """
     _check(additive, multiplicative, sparsity)
+    if additive == multiplicative == 0:
+        return features
     keys = jax.random.split(key, 4)
     a, m = (jax.random.beta(k, 2.0, 5.0, dtype=jnp.float32) for k in keys[:2])
     normal, uniform = (_sparse_uniform(k, features.shape, sparsity) for k in keys[2:])
