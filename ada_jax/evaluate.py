@@ -1,6 +1,6 @@
 """Measures a classifier's errors on clean, corrupted, newly collected and attacked images.
 
-    python -m ada_jax.evaluate --workdir=runs/cifar10 --sets=clean,c,extra,cifar10_1
+    python -m ada_jax.evaluate --workdir=runs/cifar10 --sets=clean,c,extra,cbar,cifar10_1
     python -m ada_jax.evaluate --config=FILE --weights=FILE.safetensors --out=results.json
     python -m ada_jax.evaluate --config=FILE --random --out=results.json
 

@@ -351,7 +351,7 @@ def circular_motion_blur(x: np.ndarray, level: float, draws: Draws) -> np.ndarra
     return (_rotations(h, w, 1.5 * level) @ columns).reshape(h, w, n, 3).transpose(2, 0, 1, 3)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=2)  # 0.1 GB each at 224x224
 def _rotations(h: int, w: int, degrees: float) -> scipy.sparse.csr_matrix:
     """The weighted mean of 21 rotations by cubic splines, black outside, as [H*W, H*W].
 

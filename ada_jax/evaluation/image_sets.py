@@ -115,6 +115,11 @@ def on_the_fly(
 def _from_tfds(
     config: ml_collections.ConfigDict, clean: core.Dataset, names: Sequence[str], size: int
 ) -> _Corruptions:
+    if missing := set(names) - {*parameter_tables.NAMES, *parameter_tables.EXTRA}:
+        raise UserError(
+            f"config.eval_c_dir (--c_dir) = 'tfds' has no corruption {min(missing)!r}: set '' to "
+            "corrupt on the fly, or name a folder of .npy files."
+        )
     base, open_one = "test", tfds_sets.cifar10_corrupted
     if config.dataset == "imagenet2012":
         base = "validation"

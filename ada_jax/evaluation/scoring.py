@@ -237,7 +237,7 @@ def corruption_errors(
       logits_fn: images [B,H,W,3] float32 in [0,1] -> logits [B,K]; includes normalisation.
       images: [N,H,W,3] uint8.
       labels: [N] integers in 0..K-1.
-      names: corruptions, in `corruptions.NAMES` or `corruptions.EXTRA`.
+      names: corruptions, in `corruptions.NAMES`, `EXTRA` or `CBAR[table]`.
       seed: seed of the corruptions, in 0..2**32-1.
       table: parameters, 'cifar' for small images, 'imagenet' for large ones.
       batch_size: over all devices.
