@@ -401,7 +401,7 @@ def test_imagenet_is_corrupted_on_the_fly_at_the_size_of_imagenet_c(held_out, im
 
 
 def test_imagenet_c_comes_from_tfds(held_out, imagenet, monkeypatch):
-    fog = evaluators.Evaluator(("corruptions",), corruptions=("fog",))
+    fog = evaluators.Evaluator(("corruptions",), corruptions={"imagenet": ("fog",)})
     monkeypatch.setitem(evaluators.EVALUATORS, "c", fog)
     sets = imagenet_sets(held_out, imagenet, c_dir="tfds")
     assert list(sets.datasets) == [("fog", severity) for severity in range(1, 6)]
