@@ -4,9 +4,10 @@ import numpy as np
 
 _ANGLES = np.arange(0, 2 * np.pi, np.pi / 8)
 _DISTANCES = (7.0, 14.0, 24.0, 36.0, 50.0, 66.0, 84.0, 104.0, 130.0, 160.0)  # Point to label.
-_RESTARTS = 8
+_GAP = 10  # Between labels beside each other.
+_RESTARTS = 16
 # Costs of conflicts, in pixels of distance. A label is ambiguous beside another point.
-_OVERLAP, _CROSSING, _AMBIGUOUS = 100.0, 60.0, 40.0
+_OVERLAP, _CROSSING, _AMBIGUOUS = 100.0, 40.0, 30.0
 
 
 def place(
@@ -91,17 +92,16 @@ def _ambiguous(points: np.ndarray, candidates: np.ndarray) -> np.ndarray:
 
 
 def _leader(point: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """Points [C,8,2] on the lines from a point to the nearest points of boxes [C,4]."""
+    """Ends [C,2,2] of the lines from a point to the nearest points of boxes [C,4]."""
     ends = np.clip(point, boxes[:, :2], boxes[:, 2:])
-    shares = np.linspace(0, 1, 8)[:, None]
-    return point + shares * (ends - point)[:, None]
+    return np.stack([np.broadcast_to(point, ends.shape), ends], 1)
 
 
 def _conflicts(
     boxes: np.ndarray, leaders: np.ndarray, others: np.ndarray, other_leaders: np.ndarray
 ) -> np.ndarray:
-    """Costs [C] of boxes [C,4] and leaders [C,8,2] beside those of other labels."""
-    overlaps = _overlap(boxes, others).sum(-1)
+    """Costs [C] of boxes [C,4] and leaders [C,2,2] beside those of other labels."""
+    overlaps = _overlap(boxes, others + (-_GAP, 0, _GAP, 0)).sum(-1)
     crossed = _inside(leaders[:, None], others[None]).sum(-1)
     crossed += _inside(other_leaders[None], boxes[:, None]).sum(-1)
     crossed += _crosses(leaders[:, None], other_leaders[None]).sum(-1)
@@ -112,19 +112,27 @@ def _overlap(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Overlaps [...,M] of boxes [...,4] with others [M,4]: the smaller side in pixels, plus 1."""
     low = np.maximum(boxes[..., None, :2], others[:, :2])
     high = np.minimum(boxes[..., None, 2:], others[:, 2:])
-    side = (high - low).min(-1)
+    sides = high - low
+    side = np.minimum(sides[..., 0], sides[..., 1])
     return np.where(side > 0, 1 + side, 0)
 
 
 def _inside(lines: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """Whether lines of points [...,8,2] pass through boxes [...,4]."""
-    within = (lines > boxes[..., None, :2]) & (lines < boxes[..., None, 2:])
-    return within.all(-1).any(-1)
+    """Whether straight lines [...,2,2] pass through boxes [...,4]."""
+    start = lines[..., 0, :]
+    along = lines[..., 1, :] - start
+    along = np.where(np.abs(along) < 1e-6, 1e-6, along)
+    # The shares of the line at which it passes the sides.
+    shares = (boxes[..., :2] - start) / along, (boxes[..., 2:] - start) / along
+    enters, leaves = np.minimum(*shares), np.maximum(*shares)
+    enters = np.maximum(enters[..., 0], enters[..., 1])
+    leaves = np.minimum(leaves[..., 0], leaves[..., 1])
+    return np.maximum(enters, 0) < np.minimum(leaves, 1)
 
 
 def _crosses(lines: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Whether straight lines [...,8,2] cross others."""
-    a, b, c, d = lines[..., 0, :], lines[..., -1, :], others[..., 0, :], others[..., -1, :]
+    """Whether straight lines [...,2,2] cross others."""
+    a, b, c, d = lines[..., 0, :], lines[..., 1, :], others[..., 0, :], others[..., 1, :]
 
     def side(start: np.ndarray, end: np.ndarray, point: np.ndarray) -> np.ndarray:
         first, second = end - start, point - start

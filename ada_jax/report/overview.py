@@ -12,6 +12,7 @@ from ada_jax.report import grouping, label_places, style
 
 _COLOURS = 4  # Colours of our groups in the style sheet; more groups repeat them.
 _LEFT, _RIGHT, _BOTTOM = 40, 14, 44  # Margins of the plot.
+_LONGEST = 46  # Characters of a label; longer ones are cut.
 _WIDTH = 0.63  # Width of a character relative to the size of the text, of a wide font.
 
 
@@ -95,7 +96,8 @@ def short_labels(group: Group) -> list[str]:
     end = _shared([w[start:][::-1] for w in words])
     names = ["_".join(w[start : len(w) - end]) for w in words]
     settings = [space + rest.replace("ada.", "") for _, space, rest in pairs]
-    return [name + setting for name, setting in zip(names, settings, strict=True)]
+    labels = [name + setting for name, setting in zip(names, settings, strict=True)]
+    return [t if len(t) <= _LONGEST else f"{t[: _LONGEST - 1]}…" for t in labels]
 
 
 def _shared(words: Sequence[Sequence[str]]) -> int:
@@ -120,7 +122,10 @@ def svg(shown: Sequence[Group], size: Size, name: str) -> str:
     legend, top = _legend(shown, size)
     box = (_LEFT, top + 40, size.width - _RIGHT, size.height - _BOTTOM)
     rows = [row for group in shown for row in group.rows]
-    clean, mce = (_range([row.values[key] for row in rows]) for key in ("clean", "mce"))
+    clean, mce = (
+        _range([row.values[k] + s * row.spread.get(k, 0.0) for row in rows for s in (-1, 1)])
+        for k in ("clean", "mce")
+    )
     axes = Axes(clean, mce, box, size.text)
     what = html.escape(f"mCE against clean error of {len(rows)} rows")
     return (

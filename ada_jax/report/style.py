@@ -77,10 +77,12 @@ figure { margin: 0 0 2rem; }
 figure img { display: block; width: 100%; min-width: 44rem; background: #fff; }
 figcaption { color: var(--soft); font-size: .875rem; margin-top: .75rem; max-width: 68rem;
   overflow-wrap: anywhere; }
+@media (max-width: 60rem) {
+  .overview { display: none; }
+  .narrow { display: block; max-width: 34rem; }
+}
 @media (min-width: 48.01rem) { table:not(.heat) wbr { display: none; } }
 @media (max-width: 48rem) {
-  .overview { display: none; }
-  .narrow { display: block; max-width: 28rem; }
   table, .heat { font-size: .8125rem; }
   th, td { padding-left: .35rem; padding-right: .35rem; }
   tbody th { white-space: normal; overflow-wrap: anywhere; min-width: 9rem; }
