@@ -296,8 +296,10 @@ def test_the_page_in_a_browser(page, tmp_path, width, dark):
     rows = sum(len(group.rows) for group in groups)
     assert len(found["labels"]) == len(found["marks"]) == rows > 20
     assert len(found["names"]) == 3 and found["size"] >= 10
+    assert all(right - left > 8 for left, _, right, _ in found["marks"])
     texts = found["labels"] + found["names"]
     assert overlaps(texts) == []
+    assert sum(len(overlaps([label, m])) for label in found["labels"] for m in found["marks"]) < 5
     assert all(
         picture[0] <= t[0] and t[2] <= picture[2] <= width and picture[1] <= t[1] for t in texts
     )
