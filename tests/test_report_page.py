@@ -150,6 +150,7 @@ def test_key_figures_are_of_nominal_training_and_of_the_best_row():
     assert "20.0 → 9.0" in text and "nominal → z" in text and "clean error 2.0 → 5.0" in text
     alone = overview.figure(overview.groups(rows[1:2], []))
     assert "facts" not in alone and "<svg" in alone
+    assert "An arrow" in text and "An arrow" not in alone
 
 
 # ------------------------------------------------------------------------ heat map

@@ -142,17 +142,29 @@ def figure(shown: Sequence[Group]) -> str:
       shown: groups of rows, at least one.
     """
     facts = "".join(filter(None, map(_fact, shown)))
-    caption = "An arrow leads from nominal training to AdA. "
-    if any(row.spread for group in shown for row in group.rows):
-        caption += "Bars are one standard deviation over seeds. "
-    for group in shown:
-        images = dict.fromkeys(row.measured_on for row in group.rows)
-        caption += f"{group.name.partition(': ')[0]}: {'; '.join(images)}. "
     return (
         (f'<ul class="facts">{facts}</ul>\n' if facts else "")
         + f"<figure>{svg(shown, WIDE, 'overview')}\n{svg(shown, NARROW, 'narrow')}\n"
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        f"<figcaption>{html.escape(_caption(shown))}</figcaption></figure>"
     )
+
+
+def _caption(shown: Sequence[Group]) -> str:
+    """Explains the arrows and bars, if there are any, and says which images were evaluated."""
+    rows = [row for group in shown for row in group.rows]
+    parts = []
+    if any({"nominal", "ada"} <= {row.method for row in group.rows} for group in shown):
+        parts.append("An arrow leads from nominal training to AdA.")
+    if any(row.spread for row in rows):
+        parts.append("Bars are one standard deviation over seeds.")
+    names: dict[str, list[str]] = {}
+    for group in shown:
+        for images in dict.fromkeys(row.measured_on for row in group.rows):
+            name = group.name if group.rows[0].seeds else "paper"
+            names.setdefault(images, []).append(name)
+    for images, measured in names.items():
+        parts.append(f"{'; '.join(dict.fromkeys(measured))}: {images}.")
+    return " ".join(parts)
 
 
 def _fact(group: Group) -> str:
@@ -257,7 +269,7 @@ def _points(shown: Sequence[Group], axes: Axes) -> str:
     arrows = _improvements(shown, axes)
     shares = np.linspace(0, 1, 20)[:, None]
     along = [ends[0] + shares * (ends[1] - ends[0]) for _, ends in arrows]
-    lines = [np.concatenate([points - 2, points + 2], -1) for points in along]
+    lines = [np.concatenate([line - 2, line + 2], -1) for line in along]
     obstacles = np.concatenate([marks, bars, *lines, _equality(axes)[1]])
     boxes = label_places.place(points, sizes, obstacles, axes.box)
     return "".join(itertools.starmap(_arrow, arrows)) + "\n".join(

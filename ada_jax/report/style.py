@@ -38,8 +38,9 @@ h2 { font-size: 1.2rem; line-height: 1.3; margin: 3.5rem 0 .75rem; }
 nav ul { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; padding: 0; margin: .5rem 0 0;
   list-style: none; font-size: .875rem; }
 a { color: var(--mark); text-underline-offset: .2em; }
+main { margin-top: 2rem; }
 .facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr));
-  gap: 1.25rem 2rem; padding: 0; margin: 2rem 0 1.75rem; list-style: none; }
+  gap: 1.25rem 2rem; padding: 0; margin: 0 0 1.75rem; list-style: none; }
 .facts li { border-left: 3px solid var(--c); padding-left: .9rem; font-size: .875rem;
   color: var(--soft); line-height: 1.45; }
 .facts strong { display: block; color: var(--ink); font-size: 1.75rem; line-height: 1.3;
