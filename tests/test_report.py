@@ -166,6 +166,23 @@ def test_the_config_alone_says_which_row_of_the_paper_is_meant(trained, copies, 
 
 
 @pytest.mark.parametrize(
+    "ingredient",
+    [
+        {"trivial_augment": {"use": True, "extra_ops": True}},
+        {"noise": {"share": 0.5, "norms": ["l2"]}},
+        {"mixup": {"alpha": 1.0, "layers": ["input"]}},
+        {"label_smoothing": 0.1},
+        {"ema_decay": 0.999},
+        {"ada": {"nu": 0.02, "random_nu": True}},
+    ],
+)
+def test_rows_with_ingredients_that_the_paper_lacks_are_none_of_its_rows(ingredient, tmp_path):
+    config = result()["config"]
+    one, other = read(tmp_path, result(), result(config=config | ingredient))
+    assert grouping.paper_row(one) == "ada" and grouping.paper_row(other) == ""
+
+
+@pytest.mark.parametrize(
     ("network", "augmix", "expected"),
     [
         ("self", False, "pat_self"),

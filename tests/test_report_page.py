@@ -18,6 +18,7 @@ from ada_jax import results as results_files
 from ada_jax.report import grouping, label_places, overview, paper_tables, style, web_page
 from ada_jax.report.tables import Cell, Table
 
+CBAR = results_files.CBAR["cifar"]
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -194,6 +195,9 @@ def test_corruptions_have_the_papers_headings_above_them(shipped):
     ]
     assert sum(count for _, count in table.spans) == len(table.head)
     assert not paper_tables.table_1(*shipped).spans
+    cbar = shipped[0][0]._replace(values=shipped[0][0].values | dict.fromkeys(CBAR, 50.0))
+    spans = paper_tables.table_3([cbar], []).spans
+    assert spans[-2:] == [("C-bar", 10), ("", 1)]
 
 
 # ------------------------------------------------------------------------ colours

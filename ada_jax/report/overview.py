@@ -171,15 +171,25 @@ def _fact(group: Group) -> str:
     """The mCE of nominal training and of the group's best row; '' without nominal training."""
     best = min(group.rows, key=lambda row: row.values["mce"])
     label = short_labels(group)[group.rows.index(best)]
-    nominal = next((row for row in group.rows if row.method == "nominal"), best)
-    if nominal is best:
+    nominal = _of_method(group, "nominal")
+    if nominal in (None, best):
         return ""
-    mce, clean = ([f"{row.values[key]:.1f}" for row in (nominal, best)] for key in ("mce", "clean"))
+    changes = {
+        key: " → ".join(f"{row.values[key]:.1f}" for row in (nominal, best))
+        for key in ("mce", "clean", "cbar")
+        if key in nominal.values and key in best.values
+    }
+    cbar = f", C-bar {changes['cbar']}" if "cbar" in changes else ""
     return (
         f'<li class="{group.colour}"><b>{html.escape(group.name)}</b>'
-        f"<strong>{mce[0]} → {mce[1]}</strong>mCE in percent, nominal → {html.escape(label)}<br>"
-        f"clean error {clean[0]} → {clean[1]}</li>"
+        f"<strong>{changes['mce']}</strong>mCE in percent, nominal → {html.escape(label)}<br>"
+        f"clean error {changes['clean']}{cbar}</li>"
     )
+
+
+def _of_method(group: Group, method: str) -> grouping.Row | None:
+    """The group's first row that corresponds to this row of the paper."""
+    return next((row for row in group.rows if row.method == method), None)
 
 
 def document(shown: Sequence[Group]) -> str:
@@ -285,9 +295,10 @@ def _improvements(shown: Sequence[Group], axes: Axes) -> list[tuple[Group, np.nd
     """The groups with nominal training and AdA, with the points [2,2] of these."""
     found = []
     for group in shown:
-        points = {row.method: axes.at(row.values["clean"], row.values["mce"]) for row in group.rows}
-        if {"nominal", "ada"} <= points.keys():
-            found.append((group, np.array([points["nominal"], points["ada"]])))
+        both = [_of_method(group, method) for method in ("nominal", "ada")]
+        if all(both):
+            ends = [axes.at(row.values["clean"], row.values["mce"]) for row in both]
+            found.append((group, np.array(ends)))
     return found
 
 

@@ -111,6 +111,7 @@ def _spans(columns: Iterable[str]) -> list[tuple[str, int]]:
     """The groups of corruptions, each with its number of columns."""
     group_of = {name: group for group, names in results_files.GROUPS.items() for name in names}
     group_of |= dict.fromkeys(results_files.EXTRA, "extra")
+    group_of |= {name: "C-bar" for names in results_files.CBAR.values() for name in names}
     headings = ["", *(group_of.get(key, "") for key in columns), ""]
     return [(heading, len(list(same))) for heading, same in itertools.groupby(headings)]
 
