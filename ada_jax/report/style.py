@@ -72,7 +72,8 @@ tbody tr + tr > * { color: var(--soft); font-size: .8125rem; padding-top: 0; }
   min-width: 2.4rem;
   background: color-mix(in srgb, var(--hot) calc(var(--share) * 100%), var(--cold)); }
 .heat thead .shade { border: 0; background: var(--band); font-weight: 500; line-height: 1; }
-.shade span { writing-mode: vertical-rl; transform: rotate(180deg); }
+.shade span { display: inline-block; max-height: 8rem; writing-mode: vertical-rl;
+  transform: rotate(180deg); }
 .notes { color: var(--soft); font-size: .875rem; padding-left: 1.1rem; overflow-wrap: anywhere; }
 figure { margin: 0 0 2rem; }
 figure img { display: block; width: 100%; min-width: 44rem; background: #fff; }
