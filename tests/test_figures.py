@@ -40,6 +40,5 @@ def test_any_run_has_its_place_in_the_legend(name, tmp_path, monkeypatch):
     monkeypatch.setattr(
         figures, "_save", lambda figure, _: labels.extend(figure.legends[0].get_texts())
     )
-    figures.corruption_bars("", {name: {"fog": {"mean": 1.0, "std": 0.0}}}, order=("fog",))
     figures.severity_curves("", {name: {"fog": [1.0] * 5}}, order=("fog",))
-    assert [t.get_text().strip("\u200b").replace(r"\$", "$") for t in labels] == [name, name]
+    assert [t.get_text().strip("\u200b").replace(r"\$", "$") for t in labels] == [name]

@@ -94,7 +94,7 @@ def test_mapped_files_stay_local():
 
 def test_pictures_go_into_buckets(cloud):
     path = f"{cloud.folder()}/a.png"
-    figures.corruption_bars(path, {"x": {"fog": {"mean": 1.0, "std": 0.0}}}, order=("fog",))
+    figures.severity_curves(path, {"x": {"fog": [1.0] * 5}}, order=("fog",))
     assert cloud.content(path).startswith(b"\x89PNG")
 
 

@@ -20,7 +20,7 @@ from absl import flags, logging
 from ada_jax import locks, paths
 from ada_jax import results as results_files
 from ada_jax.errors import UserError, require_extra
-from ada_jax.report import charts, grouping, paper_tables, robustbench, tables, web_page
+from ada_jax.report import charts, grouping, overview, paper_tables, robustbench, tables, web_page
 from ada_jax.run import cli
 
 
@@ -37,13 +37,11 @@ def main(argv: list[str]) -> None:
         grouping.rows(results),
         grouping.rows(result for result in everything if result.published),
     )
-    attacked = [result for result in results if "lp_accuracy" in result.fields]
+    attacked = grouping.rows(result for result in results if "lp_accuracy" in result.fields)
     made = {
         "1": paper_tables.table_1(ours, paper),
         # The paper's rows are shown if ours have attacks too, or if there are none of ours.
-        "2": paper_tables.table_2(
-            grouping.rows(attacked), paper if attacked or not results else []
-        ),
+        "2": paper_tables.table_2(attacked, paper if attacked or not results else []),
         "3": paper_tables.table_3(ours, paper),
         "list": paper_tables.table_list(results or everything, paper if results else []),
     }
@@ -61,12 +59,17 @@ def main(argv: list[str]) -> None:
         cli.make_folder("figures", f.figures)
         with locks.hold(f"--figures={f.figures}", locks.of_folder(f.figures)):
             pictures = charts.draw(f.figures, ours, paper, results)
-            page = os.path.join(f.figures, "index.html")
+            written = [p.path for p in pictures if p.section == "figures"]
+            groups = overview.groups(ours, paper)
+            colours = overview.colours(groups, [*ours, *attacked, *paper])
+            if groups:
+                written.append(os.path.join(f.figures, "overview.svg"))
+                paths.write(written[-1], overview.document(groups))
+            written.append(os.path.join(f.figures, "index.html"))
             title = "Robustness to common corruptions"
-            paths.write(
-                page, web_page.page(title, [t for t in made.values() if t.groups], pictures)
-            )
-        for path in (*(p.path for p in pictures if p.section == "figures"), page):
+            with_lines = [table for table in made.values() if table.groups]
+            paths.write(written[-1], web_page.page(title, with_lines, pictures, groups, colours))
+        for path in written:
             logging.info("wrote %s", path)
     print("\n\n".join(tables.FORMATS[f.format](made[name]) for name in names))
 

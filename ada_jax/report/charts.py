@@ -31,37 +31,20 @@ def draw(
         'corruptions', and pictures adversarial_*.png.
 
     Returns:
-      The pictures in the order of the page: bars, curves, heat maps, pairs.
+      The pictures in the order of the page: curves, heat maps, pairs.
     """
     compared = {row.method for row in ours}
     shown = ours + [row for row in paper if row.method in compared or not ours]
     drawn = []
-    for name, draw_rows, what in (
-        ("corruptions", _bars, "Error on each corruption, mean over the five severities"),
-        ("severities", _curves, "Error at each severity"),
-    ):
-        path = os.path.join(folder, f"{name}.png")
-        if labels := draw_rows(path, shown):
-            drawn.append(web_page.Picture(path, _alt(what, shown), f"{what}: {labels}.", "figures"))
+    path = os.path.join(folder, "severities.png")
+    if _curves(path, shown):
+        what = "Error at each severity"
+        drawn.append(web_page.Picture(path, _alt(what, shown), f"{what}.", "figures"))
     return drawn + _maps(folder, results) + _pairs(results)
 
 
-def _bars(path: str, shown: list[grouping.Row]) -> str:
-    bars = {
-        row.label: {
-            name: {"mean": row.values[name], "std": row.spread.get(name, math.nan)}
-            for name in results_files.NAMES + results_files.EXTRA
-            if name in row.values
-        }
-        for row in shown
-    }
-    bars = {label: found for label, found in bars.items() if found}
-    if bars:
-        figures.corruption_bars(path, bars, order=results_files.NAMES + results_files.EXTRA)
-    return ", ".join(bars)
-
-
-def _curves(path: str, shown: list[grouping.Row]) -> str:
+def _curves(path: str, shown: list[grouping.Row]) -> bool:
+    """Draws the curves of the rows that have errors by severity; False if there are none."""
     curves = {
         row.label: {
             name: [row.values.get(f"{name}/{s}", math.nan) for s in parameter_tables.SEVERITIES]
@@ -75,7 +58,7 @@ def _curves(path: str, shown: list[grouping.Row]) -> str:
         figures.severity_curves(
             path, curves, order=("mce", *results_files.NAMES, *results_files.EXTRA)
         )
-    return ", ".join(curves)
+    return bool(curves)
 
 
 def _alt(what: str, shown: list[grouping.Row]) -> str:

@@ -124,32 +124,6 @@ def reconstruction_bars(path: str, results: dict[str, dict[str, dict]]) -> None:
     _save(figure, path)
 
 
-def corruption_bars(
-    path: str, results: dict[str, dict[str, dict]], *, order: Sequence[str]
-) -> None:
-    """Draws the error on each corruption for each run.
-
-    Args:
-      path: PNG to write.
-      results: dicts with 'mean' and 'std' in percent, by run and corruption; a 'std' of NaN is not
-        drawn.
-      order: the corruptions from left to right; those that no run has are left out.
-    """
-    from matplotlib.figure import Figure
-
-    corruptions = [name for name in order if any(name in run for run in results.values())]
-    width = 2 + len(corruptions) * max(0.55, 0.15 * len(results))
-    figure = Figure(figsize=(width, 4.2), layout="constrained")
-    axis = figure.subplots()
-    _side_by_side(axis, results, corruptions)
-    axis.set(ylabel="error, %", ylim=(0, None))
-    axis.margins(x=0.01)
-    axis.grid(axis="y", alpha=0.3)
-    axis.set_axisbelow(True)
-    figure.legend(frameon=False, loc="outside upper center", ncols=4)
-    _save(figure, path)
-
-
 def severity_curves(
     path: str, results: dict[str, dict[str, Sequence[float]]], *, order: Sequence[str]
 ) -> None:
@@ -164,9 +138,9 @@ def severity_curves(
     from matplotlib.figure import Figure
 
     corruptions = [name for name in order if any(name in run for run in results.values())]
-    lines = -(-len(corruptions) // 5)
+    lines = -(-len(corruptions) // 4)
     figure = Figure(figsize=(11, 0.7 + 2.1 * lines), layout="constrained")
-    panels = figure.subplots(lines, 5, sharex=True, sharey=True, squeeze=False).ravel()
+    panels = figure.subplots(lines, 4, sharex=True, sharey=True, squeeze=False).ravel()
     colours = _colours(len(results))
     for axis, corruption in zip(panels, corruptions, strict=False):
         for (label, run), colour in zip(results.items(), colours, strict=True):
@@ -182,7 +156,8 @@ def severity_curves(
     figure.supxlabel("severity", fontsize=10)
     figure.supylabel("error, %", fontsize=10)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, loc="outside upper center", ncols=4)
+    columns = max(1, 120 // (8 + max(map(len, labels))))  # About 120 characters fit.
+    figure.legend(handles, labels, frameon=False, loc="outside upper center", ncols=columns)
     _save(figure, path)
 
 

@@ -14,6 +14,12 @@ from ada_jax.errors import UserError
 # 'data' and 'corruption_source'.
 _BOOKKEEPING = results_files.BOOKKEEPING | {"seed"}
 
+# Ingredients that none of the paper's rows has, in the config when they are switched on.
+_INGREDIENTS = {
+    *("trivial_augment.use", "noise.share", "mixup.alpha", "label_smoothing", "ema_decay"),
+    *("ada.random_nu", "augmix.clean_view", "augmix.label_views", "augmix.split_batch_norm"),
+}
+
 # The paper's evaluation images, and its network and epochs for AdA and for PAT (Laidlaw et al.).
 _PAPER_IMAGES = {"name": "cifar10", "split": "test", "examples": 10_000}
 _PAPER_NETWORK = "preact_resnet50"
@@ -163,6 +169,7 @@ def paper_row(result: results_files.Result) -> str:
     # The paper has neither fine-tuning, random perturbations nor AdvMix.
     other = config.get("init_weights") or attack.get("steps") == 0
     other = other or "mixing" in attack.get("choice", ())
+    other = other or _INGREDIENTS & results_files.comparable(config).keys()
     if other or fields["data"].get("name") != "cifar10":
         return ""
     return method(config)

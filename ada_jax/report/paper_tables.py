@@ -1,5 +1,8 @@
 """The paper's tables with our results."""
 
+import itertools
+from collections.abc import Iterable
+
 from ada_jax import results as results_files
 from ada_jax.report import grouping
 from ada_jax.report.tables import Cell, Table
@@ -100,7 +103,17 @@ def _table(
             group.append([Cell(f"minus {theirs.label}"), *cells, Cell()])
         groups.append(group)
     head = ["setup", *(heading for heading, _ in columns.values()), "seeds"]
-    return Table(title, head, groups, _notes_on_balls(shown) if name == "2" else _notes(shown))
+    notes = _notes_on_balls(shown) if name == "2" else _notes(shown)
+    return Table(title, head, groups, notes, _spans(columns) if name == "3" else [])
+
+
+def _spans(columns: Iterable[str]) -> list[tuple[str, int]]:
+    """The groups of corruptions, each with its number of columns."""
+    group_of = {name: group for group, names in results_files.GROUPS.items() for name in names}
+    group_of |= dict.fromkeys(results_files.EXTRA, "extra")
+    group_of |= {name: "C-bar" for names in results_files.CBAR.values() for name in names}
+    headings = ["", *(group_of.get(key, "") for key in columns), ""]
+    return [(heading, len(list(same))) for heading, same in itertools.groupby(headings)]
 
 
 def _notes(shown: list[grouping.Row]) -> list[str]:

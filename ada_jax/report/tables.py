@@ -22,6 +22,9 @@ class Table(NamedTuple):
     head: list[str]
     groups: list[list[list[Cell]]]  # Groups of lines of cells.
     notes: list[str] = []  # noqa: RUF012 (never modified)
+    # Headings above the head on the web page, each with its number of columns, which are coloured
+    # by value if the heading is not ''.
+    spans: list[tuple[str, int]] = []  # noqa: RUF012
 
     @property
     def lines(self) -> list[list[Cell]]:

@@ -2,10 +2,13 @@
 
 import base64
 import html
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from ada_jax import paths
-from ada_jax.report import tables
+from ada_jax.report import overview, style, tables
 from ada_jax.report.tables import Cell, Table
 
 
@@ -20,48 +23,26 @@ class Picture(NamedTuple):
 
 _SECTIONS = {"figures": "Figures", "pairs": "Clean and augmented images"}
 
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1c2330; --soft: #5b6472; --line: #d9dde4;
-  --paper: #fff; --band: #f4f6f9; --mark: #1f5fbf; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ee; --soft: #9aa4b2; --line: #343b47;
-  --paper: #14181f; --band: #1c222c; --mark: #7fb0ff; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1rem clamp(1rem, 4vw, 3rem) 4rem; max-width: 82rem;
-  background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 1rem 0 .5rem; }
-h2 { font-size: 1.2rem; margin: 2.5rem 0 .75rem; }
-nav ul { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; padding: 0; list-style: none; }
-a { color: var(--mark); }
-.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: .5rem; }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .55rem; text-align: left; white-space: nowrap; }
-.number { text-align: right; }
-thead th { border-bottom: 1px solid var(--line); background: var(--band); color: var(--soft);
-  font-weight: 600; vertical-align: bottom; white-space: normal; }
-tbody { border-bottom: 1px solid var(--line); }
-tbody th { position: sticky; left: 0; background: var(--paper); font-weight: 500; }
-tbody tr + tr > * { color: var(--soft); font-size: .8125rem; padding-top: 0; }
-.notes { color: var(--soft); font-size: .875rem; padding-left: 1.1rem; overflow-wrap: anywhere; }
-figure { margin: 0 0 2rem; }
-figure img { display: block; width: 100%; min-width: 44rem; background: #fff; }
-figcaption { color: var(--soft); font-size: .875rem; margin-top: .5rem; overflow-wrap: anywhere; }
-@media (max-width: 40rem) {
-  table { font-size: .8125rem; }
-  th, td { padding-left: .35rem; padding-right: .35rem; }
-  tbody th { white-space: normal; overflow-wrap: anywhere; min-width: 7.5rem; }
-}
-"""
 
-
-def page(title: str, shown: list[Table], pictures: list[Picture]) -> str:
+def page(
+    title: str,
+    shown: list[Table],
+    pictures: list[Picture],
+    groups: Sequence[overview.Group] = (),
+    colours: Mapping[str, str] | None = None,
+) -> str:
     """Makes the HTML page; pictures are embedded in it.
 
     Args:
       title: heading of the page.
       shown: tables, in order.
       pictures: pictures, in order.
+      groups: rows of the picture that the page opens with; none draws no such picture.
+      colours: CSS classes of rows by label; see `overview.colours`.
     """
-    parts = [(f"table{i}", table.title, _table(table)) for i, table in enumerate(shown)]
+    parts = [
+        (f"table{i}", table.title, _table(table, colours or {})) for i, table in enumerate(shown)
+    ]
     for section, heading in _SECTIONS.items():
         if drawn := [_figure(p) for p in pictures if p.section == section]:
             parts.append((section, heading, "\n".join(drawn)))
@@ -79,7 +60,7 @@ def page(title: str, shown: list[Table], pictures: list[Picture]) -> str:
 style-src 'unsafe-inline'">
 <link rel="icon" href="data:,">
 <title>{html.escape(title)}</title>
-<style>{_STYLE}</style>
+<style>{style.COLOURS}{style.PICTURE}{style.PAGE}</style>
 </head>
 <body>
 <header>
@@ -87,6 +68,7 @@ style-src 'unsafe-inline'">
 <nav aria-label="Contents"><ul>{links}</ul></nav>
 </header>
 <main>
+{overview.figure(groups) if groups else ""}
 {sections}
 </main>
 </body>
@@ -94,18 +76,56 @@ style-src 'unsafe-inline'">
 """
 
 
-def _table(table: Table) -> str:
-    head = "".join(
-        f'<th scope="col"{_align(cell)}>{html.escape(name)}</th>'
-        for name, cell in zip(table.head, _samples(table), strict=True)
+def _table(table: Table, colours: Mapping[str, str]) -> str:
+    """A table, with a mark of its colour before each label that has one."""
+    shaded = [bool(heading) for heading, count in table.spans for _ in range(count)]
+    shaded = shaded or [False] * len(table.head)
+    ends = _ends(cell for line in table.lines for cell in itertools.compress(line, shaded))
+    classes = ["shade" if s else _align(c) for s, c in zip(shaded, _samples(table), strict=True)]
+    above = "".join(
+        f'<th class="span" colspan="{count}">{html.escape(heading)}</th>'
+        for heading, count in table.spans
     )
-    bodies = "\n".join(f"<tbody>{''.join(map(_line, group))}</tbody>" for group in table.groups)
+    head = "".join(
+        f'<th scope="col" class="{name}"><span>{html.escape(heading)}</span></th>'
+        for heading, name in zip(table.head, classes, strict=True)
+    )
+    bodies = "\n".join(
+        f"<tbody>{''.join(_line(line, shaded, ends, colours) for line in group)}</tbody>"
+        for group in table.groups
+    )
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in table.notes)
     return (
         f'<div class="scroll" role="region" aria-label="{html.escape(table.title)}" tabindex="0">\n'
-        f"<table><thead><tr>{head}</tr></thead>\n{bodies}\n</table></div>"
+        f'<table class="{"heat" if any(shaded) else ""}"><thead>'
+        + (f"<tr>{above}</tr>" if above else "")
+        + f"<tr>{head}</tr></thead>\n{bodies}\n</table></div>"
         + (f'\n<ul class="notes">{notes}</ul>' if notes else "")
     )
+
+
+def _line(
+    line: list[Cell], shaded: list[bool], ends: tuple[float, float], colours: Mapping[str, str]
+) -> str:
+    label, *cells = line
+    mark = f"dot {colours[label.value]}" if label.value in colours else ""
+    first = f'<th scope="row" class="{mark}">{_breakable(tables.text(label))}</th>'
+    rest = (
+        _shaded(cell, ends) if shade else _plain(cell)
+        for cell, shade in zip(cells, shaded[1:], strict=True)
+    )
+    return f"<tr>{first}{''.join(rest)}</tr>"
+
+
+def _breakable(label: str) -> str:
+    """A label that may be broken after its words."""
+    return re.sub("([_+])", r"\1<wbr>", html.escape(label))
+
+
+def _ends(cells: Iterable[Cell]) -> tuple[float, float]:
+    """The smallest and the largest value; differences do not count."""
+    values = [cell.value for cell in cells if cell.value is not None and not cell.signed]
+    return (min(values), max(values)) if values else (0.0, 0.0)
 
 
 def _samples(table: Table) -> list[Cell]:
@@ -114,14 +134,24 @@ def _samples(table: Table) -> list[Cell]:
     return [next((c for c in column if c.value is not None), Cell()) for column in columns]
 
 
-def _line(line: list[Cell]) -> str:
-    head, *rest = (html.escape(tables.text(cell)) for cell in line)
-    cells = (f"<td{_align(c)}>{word}</td>" for c, word in zip(line[1:], rest, strict=True))
-    return f'<tr><th scope="row">{head}</th>{"".join(cells)}</tr>'
+def _plain(cell: Cell) -> str:
+    return f'<td class="{_align(cell)}">{html.escape(tables.text(cell))}</td>'
+
+
+def _shaded(cell: Cell, ends: tuple[float, float]) -> str:
+    """A cell coloured by its value between the ends; its deviation is shown under the mouse."""
+    words = html.escape(tables.text(cell._replace(spread=None)))
+    if cell.value is None or cell.signed:
+        return f'<td class="shade">{words}</td>'
+    share = (cell.value - ends[0]) / max(ends[1] - ends[0], 1e-9)
+    return (
+        f'<td class="shade" style="--share: {share:.3f}" title="{html.escape(tables.text(cell))}">'
+        f"{words}</td>"
+    )
 
 
 def _align(cell: Cell) -> str:
-    return ' class="number"' if isinstance(cell.value, int | float) else ""
+    return "number" if isinstance(cell.value, int | float) else ""
 
 
 def _figure(picture: Picture) -> str:
