@@ -51,7 +51,6 @@ def adversarial_augment(
     group: int = 1,
     leaves: str = "",
     choice: str = "delta",
-    random_nu: bool = False,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Corrupts every image so that the classifier's loss on it is as large as possible.
 
@@ -85,8 +84,6 @@ def adversarial_augment(
         it is found in are perturbed. '' means all, 'b$' the biases, '^tail/' the last layer and
         '^block' the residual blocks of EDSR. The median radius is that of these leaves.
       choice: what the ascent chooses, 'delta' (the paper's) or 'mixing' (AdvMix), see `maximise`.
-      random_nu: whether the delta of every example (or group) is shrunk by a factor drawn uniformly
-        from [0, 1), so that it lies in the ball of a random radius up to nu.
 
     Returns:
       The augmented images [B,H,W,C], float32 in [0,1], without a gradient, and metrics, each [B]:
@@ -110,7 +107,7 @@ def adversarial_augment(
     x, y = checks.nan_if_invalid(x, y, classes), y.astype(jnp.int32)
     # With one key per example, draws depend neither on the rest of the batch nor on `microbatch`.
     example_keys = keys.of_batch(key, x)
-    static = _Static(net.apply, steps, step_rule, root_rule, group, leaves, choice, random_nu)
+    static = _Static(net.apply, steps, step_rule, root_rule, group, leaves, choice)
     attack = functools.partial(_attack, static)
     if microbatch and microbatch < len(x):
         attack = _in_microbatches(attack, len(x) // microbatch, group)
@@ -128,7 +125,6 @@ class _Static(NamedTuple):
     group: int
     leaves: str
     choice: str
-    random_nu: bool
 
 
 def _attack(
@@ -156,8 +152,6 @@ def _attack(
         group=static.group,
         choice=static.choice,
     )
-    if static.random_nu:
-        delta = _shrunk(_of_groups(example_keys, static.group), delta)
     images = render(net, delta, x, example_keys)
     metrics["loss_end"] = loss_fn(images)
     metrics["loss_start"] = metrics["loss_start"] if static.steps else metrics["loss_end"]
@@ -336,13 +330,6 @@ def render(net: CorruptionNet, delta: PyTree, x: jax.Array, example_keys: jax.Ar
 def _of_groups(example_keys: jax.Array, group: int) -> jax.Array:
     """The key of each group, that of its first example."""
     return example_keys if group == 1 else example_keys[::group]
-
-
-def _shrunk(group_keys: jax.Array, delta: PyTree) -> PyTree:
-    """Multiplies every delta [B, ...] by its own random factor from [0, 1)."""
-    draw = lambda key: jax.random.uniform(jax.random.fold_in(key, 2), (), jnp.float32)  # noqa: E731
-    factor = jax.vmap(draw)(group_keys)
-    return jax.tree.map(lambda d: factor.reshape(-1, *[1] * (d.ndim - 1)) * d, delta)
 
 
 def _check(net, x, ssim_threshold, microbatch, group) -> None:

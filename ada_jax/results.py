@@ -66,7 +66,6 @@ def comparable(config: dict[str, Any]) -> dict[str, Any]:
     later = {"ada.every": (1,), "ada.group": (1,), "ada.leaves": ("",)}
     later["ada.choice"] = (("delta",), ["delta"])
     later |= {"augmix.clean_view": (False,), "augmix.label_views": (False,)}
-    later |= {"augmix.split_batch_norm": (False,), "ada.random_nu": (False,)}
     later |= {"label_smoothing": (0.0,), "ema_decay": (0.0,)}
     off |= {name for name, defaults in later.items() if fields.get(name) in defaults}
     others = {"pat", "rlat"} - {fields.get("method")}

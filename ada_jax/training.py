@@ -127,18 +127,10 @@ def make_loss(
         function = mixup.cross_entropy if mixed else losses.cross_entropy
         return function(logits, y, smoothing=config.label_smoothing, **mixed)
 
-    def logits_of_views(params, net_state, views, size, perturbations):
-        parts = jnp.split(views, len(views) // size) if config.augmix.split_batch_norm else [views]
-        logits = []
-        for part in parts:
-            part_logits, net_state = classifier.apply(
-                params, net_state, None, part, is_training=True, perturbations=perturbations
-            )
-            logits.append(part_logits)
-        return jnp.concatenate(logits), net_state
-
     def loss_fn(params, net_state, views, y, perturbations, mixed):
-        logits, net_state = logits_of_views(params, net_state, views, len(y), perturbations)
+        logits, net_state = classifier.apply(
+            params, net_state, None, views, is_training=True, perturbations=perturbations
+        )
         decay = config.weight_decay * losses.weight_decay(params, include_bn=config.weight_decay_bn)
         parts = jnp.split(logits, len(views) // len(y))
         labelled = parts if config.augmix.label_views else parts[:1]
@@ -169,8 +161,8 @@ def draw_mixup(
     levels = {name: settings[name] for name in ("additive", "multiplicative", "sparsity")}
 
     def change(features):
-        count = len(features) // examples  # 1 if the views have batch statistics of their own
-        return mixup.noisy(noise_key, mixup.mix(features, partner, share), views=count, **levels)
+        mixed = mixup.mix(features, partner, share)
+        return mixup.noisy(noise_key, mixed, views=len(features) // examples, **levels)
 
     return mixup.at_one_layer(layer_key, settings.layers, change), {
         "partner": partner,
@@ -213,7 +205,6 @@ def make_attack(
             microbatch=config.ada.microbatch or None,
             group=config.ada.group,
             leaves=config.ada.leaves,
-            random_nu=config.ada.random_nu,
             **attack_settings(config.ada),
         )
         branches = [functools.partial(augment, **pair) for pair in pairs]

@@ -18,6 +18,8 @@ comma:
   alexnet                      'nominal' with an AlexNet; with ',small' of a quarter of its width
   advmix                       AdvMix in AdA's terms, for comparison (appendix C); with ada, one of
                                the two is drawn for each batch
+  best                         AdA, AugMix with a consistency loss and noise, chosen by the study
+                               experiments/sweeps/best.py
   small                        a network and a schedule for two CPU cores
   gpu                          a network and a schedule for one GPU of 24 GB or more
 
@@ -60,6 +62,7 @@ ATTACKS = {
     "pat_alexnet": "pat",
     "rlat": "rlat",
     "advmix": "ada",
+    "best": "ada",
 }
 
 COMPARISONS = (
@@ -121,7 +124,6 @@ def get_config(words: str = "") -> ml_collections.ConfigDict:
     config.ada.step_rule = "sign"  # 'sign' (paper) or 'l2' (per leaf)
     config.ada.step_scale = 0.25  # of the median radius ('sign') or of the leaf's own ('l2')
     config.ada.batch_norm = "batch"  # statistics in the attack: 'batch' or 'running'
-    config.ada.random_nu = False  # draw each example's radius uniformly up to nu
     # Attack every n-th example; the others are not augmented by AdA. With batch_norm 'batch' the
     # statistics in the attack are those of the attacked examples.
     config.ada.every = 1
@@ -185,7 +187,6 @@ def get_config(words: str = "") -> ml_collections.ConfigDict:
     # cross-entropy is that of the first view or, if label_views is true, the mean over all three.
     config.augmix.clean_view = False
     config.augmix.label_views = False
-    config.augmix.split_batch_norm = False  # each view has batch norm's statistics of its own
 
     # TrivialAugment, before AdA: one strong operation for each image.
     config.trivial_augment = ml_collections.ConfigDict()
@@ -236,6 +237,8 @@ def get_config(words: str = "") -> ml_collections.ConfigDict:
         small(config)
     if "gpu" in chosen:
         gpu(config)
+    if "best" in chosen:
+        best(config)
     if "alexnet" in chosen:
         alexnet(config, "alexnet_small" if "small" in chosen else "alexnet")
     if "pat_alexnet" in chosen:
@@ -246,8 +249,8 @@ def get_config(words: str = "") -> ml_collections.ConfigDict:
 
 def _chosen(words: str) -> list[str]:
     """The words after the colon, checked and sorted; the default row is 'ada'."""
-    alone = ("nominal", "alexnet")
-    rows = (*alone, *ATTACKS, "deepaugment", "deepaugment10x", "augmix")
+    alone = ("nominal", "alexnet", "best")
+    rows = ("nominal", "alexnet", *ATTACKS, "deepaugment", "deepaugment10x", "augmix")
     given = [word for word in re.split("[,+]", words) if word]
     presets = [word for word in PRESETS if word in given]
     unknown = [word for word in given if word not in (*rows, *PRESETS)]
@@ -263,6 +266,22 @@ def _chosen(words: str) -> list[str]:
             "and ',gpu'."
         )
     return chosen + presets
+
+
+def best(config: ml_collections.ConfigDict) -> None:
+    """Sets the recipe of experiments/sweeps/best.py; its noise resembles three of the corruptions.
+
+    The small network has little capacity to spare for AdA beside the noise, hence the small radius.
+    """
+    config.augmix.use = True
+    config.augmix.jsd_weight = 4.0
+    config.augmix.clean_view = True
+    config.augmix.label_views = True
+    config.noise.share = 0.5
+    config.eval_sets = ("clean", "c", "cbar")
+    if config.name.endswith("small"):
+        config.batch_size = 64
+        config.ada.nu = 0.007
 
 
 def compared(config: ml_collections.ConfigDict) -> None:

@@ -1,4 +1,4 @@
-"""Ingredients of the training step: views, averaged weights, label smoothing, random radius."""
+"""Ingredients of the training step: views, averaged weights, label smoothing."""
 
 import json
 
@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ada_jax import ada, losses, train, training
-from ada_jax.nets import corruption_nets, weight_files
+from ada_jax import losses, train, training
+from ada_jax.nets import weight_files
 from ada_jax.run import setup
 from tests.test_train import tiny
 
@@ -56,22 +56,6 @@ def test_without_ingredients_images_stay_as_they_are():
     np.testing.assert_array_equal(views, 0.5 * clean)
 
 
-def test_a_random_radius_shrinks_the_perturbation():
-    net = corruption_nets.make("edsr_small")
-    x, key = images_and_keys(8)[0], jax.random.key(2)
-    y, logits_fn = jnp.zeros(8, jnp.int32), lambda images: images.mean((1, 2))
-    moved = {}
-    for random_nu in (False, True):
-        settings = {"net": net, "nu": 0.05, "steps": 1, "ssim_threshold": -1.0}
-        images, _ = ada.adversarial_augment(
-            key, x, y, logits_fn=logits_fn, random_nu=random_nu, **settings
-        )
-        unperturbed = jax.vmap(lambda image: net.apply(net.theta, image[None], key)[0])(x)
-        moved[random_nu] = np.abs(images - unperturbed).mean((1, 2, 3))
-    share = moved[True] / moved[False]
-    assert share.max() < 1.05 and share.min() < 0.5 and np.ptp(share) > 0.3
-
-
 @pytest.mark.slow
 def test_the_loss_of_three_views_equals_that_of_the_parts():
     config = tiny(method="nominal", weight_decay=0.0, **VIEWS)
@@ -116,7 +100,7 @@ def test_averaged_weights_are_evaluated_and_saved_beside_the_last_ones(tmp_path)
         ("label_smoothing", 0.1),
         ("noise.share", 0.5),
         ("trivial_augment.use", True),
-        ("ada.random_nu", True),
+        ("mixup.alpha", 1.0),
     ],
 )
 def test_an_ingredient_is_part_of_a_run_where_it_is_on(field, value):
@@ -125,4 +109,4 @@ def test_an_ingredient_is_part_of_a_run_where_it_is_on(field, value):
         parts = setup.build(tiny(**changes))
         known = setup.identity(parts, (), training.TrainState(0, {}, {}, ()))
         assert any(name.startswith(f"config.{field}") for name in known) == part
-        assert part or group == "ada" or not any(f"config.{group}" in name for name in known)
+        assert part or not any(f"config.{group}" in name for name in known)

@@ -17,7 +17,7 @@ _BOOKKEEPING = results_files.BOOKKEEPING | {"seed"}
 # Ingredients that none of the paper's rows has, in the config when they are switched on.
 _INGREDIENTS = {
     *("trivial_augment.use", "noise.share", "mixup.alpha", "label_smoothing", "ema_decay"),
-    *("ada.random_nu", "augmix.clean_view", "augmix.label_views", "augmix.split_batch_norm"),
+    *("augmix.clean_view", "augmix.label_views"),
 }
 
 # The paper's evaluation images, and its network and epochs for AdA and for PAT (Laidlaw et al.).
