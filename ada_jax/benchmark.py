@@ -210,8 +210,10 @@ def lowerings() -> Iterator[tuple[str, Callable[..., Any], Callable[..., Any]]]:
     def mapped(f):
         return lambda *args: jax.lax.map(lambda args: f(*args, 1, 1), args)
 
+    platform = jax.default_backend()
     for name, pair in per_example.LOWERINGS.items():
-        yield name, *map(batched, pair)
+        if per_example.KERNELS.get(name, platform) == platform:
+            yield name, *map(batched, pair)
     yield "lax.map", *map(mapped, per_example.LOWERINGS["grouped"])
     conv = jax.vmap(per_example.conv2d)
     yield "ada_jax.per_example", conv, lambda x, w, dy: jax.vjp(conv, x, w)[1](dy)

@@ -5,6 +5,7 @@
 #
 #   launch/gpu_study.sh --minutes=10 --out=DIR
 #   launch/gpu_study.sh --minutes=10 --out=DIR -- --config.dataset=npz --config.data_dir=/DIR/FILE.npz
+#   launch/gpu_study.sh --minutes=10 --out=DIR --recipe=best  # this row and ada+augmix, three seeds
 #   launch/gpu_study.sh --minutes=10 --out=DIR --rehearsal    # tiny sizes, on a CPU
 #
 # The words after -- are flags of every training. The same command resumes after the time is up. DIR
@@ -13,8 +14,8 @@ set -euo pipefail
 # shellcheck source=launch/common.sh
 . "$(dirname "$0")/common.sh"
 
-minutes='' out='' rehearsal=''
-parse "minutes out" "rehearsal" "$@"
+minutes='' out='' recipe='' rehearsal=''
+parse "minutes out recipe" "rehearsal" "$@"
 [ -n "$out" ] || complain "The flag --out is missing: see ${0##*/} --help."
 [[ $minutes =~ ^[1-9][0-9]*$ ]] || complain "--minutes=$minutes must be a positive integer."
 end=$((SECONDS + 60 * minutes - 15)) # 15 seconds for the report
@@ -25,9 +26,13 @@ cd "$(dirname "$0")/.."
 rows=(nominal ada augmix ada+augmix deepaugment+augmix ada+deepaugment+augmix)
 scale=accelerator
 flags=(${command[@]+"${command[@]}"})
+if [ -n "$recipe" ]; then
+  rows=("$recipe,ada+augmix,seeds=3")
+  flags=("--config.eval_sets=('clean','c','cbar')" ${flags[@]+"${flags[@]}"})
+fi
 if [ -n "$rehearsal" ]; then
   export JAX_PLATFORMS=cpu
-  rows=(nominal ada)
+  [ -n "$recipe" ] || rows=(nominal ada)
   scale=tiny
   flags=(--config.dataset=mnist5k '--config.train_split=train[:64]' '--config.eval_split=test[:40]'
     --config.batch_size=16 --config.eval_batch_size=40 --config.epochs=0 --config.train_steps=4
@@ -41,7 +46,7 @@ limited() { # Runs a command, and stops it by SIGTERM when the time is up.
 }
 
 status=0
-if [ ! -e "$out/tests_passed" ]; then
+if [ -z "$recipe" ] && [ ! -e "$out/tests_passed" ]; then
   echo "tests: $out/tests.log"
   if limited python3 -m pytest -q -m accelerator -p no:cacheprovider tests >"$out/tests.log" 2>&1; then
     touch "$out/tests_passed"
@@ -51,7 +56,7 @@ if [ ! -e "$out/tests_passed" ]; then
   tail -n 1 "$out/tests.log"
 fi
 
-if [ ! -e "$out/benchmark_done" ]; then
+if [ -z "$recipe" ] && [ ! -e "$out/benchmark_done" ]; then
   echo "benchmark: $out/benchmark.md"
   peer=()
   if python3 -c 'import torch' 2>/dev/null; then peer=(--peer=torch); fi

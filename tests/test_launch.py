@@ -819,6 +819,13 @@ def test_a_gpu_study_does_all_of_it_once(study):
     assert "pytest" not in again and "ada_jax.benchmark" not in again
 
 
+def test_a_gpu_study_of_a_recipe_trains_it_beside_ada_and_augmix(study):
+    _, calls = study("--recipe=best", "--", "--config.dataset=npz")
+    assert [call[1] for call in calls] == ["ada_jax.sweep", "ada_jax.report"]
+    assert calls[0][2] == "--sweep=experiments/sweeps/gpu.py:best,ada+augmix,seeds=3"
+    assert calls[0][-2:] == ["--config.eval_sets=('clean','c','cbar')", "--config.dataset=npz"]
+
+
 def test_a_gpu_study_says_what_failed_and_goes_on(study):
     printed, calls = study(status=1, TESTS="1", ADA="3")
     assert "tests: not passed" in printed and "ada: failed" in printed

@@ -173,7 +173,7 @@ def test_the_config_alone_says_which_row_of_the_paper_is_meant(trained, copies, 
         {"mixup": {"alpha": 1.0, "layers": ["input"]}},
         {"label_smoothing": 0.1},
         {"ema_decay": 0.999},
-        {"ada": {"nu": 0.02, "random_nu": True}},
+        {"augmix": {"use": True, "clean_view": True}},
     ],
 )
 def test_rows_with_ingredients_that_the_paper_lacks_are_none_of_its_rows(ingredient, tmp_path):

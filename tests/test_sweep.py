@@ -15,7 +15,7 @@ import time
 import numpy as np
 import pytest
 
-from ada_jax import locks, sweep
+from ada_jax import locks, results, sweep
 from ada_jax.errors import UserError
 from ada_jax.nets.weight_files import save_weights
 from ada_jax.run import distributed
@@ -163,6 +163,30 @@ def test_group_repeats_one_size_with_other_seeds():
     ("images", "attacks"),
     [("40000", [(0.02, 2), (0.01, 1), (0.005, 1)]), ("5000", [(0.02, 1)])],
 )
+def listed(value):
+    return list(value) if isinstance(value, tuple) else value
+
+
+def test_the_study_of_the_recipe():
+    points = sweep.read("experiments/sweeps/best.py")
+    assert len({point.name for point in points}) == len(points) == 13
+    assert {point.config["train_split"] for point in points} == {"train[:40000]"}
+    # The recipe is one of the points, but for the batch size and what is evaluated.
+    best = results.comparable(cifar10.get_config("best,small").to_dict())
+    own = {"name", "batch_size", "eval_sets", "ema_decay", "train_split", "eval_split"}
+    differences = [
+        {k for k, v in results.comparable(p.config).items() if listed(v) != listed(best.get(k))}
+        for p in points
+    ]
+    assert any(fields <= own for fields in differences)
+    confirmed = sweep.read("experiments/sweeps/best.py:confirm,seeds=2")
+    assert len(confirmed) == 8
+    assert {point.config["eval_split"] for point in confirmed} == {"train[45000:]"}
+    assert all("cbar" in point.config["eval_sets"] for point in confirmed)
+    with pytest.raises(UserError, match="confirm and seeds=N"):
+        sweep.read("experiments/sweeps/best.py:big")
+
+
 def test_variety_compares_with_a_control_off_those_images_too(images, attacks):
     points = sweep.read(f"experiments/sweeps/variety.py:{images}")
     control, *attacked = (point.config for point in points)

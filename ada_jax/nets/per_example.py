@@ -476,6 +476,8 @@ LOWERINGS |= {
 }
 LOWERINGS["triton"] = (triton_forward, triton_gradients)
 LOWERINGS["mosaic"] = (mosaic_forward, mosaic_gradients)
+# The platform of a lowering's kernels, which a CPU interprets.
+KERNELS = {"triton": "gpu", "mosaic": "tpu"}
 # Lowerings (forward, gradients) by platform, named as in `lax.platform_dependent`.
 CHOSEN = {
     "default": ("grouped", "patches"),

@@ -1,0 +1,71 @@
+"""The study behind experiments/cifar10.py:best: ingredients added to ada+augmix, small preset.
+
+    python -m ada_jax.sweep --sweep=experiments/sweeps/best.py
+    python -m ada_jax.sweep --sweep=experiments/sweeps/best.py:confirm,seeds=3
+
+Words after the colon, separated by commas:
+  confirm   the recipe, and the recipe without AdA and without noise, beside ada+augmix
+  seeds=N   the seeds 0 to N-1; by default only 0.
+
+The study trains on 40,000 of CIFAR-10's training images and evaluates on the next 5,000, with the
+15 corruptions of CIFAR-10-C. `confirm` trains on 45,000 and evaluates on the last 5,000, also with
+the ten of CIFAR-10-C-bar, which take no part in the choice.
+"""
+
+import re
+from typing import Any
+
+ADA_AUGMIX = "experiments/cifar10.py:ada+augmix,small"
+BEST = "experiments/cifar10.py:best,small"
+JSD = {"config.augmix.jsd_weight": 12.0}
+VIEWS = {
+    "config.augmix.jsd_weight": 4.0,
+    "config.augmix.clean_view": True,
+    "config.augmix.label_views": True,
+}
+NOISE = {"config.noise.share": 0.5}
+TRIVIAL = {"config.trivial_augment.use": True}
+WITHOUT_ADA = {"config.method": "nominal"}
+# One ingredient at a time, then together, then with less of AdA.
+STUDY = (
+    {},
+    JSD,
+    VIEWS,
+    NOISE,
+    TRIVIAL,
+    {"config.label_smoothing": 0.1},
+    {"config.mixup.alpha": 1.0},
+    VIEWS | NOISE,
+    VIEWS | NOISE | TRIVIAL,
+    VIEWS | NOISE | {"config.ada.every": 2},
+    VIEWS | NOISE | {"config.ada.nu": 0.007},
+    VIEWS | NOISE | WITHOUT_ADA,
+    VIEWS | NOISE | WITHOUT_ADA | TRIVIAL | {"config.trivial_augment.extra_ops": False},
+)
+CONFIRM = (
+    {"config": ADA_AUGMIX, "config.eval_sets": ("clean", "c", "cbar")},
+    {"config": BEST},
+    {"config": BEST} | WITHOUT_ADA,
+    {"config": BEST, "config.noise.share": 0.0},
+)
+
+
+def get_hyper(hyper: Any, words: str = "") -> list[dict[str, Any]]:
+    """All points of a seed before the next seed."""
+    chosen = [word for word in words.split(",") if word]
+    for word in chosen:
+        if word != "confirm" and not re.fullmatch(r"seeds=[1-9]\d*", word):
+            raise ValueError(f"The word {word!r} is unknown: choose from confirm and seeds=N.")
+    seeds = [int(word.removeprefix("seeds=")) for word in chosen if word != "confirm"]
+    points = [dict(point) for point in CONFIRM]
+    splits = {"config.train_split": "train[:45000]", "config.eval_split": "train[45000:]"}
+    if "confirm" not in chosen:
+        # The averaged weights are evaluated beside the last ones and do not change these.
+        points = [{"config": ADA_AUGMIX, "config.ema_decay": 0.999} | point for point in STUDY]
+        splits = {"config.train_split": "train[:40000]", "config.eval_split": "train[40000:45000]"}
+    return hyper.product(
+        [
+            hyper.sweep("config.seed", range(max(seeds, default=1))),
+            [splits | point for point in points],
+        ]
+    )
