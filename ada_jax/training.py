@@ -50,6 +50,7 @@ def make_update_step(
     """Makes the step of one device: crop/flip -> AdA -> line search -> AugMix -> update -> metrics.
 
     Adversarial training and PAT have their attack in AdA's place. RLAT's is part of the update.
+    TrivialAugment comes before AdA, noise after AugMix, and mixup within the classifier.
 
     Args:
       config: the run's config.
