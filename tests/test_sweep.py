@@ -159,10 +159,6 @@ def test_group_repeats_one_size_with_other_seeds():
         sweep.read("experiments/sweeps/group.py:5")
 
 
-@pytest.mark.parametrize(
-    ("images", "attacks"),
-    [("40000", [(0.02, 2), (0.01, 1), (0.005, 1)]), ("5000", [(0.02, 1)])],
-)
 def listed(value):
     return list(value) if isinstance(value, tuple) else value
 
@@ -187,6 +183,10 @@ def test_the_study_of_the_recipe():
         sweep.read("experiments/sweeps/best.py:big")
 
 
+@pytest.mark.parametrize(
+    ("images", "attacks"),
+    [("40000", [(0.02, 2), (0.01, 1), (0.005, 1)]), ("5000", [(0.02, 1)])],
+)
 def test_variety_compares_with_a_control_off_those_images_too(images, attacks):
     points = sweep.read(f"experiments/sweeps/variety.py:{images}")
     control, *attacked = (point.config for point in points)
