@@ -151,7 +151,9 @@ def step_of(config: ml_collections.ConfigDict, batch_size: int) -> Step:
     key = jax.eval_shape(lambda: jax.random.key(0))
 
     def initial_state(key):
-        return training.initial_state(classifier, optimizer, key, jnp.zeros((1, size, size, 3)))
+        images = jnp.zeros((1, size, size, 3))
+        state = training.initial_state(classifier, optimizer, key, images)
+        return training.with_average(state) if config.ema_decay else state
 
     batch = {
         "image": jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8),

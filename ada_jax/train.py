@@ -42,7 +42,7 @@ def run(parts: setup.Parts, workdir: str) -> int | None:
     if config.init_weights:
         state = setup.with_weights(state, parts, config.init_weights)
     if config.ema_decay:
-        state = state._replace(ema=(state.params, state.net_state))
+        state = training.with_average(state)
     thetas = tuple(net.theta for net in parts.nets)
     expect = setup.identity(parts, thetas, state)
     about = setup.describe(parts, expect)

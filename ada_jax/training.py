@@ -319,6 +319,11 @@ def augmix_settings(settings: ml_collections.ConfigDict) -> dict[str, Any]:
     return {name: settings[name] for name in names} | {"ops": ops}
 
 
+def with_average(state: TrainState) -> TrainState:
+    """The state before the first step, with its own weights as averages."""
+    return state._replace(ema=(state.params, state.net_state))
+
+
 def moved_average(state: TrainState, decay: float) -> tuple[hk.Params, hk.State]:
     """The averages after a step: decay * average + (1 - decay) * new, less at the start.
 

@@ -287,6 +287,18 @@ def test_other_settings_under_one_name_are_kept_apart_and_said(tmp_path):
     }
 
 
+def test_an_ingredient_that_others_lack_is_said_by_its_switch(tmp_path):
+    def label(*radii):
+        configs = [{}, *({"noise": {"share": 0.5, "radii": {"l2": radius}}} for radius in radii)]
+        contents = [result(config=result()["config"] | config) for config in configs]
+        return {row.label for row in grouping.rows(read(tmp_path, *contents))}
+
+    name = "cifar10_ada_small"
+    assert label(0.1) == {name, f"{name} (noise.share=0.5)"}
+    both = {f"{name} (noise.share=0.5, noise.radii.l2={radius})" for radius in (0.1, 0.2)}
+    assert label(0.1, 0.2) == {name, *both}
+
+
 def test_runs_from_before_there_were_crops_are_joined_with_those_after(tmp_path):
     after = result(seed=1)
     after["config"] |= {"crop_scale": [], "crop_ratio": [0.75, 1.3333]}
@@ -447,6 +459,19 @@ def drawn(tmp_path_factory):
     done = run_here("report", *runs, "--paper", f"--figures={folder}/out")
     assert done.returncode == 0, done.stderr
     return folder / "out", done.stdout
+
+
+def test_averaged_weights_have_pictures_of_their_own(tmp_path):
+    for suffix in ("", "_ema"):
+        content = result(f"net{suffix}", ada={"edsr_small": {"examples": 64, "error": 20.0}})
+        write(tmp_path / f"results{suffix}.json", content)
+        (tmp_path / f"adversarial_edsr_small{suffix}.png").touch()
+    found = [results_files.read(str(tmp_path / f"results{s}.json"))[0] for s in ("", "_ema")]
+    for one, picture in zip(found, charts._pairs(found), strict=True):
+        suffix = one.fields["name"].removeprefix("net")
+        assert picture.path == str(tmp_path / f"adversarial_edsr_small{suffix}.png")
+        assert f"net{suffix}, seed 0, attacked through edsr_small:" in picture.alt
+        assert "20.00%" in picture.caption
 
 
 def test_a_report_has_tables_figures_and_a_page_that_asks_for_nothing(drawn):
