@@ -169,12 +169,12 @@ def test_the_study_of_the_recipe():
     assert {point.config["train_split"] for point in points} == {"train[:40000]"}
     # The recipe is one of the points, but for the batch size and what is evaluated.
     best = results.comparable(cifar10.get_config("best,small").to_dict())
-    own = {"name", "batch_size", "eval_sets", "ema_decay", "train_split", "eval_split"}
-    found = [results.comparable(point.config) for point in points]
+    apart = {"name", "batch_size", "eval_sets", "ema_decay", "train_split", "eval_split"}
+    configs = [results.comparable(point.config) for point in points]
     differences = [
-        {k for k in best | config if listed(config.get(k)) != listed(best.get(k))} for config in found
+        {k for k in best | own if listed(own.get(k)) != listed(best.get(k))} for own in configs
     ]
-    assert any(fields <= own for fields in differences)
+    assert any(fields <= apart for fields in differences)
     confirmed = sweep.read("experiments/sweeps/best.py:confirm,seeds=2")
     assert len(confirmed) == 8
     assert {point.config["eval_split"] for point in confirmed} == {"train[45000:]"}
