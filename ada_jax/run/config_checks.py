@@ -52,6 +52,11 @@ RULES = (
     ),
     (lambda value: 0 <= value < 1, "must be in [0, 1)", ("momentum", "bn_decay", "ema_decay")),
     (lambda value: 0 <= value < 1, "must be in [0, 1)", ("label_smoothing", "mixup.sparsity")),
+    (
+        lambda value: len({*value}) == len(value) > 0,
+        "must name layers, each once, as ('input', 'stage1')",
+        ("mixup.layers",),
+    ),
     (lambda value: 0 <= value < 2**32, "must be in 0..2**32-1", ("seed",)),
     (lambda value: value <= 4096, "must be at most 4096 pixels", ("image_size",)),
     (lambda value: value <= 1024, "must be at most 1024", ("cpu_devices",)),
@@ -86,6 +91,10 @@ def validate(config: ml_collections.ConfigDict) -> None:
     require(fields, "pat.weights", bounded, weights)
     with named_in("config.augmix."):
         augmix.check(**training.augmix_settings(config.augmix))
+    views = config.augmix.use and config.augmix.jsd_weight
+    for field in ("augmix.clean_view", "augmix.label_views"):
+        several = "needs config.augmix.use and a positive config.augmix.jsd_weight: set both"
+        require(fields, field, views or not fields[field], several)
     both = "and config.method='rlat' both perturb features: set it to 0"
     require(fields, "mixup.alpha", not (config.mixup.alpha and config.method == "rlat"), both)
     with named_in("config.noise."):
