@@ -449,6 +449,19 @@ def drawn(tmp_path_factory):
     return folder / "out", done.stdout
 
 
+def test_averaged_weights_have_pictures_of_their_own(tmp_path):
+    for suffix in ("", "_ema"):
+        content = result(f"net{suffix}", ada={"edsr_small": {"examples": 64, "error": 20.0}})
+        write(tmp_path / f"results{suffix}.json", content)
+        (tmp_path / f"adversarial_edsr_small{suffix}.png").touch()
+    found = [results_files.read(str(tmp_path / f"results{s}.json"))[0] for s in ("", "_ema")]
+    for one, picture in zip(found, charts._pairs(found), strict=True):
+        suffix = one.fields["name"].removeprefix("net")
+        assert picture.path == str(tmp_path / f"adversarial_edsr_small{suffix}.png")
+        assert f"net{suffix}, seed 0, attacked through edsr_small:" in picture.alt
+        assert "20.00%" in picture.caption
+
+
 def test_a_report_has_tables_figures_and_a_page_that_asks_for_nothing(drawn):
     out, printed = drawn
     assert printed.count("\n| cifar10_ada_small ") == 4  # tables 1 and 3, and two files

@@ -70,6 +70,8 @@ def _maps(folder: str, results: list[results_files.Result]) -> list[web_page.Pic
     """Draws the paper's figure 2 for every run that was evaluated on corruptions in training."""
     found = []
     for i, result in enumerate(results, 1):
+        if _averaged(result):
+            continue  # Training evaluates the last weights.
         records = logbook.read(os.path.dirname(result.file))
         steps, accuracies = through_training([r for r in records if r["kind"] == "corruptions"])
         if not accuracies:
@@ -108,12 +110,19 @@ def through_training(records: list[logbook.Record]) -> tuple[list[int], dict[str
     return [int(record["step"]) for record in records], accuracies
 
 
+def _averaged(result: results_files.Result) -> bool:
+    """Whether a results file is of a run's averaged weights, see `train.finish`."""
+    return os.path.basename(result.file) == "results_ema.json"
+
+
 def _pairs(results: list[results_files.Result]) -> list[web_page.Picture]:
     """Finds the pictures of clean and augmented images in the folders of the results."""
     found = []
     for result in results:
         for path in paths.glob(os.path.dirname(result.file), "adversarial_*.png"):
-            net = path.stem.removeprefix("adversarial_")
+            if path.stem.endswith("_ema") != _averaged(result):
+                continue
+            net = path.stem.removeprefix("adversarial_").removesuffix("_ema")
             alt = (
                 f"{result.fields['name']}, seed {result.fields['seed']}, attacked through {net}: "
                 "clean images, what AdA renders of them, and the difference."
