@@ -220,9 +220,10 @@ def _load(
 
 
 def _lock(out: str) -> Any:
-    """A run's results file is locked by its folder, as in training; another one by itself."""
+    """A run's results files are locked by its folder, as in training; another one by itself."""
     path = paths.at(out)
-    return locks.of_folder(path.parent) if path.name == "results.json" else locks.of_file(path)
+    of_run = path.name in ("results.json", "results_ema.json")
+    return locks.of_folder(path.parent) if of_run else locks.of_file(path)
 
 
 def _start(

@@ -397,10 +397,11 @@ def show_report(files: Sequence[str]) -> None:
 
 
 def collect(points: Sequence[Point], out: str, folder: str) -> None:
-    """Copies every point's results file to FOLDER/POINT.json."""
+    """Copies every point's results to FOLDER/POINT.json, of averaged weights to POINT_ema.json."""
     for point in points:
-        results = paths.read(os.path.join(out, point.name, "results.json"))
-        paths.write(os.path.join(folder, f"{point.name}.json"), results)
+        for suffix in ("", "_ema") if point.config["ema_decay"] else ("",):
+            results = paths.read(os.path.join(out, point.name, f"results{suffix}.json"))
+            paths.write(os.path.join(folder, f"{point.name}{suffix}.json"), results)
 
 
 def main(argv: list[str], overrides: Sequence[str] = ()) -> int | None:

@@ -15,7 +15,8 @@ import time
 import numpy as np
 import pytest
 
-from ada_jax import locks, results, sweep
+from ada_jax import locks, sweep
+from ada_jax import results as results_files
 from ada_jax.errors import UserError
 from ada_jax.nets.weight_files import save_weights
 from ada_jax.run import distributed
@@ -168,9 +169,9 @@ def test_the_study_of_the_recipe():
     assert len({point.name for point in points}) == len(points) == 13
     assert {point.config["train_split"] for point in points} == {"train[:40000]"}
     # The recipe is one of the points, but for the batch size and what is evaluated.
-    best = results.comparable(cifar10.get_config("best,small").to_dict())
+    best = results_files.comparable(cifar10.get_config("best,small").to_dict())
     apart = {"name", "batch_size", "eval_sets", "ema_decay", "train_split", "eval_split"}
-    configs = [results.comparable(point.config) for point in points]
+    configs = [results_files.comparable(point.config) for point in points]
     differences = [
         {k for k in best | own if listed(own.get(k)) != listed(best.get(k))} for own in configs
     ]
@@ -500,6 +501,20 @@ def children(pid: int) -> list[int]:
 
 def comparable(path: pathlib.Path) -> dict:
     return {k: v for k, v in json.loads(path.read_text()).items() if k != "seconds"}
+
+
+def test_results_of_averaged_weights_are_collected_too(tmp_path):
+    points = [sweep.Point(name, [], {"ema_decay": decay}) for name, decay in (("a", 0.9), ("b", 0))]
+    for file in ("a/results.json", "a/results_ema.json", "b/results.json"):
+        (tmp_path / "out" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / file).write_text(file)
+    (tmp_path / "all").mkdir()
+    sweep.collect(points, str(tmp_path / "out"), str(tmp_path / "all"))
+    assert {p.name: p.read_text() for p in (tmp_path / "all").iterdir()} == {
+        "a.json": "a/results.json",
+        "a_ema.json": "a/results_ema.json",
+        "b.json": "b/results.json",
+    }
 
 
 @pytest.mark.slow
