@@ -4,7 +4,7 @@
     python -m ada_jax.sweep --sweep=experiments/sweeps/best.py:confirm,seeds=3
 
 Words after the colon, separated by commas:
-  confirm   the recipe, and the recipe without AdA and without noise, beside ada+augmix
+  confirm   ada+augmix, the recipe, the recipe without AdA, and the recipe without noise
   seeds=N   the seeds 0 to N-1; by default only 0.
 
 The study trains on 40,000 of CIFAR-10's training images and evaluates on the next 5,000, with the
