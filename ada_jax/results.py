@@ -51,6 +51,9 @@ BOOKKEEPING = frozenset(
     }
 )
 
+# Groups of a config's fields, each with the field that switches it on.
+SWITCHES = {"trivial_augment": "use", "noise": "share", "mixup": "alpha"}
+
 
 def comparable(config: dict[str, Any]) -> dict[str, Any]:
     """A flattened config, without switched-off fields that older configs lack.
@@ -69,8 +72,7 @@ def comparable(config: dict[str, Any]) -> dict[str, Any]:
     later |= {"label_smoothing": (0.0,), "ema_decay": (0.0,)}
     off |= {name for name, defaults in later.items() if fields.get(name) in defaults}
     others = {"pat", "rlat"} - {fields.get("method")}
-    switches = {"trivial_augment": "use", "noise": "share", "mixup": "alpha"}
-    others |= {group for group, switch in switches.items() if not fields.get(f"{group}.{switch}")}
+    others |= {group for group, switch in SWITCHES.items() if not fields.get(f"{group}.{switch}")}
     off |= {name for name in fields if name.partition(".")[0] in others}
     return {name: value for name, value in fields.items() if name not in off}
 

@@ -287,6 +287,18 @@ def test_other_settings_under_one_name_are_kept_apart_and_said(tmp_path):
     }
 
 
+def test_an_ingredient_that_others_lack_is_said_by_its_switch(tmp_path):
+    def label(*radii):
+        configs = [{}, *({"noise": {"share": 0.5, "radii": {"l2": radius}}} for radius in radii)]
+        contents = [result(config=result()["config"] | config) for config in configs]
+        return {row.label for row in grouping.rows(read(tmp_path, *contents))}
+
+    name = "cifar10_ada_small"
+    assert label(0.1) == {name, f"{name} (noise.share=0.5)"}
+    both = {f"{name} (noise.share=0.5, noise.radii.l2={radius})" for radius in (0.1, 0.2)}
+    assert label(0.1, 0.2) == {name, *both}
+
+
 def test_runs_from_before_there_were_crops_are_joined_with_those_after(tmp_path):
     after = result(seed=1)
     after["config"] |= {"crop_scale": [], "crop_ratio": [0.75, 1.3333]}

@@ -151,11 +151,19 @@ def settings(result: results_files.Result) -> dict[str, Any]:
 
 
 def _difference(result: results_files.Result, others: list[results_files.Result]) -> str:
-    """The settings of a result, in brackets, that differ from others of the same name."""
-    mine, missing = settings(result), object()
-    differing = [
-        k for k, v in mine.items() if any(settings(o).get(k, missing) != v for o in others)
-    ]
+    """The settings of a result, in brackets, that differ from others of the same name.
+
+    A group of fields that others lack because it is off is named by its switch alone.
+    """
+    mine, theirs, missing = settings(result), list(map(settings, others)), object()
+
+    def differs(key: str) -> bool:
+        group, _, field = key.partition(".")
+        if results_files.SWITCHES.get(group, field) != field:
+            return any(other.get(key, mine[key]) != mine[key] for other in theirs)
+        return any(other.get(key, missing) != mine[key] for other in theirs)
+
+    differing = list(filter(differs, mine))
     return f" ({', '.join(f'{k}={mine[k]}' for k in differing)})" if differing else ""
 
 
