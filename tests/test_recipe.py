@@ -1,6 +1,7 @@
 """Ingredients of the training step: views, averaged weights, label smoothing."""
 
 import json
+import shutil
 
 import chex
 import jax
@@ -91,6 +92,24 @@ def test_averaged_weights_are_evaluated_and_saved_beside_the_last_ones(tmp_path)
     chex.assert_trees_all_equal_shapes_and_dtypes(last_weights, averaged_weights)
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert any("ema_error" in str(record) for record in records)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_with_every_ingredient_has_the_same_weights(tmp_path):
+    ingredients = {"trivial_augment.use": True, "noise.share": 0.5, "label_smoothing": 0.1}
+    ingredients |= {"augmix.width": 1, "augmix.depth": 1, "augmix.label_views": True}
+    ingredients |= {"mixup.alpha": 1.0, "mixup.layers": ("input", "stage1"), "mixup.additive": 0.4}
+    config = tiny(method="nominal", ema_decay=0.9, epochs=1.0, **VIEWS, **ingredients)
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    assert train.main(config, str(whole)) is None
+    shutil.copytree(whole, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "4")
+    for suffix in ("", "_ema"):
+        (resumed / f"results{suffix}.json").unlink()
+    assert train.main(config, str(resumed)) is None
+    for file in ("results.json", "results_ema.json"):
+        one, other = (json.loads((folder / file).read_text()) for folder in (whole, resumed))
+        assert one["weights_digest"] == other["weights_digest"]
 
 
 @pytest.mark.parametrize(
