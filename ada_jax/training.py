@@ -121,7 +121,7 @@ def make_loss(
       `loss_fn(params, net_state, views, y, perturbations, mixed) -> (loss, (net_state,
       cross_entropy, logits))`, where views are images [b,H,W,3] or [3b,H,W,3], `perturbations` are
       those of the classifier, `mixed` has mixup's 'partner' and 'share' or is empty, and logits
-      [b,K] are those of the first view.
+      [b,K] are those of the first view, of mixed images with mixup.
     """
 
     def cross_entropy(logits, y, mixed):
@@ -148,6 +148,8 @@ def draw_mixup(
 ) -> tuple[dict[str, Callable[[jax.Array], jax.Array]], dict[str, jax.Array]]:
     """Draws mixup's layer, partners, share and noise for one device's batch.
 
+    An example's partner is on the same device: results depend on the number of devices.
+
     Args:
       key: equal on every device, and so are the share and the layer.
       settings: config.mixup.
@@ -159,16 +161,13 @@ def draw_mixup(
     pair_key, layer_key, noise_key = jax.random.split(key, 3)
     noise_key = jax.random.fold_in(noise_key, jax.lax.axis_index(AXIS))
     partner, share = mixup.pair(pair_key, examples, alpha=settings.alpha)
-    levels = {name: settings[name] for name in ("additive", "multiplicative", "sparsity")}
 
     def change(features):
-        mixed = mixup.mix(features, partner, share)
-        return mixup.noisy(noise_key, mixed, views=len(features) // examples, **levels)
+        mixed, views = mixup.mix(features, partner, share), len(features) // examples
+        return mixup.noisy(noise_key, mixed, views=views, **mixup_levels(settings))
 
-    return mixup.at_one_layer(layer_key, settings.layers, change), {
-        "partner": partner,
-        "share": share,
-    }
+    perturbations = mixup.at_one_layer(layer_key, settings.layers, change)
+    return perturbations, {"partner": partner, "share": share}
 
 
 def make_attack(
@@ -337,6 +336,11 @@ def moved_average(state: TrainState, decay: float) -> tuple[hk.Params, hk.State]
         return decay * average + (1 - decay) * new if floating else new
 
     return jax.tree.map(moved, state.ema, (state.params, state.net_state))
+
+
+def mixup_levels(settings: ml_collections.ConfigDict) -> dict[str, float]:
+    """The levels of `mixup.noisy` from config.mixup."""
+    return {name: settings[name] for name in ("additive", "multiplicative", "sparsity")}
 
 
 def trivial_ops(settings: ml_collections.ConfigDict) -> tuple[str, ...]:

@@ -181,7 +181,8 @@ def get_config(words: str = "") -> ml_collections.ConfigDict:
     config.augmix.width = 3
     config.augmix.depth = -1  # operations in a chain; -1 draws 1 to 3
     config.augmix.alpha = 1.0
-    config.augmix.jsd_weight = 0.0  # of the consistency loss over three views; AugMix uses 12
+    # Of the consistency loss over three views, which needs `use`; AugMix has 12.
+    config.augmix.jsd_weight = 0.0
     config.augmix.extra_ops = False  # also colour, contrast, brightness and sharpness
     # The consistency loss's first view is the image after AdA or, if true, before it. The
     # cross-entropy is that of the first view or, if label_views is true, the mean over all three.
@@ -194,7 +195,7 @@ def get_config(words: str = "") -> ml_collections.ConfigDict:
     config.trivial_augment.extra_ops = True  # also colour, contrast, brightness and sharpness
 
     # Mixup of images or of the outputs of feature layers, one drawn for each batch, and noise on
-    # them as in NoisyMix.
+    # them as in NoisyMix. It mixes the examples of a device.
     config.mixup = ml_collections.ConfigDict()
     config.mixup.alpha = 0.0  # the share is Beta(alpha, alpha); 0 is off, NoisyMix uses 1
     config.mixup.layers = ("input",)  # also 'stem', 'stage1' and so on
@@ -271,7 +272,8 @@ def _chosen(words: str) -> list[str]:
 def best(config: ml_collections.ConfigDict) -> None:
     """Sets the recipe of experiments/sweeps/best.py; its noise resembles three of the corruptions.
 
-    The small network has little capacity to spare for AdA beside the noise, hence the small radius.
+    The study was made with ',small', whose network gains nothing from AdA beside the noise: hence
+    the small radius. The other radii are those of 'ada' and not tested.
     """
     config.augmix.use = True
     config.augmix.jsd_weight = 4.0

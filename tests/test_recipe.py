@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ada_jax import losses, train, training
+from ada_jax.errors import UserError
 from ada_jax.nets import weight_files
 from ada_jax.run import setup
 from tests.test_train import tiny
@@ -110,6 +111,14 @@ def test_a_resumed_run_with_every_ingredient_has_the_same_weights(tmp_path):
     for file in ("results.json", "results_ema.json"):
         one, other = (json.loads((folder / file).read_text()) for folder in (whole, resumed))
         assert one["weights_digest"] == other["weights_digest"]
+
+
+def test_mixup_needs_layers_that_the_classifier_has():
+    config = tiny(method="nominal", **{"mixup.alpha": 1.0, "mixup.layers": ("input", "stage9")})
+    with pytest.raises(UserError, match=r"mixup\.layers=.* names 'stage9', which resnet9 lacks"):
+        setup.build(config)
+    config.mixup.alpha = 0.0
+    setup.build(config)
 
 
 @pytest.mark.parametrize(

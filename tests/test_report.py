@@ -172,7 +172,6 @@ def test_the_config_alone_says_which_row_of_the_paper_is_meant(trained, copies, 
         {"noise": {"share": 0.5, "norms": ["l2"]}},
         {"mixup": {"alpha": 1.0, "layers": ["input"]}},
         {"label_smoothing": 0.1},
-        {"ema_decay": 0.999},
         {"augmix": {"use": True, "clean_view": True}},
     ],
 )
@@ -180,6 +179,12 @@ def test_rows_with_ingredients_that_the_paper_lacks_are_none_of_its_rows(ingredi
     config = result()["config"]
     one, other = read(tmp_path, result(), result(config=config | ingredient))
     assert grouping.paper_row(one) == "ada" and grouping.paper_row(other) == ""
+
+
+def test_averaged_weights_are_none_of_the_paper_s_rows(tmp_path):
+    config = result()["config"] | {"ema_decay": 0.9}
+    last, averaged = read(tmp_path, result(config=config), result("cifar10_ada_ema", config=config))
+    assert grouping.paper_row(last) == "ada" and grouping.paper_row(averaged) == ""
 
 
 @pytest.mark.parametrize(

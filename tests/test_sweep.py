@@ -177,7 +177,7 @@ def test_the_study_of_the_recipe():
     ]
     assert any(fields <= apart for fields in differences)
     confirmed = sweep.read("experiments/sweeps/best.py:confirm,seeds=2")
-    assert len(confirmed) == 8
+    assert len(confirmed) == 10
     assert {point.config["eval_split"] for point in confirmed} == {"train[45000:]"}
     assert all("cbar" in point.config["eval_sets"] for point in confirmed)
     with pytest.raises(UserError, match="confirm and seeds=N"):

@@ -246,7 +246,7 @@ def test_learning_rate_schedule(batch_size):
         ("ema_decay", 1.0, "[0, 1)"),
         ("mixup.layers", (), "must name layers, each once"),
         ("mixup.layers", ("input", "input"), "must name layers, each once"),
-        ("mixup.sparsity", 1.0, "[0, 1)"),
+        ("mixup.sparsity", 1.0, "config.mixup.sparsity=1.0 must be at least 0 and below 1"),
         ("noise.share", 1.5, "config.noise.share=1.5 must be in 0..1"),
         ("noise.norms", ("l3",), "unknown norm 'l3'"),
         ("learning_rate", 0.0, "positive"),

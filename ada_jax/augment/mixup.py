@@ -95,7 +95,7 @@ def noisy(
     is half as strong, because that is divided by CIFAR's standard deviation, 0.25. Lim et al.,
     "Noisy feature mixup" (2022), have additive 0.4, multiplicative 0.2 and sparsity 0.
     """
-    _check(additive, multiplicative, sparsity)
+    check_levels(additive, multiplicative, sparsity)
     if additive == multiplicative == 0:
         return features
     keys = jax.random.split(key, 4)
@@ -164,7 +164,8 @@ def cross_entropy(
     return share * own + (1 - share) * other
 
 
-def _check(additive: float, multiplicative: float, sparsity: float) -> None:
+def check_levels(additive: float, multiplicative: float, sparsity: float) -> None:
+    """Raises UserError for the first level of `noisy` that is out of range."""
     for name, level in (("additive", additive), ("multiplicative", multiplicative)):
         if not 0 <= level < np.inf:
             raise UserError(f"{name}={level} must be at least 0 (off) and finite.")

@@ -16,7 +16,7 @@ _BOOKKEEPING = results_files.BOOKKEEPING | {"seed"}
 
 # Ingredients that none of the paper's rows has, in the config when they are switched on.
 _INGREDIENTS = {
-    *("trivial_augment.use", "noise.share", "mixup.alpha", "label_smoothing", "ema_decay"),
+    *("trivial_augment.use", "noise.share", "mixup.alpha", "label_smoothing"),
     *("augmix.clean_view", "augmix.label_views"),
 }
 
@@ -174,8 +174,9 @@ def paper_row(result: results_files.Result) -> str:
         return fields["name"]
     config = fields["config"]
     attack = config.get("ada", {})
-    # The paper has neither fine-tuning, random perturbations nor AdvMix.
+    # The paper has neither fine-tuning, random perturbations, AdvMix nor averaged weights.
     other = config.get("init_weights") or attack.get("steps") == 0
+    other = other or fields["name"].endswith("_ema")
     other = other or "mixing" in attack.get("choice", ())
     other = other or _INGREDIENTS & results_files.comparable(config).keys()
     if other or fields["data"].get("name") != "cifar10":

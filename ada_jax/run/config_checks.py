@@ -16,7 +16,7 @@ from ada_jax import ada, checks, perturbation, training
 from ada_jax import results as results_files
 from ada_jax.attacks import loops
 from ada_jax.attacks import perceptual as perceptual_attacks
-from ada_jax.augment import augmix, norm_noise
+from ada_jax.augment import augmix, mixup, norm_noise
 from ada_jax.corruptions import parameter_tables
 from ada_jax.data import sources
 from ada_jax.errors import UserError
@@ -42,7 +42,7 @@ RULES = (
     (*AT_LEAST_1, ("corruption_eval_examples", "ada.group")),
     (*AT_LEAST_0, ("eval_epochs", "corruption_eval_epochs", "checkpoint_epochs", "cpu_devices")),
     (*AT_LEAST_0, ("figure_examples", "deepaugment.copies", "augmix.jsd_weight")),
-    (*AT_LEAST_0, ("mixup.alpha", "mixup.additive", "mixup.multiplicative")),
+    (*AT_LEAST_0, ("mixup.alpha",)),
     (*AT_LEAST_0, ("weight_decay", "warmup_epochs", "epochs", "train_steps")),
     (*POSITIVE, ("learning_rate", "pgd.step_scale", "pat.gradient_clip", "rlat.epsilon")),
     (
@@ -51,7 +51,7 @@ RULES = (
         ("ada.choice",),
     ),
     (lambda value: 0 <= value < 1, "must be in [0, 1)", ("momentum", "bn_decay", "ema_decay")),
-    (lambda value: 0 <= value < 1, "must be in [0, 1)", ("label_smoothing", "mixup.sparsity")),
+    (lambda value: 0 <= value < 1, "must be in [0, 1)", ("label_smoothing",)),
     (
         lambda value: len({*value}) == len(value) > 0,
         "must name layers, each once, as ('input', 'stage1')",
@@ -97,6 +97,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
         require(fields, field, views or not fields[field], several)
     both = "and config.method='rlat' both perturb features: set it to 0"
     require(fields, "mixup.alpha", not (config.mixup.alpha and config.method == "rlat"), both)
+    with named_in("config.mixup."):
+        mixup.check_levels(**training.mixup_levels(config.mixup))
     with named_in("config.noise."):
         norm_noise.check(**training.noise_settings(config.noise))
     _check_crops(config)

@@ -164,6 +164,13 @@ def build(config: ml_collections.ConfigDict) -> Parts:
     classifier = scoring.make_classifier(config, train_set.num_classes)
     if config.method in ("pat", "rlat"):
         classifiers.feature_shapes(classifier, train_set.image_shape)  # Raises without any.
+    if inner := set(config.mixup.layers) - {"input"} if config.mixup.alpha else ():
+        layers = classifiers.feature_shapes(classifier, train_set.image_shape)
+        if unknown := sorted(inner - layers.keys()):
+            raise UserError(
+                f"config.mixup.layers={tuple(config.mixup.layers)} names {unknown[0]!r}, which "
+                f"{config.classifier} lacks: choose from input, {', '.join(layers)}."
+            )
     optimizer, schedule = training.make_optimizer(config, steps_per_epoch, total_steps)
     return Parts(
         config,

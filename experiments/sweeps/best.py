@@ -4,8 +4,11 @@
     python -m ada_jax.sweep --sweep=experiments/sweeps/best.py:confirm,seeds=3
 
 Words after the colon, separated by commas:
-  confirm   ada+augmix, the recipe, the recipe without AdA, and the recipe without noise
+  confirm   ada+augmix, also with batches of 64 as in the recipe, and the recipe, also without AdA
+            and without noise
   seeds=N   the seeds 0 to N-1; by default only 0.
+
+On this network AdA does not help beside noise and views: see experiments/README.md.
 
 The study trains on 40,000 of CIFAR-10's training images and evaluates on the next 5,000, with the
 15 corruptions of CIFAR-10-C. `confirm` trains on 45,000 and evaluates on the last 5,000, also with
@@ -44,6 +47,12 @@ STUDY = (
 )
 CONFIRM = (
     {"config": ADA_AUGMIX, "config.eval_sets": ("clean", "c", "cbar")},
+    # The recipe's batches are half as large.
+    {
+        "config": ADA_AUGMIX,
+        "config.batch_size": 64,
+        "config.eval_sets": ("clean", "c", "cbar"),
+    },
     {"config": BEST},
     {"config": BEST} | WITHOUT_ADA,
     {"config": BEST, "config.noise.share": 0.0},
