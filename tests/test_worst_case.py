@@ -68,11 +68,14 @@ def test_every_radius_of_table_2_is_measured_once(monkeypatch, tmp_path):
 def test_table_2_has_the_accuracies_beside_the_paper_s():
     row = grouping.Row("ours", "nominal", {"clean": 5.0, "linf 1/255": 30.0, "l2 0.5": 1.0}, {}, 1)
     paper = grouping.rows(results_files.read(str(results_files.PUBLISHED)))
-    table = paper_tables.table_2([row], paper)
-    assert "linf 8/255" not in table.head and "linf 1/255" in table.head
-    (ours,) = [group for group in table.groups if group[0][0].value == "ours"]
-    column = table.head.index("linf 1/255")
-    assert ours[0][column].value == 30 and ours[1][column].value == pytest.approx(30 - 24.23)
+    for comparable in (False, True):
+        table = paper_tables.table_2([row._replace(comparable=comparable)], paper)
+        assert "linf 8/255" not in table.head and "linf 1/255" in table.head
+        ((ours, *minus),) = [g for g in table.groups if g[0][0].value == "ours"]
+        column = table.head.index("linf 1/255")
+        assert ours[column].value == 30
+        differences = [line[column].value for line in minus]
+        assert differences == ([pytest.approx(30 - 24.23)] if comparable else [])
     assert not paper_tables.table_2([], []).groups
 
 
