@@ -15,7 +15,7 @@ from ada_jax.nets import weight_files
 from ada_jax.run import setup
 from tests.test_train import tiny
 
-VIEWS = {"augmix.use": True, "augmix.jsd_weight": 12.0}
+VIEWS = {"augmix.use": True, "augmix.jsd_weight": 12.0, "augmix.width": 1, "augmix.depth": 1}
 
 
 def images_and_keys(count: int = 4) -> tuple[jax.Array, jax.Array]:
@@ -98,7 +98,7 @@ def test_averaged_weights_are_evaluated_and_saved_beside_the_last_ones(tmp_path)
 @pytest.mark.slow
 def test_a_resumed_run_with_every_ingredient_has_the_same_weights(tmp_path):
     ingredients = {"trivial_augment.use": True, "noise.share": 0.5, "label_smoothing": 0.1}
-    ingredients |= {"augmix.width": 1, "augmix.depth": 1, "augmix.label_views": True}
+    ingredients |= {"augmix.label_views": True}
     ingredients |= {"mixup.alpha": 1.0, "mixup.layers": ("input", "stage1"), "mixup.additive": 0.4}
     config = tiny(method="nominal", ema_decay=0.9, epochs=1.0, **VIEWS, **ingredients)
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
