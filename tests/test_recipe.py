@@ -80,36 +80,26 @@ def test_the_loss_of_three_views_equals_that_of_the_parts():
 
 
 @pytest.mark.slow
-def test_averaged_weights_are_evaluated_and_saved_beside_the_last_ones(tmp_path):
-    config = tiny(method="nominal", ema_decay=0.9, epochs=1.0)
-    assert train.main(config, str(tmp_path)) is None
-    last, averaged = (
-        json.loads((tmp_path / f"results{suffix}.json").read_text()) for suffix in ("", "_ema")
-    )
-    assert averaged["name"] == f"{last['name']}_ema"
-    assert averaged["weights_digest"] != last["weights_digest"]
-    files = [tmp_path / f"classifier{suffix}.safetensors" for suffix in ("", "_ema")]
-    last_weights, averaged_weights = (weight_files.load_weights(file)[0] for file in files)
-    chex.assert_trees_all_equal_shapes_and_dtypes(last_weights, averaged_weights)
-    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert any("ema_error" in str(record) for record in records)
-
-
-@pytest.mark.slow
-def test_a_resumed_run_with_every_ingredient_has_the_same_weights(tmp_path):
+def test_a_resumed_run_with_every_ingredient_has_the_same_last_and_averaged_weights(tmp_path):
     ingredients = {"trivial_augment.use": True, "noise.share": 0.5, "label_smoothing": 0.1}
     ingredients |= {"augmix.label_views": True}
     ingredients |= {"mixup.alpha": 1.0, "mixup.layers": ("input", "stage1"), "mixup.additive": 0.4}
     config = tiny(method="nominal", ema_decay=0.9, epochs=1.0, **VIEWS, **ingredients)
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     assert train.main(config, str(whole)) is None
+    last, averaged = (json.loads((whole / f"results{s}.json").read_text()) for s in ("", "_ema"))
+    assert averaged["name"] == f"{last['name']}_ema"
+    assert averaged["weights_digest"] != last["weights_digest"]
+    files = [whole / f"classifier{suffix}.safetensors" for suffix in ("", "_ema")]
+    chex.assert_trees_all_equal_shapes_and_dtypes(*(weight_files.load_weights(f)[0] for f in files))
+    assert '"ema_error"' in (whole / "metrics.jsonl").read_text()
     shutil.copytree(whole, resumed)
     shutil.rmtree(resumed / "checkpoints" / "4")
     for suffix in ("", "_ema"):
         (resumed / f"results{suffix}.json").unlink()
     assert train.main(config, str(resumed)) is None
-    for file in ("results.json", "results_ema.json"):
-        one, other = (json.loads((folder / file).read_text()) for folder in (whole, resumed))
+    for one, suffix in ((last, ""), (averaged, "_ema")):
+        other = json.loads((resumed / f"results{suffix}.json").read_text())
         assert one["weights_digest"] == other["weights_digest"]
 
 
