@@ -42,16 +42,18 @@ RULES = (
     (*AT_LEAST_1, ("corruption_eval_examples", "ada.group")),
     (*AT_LEAST_0, ("eval_epochs", "corruption_eval_epochs", "checkpoint_epochs", "cpu_devices")),
     (*AT_LEAST_0, ("figure_examples", "deepaugment.copies", "augmix.jsd_weight")),
-    (*AT_LEAST_0, ("mixup.alpha",)),
-    (*AT_LEAST_0, ("weight_decay", "warmup_epochs", "epochs", "train_steps")),
+    (*AT_LEAST_0, ("mixup.alpha", "weight_decay", "warmup_epochs", "epochs", "train_steps")),
     (*POSITIVE, ("learning_rate", "pgd.step_scale", "pat.gradient_clip", "rlat.epsilon")),
     (
         lambda value: len({*value} & {*ada.CHOICES}) == len(value) > 0,
         f"must name one or both of {', '.join(ada.CHOICES)}, as ('delta',)",
         ("ada.choice",),
     ),
-    (lambda value: 0 <= value < 1, "must be in [0, 1)", ("momentum", "bn_decay", "ema_decay")),
-    (lambda value: 0 <= value < 1, "must be in [0, 1)", ("label_smoothing",)),
+    (
+        lambda value: 0 <= value < 1,
+        "must be in [0, 1)",
+        ("momentum", "bn_decay", "ema_decay", "label_smoothing"),
+    ),
     (
         lambda value: len({*value}) == len(value) > 0,
         "must name layers, each once, as ('input', 'stage1')",

@@ -46,13 +46,8 @@ STUDY = (
     VIEWS | NOISE | WITHOUT_ADA | TRIVIAL | {"config.trivial_augment.extra_ops": False},
 )
 CONFIRM = (
-    {"config": ADA_AUGMIX, "config.eval_sets": ("clean", "c", "cbar")},
-    # The recipe's batches are half as large.
-    {
-        "config": ADA_AUGMIX,
-        "config.batch_size": 64,
-        "config.eval_sets": ("clean", "c", "cbar"),
-    },
+    {"config": ADA_AUGMIX},
+    {"config": ADA_AUGMIX, "config.batch_size": 64},  # as in the recipe
     {"config": BEST},
     {"config": BEST} | WITHOUT_ADA,
     {"config": BEST, "config.noise.share": 0.0},
@@ -66,15 +61,18 @@ def get_hyper(hyper: Any, words: str = "") -> list[dict[str, Any]]:
         if word != "confirm" and not re.fullmatch(r"seeds=[1-9]\d*", word):
             raise ValueError(f"The word {word!r} is unknown: choose from confirm and seeds=N.")
     seeds = [int(word.removeprefix("seeds=")) for word in chosen if word != "confirm"]
-    points = [dict(point) for point in CONFIRM]
-    splits = {"config.train_split": "train[:45000]", "config.eval_split": "train[45000:]"}
-    if "confirm" not in chosen:
+    if "confirm" in chosen:
+        points = CONFIRM
+        shared = {"config.train_split": "train[:45000]", "config.eval_split": "train[45000:]"}
+        shared["config.eval_sets"] = ("clean", "c", "cbar")
+    else:
+        points = STUDY
+        shared = {"config.train_split": "train[:40000]", "config.eval_split": "train[40000:45000]"}
         # The averaged weights are evaluated beside the last ones and do not change these.
-        points = [{"config": ADA_AUGMIX, "config.ema_decay": 0.999} | point for point in STUDY]
-        splits = {"config.train_split": "train[:40000]", "config.eval_split": "train[40000:45000]"}
+        shared |= {"config": ADA_AUGMIX, "config.ema_decay": 0.999}
     return hyper.product(
         [
             hyper.sweep("config.seed", range(max(seeds, default=1))),
-            [splits | point for point in points],
+            [shared | point for point in points],
         ]
     )

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 
 def conv(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+    """A padded convolution without bias."""
     return nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
 
 
