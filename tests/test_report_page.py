@@ -82,7 +82,7 @@ def test_labels_leave_out_what_all_rows_of_a_group_have():
         "d",
     ]
     assert short("a_b", "a_b_b") == ["b", "b_b"]
-    assert short(f"x_{60 * 'y'}", "x_z") == [f"{45 * 'y'}…", "z"]
+    assert short(f"x_{30 * 'y'}{30 * 'w'}", "x_z") == [f"{23 * 'y'}…{23 * 'w'}", "z"]
     assert short("cifar10_ada_small") == ["cifar10_ada_small"]
     assert short("AdA (paper)", "AdA + AugMix (paper)", seeds=0) == ["AdA", "AdA + AugMix"]
 

@@ -153,18 +153,20 @@ def settings(result: results_files.Result) -> dict[str, Any]:
 def _difference(result: results_files.Result, others: list[results_files.Result]) -> str:
     """The settings of a result, in brackets, that differ from others of the same name.
 
-    A group of fields that others lack because it is off is named by its switch alone.
+    A group of fields that others lack because it is off is named by its switch alone, and the
+    corruption networks only if others have different ones.
     """
     mine, theirs, missing = settings(result), list(map(settings, others)), object()
 
     def differs(key: str) -> bool:
         group, _, field = key.partition(".")
-        if results_files.SWITCHES.get(group, field) != field:
+        implied = results_files.SWITCHES.get(group, field) != field
+        if implied or key == "training.corruption_nets":
             return any(other.get(key, mine[key]) != mine[key] for other in theirs)
         return any(other.get(key, missing) != mine[key] for other in theirs)
 
-    differing = list(filter(differs, mine))
-    return f" ({', '.join(f'{k}={mine[k]}' for k in differing)})" if differing else ""
+    named = [k if mine[k] is True else f"{k}={mine[k]}" for k in mine if differs(k)]
+    return f" ({', '.join(named)})" if named else ""
 
 
 def paper_row(result: results_files.Result) -> str:

@@ -12,7 +12,7 @@ from ada_jax.report import grouping, label_places, style
 
 _COLOURS = 4  # Colours of our groups in the style sheet; more groups repeat them.
 _LEFT, _RIGHT, _BOTTOM = 40, 14, 44  # Margins of the plot.
-_LONGEST = 46  # Characters of a label; longer ones are cut.
+_LONGEST = 47  # Characters of a label; longer ones are cut in the middle.
 _WIDTH = 0.63  # Width of a character relative to the size of the text, of a wide font.
 
 
@@ -97,7 +97,8 @@ def short_labels(group: Group) -> list[str]:
     names = ["_".join(w[start : len(w) - end]) for w in words]
     settings = [space + rest.replace("ada.", "") for _, space, rest in pairs]
     labels = [name + setting for name, setting in zip(names, settings, strict=True)]
-    return [t if len(t) <= _LONGEST else f"{t[: _LONGEST - 1]}…" for t in labels]
+    kept = _LONGEST // 2
+    return [t if len(t) <= _LONGEST else f"{t[:kept]}…{t[-kept:]}" for t in labels]
 
 
 def _shared(words: Sequence[Sequence[str]]) -> int:
