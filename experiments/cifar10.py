@@ -229,7 +229,7 @@ def get_config(words: str = "") -> ml_collections.ConfigDict:
     config.checkpoint_epochs = 1.0
     config.keep_checkpoints = 3
     config.figure_examples = 64  # images attacked for the picture at the end; 0 draws none
-    config.compilation_cache = "~/.cache/ada_jax"
+    config.compilation_cache = "~/.cache/ada_jax"  # JAX_COMPILATION_CACHE_DIR takes precedence
     config.cpu_devices = 0  # number of devices that a CPU is split into; 0 does not split it
 
     if not {*PRESETS} & {*chosen}:

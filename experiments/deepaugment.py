@@ -39,7 +39,7 @@ def get_config(words: str = "") -> ml_collections.ConfigDict:
     config.group = 20  # images that share a distortion of the weights
     config.quirks = False  # reproduce the published code's known bugs
     config.shard_images = 10_000  # images per file; a resumed run rewrites at most one file
-    config.compilation_cache = "~/.cache/ada_jax"
+    config.compilation_cache = "~/.cache/ada_jax"  # JAX_COMPILATION_CACHE_DIR takes precedence
     # Number of devices that a CPU is split into; 0 does not split it, and uses a GPU if present.
     config.cpu_devices = 0 if words == "gpu" else 2
     return config.lock()

@@ -68,7 +68,7 @@ def _config(preset: str) -> ml_collections.ConfigDict:
     config.eval_batch_size = 50
     config.checkpoint_steps = 1000
     config.keep_checkpoints = 2
-    config.compilation_cache = "~/.cache/ada_jax"
+    config.compilation_cache = "~/.cache/ada_jax"  # JAX_COMPILATION_CACHE_DIR takes precedence
 
     if config.corruption_net == "edsr_medium":
         config.train_steps = 6000

@@ -69,6 +69,18 @@ def test_configs_for_cpus_only_warn(monkeypatch):
         cli.set_up_devices(0, "")
 
 
+@pytest.mark.parametrize(("own", "used"), [("/own", "/own"), (None, "/config")])
+def test_a_user_s_own_folder_of_compiled_programs_takes_precedence(monkeypatch, own, used):
+    monkeypatch.setattr(devices, "check_gpu", lambda: None)
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", own)
+    try:
+        cli.set_up_devices(0, "/config")
+        assert jax.config.jax_compilation_cache_dir == used
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
 def test_perturbations_that_do_not_fit_are_told_before_anything_is_compiled(monkeypatch):
     parts = setup.build(test_train.tiny())
     setup.check_memory(parts.nets, 16)  # A CPU does not say.

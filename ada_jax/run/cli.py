@@ -280,7 +280,8 @@ def set_up_devices(cpu_devices: int, compilation_cache: str) -> None:
     Args:
       cpu_devices: number of devices that a CPU is split into; 0 is one. Has no effect on TPU and
         GPU.
-      compilation_cache: folder of compiled programs, '' for none.
+      compilation_cache: folder of compiled programs, '' for none. The environment variable
+        JAX_COMPILATION_CACHE_DIR takes precedence.
 
     Raises:
       UserError: JAX does not find the machine's GPU, and cpu_devices is 0.
@@ -292,9 +293,8 @@ def set_up_devices(cpu_devices: int, compilation_cache: str) -> None:
     jax.config.update("jax_enable_x64", False)  # x64 would slow down the optimiser.
     if cpu_devices:
         jax.config.update("jax_num_cpu_devices", cpu_devices)
-    if compilation_cache:
+    if compilation_cache and not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(compilation_cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     _keep_freed_memory()
     try:
         devices.check_gpu()
