@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import contextlib
+import fcntl
 import io
 import logging
 import os
@@ -98,6 +99,17 @@ def run_here(name: str, *words: Any) -> subprocess.CompletedProcess[str]:
         flags.FLAGS.unparse_flags()
     printed = (stream.buffer.getvalue().decode() for stream in (out, errors))
     return subprocess.CompletedProcess([name, *words], status, *printed)
+
+
+@contextlib.contextmanager
+def shared_folder(tmp_path_factory: pytest.TempPathFactory, name: str) -> Iterator[pathlib.Path]:
+    """A folder of all of pytest's workers; one at a time is within the context."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield folder
 
 
 def assert_mistake(done: subprocess.CompletedProcess[str], said: str) -> None:

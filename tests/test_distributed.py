@@ -105,10 +105,10 @@ def counts(results):
 
 @pytest.mark.slow
 def test_two_processes_train_and_evaluate_as_one(tmp_path, photographs):
-    flags = flags_of(photographs, eval_sets="('clean','c')")
-    for process in start_two([tmp_path / "two"] * 2, flags, None):
+    corrupted = flags_of(photographs, eval_sets="('clean','c')")
+    for process in start_two([tmp_path / "two"] * 2, corrupted, None):
         assert process.wait(timeout=600) == 0
-    run_one(tmp_path / "one", flags)
+    run_one(tmp_path / "one", flags_of(photographs))
     assert_same_end(tmp_path / "one", tmp_path / "two")
     again = tmp_path / "again.json"
     command = [sys.executable, "-m", "ada_jax.evaluate", f"--workdir={tmp_path / 'two'}"]
@@ -125,9 +125,8 @@ def test_a_signal_to_one_saves_one_step_for_all_and_another_number_of_processes_
 ):
     # Measured on corrupted images after every step, for steps that take their time.
     slowly = {"corruption_eval_epochs": 0.1, "corruption_eval_examples": 20}
-    flags = flags_of(photographs, **slowly)
-    two = tmp_path / "two"
-    processes = start_two([two] * 2, flags, None)
+    flags, two = flags_of(photographs), tmp_path / "two"
+    processes = start_two([two] * 2, flags_of(photographs, **slowly), None)
     wait_for(two / "metrics.jsonl", '"step": 2,', processes)
     processes[1].send_signal(number)
     assert [process.wait(timeout=300) for process in processes] == [143, 143]

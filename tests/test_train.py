@@ -8,6 +8,7 @@ import os
 import pathlib
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,7 +31,7 @@ from ada_jax.nets import classifiers, weight_files
 from ada_jax.run import checkpoint, config_checks, distributed, logbook, loop, setup
 from experiments import cifar10, finetune, imagenet, quickstart
 from experiments import deepaugment as deepaugment_config
-from tests.conftest import assert_mistake, photograph, run_here
+from tests.conftest import assert_mistake, photograph, run_here, shared_folder
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -947,19 +948,21 @@ def comparable(workdir) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """A whole run in a process of its own, and its flags."""
-    folder = tmp_path_factory.mktemp("runs")
+    """A folder with a whole run in a process of its own and what it printed, and its flags."""
     corrupted = {"corruption_eval_epochs": 2.0, "corruption_eval_examples": 3}
-    sets = {"eval_sets": ("clean", "c"), **corrupted}
-    flags = flags_of(tiny(compilation_cache=str(folder / "cache"), **sets))
-    done = run(folder / "whole", *flags)
-    assert done.returncode == 0, done.stderr
-    return folder, flags, done
+    flags = flags_of(tiny(eval_sets=("clean", "c"), **corrupted))
+    with shared_folder(tmp_path_factory, "runs") as folder:
+        if not (printed := folder / "printed.txt").exists():
+            done = run(folder / "whole", *flags)
+            assert done.returncode == 0, done.stderr
+            printed.write_text(done.stdout)
+    return folder, flags
 
 
 @pytest.mark.slow
 def test_a_run_leaves_what_it_promises(uninterrupted):
-    folder, _, done = uninterrupted
+    folder, _ = uninterrupted
+    printed = (folder / "printed.txt").read_text()
     files = {p.name for p in (folder / "whole").iterdir()}
     promised = (
         "config.json metrics.jsonl results.json adversarial_edsr_small.png classifier.safetensors"
@@ -969,7 +972,7 @@ def test_a_run_leaves_what_it_promises(uninterrupted):
     assert results["step"] == 8
     evaluated = [results["clean"], *itertools.chain(*results["corruptions"].values())]
     assert [e["examples"] for e in evaluated] == [40] * 76
-    assert f"{results['mce_unnormalised']:.2f}%" in done.stdout and "clean error" in done.stdout
+    assert f"{results['mce_unnormalised']:.2f}%" in printed and "clean error" in printed
     records = comparable(folder / "whole")
     kinds = [(3, "train"), (4, "eval"), (6, "train"), (8, "train"), (8, "eval"), (8, "corruptions")]
     assert [(r["step"], r["kind"]) for r in records] == kinds
@@ -985,7 +988,7 @@ def test_a_run_leaves_what_it_promises(uninterrupted):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_killed_at_random_moments_a_run_ends_bitwise_equal(uninterrupted):
-    folder, flags, _ = uninterrupted
+    folder, flags = uninterrupted
     kill_and_restart(folder / "killed", flags, kills=3, moments=(3, 14), signals=[signal.SIGKILL])
     assert_alike(folder / "whole", folder / "killed")
 
@@ -1047,7 +1050,7 @@ def assert_alike(*workdirs) -> None:
 
 @pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_goes_on(uninterrupted):
-    folder, flags, _ = uninterrupted
+    folder, flags = uninterrupted
     workdir = folder / "terminated"
     longer = [*flags, "--config.epochs=200"]
     process = subprocess.Popen(command(workdir, *longer), cwd=ROOT, stderr=subprocess.PIPE)
@@ -1110,7 +1113,7 @@ def test_a_full_disk_costs_one_sentence_and_the_same_command_goes_on(small_disk)
 
 @pytest.mark.slow
 def test_a_run_in_a_bucket_is_stopped_and_ends_as_one_on_this_machine(uninterrupted, cloud):
-    folder, flags, _ = uninterrupted
+    folder, flags = uninterrupted
     workdir = cloud.folder()
     whole, saved = str(folder / "whole"), f"{workdir}/checkpoints/2/commit_success.txt"
     process = subprocess.Popen(command(workdir, *flags), cwd=ROOT, stderr=subprocess.PIPE)
@@ -1129,12 +1132,11 @@ def test_a_run_in_a_bucket_is_stopped_and_ends_as_one_on_this_machine(uninterrup
     )
     assert cloud.content(f"{workdir}/adversarial_edsr_small.png").startswith(b"\x89PNG")
 
-    cloud.remove(f"{workdir}/results.json")
-    assert run_here("evaluate", f"--workdir={workdir}").returncode == 0
     theirs, ours = (json.loads(paths.read(f"{w}/results.json")) for w in (whole, workdir))
-    assert {k: ours[k] for k in ("clean", "corruptions", "weights_digest")} == {
-        k: theirs[k] for k in ("clean", "corruptions", "weights_digest")
-    }
+    compared = ("clean", "corruptions", "weights_digest")
+    assert {k: ours[k] for k in compared} == {k: theirs[k] for k in compared}
+    cloud.remove(f"{workdir}/results.json")
+    assert run_here("evaluate", f"--workdir={workdir}", "--sets=clean").returncode == 0
     (row,) = results_files.read(workdir)
     assert row.fields["clean"] == theirs["clean"]
 
@@ -1148,18 +1150,19 @@ def test_a_bucket_that_cannot_be_used_is_named_before_the_first_step(cloud, buck
 
 
 @pytest.mark.slow
-def test_other_data_in_the_same_workdir_are_refused(uninterrupted):
-    folder, flags, _ = uninterrupted
-    done = here(folder / "whole", *flags, "--config.train_split=train[64:128]")
+def test_other_data_in_the_same_workdir_are_refused(uninterrupted, tmp_path):
+    folder, flags = uninterrupted
+    shutil.copytree(folder / "whole", tmp_path / "whole")
+    done = here(tmp_path / "whole", *flags, "--config.train_split=train[64:128]")
     assert_mistake(done, "config.train_split")
     rng = np.random.default_rng(0)
     for name in "ab":
         images = rng.integers(0, 256, (40, 32, 32, 3), np.uint8)
-        np.savez(folder / f"{name}.npz", images=images, labels=np.arange(40) % 4)
+        np.savez(tmp_path / f"{name}.npz", images=images, labels=np.arange(40) % 4)
     npz = ["--config.dataset=npz", "--config.train_split=train", "--config.eval_split=test"]
     npz += ["--config.train_steps=1", "--config.epochs=0", "--config.eval_sets=clean"]
     first, second = (
-        here(folder / "npz", *flags, *npz, f"--config.data_dir={folder}/{name}.npz")
+        here(tmp_path / "npz", *flags, *npz, f"--config.data_dir={tmp_path}/{name}.npz")
         for name in "ab"
     )
     assert first.returncode == 0, first.stderr
@@ -1167,17 +1170,18 @@ def test_other_data_in_the_same_workdir_are_refused(uninterrupted):
 
 
 @pytest.mark.slow
-def test_another_architecture_in_the_same_workdir_is_refused(uninterrupted):
-    folder, flags, _ = uninterrupted
-    before = (folder / "whole" / "config.json").read_text()
-    done = here(folder / "whole", *flags, "--config.classifier=preact_resnet20")
+def test_another_architecture_in_the_same_workdir_is_refused(uninterrupted, tmp_path):
+    folder, flags = uninterrupted
+    workdir = shutil.copytree(folder / "whole", tmp_path / "whole")
+    before = (workdir / "config.json").read_text()
+    done = here(workdir, *flags, "--config.classifier=preact_resnet20")
     assert_mistake(done, "config.classifier")
-    assert (folder / "whole" / "config.json").read_text() == before
+    assert (workdir / "config.json").read_text() == before
 
 
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(uninterrupted):
-    folder, flags, _ = uninterrupted
+    folder, flags = uninterrupted
     diverging = ["--config.learning_rate=1e30", "--config.warmup_epochs=0"]
     done = here(folder / "nan", *flags, *diverging, "--config.checkpoint_epochs=0.25")
     assert_mistake(done, "--workdir")
