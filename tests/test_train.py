@@ -1132,7 +1132,8 @@ def test_a_run_in_a_bucket_is_stopped_and_ends_as_one_on_this_machine(uninterrup
     )
     assert cloud.content(f"{workdir}/adversarial_edsr_small.png").startswith(b"\x89PNG")
 
-    theirs, ours = (json.loads(paths.read(f"{w}/results.json")) for w in (whole, workdir))
+    theirs = json.loads(paths.read(f"{whole}/results.json"))
+    ours = json.loads(cloud.content(f"{workdir}/results.json"))
     compared = ("clean", "corruptions", "weights_digest")
     assert {k: ours[k] for k in compared} == {k: theirs[k] for k in compared}
     cloud.remove(f"{workdir}/results.json")
