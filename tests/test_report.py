@@ -304,6 +304,16 @@ def test_an_ingredient_that_others_lack_is_said_by_its_switch(tmp_path):
     assert label(0.1, 0.2) == {name, *both}
 
 
+def test_networks_that_only_one_method_has_are_not_said_and_flags_are_named_alone(tmp_path):
+    data, flag = {"data": "a" * 64}, {"cross_replica_bn": True}
+    ada = result(training=data | {"corruption_nets": "b" * 64})
+    nominal = result(config=ada["config"] | {"method": "nominal"} | flag, training=data)
+    assert {row.label for row in grouping.rows(read(tmp_path, ada, nominal))} == {
+        "cifar10_ada_small (method=ada)",
+        "cifar10_ada_small (method=nominal, cross_replica_bn)",
+    }
+
+
 def test_runs_from_before_there_were_crops_are_joined_with_those_after(tmp_path):
     after = result(seed=1)
     after["config"] |= {"crop_scale": [], "crop_ratio": [0.75, 1.3333]}
