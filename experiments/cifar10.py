@@ -273,7 +273,8 @@ def best(config: ml_collections.ConfigDict) -> None:
     """Sets the recipe of experiments/sweeps/best.py; its noise resembles three of the corruptions.
 
     The study was made with ',small', whose network gains nothing from AdA beside the noise: hence
-    the small radius. The other radii are those of 'ada' and not tested.
+    the small radius. The other radii are those of 'ada'; with ',gpu' mCE is lower with it than
+    without AdA.
     """
     config.augmix.use = True
     config.augmix.jsd_weight = 4.0
