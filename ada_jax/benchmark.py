@@ -204,17 +204,21 @@ def conv_rows(scale: Scale) -> Iterator[Row]:
 def lowerings() -> Iterator[tuple[str, Callable[..., Any], Callable[..., Any]]]:
     """Ways to convolve [N,1,H,W,C] with one kernel [N,3,3,C,O] each, and their gradients."""
 
-    def batched(f):
-        return jax.vmap(lambda *args: f(*args, 1, 1))
+    def without_bias(name):
+        forward, gradients = per_example.LOWERINGS[name]
+        return (
+            lambda x, w: forward(x, w, None, 1, 1),
+            lambda x, w, dy: gradients(x, w, dy, 1, 1)[:2],
+        )
 
     def mapped(f):
-        return lambda *args: jax.lax.map(lambda args: f(*args, 1, 1), args)
+        return lambda *args: jax.lax.map(lambda args: f(*args), args)
 
     platform = jax.default_backend()
-    for name, pair in per_example.LOWERINGS.items():
+    for name in per_example.LOWERINGS:
         if per_example.KERNELS.get(name, platform) == platform:
-            yield name, *map(batched, pair)
-    yield "lax.map", *map(mapped, per_example.LOWERINGS["grouped"])
+            yield name, *map(jax.vmap, without_bias(name))
+    yield "lax.map", *map(mapped, without_bias("grouped"))
     conv = jax.vmap(per_example.conv2d)
     yield "ada_jax.per_example", conv, lambda x, w, dy: jax.vjp(conv, x, w)[1](dy)
 

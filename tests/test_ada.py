@@ -582,8 +582,8 @@ def test_a_golden_step():
 @pytest.mark.parametrize("kernels", ["mosaic", "triton"])
 def test_a_golden_step_through_pallas_kernels(kernels, monkeypatch):
     lowering = [mock.Mock(wraps=f) for f in per_example.LOWERINGS[kernels]]
-    monkeypatch.setattr(per_example, "cpu_forward", lowering[0])
-    monkeypatch.setattr(per_example, "cpu_gradients", lowering[1])
+    monkeypatch.setitem(per_example.LOWERINGS, kernels, lowering)
+    monkeypatch.setitem(per_example.CHOSEN, "cpu", (kernels, kernels))
     per_example._many_op.cache_clear()
     try:
         through_kernels = jax.jit(lambda *a: jitted_augment.__wrapped__(*a))

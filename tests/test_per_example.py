@@ -130,6 +130,36 @@ def test_bias_and_default_padding():
     chex.assert_trees_all_close(per_example.conv2d(x, w, b), reference(x, w, 1, 1) + b, rtol=1e-5)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("axes", [(None, None, 0), (None, 0, None), (0, None, 0), (0, 0, 0)])
+def test_the_bias_under_vmap(axes, platform, monkeypatch):
+    shapes = (2, 6, 7, 3), (3, 3, 3, 5), (5,)
+    args = [random(*([4] if a == 0 else []), *s) for a, s in zip(axes, shapes, strict=True)]
+    if platform == "tpu":  # Its kernels, interpreted.
+        monkeypatch.setitem(per_example.CHOSEN, "cpu", per_example.CHOSEN["tpu"])
+    per_example._many_op.cache_clear()
+
+    def value_and_gradients(conv):
+        f = jax.vmap(conv, in_axes=axes)
+        return jax.jit(jax.value_and_grad(lambda *a: (f(*a) ** 2).sum(), (0, 1, 2)))(*args)
+
+    try:
+        found = value_and_gradients(lambda x, w, b: per_example.conv2d(x, w, b))
+    finally:
+        per_example._many_op.cache_clear()
+    expected = value_and_gradients(lambda x, w, b: reference(x, w, 1, 1) + b)
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_a_bias_of_another_type_does_not_change_the_output_s():
+    x, w = (a.astype(jnp.bfloat16) for a in (random(2, 6, 7, 3), random(3, 3, 3, 5)))
+    gradient = jax.grad(lambda b: per_example.conv2d(x, w, b).astype(jnp.float32).sum())(
+        jnp.ones(5)
+    )
+    assert per_example.conv2d(x, w, jnp.ones(5)).dtype == jnp.bfloat16
+    assert gradient.dtype == jnp.float32 and (gradient == 2 * 6 * 7).all()
+
+
 def test_the_cpu_program_has_no_grouped_convolution():
     """What makes it slow is a convolution with one group per example: none may be left."""
     x, w = random(4, 1, 8, 8, 16), random(4, 3, 3, 16, 16)
@@ -180,21 +210,21 @@ def test_the_transposed_convolution_equals_xla_and_is_batched_over_kernels(bias)
         np.testing.assert_allclose(f, a, atol=1e-4)
 
 
-def exact(x, w, dy, stride, padding):
-    """The convolution of [N,G,H,W,C] and its gradients (y, dx, dw), by NumPy in float64."""
-    x, w, dy = (np.asarray(a, np.float64) for a in (x, w, dy))
+def exact(x, w, b, dy, stride, padding):
+    """The convolution of [N,G,H,W,C] and its gradients (y, dx, dw, db), by NumPy in float64."""
+    x, w, b, dy = (np.asarray(a, np.float64) for a in (x, w, b, dy))
     k, border = w.shape[1], [(0, 0)] * 2 + [(padding, padding)] * 2 + [(0, 0)]
     padded = np.pad(x, border)
     windows = np.lib.stride_tricks.sliding_window_view(padded, (k, k), (2, 3))
     windows = windows[:, :, ::stride, ::stride]  # [N,G,h,w,C,k,k]
-    y = np.einsum("nghwcij,nijco->nghwo", windows, w)
+    y = np.einsum("nghwcij,nijco->nghwo", windows, w) + b[:, None, None, None]
     dw = np.einsum("nghwcij,nghwo->nijco", windows, dy)
     dx, (rows, columns) = np.zeros_like(padded), dy.shape[2:4]
     for i, j in np.ndindex(k, k):
         at = np.s_[:, :, i : i + stride * rows : stride, j : j + stride * columns : stride]
         dx[at] += np.einsum("nghwo,nco->nghwc", dy, w[:, i, j])
     crop = np.s_[padding : -padding or None]
-    return y, dx[:, :, crop, crop], dw
+    return y, dx[:, :, crop, crop], dw, dy.sum((1, 2, 3))
 
 
 # The relative error in the mean of squares: of float32, and of bfloat16.
@@ -214,21 +244,25 @@ def test_every_lowering_is_as_exact_as_its_type(channels, size, k, stride, paddi
         pytest.skip(f"{name} has kernels for another accelerator")
     inputs, outputs = channels
     x, w = random(3, 1, size, size, inputs), random(3, k, k, inputs, outputs, seed=1)
+    b = random(3, outputs, seed=3)
     out = (size + 2 * padding - k) // stride + 1
     dy = random(3, 1, out, out, outputs, seed=2)
-    x, w, dy = (a.astype(kind) for a in (x, w, dy))
+    x, w, b, dy = (a.astype(kind) for a in (x, w, b, dy))
     knobs = {"stride": stride, "padding": padding}
 
     @jax.jit
-    def found(x, w, dy):
+    def found(x, w, b, dy):
         if name == "chosen":
-            conv = jax.vmap(lambda x, w: per_example.conv2d(x, w, **knobs))
-            return value_and_gradients(conv, x, w, dy)
+            conv = jax.vmap(lambda x, w, b: per_example.conv2d(x, w, b, **knobs))
+            y, transpose = jax.vjp(conv, x, w, b)
+            return y, *transpose(dy)
         forward, gradients = per_example.LOWERINGS[name]
-        y = jax.vmap(lambda *a: forward(*a, stride, padding))(x, w)
+        y = jax.vmap(lambda *a: forward(*a, stride, padding))(x, w, b)
         return y, *jax.vmap(lambda *a: gradients(*a, stride, padding))(x, w, dy)
 
-    for value, expected in zip(found(x, w, dy), exact(x, w, dy, stride, padding), strict=True):
+    for value, expected in zip(
+        found(x, w, b, dy), exact(x, w, b, dy, stride, padding), strict=True
+    ):
         assert value.dtype == kind and value.shape == expected.shape
         error = np.linalg.norm(np.asarray(value, np.float64) - expected)
         assert error < TYPES[kind] * np.linalg.norm(expected)
@@ -241,7 +275,8 @@ def test_triton_s_kernels_are_exact_where_several_blocks_are_needed(k, height, w
     assert triton_conv.fits(x[0], w[0], 1, padding)
     y = jax.vmap(lambda x, w: per_example.triton_forward(x, w, 1, padding))(x, w)
     gradients = jax.vmap(lambda *a: per_example.triton_gradients(*a, 1, padding))(x, w, dy)
-    for value, expected in zip((y, *gradients), exact(x, w, dy, 1, padding), strict=True):
+    *values, _ = exact(x, w, jnp.zeros((2, 96)), dy, 1, padding)
+    for value, expected in zip((y, *gradients), values, strict=True):
         error = np.linalg.norm(np.asarray(value, np.float64) - expected)
         assert error < 1e-6 * np.linalg.norm(expected)
 
@@ -274,13 +309,13 @@ def test_the_tpu_s_kernels_are_as_exact_as_their_type(groups, size, channels, k,
     monkeypatch.setattr(tpu_conv, "_CHUNK", 2**12)
     (inputs, outputs), padding = channels, k // 2
     x, w = random(2, groups, *size, inputs), random(2, k, k, inputs, outputs, seed=1)
-    dy = random(2, groups, *size, outputs, seed=2)
-    x, w, dy = (a.astype(kind) for a in (x, w, dy))
+    dy, b = random(2, groups, *size, outputs, seed=2), random(2, outputs, seed=3)
+    x, w, b, dy = (a.astype(kind) for a in (x, w, b, dy))
     assert tpu_conv.fits(x[0], w[0], 1, padding)
-    y = jax.jit(jax.vmap(lambda x, w: per_example.mosaic_forward(x, w, 1, padding)))(x, w)
+    y = jax.jit(jax.vmap(lambda *a: per_example.mosaic_forward(*a, 1, padding)))(x, w, b)
     gradients = jax.vmap(lambda *a: per_example.mosaic_gradients(*a, 1, padding))
     values = (y, *jax.jit(gradients)(x, w, dy))
-    for value, expected in zip(values, exact(x, w, dy, 1, padding), strict=True):
+    for value, expected in zip(values, exact(x, w, b, dy, 1, padding), strict=True):
         assert value.dtype == kind and value.shape == expected.shape
         error = np.linalg.norm(np.asarray(value, np.float64) - expected)
         assert error < TYPES[kind] * np.linalg.norm(expected)

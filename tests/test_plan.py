@@ -195,6 +195,7 @@ def test_the_tpu_s_kernels_cost_what_pencil_and_paper_say(kind, monkeypatch):
     examples, size, width = 5, 32, jnp.dtype(kind).itemsize
     x = jax.ShapeDtypeStruct((examples, 1, size, size, 16), kind)
     w = jax.ShapeDtypeStruct((examples, 3, 3, 16, 16), kind)
+    b = jax.ShapeDtypeStruct((examples, 16), kind)
 
     def estimate(f, *args):
         jaxpr = jax.make_jaxpr(jax.vmap(lambda *args: f(*args, 1)))(*args)
@@ -203,15 +204,15 @@ def test_the_tpu_s_kernels_cost_what_pencil_and_paper_say(kind, monkeypatch):
         return cost
 
     # Two tiles of 512 pixels with 128 pixels of the neighbours on both sides.
-    image, kernel = 16 * size**2, 9 * 16**2
+    image, kernel, bias = 16 * size**2, 9 * 16**2, 16 * 32 // width
     halo = 16 * 2 * 2 * 128
     expected_flops = examples * patches(size, 16, 16)
-    cost = estimate(tpu_conv.forward, x, w)
+    cost = estimate(tpu_conv.forward, x, w, b)
     assert cost.flops == expected_flops
-    assert cost.bytes_accessed == examples * width * (2 * image + halo + kernel)
+    assert cost.bytes_accessed == examples * width * (2 * image + halo + kernel + bias)
     expected_flops *= 2
     cost = estimate(tpu_conv.gradients, x, w, x)
-    assert cost.bytes_accessed == examples * width * (3 * image + halo + 2 * kernel)
+    assert cost.bytes_accessed == examples * width * (3 * image + halo + 2 * kernel + bias)
 
 
 def test_the_tiny_step_needs_what_pencil_and_paper_say():

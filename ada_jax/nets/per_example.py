@@ -47,15 +47,15 @@ def conv2d(
     Args:
       x: images [B,H,W,C].
       w: kernel [kh,kw,C,O].
-      b: bias [O], or None.
+      b: bias [O], or None; converted to the type of x.
       stride: stride in pixels, equal for both axes.
       padding: zeros on every side, in pixels; None means kh // 2.
 
     Returns:
       [B,H',W',O] with H' = (H + 2 padding - kh) // stride + 1.
     """
-    y = _conv2d(x, w, stride, w.shape[0] // 2 if padding is None else padding)
-    return y if b is None else y + b
+    b = None if b is None else b.astype(x.dtype)
+    return _conv2d(x, w, b, stride, w.shape[0] // 2 if padding is None else padding)
 
 
 def conv_transpose2d(x: jax.Array, w: jax.Array, b: jax.Array | None = None) -> jax.Array:
@@ -78,17 +78,21 @@ def conv_transpose2d(x: jax.Array, w: jax.Array, b: jax.Array | None = None) -> 
     return y if b is None else y + b
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _conv2d(x: jax.Array, w: jax.Array, stride: int, padding: int) -> jax.Array:
-    return _forward_op(stride, padding)(x, w)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _conv2d(
+    x: jax.Array, w: jax.Array, b: jax.Array | None, stride: int, padding: int
+) -> jax.Array:
+    return _forward_op(stride, padding)(x, w, b)
 
 
-def _conv2d_fwd(x, w, stride, padding):
-    return _conv2d(x, w, stride, padding), (x, w)
+def _conv2d_fwd(x, w, b, stride, padding):
+    return _conv2d(x, w, b, stride, padding), (x, w, b)
 
 
 def _conv2d_bwd(stride, padding, saved, dy):
-    return _gradients_op(stride, padding)(*saved, dy)
+    x, w, b = saved
+    dx, dw, db = _gradients_op(stride, padding)(x, w, dy)
+    return dx, dw, None if b is None else db
 
 
 _conv2d.defvjp(_conv2d_fwd, _conv2d_bwd)
@@ -99,29 +103,35 @@ _conv2d.defvjp(_conv2d_fwd, _conv2d_bwd)
 
 @functools.cache
 def _forward_op(stride: int, padding: int) -> Callable:
-    """The convolution of one kernel, batched over kernels by `per_example_forward`."""
+    """The convolution of one kernel, batched over kernels by `_many_op`."""
 
     @custom_vmap
-    def forward(x, w):
+    def forward(x, w, b):
         cpu, default = (
             functools.partial(f, stride=stride, padding=padding)
             for f in (cpu_forward, plain_forward)
         )
-        return lax.platform_dependent(x, w, cpu=cpu, default=default)
+        return _plus(lax.platform_dependent(x, w, cpu=cpu, default=default), b)
 
     @forward.def_vmap
-    def _(size, batched, x, w):
+    def _(size, batched, x, w, b):
         if not batched[1]:
-            return _split(forward(_merge(x), w), size), True
-        x = x if batched[0] else _repeat(x, size)
-        return _many_op(stride, padding, False)(x, w), True
+            x, shared, own = (
+                _repeat(x, size, batched[0]),
+                *((None, b) if batched[2] else (b, None)),
+            )
+            return _plus(_split(forward(_merge(x), w, shared), size), own), True
+        args = (
+            _repeat(a, size, is_batched) for a, is_batched in zip((x, w, b), batched, strict=True)
+        )
+        return _many_op(stride, padding, False)(*args), True
 
     return forward
 
 
 @functools.cache
 def _gradients_op(stride: int, padding: int) -> Callable:
-    """Gradients (dx, dw) of one kernel's convolution, batched over kernels in the same way."""
+    """Gradients (dx, dw, db) of one kernel's convolution, batched over kernels in the same way."""
 
     @custom_vmap
     def gradients(x, w, dy):
@@ -131,12 +141,13 @@ def _gradients_op(stride: int, padding: int) -> Callable:
             cpu = functools.partial(cpu, stride=stride, padding=padding)
             return lax.platform_dependent(x, w, dy, cpu=cpu, default=default)
 
-        return one_gradient(mirrored_input_gradient, 0), one_gradient(grouped_kernel_gradient, 1)
+        dx = one_gradient(mirrored_input_gradient, 0)
+        return dx, one_gradient(grouped_kernel_gradient, 1), _bias_gradient(dy)
 
     @gradients.def_vmap
-    def _(size, batched, x, w, dy):
-        x, w, dy = (a if b else _repeat(a, size) for a, b in zip((x, w, dy), batched, strict=True))
-        return _many_op(stride, padding, True)(x, w, dy), (True, True)
+    def _(size, batched, *args):
+        args = (_repeat(a, size, is_batched) for a, is_batched in zip(args, batched, strict=True))
+        return _many_op(stride, padding, True)(*args), (True, True, True)
 
     return gradients
 
@@ -146,28 +157,27 @@ def _many_op(stride: int, padding: int, gradients: bool) -> Callable:
     """N kernels on N groups of images; further `jax.vmap` axes are merged into N."""
 
     def one_example(f):
-        return lambda args: f(*args, stride, padding)
+        return lambda *args: f(*args, stride, padding)
 
-    cpu = one_example(cpu_gradients if gradients else cpu_forward)
-    chosen = {
-        platform: jax.vmap(one_example(LOWERINGS[names[gradients]][gradients]))
-        for platform, names in CHOSEN.items()
-    }
+    loops = (functools.partial(_one_by_one, one_example(f)) for f in (cpu_forward, cpu_gradients))
+    chosen = {"cpu": with_bias(*loops)[gradients]}
+    for platform, names in CHOSEN.items():
+        chosen[platform] = jax.vmap(one_example(LOWERINGS[names[gradients]][gradients]))
 
     @custom_vmap
     def many(*args):
-        return lax.platform_dependent(args, cpu=functools.partial(_one_by_one, cpu), **chosen)
+        return lax.platform_dependent(*args, **chosen)
 
     @many.def_vmap
     def _(size, batched, *args):
-        args = [a if b else _repeat(a, size) for a, b in zip(args, batched, strict=True)]
-        out = many(*(_merge(a) for a in args))
+        args = (_repeat(a, size, is_batched) for a, is_batched in zip(args, batched, strict=True))
+        out = many(*map(_merge, args))
         return jax.tree.map(lambda a: _split(a, size), out), jax.tree.map(lambda a: True, out)
 
     return many
 
 
-def _one_by_one(f: Callable[..., Any], args: Any) -> Any:
+def _one_by_one(f: Callable[..., Any], *args: jax.Array) -> Any:
     """Applies f to one example at a time.
 
     Pixels and channels are one axis between the loops: their bodies copy and transform whole rows.
@@ -177,22 +187,31 @@ def _one_by_one(f: Callable[..., Any], args: Any) -> Any:
         return jax.tree.map(lambda a: a.reshape(*a.shape[:-2], -1), tree)
 
     def one(parts):
-        return flat(f([p.reshape(a.shape[1:]) for p, a in zip(parts, args, strict=True)]))
+        return flat(f(*(p.reshape(a.shape[1:]) for p, a in zip(parts, args, strict=True))))
 
     out = sharding.map_examples(one, flat(args))
-    return jax.tree.map(lambda a, s: a.reshape(s.shape), out, jax.eval_shape(jax.vmap(f), args))
+    return jax.tree.map(lambda a, s: a.reshape(s.shape), out, jax.eval_shape(jax.vmap(f), *args))
 
 
-def _merge(a: jax.Array) -> jax.Array:
-    return a.reshape(-1, *a.shape[2:])
+def _merge(a: jax.Array | None) -> jax.Array | None:
+    return None if a is None else a.reshape(-1, *a.shape[2:])
 
 
 def _split(a: jax.Array, size: int) -> jax.Array:
     return a.reshape(size, -1, *a.shape[1:])
 
 
-def _repeat(a: jax.Array, size: int) -> jax.Array:
-    return jnp.broadcast_to(a, (size, *a.shape))
+def _repeat(a: jax.Array | None, size: int, is_batched: bool) -> jax.Array | None:
+    return a if a is None or is_batched else jnp.broadcast_to(a, (size, *a.shape))
+
+
+def _plus(y: jax.Array, b: jax.Array | None) -> jax.Array:
+    """Adds biases [...,O] to outputs [...,G,H,W,O]."""
+    return y if b is None else y + jnp.expand_dims(b, (-4, -3, -2))
+
+
+def _bias_gradient(dy: jax.Array) -> jax.Array:
+    return dy.sum((-4, -3, -2))
 
 
 # ------------------------------------------------- lowerings: x [G,H,W,C], w [kh,kw,C,O]
@@ -286,23 +305,25 @@ def triton_gradients(
     return _by_kernel(triton_conv.gradients, padding, x, w, dy)
 
 
-def mosaic_forward(x: jax.Array, w: jax.Array, stride: int, padding: int) -> jax.Array:
-    """The convolution by a TPU kernel if it supports the shapes, else XLA's."""
+def mosaic_forward(
+    x: jax.Array, w: jax.Array, b: jax.Array | None, stride: int, padding: int
+) -> jax.Array:
+    """The convolution with its bias by a TPU kernel if it supports the shapes, else XLA's."""
     if not tpu_conv.fits(x, w, stride, padding):
-        return plain_forward(x, w, stride, padding)
-    return _by_kernel(tpu_conv.forward, padding, x, w)
+        return _plus(plain_forward(x, w, stride, padding), b)
+    return _by_kernel(tpu_conv.forward, padding, x, w, b)
 
 
 def mosaic_gradients(
     x: jax.Array, w: jax.Array, dy: jax.Array, stride: int, padding: int
-) -> tuple[jax.Array, jax.Array]:
-    """The gradients (dx, dw) by a TPU kernel if it supports the shapes, else by patches."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The gradients (dx, dw, db) by a TPU kernel if it supports the shapes, else by patches."""
     if not tpu_conv.fits(x, w, stride, padding):
-        return patch_gradients(x, w, dy, stride, padding)
+        return *patch_gradients(x, w, dy, stride, padding), _bias_gradient(dy)
     return _by_kernel(tpu_conv.gradients, padding, x, w, dy)
 
 
-def _by_kernel(kernel: Callable[..., Any], padding: int, *args: jax.Array) -> Any:
+def _by_kernel(kernel: Callable[..., Any], padding: int, *args: jax.Array | None) -> Any:
     """Runs a Pallas kernel, on a CPU by its interpreter."""
     kernel = functools.partial(kernel, padding=padding)
     interpreted = functools.partial(kernel, interpret=True)
@@ -464,7 +485,22 @@ def _fill(a: jax.Array, *channels: int) -> jax.Array:
     return jnp.pad(a, [(0, 0)] * (a.ndim - len(channels)) + [(0, n) for n in channels])
 
 
-# Functions (forward, gradients) of one example's images and kernel.
+def with_bias(
+    forward: Callable[..., Any], gradients: Callable[..., Any]
+) -> tuple[Callable, Callable]:
+    """Adds the bias to y = forward(x, w, ...), and its gradient to gradients(x, w, dy, ...)."""
+
+    def forward_with_bias(x, w, b, *rest):
+        return _plus(forward(x, w, *rest), b)
+
+    def gradients_with_bias(x, w, dy, *rest):
+        return *gradients(x, w, dy, *rest), _bias_gradient(dy)
+
+    return forward_with_bias, gradients_with_bias
+
+
+# Functions (forward, gradients) of one example's images, kernel and bias, which can be None:
+# y = forward(x, w, b, stride, padding) and dx, dw, db = gradients(x, w, dy, stride, padding).
 LOWERINGS = {
     "grouped": (plain_forward, plain_gradients),
     "patches": (patch_forward, patch_gradients),
@@ -475,6 +511,7 @@ LOWERINGS |= {
     for name, (forward, gradients) in LOWERINGS.items()
 }
 LOWERINGS["triton"] = (triton_forward, triton_gradients)
+LOWERINGS = {name: with_bias(*pair) for name, pair in LOWERINGS.items()}
 LOWERINGS["mosaic"] = (mosaic_forward, mosaic_gradients)
 # The platform of a lowering's kernels, which a CPU interprets.
 KERNELS = {"triton": "gpu", "mosaic": "tpu"}

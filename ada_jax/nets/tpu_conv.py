@@ -5,7 +5,7 @@ patches on the chip, and the gradients of the image and the kernel share one pat
 are [channels, pixels] there: an array whose last axis is 64 channels would take twice its size.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,47 +56,54 @@ def _tiling(image: tuple[int, int], padding: int, patched: int, largest: int) ->
     return _Tiling(tiles, _round_up(pl.cdiv(size, tiles), chunk), chunk, halo)
 
 
-def forward(x: jax.Array, w: jax.Array, padding: int, *, interpret: bool = False) -> jax.Array:
-    """Convolves images [G,H,W,C] with a kernel [k,k,C,O] for which `fits` holds."""
+def forward(
+    x: jax.Array, w: jax.Array, b: jax.Array | None, padding: int, *, interpret: bool = False
+) -> jax.Array:
+    """Convolves images [G,H,W,C] with a kernel [k,k,C,O] for which `fits` holds, and adds b [O]."""
     (groups, *image, channels), (k, _, _, out) = x.shape, w.shape
     rows = _sublanes(x.dtype)
     inputs, outputs = _round_up(channels, rows), _round_up(out, rows)
     t = _tiling(image, padding, inputs, max(inputs, outputs))
     flops = 2 * w.size * groups * image[0] * image[1]
-    x, w = _planes(x, inputs, t), _matrix(w, inputs, outputs)
+    b = jnp.zeros(out, w.dtype) if b is None else b
+    x, w, b = _planes(x, inputs, t), _matrix(w, inputs, outputs), _fill(b[None], (rows, outputs))
     y = sharding.output_like(x, (groups, outputs, t.tiles * t.tile), x.dtype)
 
-    def kernel(w_ref, *refs):
+    def kernel(w_ref, b_ref, *refs):
         *x_refs, y_ref, window_ref, patch_ref = refs
+        bias = _dot(b_ref[...].astype(jnp.float32), jnp.ones((rows, t.chunk), jnp.float32), 0, 0)
         start = pl.program_id(1) * t.tile
         _fill_window(window_ref, x_refs, t)
 
         def convolve(i, _):
             _fill_patches(patch_ref, window_ref, i, start, image, padding, t)
             y = _dot(w_ref[...].astype(jnp.float32), patch_ref[...], 0, 0)
-            y_ref[:, pl.ds(_aligned(i * t.chunk), t.chunk)] = y.astype(y_ref.dtype)
+            y_ref[:, pl.ds(_aligned(i * t.chunk), t.chunk)] = (y + bias).astype(y_ref.dtype)
 
         lax.fori_loop(0, t.tile // t.chunk, convolve, None)
 
     y = pl.pallas_call(
         kernel,
         grid=(groups, t.tiles),
-        in_specs=[pl.BlockSpec(w.shape, lambda g, i: (0, 0)), *_with_halo(inputs, t)],
+        in_specs=[
+            *(pl.BlockSpec(a.shape, lambda g, i: (0, 0)) for a in (w, b)),
+            *_with_halo(inputs, t),
+        ],
         out_specs=pl.BlockSpec((None, outputs, t.tile), lambda g, i: (g, 0, i)),
         out_shape=y,
         scratch_shapes=_scratch(inputs, k, t),
-        cost_estimate=_cost(flops, x, t, w, y),
-        compiler_params=_fusing(t, 1),
+        cost_estimate=_cost(flops, x, t, w, b, y),
+        compiler_params=_fusing(t, 2, 1),
         interpret=interpret,
         name="forward",
-    )(w, *[x] * _copies(t))
+    )(w, b, *[x] * _copies(t))
     return _images(y, image, out)
 
 
 def gradients(
     x: jax.Array, w: jax.Array, dy: jax.Array, padding: int, *, interpret: bool = False
-) -> tuple[jax.Array, jax.Array]:
-    """Gradients (dx, dw) of `forward`, from one matrix of the patches of dy."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients (dx, dw, db) of `forward`, from one matrix of the patches of dy."""
     (groups, *image, channels), (k, _, _, out) = x.shape, w.shape
     rows, taps = _sublanes(x.dtype), k * k
     inputs, outputs = _round_up(channels, rows), _round_up(out, rows)
@@ -106,16 +113,20 @@ def gradients(
     t = _tiling(image, padding, part, max(inputs, part))
     flops = 4 * w.size * groups * image[0] * image[1]
     x, dy, matrix = _planes(x, inputs, t), _planes(dy, outputs, t), _matrix(w, inputs, outputs)
+    bias = jax.ShapeDtypeStruct((rows, outputs), w.dtype)
+    center = slice(taps // 2 * part, (taps // 2 + 1) * part)
     pairs = [(tap, p) for tap in range(taps) for p in range(parts)]
 
     def kernel(w_ref, x_ref, *refs):
-        *dy_refs, dx_ref, dw_ref, window_ref, patch_ref, mirrored_ref, dx_sum, dw_sum = refs
+        dy_refs, (dx_ref, dw_ref, db_ref, *refs) = refs[: _copies(t)], refs[_copies(t) :]
+        window_ref, patch_ref, mirrored_ref, dx_sum, dw_sum, db_sum = refs
         g, i, p = (pl.program_id(axis) for axis in range(3))
         step = (g * t.tiles + i) * parts + p
 
         @pl.when(step == 0)
         def _():
             dw_sum[...] = jnp.zeros_like(dw_sum)
+            db_sum[...] = jnp.zeros_like(db_sum)
             for tap, p in pairs:
                 columns = slice((taps - 1 - tap) * part, (taps - tap) * part)
                 tap = w_ref[tap * inputs : (tap + 1) * inputs, p * part : (p + 1) * part]
@@ -132,6 +143,7 @@ def gradients(
             pixels = pl.ds(_aligned(c * t.chunk), t.chunk)
             dx_sum[:, pixels] += _dot(mirrored_ref[p], patch_ref[...], 1, 0)
             dw_sum[p] += _dot(patch_ref[...], x_ref[:, pixels].astype(jnp.float32), 1, 1)
+            db_sum[p] += _dot(jnp.ones((rows, t.chunk), jnp.float32), patch_ref[center], 1, 1)
 
         lax.fori_loop(0, t.tile // t.chunk, add, None)
 
@@ -145,28 +157,31 @@ def gradients(
                 mirrored = dw_sum[p, (taps - 1 - tap) * part : (taps - tap) * part, :]
                 rows, columns = pl.ds(tap * inputs, inputs), pl.ds(p * part, part)
                 dw_ref[rows, columns] = mirrored.T.astype(dw_ref.dtype)
+            for p in range(parts):
+                db_ref[:, p * part : (p + 1) * part] = db_sum[p].astype(db_ref.dtype)
 
-    whole = pl.BlockSpec(matrix.shape, lambda g, i, p: (0, 0))
+    whole, whole_bias = (pl.BlockSpec(a.shape, lambda g, i, p: (0, 0)) for a in (matrix, bias))
     tile = pl.BlockSpec((None, inputs, t.tile), lambda g, i, p: (g, 0, i))
-    dx, dw = pl.pallas_call(
+    dx, dw, db = pl.pallas_call(
         kernel,
         grid=(groups, t.tiles, parts),
         in_specs=[whole, tile, *_with_halo(part, t)],
-        out_specs=[tile, whole],
-        out_shape=[sharding.output_like(x, a.shape, a.dtype) for a in (x, matrix)],
+        out_specs=[tile, whole, whole_bias],
+        out_shape=[sharding.output_like(x, a.shape, a.dtype) for a in (x, matrix, bias)],
         scratch_shapes=[
             *_scratch(part, k, t),
             pltpu.VMEM((parts, inputs, taps * part), jnp.float32),
             pltpu.VMEM((inputs, t.tile), jnp.float32),
             pltpu.VMEM((parts, taps * part, inputs), jnp.float32),
+            pltpu.VMEM((parts, rows, part), jnp.float32),
         ],
-        cost_estimate=_cost(flops, dy, t, x, matrix, x, matrix),
-        compiler_params=_fusing(t, 2),
+        cost_estimate=_cost(flops, dy, t, x, matrix, x, matrix, bias),
+        compiler_params=_fusing(t, 1, 2),
         interpret=interpret,
         name="gradients",
     )(matrix, x, *[dy] * _copies(t))
     dw = dw.reshape(k, k, inputs, outputs)[:, :, :channels, :out]
-    return _images(dx, image, channels), dw
+    return _images(dx, image, channels), dw, db[0, :out]
 
 
 # ---------------------------------------------------------------------- inside the kernels
@@ -273,16 +288,16 @@ def _scratch(channels: int, k: int, t: _Tiling) -> list:
     ]
 
 
-def _fusing(t: _Tiling, images: int) -> pltpu.CompilerParams:
-    """Lets XLA compute bias, ReLU and the like inside of a kernel, from a kernel and these images.
+def _fusing(t: _Tiling, others: int, images: int) -> pltpu.CompilerParams:
+    """Lets XLA compute ReLU and the like inside of a kernel, whose last inputs are these images.
 
     The compiler fails for tiles of which a kernel reads a part at a time.
     """
-    inputs = [False] + [True] * images
+    inputs = [False] * others + [True] * images
     return pltpu.CompilerParams(allow_input_fusion=inputs if t.tiles * t.tile == t.chunk else None)
 
 
-def _cost(flops: int, read: jax.Array, t: _Tiling, *others: jax.Array) -> pl.CostEstimate:
+def _cost(flops: int, read: jax.Array, t: _Tiling, *others: Any) -> pl.CostEstimate:
     """The flops of the products, and the bytes of all arrays: once, but `read` with its halos."""
     size = sum(a.size * a.dtype.itemsize for a in (read, *others))
     if _copies(t) > 1:
