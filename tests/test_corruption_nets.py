@@ -90,15 +90,26 @@ def test_pixel_shuffle_follows_pytorchs_order(height, width, channels):
             assert y[b, 2 * h + i, 2 * w + j, c] == x[b, h, w, 4 * c + 2 * i + j]
 
 
-def test_a_late_shuffle_convolves_the_same():
-    keys = jax.random.split(jax.random.key(0), 3)
-    params = {"w": jax.random.normal(keys[0], (3, 3, 4, 3)), "b": jax.random.normal(keys[1], (3,))}
-    args = params, jax.random.normal(keys[2], (2, 5, 6, 16))
-    early, late = (
-        jax.value_and_grad(lambda *args, f=f: (f(*args) ** 2).sum(), (0, 1))(*args)
-        for f in (edsr._conv_shuffled, edsr._conv_shuffled_late)
-    )
-    chex.assert_trees_all_close(late, early, rtol=1e-4, atol=1e-3)
+@pytest.mark.parametrize("size", [(1, 1), (1, 4), (2, 3), (7, 5)])
+def test_the_joined_layers_of_edsr_equal_one_after_the_other(size):
+    """The wide features between them, zeros around these, and the gradients of both layers."""
+
+    def separate(up, conv, x):
+        return layers.conv(conv, edsr.pixel_shuffle(layers.conv(up, x)))
+
+    def joined(up, conv, x):
+        return edsr.pixel_shuffle(edsr.conv_after_up(up, conv, x))
+
+    with jax.enable_x64(True):
+        keys = jax.random.split(jax.random.key(0), 3)
+        args = layers.conv_init(keys[0], 6, 24), layers.conv_init(keys[1], 6, 3)
+        args = *args, jax.random.normal(keys[2], (2, *size, 6))
+        args = jax.tree.map(lambda a: a.astype(float), args)
+        y, transpose = jax.vjp(separate, *args)
+        found, joined_transpose = jax.vjp(joined, *args)
+        chex.assert_trees_all_close(
+            (found, joined_transpose(y)), (y, transpose(y)), rtol=1e-12, atol=1e-13
+        )
 
 
 def straightforward_edsr(theta, x, blocks: int, upsamplers: int):

@@ -302,6 +302,8 @@ def test_triton_has_kernels_for_outputs_of_the_images_size_alone(kernel, stride,
         (1, (33, 47), (8, 130), 3),
         (2, (37, 29), (16, 32), 1),
         (1, (4, 300), (3, 8), 3),  # A halo of more than one block of lanes.
+        (1, (32, 32), (64, 12), 5),  # EDSR's last two layers as one.
+        (2, (13, 9), (16, 12), 5),
     ],
 )
 def test_the_tpu_s_kernels_are_as_exact_as_their_type(groups, size, channels, k, kind, monkeypatch):

@@ -17,14 +17,14 @@ from ada_jax import sharding
 
 _LANES = 128  # The last axis of a block is a multiple of it.
 _TILE = 2**18  # Numbers in the largest block of an image: 1 MiB in float32.
-_CHUNK = 2**16  # Numbers of one tap's patches: 2.25 MiB for nine taps in float32.
+_CHUNK = 2**16  # A ninth of the numbers in the largest matrix of patches: 2.25 MiB in float32.
 _OUTPUTS = 64  # Output channels of one step of the gradients.
 
 
 def fits(x: jax.Array, w: jax.Array, stride: int, padding: int) -> bool:
-    """Whether the kernels support a convolution: stride 1, 'same' padding, at most 3x3."""
+    """Whether the kernels support a convolution: stride 1, 'same' padding, at most 5x5."""
     kh, kw = w.shape[:2]
-    return stride == 1 and kh == kw == 2 * padding + 1 <= 3 and x.size > 0
+    return stride == 1 and kh == kw == 2 * padding + 1 <= 5 and x.size > 0
 
 
 class _Tiling(NamedTuple):
@@ -46,14 +46,17 @@ class _Tiling(NamedTuple):
 def _tiling(image: tuple[int, int], padding: int, patched: int, largest: int) -> _Tiling:
     """Divides an image, for patches of `patched` channels and at most `largest` channels."""
     size = image[0] * image[1]
-    most = min(_CHUNK // patched, _TILE // largest)
+    taps = max((2 * padding + 1) ** 2, 9)
+    most = min(9 * _CHUNK // (taps * patched), _TILE // largest)
     if (whole := _round_up(size, _LANES)) <= most:
         return _Tiling(1, whole, whole, 0)
     halo = _round_up(padding * (image[1] + 1), _LANES)
     unit = halo or _LANES
     chunk = max(most // unit, 1) * unit
     tiles = pl.cdiv(size, max(_TILE // largest // chunk, 1) * chunk)
-    return _Tiling(tiles, _round_up(pl.cdiv(size, tiles), chunk), chunk, halo)
+    pixels = pl.cdiv(size, tiles)
+    chunk = _round_up(pl.cdiv(pixels, pl.cdiv(pixels, chunk)), unit)  # The least padding.
+    return _Tiling(tiles, _round_up(pixels, chunk), chunk, halo)
 
 
 def forward(
