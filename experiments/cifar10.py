@@ -24,7 +24,7 @@ comma:
   gpu                          a network and a schedule for one GPU of 24 GB or more
 
 What to expect: the paper reports 3.8% clean error and 12.5% mCE for AdA. A full run takes about
-3e18 floating-point operations, for a TPU slice or several GPUs (it fits in a v3-8's memory;
+2e18 floating-point operations, for a TPU slice or several GPUs (it fits in a v3-8's memory;
 launch/README.md has the TPU compiler's figures). ':small' takes about forty minutes on two cores.
 ':gpu' trained four rows at once on one H100 in seven minutes, to a clean error and mCE of 6.9% and
 29.6% for 'nominal', and of 5.4% and 16.1% for 'ada'.
