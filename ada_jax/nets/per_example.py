@@ -116,14 +116,9 @@ def _forward_op(stride: int, padding: int) -> Callable:
     @forward.def_vmap
     def _(size, batched, x, w, b):
         if not batched[1]:
-            x, shared, own = (
-                _repeat(x, size, batched[0]),
-                *((None, b) if batched[2] else (b, None)),
-            )
-            return _plus(_split(forward(_merge(x), w, shared), size), own), True
-        args = (
-            _repeat(a, size, is_batched) for a, is_batched in zip((x, w, b), batched, strict=True)
-        )
+            x, shared = _merge(_repeat(x, batched[0], size)), None if batched[2] else b
+            return _plus(_split(forward(x, w, shared), size), b if batched[2] else None), True
+        args = map(functools.partial(_repeat, size=size), (x, w, b), batched)
         return _many_op(stride, padding, False)(*args), True
 
     return forward
@@ -146,7 +141,7 @@ def _gradients_op(stride: int, padding: int) -> Callable:
 
     @gradients.def_vmap
     def _(size, batched, *args):
-        args = (_repeat(a, size, is_batched) for a, is_batched in zip(args, batched, strict=True))
+        args = map(functools.partial(_repeat, size=size), args, batched)
         return _many_op(stride, padding, True)(*args), (True, True, True)
 
     return gradients
@@ -170,7 +165,7 @@ def _many_op(stride: int, padding: int, gradients: bool) -> Callable:
 
     @many.def_vmap
     def _(size, batched, *args):
-        args = (_repeat(a, size, is_batched) for a, is_batched in zip(args, batched, strict=True))
+        args = map(functools.partial(_repeat, size=size), args, batched)
         out = many(*map(_merge, args))
         return jax.tree.map(lambda a: _split(a, size), out), jax.tree.map(lambda a: True, out)
 
@@ -201,7 +196,7 @@ def _split(a: jax.Array, size: int) -> jax.Array:
     return a.reshape(size, -1, *a.shape[1:])
 
 
-def _repeat(a: jax.Array | None, size: int, is_batched: bool) -> jax.Array | None:
+def _repeat(a: jax.Array | None, is_batched: bool, size: int) -> jax.Array | None:
     return a if a is None or is_batched else jnp.broadcast_to(a, (size, *a.shape))
 
 
