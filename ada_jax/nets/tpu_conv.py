@@ -74,7 +74,8 @@ def forward(
 
     def kernel(w_ref, b_ref, *refs):
         *x_refs, y_ref, window_ref, patch_ref = refs
-        bias = _dot(b_ref[...].astype(jnp.float32), jnp.ones((rows, t.chunk), jnp.float32), 0, 0)
+        ones = jnp.ones((rows, t.chunk), jnp.float32)
+        bias = _dot(b_ref[...].astype(jnp.float32), ones, 0, 0, precision="highest")
         start = pl.program_id(1) * t.tile
         _fill_window(window_ref, x_refs, t)
 
@@ -146,7 +147,8 @@ def gradients(
             pixels = pl.ds(_aligned(c * t.chunk), t.chunk)
             dx_sum[:, pixels] += _dot(mirrored_ref[p], patch_ref[...], 1, 0)
             dw_sum[p] += _dot(patch_ref[...], x_ref[:, pixels].astype(jnp.float32), 1, 1)
-            db_sum[p] += _dot(jnp.ones((rows, t.chunk), jnp.float32), patch_ref[center], 1, 1)
+            ones = jnp.ones((rows, t.chunk), jnp.float32)
+            db_sum[p] += _dot(ones, patch_ref[center], 1, 1, precision="highest")
 
         lax.fori_loop(0, t.tile // t.chunk, add, None)
 
@@ -222,10 +224,14 @@ def _fill_patches(
         patch_ref[rows, :] = jnp.where(inside, shifted, 0)
 
 
-def _dot(a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
-    """Contracts an axis of a with one of b, in float32."""
+def _dot(
+    a: jax.Array, b: jax.Array, axis_a: int, axis_b: int, precision: str | None = None
+) -> jax.Array:
+    """Contracts an axis of a with one of b, in float32; 'highest' does not round a and b."""
     dimensions = (((axis_a,), (axis_b,)), ((), ()))
-    return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+    return lax.dot_general(
+        a, b, dimensions, precision=precision, preferred_element_type=jnp.float32
+    )
 
 
 def _aligned(pixel: jax.Array) -> jax.Array:
