@@ -98,7 +98,7 @@ def test_the_joined_layers_of_edsr_equal_one_after_the_other(size):
         return layers.conv(conv, edsr.pixel_shuffle(layers.conv(up, x)))
 
     def joined(up, conv, x):
-        return edsr.pixel_shuffle(edsr.conv_after_up(up, conv, x))
+        return edsr.pixel_shuffle(edsr.conv_shuffle_conv(up, conv, x))
 
     with jax.enable_x64(True):
         keys = jax.random.split(jax.random.key(0), 3)

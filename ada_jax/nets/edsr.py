@@ -84,7 +84,7 @@ def edsr_tail(theta: dict, h: jax.Array) -> jax.Array:
     for i in range(ups - 1):
         h = pixel_shuffle(layers.conv(theta[f"up{i}"], h))
     if ups:
-        h = pixel_shuffle(conv_after_up(theta[f"up{ups - 1}"], theta["tail"], h))
+        h = pixel_shuffle(conv_shuffle_conv(theta[f"up{ups - 1}"], theta["tail"], h))
     else:
         h = layers.conv(theta["tail"], h)
     return h / 255 + DIV2K_MEAN
@@ -103,12 +103,17 @@ _SUMS = np.array([[[a + d == u for u in range(5)] for d in range(3)] for a in ra
 _SIDES = ((0, 2, 0), (-1, 0, 2))
 
 
-def conv_after_up(up: dict, conv: dict, x: jax.Array) -> jax.Array:
-    """Fuses a convolution with the pixel shuffle and the convolution that follow it.
+def conv_shuffle_conv(up: dict, conv: dict, x: jax.Array) -> jax.Array:
+    """Computes conv(pixel_shuffle(up(x))), before another shuffle, by one kernel of size 5.
 
-    All are linear, so one kernel of size 5 computes the same result without the wide features in
-    between, with a seventh of the operations. It takes features outside of the image for what the
-    first convolution gives there instead of zero, which is subtracted along the border.
+    All three are linear. One kernel takes a seventh of the operations, and the wide features in
+    between are not written. It takes features around the image for what `up` gives there, where
+    they should be zero: the difference is subtracted along the border.
+
+    Args:
+      up: kernel w [3,3,C,4M] and bias b [4M].
+      conv: kernel w [3,3,M,O] and bias b [O].
+      x: features [B,H,W,C].
 
     Returns:
       [B,H,W,4O], of which `pixel_shuffle` makes [B,2H,2W,O].
