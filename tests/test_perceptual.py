@@ -130,7 +130,9 @@ def test_an_image_s_attack_does_not_depend_on_its_position(name):
     order = np.array([5, 2, 7, 0, 1, 3, 6, 4])
     images, info = run(name)
     moved, moved_info = run(name, order)
-    np.testing.assert_allclose(moved, images[order], atol=1e-4)
+    # Rounding, which depends on the position, grows over the steps: to 1.1e-4 on a CPU without
+    # AVX-512. Other random numbers change pixels of each image by 0.03 or more.
+    np.testing.assert_allclose(moved, images[order], atol=1e-3)
     np.testing.assert_array_equal(moved_info["broken"], info["broken"][order])
 
 
