@@ -141,8 +141,22 @@ def varying(value: jax.Array, like: jax.Array) -> jax.Array:
 
     The initial carry of a loop must vary wherever the loop's body makes it vary.
     """
-    axes = _axes(like) - _axes(value)
+    return _cast(value, _axes(like))
+
+
+def _cast(value: jax.Array, axes: frozenset[str]) -> jax.Array:
+    axes -= _axes(value)
     return jax.lax.pcast(value, tuple(axes), to="varying") if axes else value
+
+
+def alike(*values: jax.Array | None) -> list[jax.Array | None]:
+    """Casts arrays to vary over all mesh axes of any of them, inside `jax.shard_map`.
+
+    `jax.custom_vjp` requires it: gradients vary over these axes, and the cast sums them over those
+    that an array did not vary over.
+    """
+    axes = frozenset().union(*(_axes(a) for a in values if a is not None))
+    return [None if a is None else _cast(a, axes) for a in values]
 
 
 def shard_index(x: jax.Array, other: jax.Array) -> tuple[Any, int]:

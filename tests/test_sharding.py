@@ -20,7 +20,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ada_jax
-from ada_jax import attacks
+from ada_jax import attacks, sharding
 from ada_jax.augment import augmix, norm_noise, trivial_augment
 from ada_jax.nets import per_example
 
@@ -64,13 +64,25 @@ def attack(function, key, weights, x, y, epsilon=0.02, **knobs):
     return function(key, functools.partial(classify, weights), x, y, epsilon, **knobs)
 
 
+def convolution(key, weights, x, y):
+    """The gradient of a convolution whose kernel and bias all examples share."""
+    theta = net().theta
+
+    def gradient(_, x):
+        return jax.grad(lambda x: (per_example.conv2d(x, theta["w"], theta["b"]) ** 2).sum())(x)
+
+    return sharding.on_mesh(gradient, None, x)(x)
+
+
 FUNCTIONS: dict[str, Callable] = {
+    "convolution": convolution,
     "augment": functools.partial(augment, steps=2, nu=0.2),
     "augment-microbatch": functools.partial(augment, steps=2, nu=0.2, microbatch=2),
     "augment-group": functools.partial(augment, steps=2, nu=0.2, microbatch=2, group=2),
     "augment-mixing": functools.partial(
         augment, steps=2, nu=0.2, microbatch=2, choice="mixing", leaves="w"
     ),
+    "augment-biases": functools.partial(augment, steps=2, nu=0.2, leaves="b"),
     # One operation takes statistics, one moves pixels; all of them would compile for minutes.
     "augmix": functools.partial(mix, ops=("autocontrast", "rotate"), width=2, depth=1),
     "norm_noise": lambda key, weights, x, y: norm_noise.add_noise(key, x),
@@ -85,7 +97,7 @@ FUNCTIONS: dict[str, Callable] = {
     "square": functools.partial(attack, attacks.square, queries=10),
     "square-l2": functools.partial(attack, attacks.square, queries=10, norm="l2", epsilon=0.3),
 }
-QUICK = ("pgd",)
+QUICK = ("pgd", "convolution")
 OTHERS = tuple(name for name in FUNCTIONS if name not in QUICK)
 
 
@@ -116,12 +128,12 @@ WAYS: dict[str, Callable] = {
 }
 
 
-def readme(sharding: NamedSharding | None = None) -> np.ndarray:
+def readme(split: NamedSharding | None = None) -> np.ndarray:
     """The last loss of the README's training loop."""
     text = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
     (block,) = re.findall(r"```python\n(import functools\n.*?)```", text, re.DOTALL)
     a = arrays()
-    batches = iter([jax.device_put((a["x"], a["y"]), sharding)] * 3)
+    batches = iter([jax.device_put((a["x"], a["y"]), split)] * 3)
     names: dict[str, Any] = {"batches": batches}
     exec(block, names)
     return np.asarray(names["loss"])

@@ -821,7 +821,8 @@ def test_a_microbatch_is_part_of_a_run_where_it_has_its_own_statistics():
 
 @pytest.mark.slow
 def test_each_second_example_is_attacked_and_the_others_stay_as_they_are():
-    config = tiny(**{"ada.batch_norm": "running", "ada.steps": 1})
+    # 'sign' would enlarge rounding errors, which another batch size changes.
+    config = tiny(**{"ada.batch_norm": "running", "ada.steps": 1, "ada.step_rule": "l2"})
     parts = setup.build(config)
     batch = next(train.train_batches(parts, 0))
     x, y = batching.to_float(batch["image"]), jnp.asarray(batch["label"])
@@ -835,11 +836,16 @@ def test_each_second_example_is_attacked_and_the_others_stay_as_they_are():
         return jax.jit(attack)(jax.random.key(0), state, thetas, example_keys, x, y)
 
     (all_images, all_metrics), (images, metrics) = attacked(1), attacked(2)
-    # A sign step makes more of rounding, which another batch size changes: a 13th of a grey level.
-    np.testing.assert_allclose(images[::2], all_images[::2], atol=3e-4)
+    equal = np.abs(images[::2] - all_images[::2]).max(axis=(1, 2, 3)) < 1e-5
+    # Where a ReLU's input is zero but for rounding, the gradient of that example differs.
+    assert sum(equal) >= len(equal) - 1
     np.testing.assert_array_equal(images[1::2], x[1::2])
     assert np.abs(images[::2] - x[::2]).max(axis=(1, 2, 3)).min() > 1e-3
-    chex.assert_trees_all_close(metrics, jax.tree.map(lambda a: a[::2], all_metrics), atol=1e-4)
+    chex.assert_trees_all_close(
+        jax.tree.map(lambda a: a[equal], metrics),
+        jax.tree.map(lambda a: a[::2][equal], all_metrics),
+        atol=1e-4,
+    )
 
 
 @pytest.mark.parametrize("field", ["ada.every", "ada.group"])

@@ -54,7 +54,7 @@ def conv2d(
     Returns:
       [B,H',W',O] with H' = (H + 2 padding - kh) // stride + 1.
     """
-    b = None if b is None else b.astype(x.dtype)
+    x, w, b = sharding.alike(x, w, None if b is None else b.astype(x.dtype))
     return _conv2d(x, w, b, stride, w.shape[0] // 2 if padding is None else padding)
 
 
