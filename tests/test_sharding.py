@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 import ada_jax
 from ada_jax import attacks, sharding
 from ada_jax.augment import augmix, norm_noise, trivial_augment
-from ada_jax.nets import per_example
+from ada_jax.nets import batch_norm, per_example
 
 DEVICES, BATCH, SIZE, CLASSES = 4, 8, 12, 4
 Arrays = dict[str, np.ndarray]
@@ -64,18 +65,31 @@ def attack(function, key, weights, x, y, epsilon=0.02, **knobs):
     return function(key, functools.partial(classify, weights), x, y, epsilon, **knobs)
 
 
-def convolution(key, weights, x, y):
-    """The gradient of a convolution whose kernel and bias all examples share."""
-    theta = net().theta
+def input_gradient(function, key, weights, x, y):
+    """The gradient of a function whose weights all devices share."""
 
     def gradient(_, x):
-        return jax.grad(lambda x: (per_example.conv2d(x, theta["w"], theta["b"]) ** 2).sum())(x)
+        return jax.grad(lambda x: (function(x) ** 2).sum())(x)
 
     return sharding.on_mesh(gradient, None, x)(x)
 
 
+def convolution(x):
+    theta = net().theta
+    return per_example.conv2d(x, theta["w"], theta["b"])
+
+
+def normalisation(x):
+    norm = hk.transform_with_state(
+        lambda x, training: batch_norm.BatchNorm(True, True, 0.9)(x, training, not training)
+    )
+    params, state = norm.init(jax.random.key(0), jnp.ones((1, SIZE, SIZE, 3)), True)
+    return norm.apply(params, state, None, x, False)[0]
+
+
 FUNCTIONS: dict[str, Callable] = {
-    "convolution": convolution,
+    "convolution": functools.partial(input_gradient, convolution),
+    "normalisation": functools.partial(input_gradient, normalisation),
     "augment": functools.partial(augment, steps=2, nu=0.2),
     "augment-microbatch": functools.partial(augment, steps=2, nu=0.2, microbatch=2),
     "augment-group": functools.partial(augment, steps=2, nu=0.2, microbatch=2, group=2),
@@ -97,7 +111,7 @@ FUNCTIONS: dict[str, Callable] = {
     "square": functools.partial(attack, attacks.square, queries=10),
     "square-l2": functools.partial(attack, attacks.square, queries=10, norm="l2", epsilon=0.3),
 }
-QUICK = ("pgd", "convolution")
+QUICK = ("pgd", "convolution", "normalisation")
 OTHERS = tuple(name for name in FUNCTIONS if name not in QUICK)
 
 

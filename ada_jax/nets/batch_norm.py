@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ada_jax import sharding
+
 
 class BatchNorm(hk.BatchNorm):
     """`hk.BatchNorm` of images [B,H,W,C], with its parameters, state and results.
@@ -29,7 +31,7 @@ class BatchNorm(hk.BatchNorm):
         shape = (1, 1, 1, x.shape[-1])
         scale = hk.get_parameter("scale", shape, x.dtype, self.scale_init)
         offset = hk.get_parameter("offset", shape, x.dtype, self.offset_init)
-        return _normalise(x, mean, scale * lax.rsqrt(var + self.eps), offset)
+        return _normalise(*sharding.alike(x, mean, scale * lax.rsqrt(var + self.eps), offset))
 
 
 @jax.custom_vjp
