@@ -5,6 +5,10 @@ patches on the chip, and the gradients of the image and the kernel share one pat
 are [channels, pixels] there: an array whose last axis is 64 channels would take twice its size.
 """
 
+import functools
+import itertools
+import operator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -109,7 +113,7 @@ def gradients(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients (dx, dw, db) of `forward`, from one matrix of the patches of dy."""
     (groups, *image, channels), (k, _, _, out) = x.shape, w.shape
-    rows, taps = _sublanes(x.dtype), k * k
+    rows = _sublanes(x.dtype)
     inputs, outputs = _round_up(channels, rows), _round_up(out, rows)
     outputs = outputs if outputs <= _OUTPUTS else _round_up(outputs, _OUTPUTS)
     part = min(outputs, _OUTPUTS)
@@ -118,66 +122,19 @@ def gradients(
     flops = 4 * w.size * groups * image[0] * image[1]
     x, dy, matrix = _planes(x, inputs, t), _planes(dy, outputs, t), _matrix(w, inputs, outputs)
     bias = jax.ShapeDtypeStruct((rows, outputs), w.dtype)
-    center = slice(taps // 2 * part, (taps // 2 + 1) * part)
-    pairs = [(tap, p) for tap in range(taps) for p in range(parts)]
-
-    def kernel(w_ref, x_ref, *refs):
-        dy_refs, (dx_ref, dw_ref, db_ref, *refs) = refs[: _copies(t)], refs[_copies(t) :]
-        window_ref, patch_ref, mirrored_ref, dx_sum, dw_sum, db_sum = refs
-        g, i, p = (pl.program_id(axis) for axis in range(3))
-        step = (g * t.tiles + i) * parts + p
-
-        @pl.when(step == 0)
-        def _():
-            dw_sum[...] = jnp.zeros_like(dw_sum)
-            db_sum[...] = jnp.zeros_like(db_sum)
-            for tap, p in pairs:
-                columns = slice((taps - 1 - tap) * part, (taps - tap) * part)
-                tap = w_ref[tap * inputs : (tap + 1) * inputs, p * part : (p + 1) * part]
-                mirrored_ref[p, :, columns] = tap.astype(jnp.float32)
-
-        @pl.when(p == 0)
-        def _():
-            dx_sum[...] = jnp.zeros_like(dx_sum)
-
-        _fill_window(window_ref, dy_refs, t)
-
-        def add(c, _):
-            _fill_patches(patch_ref, window_ref, c, i * t.tile, image, padding, t)
-            pixels = pl.ds(_aligned(c * t.chunk), t.chunk)
-            dx_sum[:, pixels] += _dot(mirrored_ref[p], patch_ref[...], 1, 0)
-            dw_sum[p] += _dot(patch_ref[...], x_ref[:, pixels].astype(jnp.float32), 1, 1)
-            ones = jnp.ones((rows, t.chunk), jnp.float32)
-            db_sum[p] += _dot(ones, patch_ref[center], 1, 1, precision="highest")
-
-        lax.fori_loop(0, t.tile // t.chunk, add, None)
-
-        @pl.when(p == parts - 1)
-        def _():
-            dx_ref[...] = dx_sum[...].astype(dx_ref.dtype)
-
-        @pl.when(step == groups * t.tiles * parts - 1)
-        def _():
-            for tap, p in pairs:
-                mirrored = dw_sum[p, (taps - 1 - tap) * part : (taps - tap) * part, :]
-                rows, columns = pl.ds(tap * inputs, inputs), pl.ds(p * part, part)
-                dw_ref[rows, columns] = mirrored.T.astype(dw_ref.dtype)
-            for p in range(parts):
-                db_ref[:, p * part : (p + 1) * part] = db_sum[p].astype(db_ref.dtype)
-
     whole, whole_bias = (pl.BlockSpec(a.shape, lambda g, i, p: (0, 0)) for a in (matrix, bias))
     tile = pl.BlockSpec((None, inputs, t.tile), lambda g, i, p: (g, 0, i))
     dx, dw, db = pl.pallas_call(
-        kernel,
+        functools.partial(_gradients_kernel, image=image, padding=padding, t=t),
         grid=(groups, t.tiles, parts),
         in_specs=[whole, tile, *_with_halo(part, t)],
         out_specs=[tile, whole, whole_bias],
         out_shape=[sharding.output_like(x, a.shape, a.dtype) for a in (x, matrix, bias)],
         scratch_shapes=[
             *_scratch(part, k, t),
-            pltpu.VMEM((parts, inputs, taps * part), jnp.float32),
+            pltpu.VMEM((parts, inputs, k * k * part), jnp.float32),
             pltpu.VMEM((inputs, t.tile), jnp.float32),
-            pltpu.VMEM((parts, taps * part, inputs), jnp.float32),
+            pltpu.VMEM((parts, k * k * part, inputs), jnp.float32),
             pltpu.VMEM((parts, rows, part), jnp.float32),
         ],
         cost_estimate=_cost(flops, dy, t, x, matrix, x, matrix, bias),
@@ -189,7 +146,65 @@ def gradients(
     return _images(dx, image, channels), dw, db[0, :out]
 
 
+def _gradients_kernel(
+    w_ref, x_ref, *refs, image: tuple[int, int], padding: int, t: _Tiling
+) -> None:
+    """Adds up dw and db over the whole grid, and dx over a tile's parts of the output channels."""
+    dy_refs, (dx_ref, dw_ref, db_ref, *refs) = refs[: _copies(t)], refs[_copies(t) :]
+    window_ref, patch_ref, mirrored_ref, dx_sum, dw_sum, db_sum = refs
+    (parts, rows, part), taps = db_sum.shape, (2 * padding + 1) ** 2
+    place = [pl.program_id(axis) for axis in range(3)]
+    last = [pl.num_programs(axis) - 1 for axis in range(3)]
+    p = place[2]
+
+    @pl.when(_all_equal(place, [0, 0, 0]))
+    def _():
+        dw_sum[...] = jnp.zeros_like(dw_sum)
+        db_sum[...] = jnp.zeros_like(db_sum)
+        for tap, mirrored, q in _blocks(w_ref, taps, parts):
+            mirrored_ref[q, :, mirrored] = w_ref[tap].astype(jnp.float32)
+
+    @pl.when(p == 0)
+    def _():
+        dx_sum[...] = jnp.zeros_like(dx_sum)
+
+    _fill_window(window_ref, dy_refs, t)
+
+    def add(c, _):
+        _fill_patches(patch_ref, window_ref, c, place[1] * t.tile, image, padding, t)
+        pixels = pl.ds(_aligned(c * t.chunk), t.chunk)
+        dx_sum[:, pixels] += _dot(mirrored_ref[p], patch_ref[...], 1, 0)
+        dw_sum[p] += _dot(patch_ref[...], x_ref[:, pixels].astype(jnp.float32), 1, 1)
+        ones, center = jnp.ones((rows, t.chunk), jnp.float32), pl.ds(taps // 2 * part, part)
+        db_sum[p] += _dot(ones, patch_ref[center], 1, 1, precision="highest")
+
+    lax.fori_loop(0, t.tile // t.chunk, add, None)
+
+    @pl.when(p == last[2])
+    def _():
+        dx_ref[...] = dx_sum[...].astype(dx_ref.dtype)
+
+    @pl.when(_all_equal(place, last))
+    def _():
+        for tap, mirrored, q in _blocks(dw_ref, taps, parts):
+            dw_ref[tap] = dw_sum[q, mirrored, :].T.astype(dw_ref.dtype)
+        for q in range(parts):
+            db_ref[:, q * part : (q + 1) * part] = db_sum[q].astype(db_ref.dtype)
+
+
 # ---------------------------------------------------------------------- inside the kernels
+
+
+def _all_equal(place: Sequence[jax.Array], other: Sequence[int]) -> jax.Array:
+    return functools.reduce(jnp.logical_and, map(operator.eq, place, other))
+
+
+def _blocks(w_ref, taps: int, parts: int) -> Iterator[tuple[Any, pl.Slice, int]]:
+    """Blocks of a kernel [taps * C, O], each with its place in the mirrored one and its part."""
+    inputs, part = w_ref.shape[0] // taps, w_ref.shape[1] // parts
+    for tap, q in itertools.product(range(taps), range(parts)):
+        block = pl.ds(tap * inputs, inputs), pl.ds(q * part, part)
+        yield block, pl.ds((taps - 1 - tap) * part, part), q
 
 
 def _fill_window(window_ref, refs, t: _Tiling) -> None:
