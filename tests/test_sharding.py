@@ -91,12 +91,11 @@ FUNCTIONS: dict[str, Callable] = {
     "convolution": functools.partial(input_gradient, convolution),
     "normalisation": functools.partial(input_gradient, normalisation),
     "augment": functools.partial(augment, steps=2, nu=0.2),
-    "augment-microbatch": functools.partial(augment, steps=2, nu=0.2, microbatch=2),
+    "augment-biases": functools.partial(augment, steps=2, nu=0.2, microbatch=2, leaves="b"),
     "augment-group": functools.partial(augment, steps=2, nu=0.2, microbatch=2, group=2),
     "augment-mixing": functools.partial(
         augment, steps=2, nu=0.2, microbatch=2, choice="mixing", leaves="w"
     ),
-    "augment-biases": functools.partial(augment, steps=2, nu=0.2, leaves="b"),
     # One operation takes statistics, one moves pixels; all of them would compile for minutes.
     "augmix": functools.partial(mix, ops=("autocontrast", "rotate"), width=2, depth=1),
     "norm_noise": lambda key, weights, x, y: norm_noise.add_noise(key, x),
