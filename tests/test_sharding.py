@@ -81,7 +81,7 @@ def convolution(x):
 
 def normalisation(x):
     norm = hk.transform_with_state(
-        lambda x, training: batch_norm.BatchNorm(True, True, 0.9)(x, training, not training)
+        lambda x, training: batch_norm.BatchNorm(True, True, 0.9)(x, training, False)
     )
     params, state = norm.init(jax.random.key(0), jnp.ones((1, SIZE, SIZE, 3)), True)
     return norm.apply(params, state, None, x, False)[0]
