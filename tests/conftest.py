@@ -46,12 +46,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
     `-m accelerator` tests the numerics as they run.
     """
-    chosen, compilation = config.option.markexpr, ["--xla_backend_optimization_level=0"]
-    if chosen == "slow" and jax.__version__.startswith("0.10."):
-        # Half the time again, but other rounding than the quick tests allow. Not in JAX 0.11.
-        compilation.append("--xla_cpu_use_fusion_emitters=false")
-    if chosen != "accelerator":
-        os.environ.setdefault("XLA_FLAGS", " ".join(compilation))
+    if config.option.markexpr != "accelerator":
+        os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 
 @pytest.fixture(autouse=True)
