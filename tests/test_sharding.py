@@ -65,31 +65,33 @@ def attack(function, key, weights, x, y, epsilon=0.02, **knobs):
     return function(key, functools.partial(classify, weights), x, y, epsilon, **knobs)
 
 
-def input_gradient(function, key, weights, x, y):
-    """The gradient of a function whose weights all devices share."""
+def gradients(layer, key, weights, x, y):
+    """The gradient to images, and the sum of those to a layer's weights, equal on all devices."""
+    function, parameters = layer()
 
-    def gradient(_, x):
-        return jax.grad(lambda x: (function(x) ** 2).sum())(x)
+    def summed(_, x):
+        loss = lambda x, parameters: (function(parameters, x) ** 2).sum()  # noqa: E731
+        dx, others = jax.grad(loss, (0, 1))(x, parameters)
+        return {"x": dx, "weights": sum(map(jnp.sum, jax.tree.leaves(others))) + 0 * dx}
 
-    return sharding.on_mesh(gradient, None, x)(x)
-
-
-def convolution(x):
-    theta = net().theta
-    return per_example.conv2d(x, theta["w"], theta["b"])
+    return sharding.on_mesh(summed, None, x)(x)
 
 
-def normalisation(x):
+def convolution():
+    return lambda theta, x: per_example.conv2d(x, theta["w"], theta["b"]), net().theta
+
+
+def normalisation():
     norm = hk.transform_with_state(
         lambda x, training: batch_norm.BatchNorm(True, True, 0.9)(x, training, False)
     )
-    params, state = norm.init(jax.random.key(0), jnp.ones((1, SIZE, SIZE, 3)), True)
-    return norm.apply(params, state, None, x, False)[0]
+    parameters, state = norm.init(jax.random.key(0), jnp.ones((1, SIZE, SIZE, 3)), True)
+    return lambda parameters, x: norm.apply(parameters, state, None, x, False)[0], parameters
 
 
 FUNCTIONS: dict[str, Callable] = {
-    "convolution": functools.partial(input_gradient, convolution),
-    "normalisation": functools.partial(input_gradient, normalisation),
+    "convolution": functools.partial(gradients, convolution),
+    "normalisation": functools.partial(gradients, normalisation),
     "augment": functools.partial(augment, steps=2, nu=0.2),
     "augment-biases": functools.partial(augment, steps=2, nu=0.2, microbatch=2, leaves="b"),
     "augment-group": functools.partial(augment, steps=2, nu=0.2, microbatch=2, group=2),
