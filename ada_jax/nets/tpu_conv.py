@@ -7,8 +7,7 @@ are [channels, pixels] there: an array whose last axis is 64 channels would take
 
 import functools
 import itertools
-import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -153,11 +152,10 @@ def _gradients_kernel(
     dy_refs, (dx_ref, dw_ref, db_ref, *refs) = refs[: _copies(t)], refs[_copies(t) :]
     window_ref, patch_ref, mirrored_ref, dx_sum, dw_sum, db_sum = refs
     (parts, rows, part), taps = db_sum.shape, (2 * padding + 1) ** 2
-    place = [pl.program_id(axis) for axis in range(3)]
-    last = [pl.num_programs(axis) - 1 for axis in range(3)]
-    p = place[2]
+    g, i, p = (pl.program_id(axis) for axis in range(3))
+    step, steps = (g * t.tiles + i) * parts + p, pl.num_programs(0) * t.tiles * parts
 
-    @pl.when(_all_equal(place, [0, 0, 0]))
+    @pl.when(step == 0)
     def _():
         dw_sum[...] = jnp.zeros_like(dw_sum)
         db_sum[...] = jnp.zeros_like(db_sum)
@@ -171,7 +169,7 @@ def _gradients_kernel(
     _fill_window(window_ref, dy_refs, t)
 
     def add(c, _):
-        _fill_patches(patch_ref, window_ref, c, place[1] * t.tile, image, padding, t)
+        _fill_patches(patch_ref, window_ref, c, i * t.tile, image, padding, t)
         pixels = pl.ds(_aligned(c * t.chunk), t.chunk)
         dx_sum[:, pixels] += _dot(mirrored_ref[p], patch_ref[...], 1, 0)
         dw_sum[p] += _dot(patch_ref[...], x_ref[:, pixels].astype(jnp.float32), 1, 1)
@@ -180,11 +178,11 @@ def _gradients_kernel(
 
     lax.fori_loop(0, t.tile // t.chunk, add, None)
 
-    @pl.when(p == last[2])
+    @pl.when(p == parts - 1)
     def _():
         dx_ref[...] = dx_sum[...].astype(dx_ref.dtype)
 
-    @pl.when(_all_equal(place, last))
+    @pl.when(step == steps - 1)
     def _():
         for tap, mirrored, q in _blocks(dw_ref, taps, parts):
             dw_ref[tap] = dw_sum[q, mirrored, :].T.astype(dw_ref.dtype)
@@ -193,10 +191,6 @@ def _gradients_kernel(
 
 
 # ---------------------------------------------------------------------- inside the kernels
-
-
-def _all_equal(place: Sequence[jax.Array], other: Sequence[int]) -> jax.Array:
-    return functools.reduce(jnp.logical_and, map(operator.eq, place, other))
 
 
 def _blocks(w_ref, taps: int, parts: int) -> Iterator[tuple[Any, pl.Slice, int]]:
