@@ -180,7 +180,7 @@ def write_outcome(
     about: dict[str, Any],
     suffix: str = "",
 ) -> None:
-    """Writes the weights `state.params` and what they reach; see `finish`."""
+    """Writes the weights `state.params` and their results; see `finish`."""
     config, path = parts.config, os.path.join(workdir, f"results{suffix}.json")
     weights = {"params": state.params, "state": state.net_state}
     weights_file = os.path.join(workdir, f"classifier{suffix}.safetensors")

@@ -161,7 +161,7 @@ def get_config(words: str = "") -> ml_collections.ConfigDict:
     config.pat.bound = 0.5  # LPIPS above which distances are penalised
     config.pat.steps = 10
     config.pat.step_size = 0.5  # LPIPS of the first step, falling to a tenth
-    config.pat.penalty = 10.0  # the penalty's weight in the end, from a tenth
+    config.pat.penalty = 10.0  # final weight of the penalty, which rises from a tenth of it
     config.pat.noise = 0.01  # standard deviation of the start, in units of pixel values
     config.pat.gradient_clip = 1.0  # largest value in the classifier's gradient
 

@@ -210,7 +210,7 @@ def test_dlr_by_hand():
 
 
 def literal_apgd(start, x, y, epsilon: float, steps: int) -> np.ndarray:
-    """APGD on cross-entropy in linf for one example, as SPECS 7.1 words it."""
+    """APGD on cross-entropy in linf for one example, written out from the paper of Croce and Hein."""
 
     @jax.jit
     def evaluate(z):

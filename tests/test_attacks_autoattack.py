@@ -1,4 +1,4 @@
-"""AutoAttack's books: who is attacked, what counts, what is remembered, what is refused."""
+"""AutoAttack: which examples are attacked and counted, resuming, warnings and errors."""
 
 import dataclasses
 import functools
@@ -209,7 +209,7 @@ def test_a_folder_of_another_call_is_refused(tmp_path):
 
 
 def test_masked_gradients_are_warned_about():
-    """Steps have no gradient, and Square does not mind."""
+    """The classifier's gradients are zero, but Square needs none."""
     report = quick(lambda x: linear(jnp.round(x * 20) / 20), epsilon=0.08)
     assert any("had a gradient of zero at" in w for w in report.warnings)
     assert any("Square, which uses no gradients, still broke" in w for w in report.warnings)

@@ -1,4 +1,4 @@
-"""The door of every attack: what it refuses, traced or not."""
+"""Checks of arguments that AdA and the attacks share, traced or not."""
 
 import jax
 import jax.numpy as jnp

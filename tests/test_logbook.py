@@ -1,4 +1,4 @@
-"""What a run writes down: nothing twice, nothing torn, and a sentence when the loss is lost."""
+"""The log of a run: no line twice, no torn line, and an error when the loss is not finite."""
 
 import json
 import re

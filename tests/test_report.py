@@ -21,8 +21,8 @@ from tests.conftest import assert_mistake, run_here
 
 ALL = results_files.NAMES + results_files.EXTRA
 
-# The paper's table 3 where it agrees with the means of RobustBench's grid, as the specification
-# of this package has them: clean error, mCE, then the 15 in the standard order.
+# Rows of the paper's table 3, which agree with the means of RobustBench's grid: clean error, mCE,
+# then the 15 in the standard order.
 BEST = (5.07, 7.83) + (8.80, 7.77, 11.21, 5.93, 10.69, 7.31, 6.49, 8.49, 6.71, 8.66, 5.20, 6.17)
 BEST += (8.55, 7.63, 7.83)
 ADA = (3.82, 12.49) + (25.8, 19.8, 29.9, 9.3, 15.6, 10.9, 9.6, 9.3, 8.1, 8.8, 4.3, 11.0, 9.3)

@@ -1,7 +1,8 @@
 """Faster convolutions on CPUs, for any classifier whose gradient is computed inside a loop.
 
-There XLA folds the mirroring of the kernel into the convolution that is the gradient, and then
-computes it without its fast kernels, two to fifteen times slower. It is also slow for few channels.
+The gradient to images is a convolution with the mirrored kernel. Inside a loop on a CPU, XLA folds
+the mirroring into it and then cannot use its fast kernels, which makes it two to fifteen times
+slower. XLA is also slow for convolutions with few channels.
 """
 
 import functools

@@ -116,7 +116,7 @@ def _mix(
 def amount(
     name: str, level: jax.Array, sign: jax.Array, height: int, width: int
 ) -> jax.Array | float:
-    """AugMix's parameter of an operation at a level: of which kind, `apply_ops` says."""
+    """AugMix's parameter of an operation at a level; `apply_ops` lists its meanings."""
     match name:
         case "rotate":
             return sign * jnp.floor(3 * level)

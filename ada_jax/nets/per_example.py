@@ -517,6 +517,6 @@ CHOSEN = {
     # HBM (measured by `ada_jax.plan`, see launch/README.md).
     "tpu": ("mosaic", "mosaic"),
     # On an H100 in bfloat16 the training step of cifar10.py:ada,gpu takes 25.8 ms with 'triton',
-    # 27.1 with 'grouped' forward, and 36.1 with the line above (launch/README.md).
+    # 27.1 with 'grouped' forward, and 36.1 with the default (launch/README.md).
     "cuda": ("triton", "triton"),
 }

@@ -1,1 +1,1 @@
-"""What carries a run: devices, processes, checkpoints, the log, the command line."""
+"""The infrastructure of a run: devices, processes, checkpoints, the log, the command line."""

@@ -216,7 +216,7 @@ def check_memory(nets: Sequence[ada.CorruptionNet], attacked: int, group: int = 
       group: examples that share a perturbation.
 
     Raises:
-      UserError: they have not.
+      UserError: a device has too little memory.
     """
     available = devices.device_memory()
     if not nets or available is None:
@@ -240,8 +240,8 @@ def with_weights(state: training.TrainState, parts: Parts, path: str) -> trainin
     The last layer of a classifier of another number of classes is replaced by a new one.
 
     Raises:
-      UserError: there are none at `path`, or they are of another architecture, or of as many other
-        classes.
+      UserError: there are no weights at `path`, or they are of another architecture, or they have the
+        same number of classes with other names.
     """
     paths.check_bucket(f"config.init_weights={path!r}", path)
     if paths.is_dir(path):
