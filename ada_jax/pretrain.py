@@ -368,6 +368,12 @@ def build(config: ml_collections.ConfigDict) -> Parts:
         load_images(config, split, size=size) for split in (config.train_split, config.eval_split)
     )
     core.check_held_out(train_set, eval_set, config.train_split, config.eval_split)
+    if examples > len(train_set):
+        raise UserError(
+            f"config.batch_size={config.batch_size} and, for super-resolution, "
+            f"config.sr_batch_size={config.sr_batch_size} are more than the {len(train_set)} "
+            f"images of config.train_split={config.train_split!r}: make them smaller."
+        )
     schedule = learning_rate_schedule(config)
     optimizer = optax.chain(optax.add_decayed_weights(config.weight_decay), optax.adam(schedule))
     return Parts(config, train_set, eval_set, net, optimizer, schedule, examples)

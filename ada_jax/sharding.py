@@ -47,8 +47,8 @@ def batches(arrays: Sequence[Any], size: int) -> Iterator[tuple[list[Any], np.nd
     """Splits arrays [N,...] as `in_batches` does.
 
     Returns:
-      An iterator of (a batch [devices,b,...] of each array, a mask bool [devices,b] that is False for
-      repeated examples).
+      An iterator of (a batch [devices,b,...] of each array, a mask bool [devices,b] that is False
+      for repeated examples).
     """
     count, devices = len(arrays[0]), jax.local_device_count()
     size = -(-min(size, count) // devices) * devices

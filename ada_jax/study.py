@@ -355,6 +355,14 @@ def _run(argv: list[str], f: flags.FlagValues) -> None:
         if not f[flag].value:
             raise UserError(f"--{flag} is empty: name at least one.")
     worst_case.check_radii("radii", f.radii)
+    if study == "ssim" and f.examples < 2:
+        raise UserError(
+            f"--examples={f.examples} is too few for densities of SSIM: give 2 or more."
+        )
+    if study == "ssim" and not any(map(float, f.radii)):
+        raise UserError(
+            f"--radii={','.join(f.radii)} has no positive radius: add one, such as 0.015."
+        )
     for flag in ("out", "workdir"):
         paths.check_bucket(f"--{flag}={f[flag].value}", f[flag].value)
     require_extra("The study's figure", "matplotlib")

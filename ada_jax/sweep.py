@@ -219,7 +219,7 @@ def load_config(arguments: list[str]) -> dict[str, Any]:
       UserError: as ada_jax.train.
     """
     values = flags.FlagValues()
-    arguments = cli.found_configs(arguments)
+    arguments = cli.found_configs(list(map(cli.expand_home, arguments)))
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
     try:
         values(["ada_jax.train", *arguments])

@@ -36,6 +36,7 @@ It is evaluated on the whole central squares, corrupted at the training size.
 """
 
 import pathlib
+import re
 import runpy
 
 import ml_collections
@@ -43,11 +44,13 @@ import ml_collections
 
 def get_config(words: str = "") -> ml_collections.ConfigDict:
     """The CIFAR-10 config with the changes for ImageNet."""
-    if "deepaugment" in words:
-        raise ValueError(
-            f"--config=experiments/imagenet.py:{words} asks for DeepAugment, which only supports "
-            "sets that fit in memory: leave that word out."
-        )
+    known = ("ada", "augmix", "nominal", "random", "linf_at", "l2_at", "advmix", "small")
+    for word in re.findall(r"[^+,]+", words):
+        if word not in known:
+            raise ValueError(
+                f"--config=experiments/imagenet.py:{words} has the word {word!r}, which is not for "
+                f"ImageNet: choose from {', '.join(known)}."
+            )
     config = _cifar10(words).unlock()
     config.name = config.name.replace("cifar10", "imagenet")
 

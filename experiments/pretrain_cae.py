@@ -20,7 +20,12 @@ import ml_collections
 
 def get_config(preset: str = "cae") -> ml_collections.ConfigDict:
     """The EDSR config with the CAE's loss and schedule."""
-    config = _edsr(preset or "cae")
+    if preset not in ("", "cae"):
+        raise ValueError(
+            f"--config=experiments/pretrain_cae.py:{preset} trains the CAE only: use "
+            f"--config=experiments/pretrain_edsr.py:{preset}."
+        )
+    config = _edsr("cae")
     config.loss = "mse"
     config.noise = 0.0
     config.sr_weight = 0.0

@@ -8,8 +8,9 @@
 #   launch/gpu_study.sh --minutes=10 --out=DIR --recipe=best  # this row and ada+augmix, three seeds
 #   launch/gpu_study.sh --minutes=10 --out=DIR --rehearsal    # tiny sizes, on a CPU
 #
-# The words after -- are flags of every training. The same command resumes after the time is up. DIR
-# has tests.log, benchmark.md, results/ROW.json after each row, report.md and the runs' folders.
+# The words after -- are flags of every training. Where the time is up the script exits with status
+# 143, and the same command resumes. DIR has tests.log, benchmark.md, results/ROW.json after each
+# row, report.md and the runs' folders.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 . "$(dirname "$0")/common.sh"
@@ -46,13 +47,20 @@ limited() { # Runs a command, and stops it by SIGTERM when the time is up.
 }
 
 status=0
+outcome() { # PART STATUS LOG: prints how a part of the study ended, and sets the exit status.
+  case $2 in
+    0) echo "$1: done after $SECONDS s" ;;
+    124 | 137 | 143) echo "$1: the time is up; the same command resumes" && status=143 ;;
+    *) echo "$1: failed, see $3" && status=1 ;;
+  esac
+}
+
 if [ -z "$recipe" ] && [ ! -e "$out/tests_passed" ]; then
   echo "tests: $out/tests.log"
-  if limited python3 -m pytest -q -m accelerator -p no:cacheprovider tests >"$out/tests.log" 2>&1; then
-    touch "$out/tests_passed"
-  else
-    echo "tests: not passed" && status=1
-  fi
+  ended=0
+  limited python3 -m pytest -q -m accelerator -p no:cacheprovider tests >"$out/tests.log" 2>&1 || ended=$?
+  if [ $ended = 0 ]; then touch "$out/tests_passed"; fi
+  outcome tests $ended "$out/tests.log"
   tail -n 1 "$out/tests.log"
 fi
 
@@ -60,16 +68,16 @@ if [ -z "$recipe" ] && [ ! -e "$out/benchmark_done" ]; then
   echo "benchmark: $out/benchmark.md"
   peer=()
   if python3 -c 'import torch' 2>/dev/null; then peer=(--peer=torch); fi
-  if limited python3 -m ada_jax.benchmark --rows=peak,conv,inner,step,augment,memory --scale=$scale \
-    ${peer[@]+"${peer[@]}"} >"$out/benchmark.md" 2>"$out/benchmark.log"; then
-    touch "$out/benchmark_done"
-  else
-    echo "benchmark: not finished, see $out/benchmark.log" && status=1
-  fi
+  ended=0
+  limited python3 -m ada_jax.benchmark --rows=peak,conv,inner,step,augment,memory --scale=$scale \
+    ${peer[@]+"${peer[@]}"} >"$out/benchmark.md" 2>"$out/benchmark.log" || ended=$?
+  if [ $ended = 0 ]; then touch "$out/benchmark_done"; fi
+  outcome benchmark $ended "$out/benchmark.log"
 fi
 
 for row in "${rows[@]}"; do
   own=() ended=0
+  : >"$out/$row.log"
   if [[ $row == *deepaugment* ]]; then
     own=(--config.deepaugment.dir="$out/deepaugment")
     data=()
@@ -77,18 +85,15 @@ for row in "${rows[@]}"; do
       case $flag in --config.dataset=* | --config.data_dir=* | --config.train_split=*) data+=("$flag") ;; esac
     done
     limited python3 -m ada_jax.deepaugment --config=experiments/deepaugment.py:gpu \
-      --out="$out/deepaugment" ${data[@]+"${data[@]}"} >"$out/$row.log" 2>&1 || ended=$?
+      --out="$out/deepaugment" ${data[@]+"${data[@]}"} >>"$out/$row.log" 2>&1 || ended=$?
   fi
   if [ $ended = 0 ]; then
     limited python3 -m ada_jax.sweep --sweep="experiments/sweeps/gpu.py:$row" --out="$out/runs" \
       --collect="$out/results" ${flags[@]+"${flags[@]}"} ${own[@]+"${own[@]}"} \
-      >"$out/$row.log" 2>&1 || ended=$?
+      >>"$out/$row.log" 2>&1 || ended=$?
   fi
-  case $ended in
-    0) echo "$row: done after $SECONDS s" ;;
-    124 | 143) echo "$row: the time is up; the same command resumes" && break ;;
-    *) echo "$row: failed, see $out/$row.log" && status=1 ;;
-  esac
+  outcome "$row" $ended "$out/$row.log"
+  [ $status != 143 ] || break
 done
 
 if compgen -G "$out/results/*.json" >/dev/null; then

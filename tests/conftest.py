@@ -52,7 +52,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def compiled_programs_are_dropped() -> Iterator[None]:
-    """Frees them before they use up the memory mappings of a process, of which Linux allows 65,530."""
+    """Frees them before they use up a process's memory mappings: Linux allows 65,530."""
     yield
     if _MAPS.exists() and _MAPS.read_bytes().count(b"\n") > _MOST_MAPS:
         jax.clear_caches()

@@ -210,7 +210,7 @@ def test_dlr_by_hand():
 
 
 def literal_apgd(start, x, y, epsilon: float, steps: int) -> np.ndarray:
-    """APGD on cross-entropy in linf for one example, written out from the paper of Croce and Hein."""
+    """APGD on cross-entropy in linf for one example, written out from Croce and Hein's paper."""
 
     @jax.jit
     def evaluate(z):

@@ -49,13 +49,22 @@ def test_a_cpu_is_a_cpu(gpu_machine):
     devices.check_gpu(gpu_machine)
 
 
-def test_a_platform_that_does_not_start_is_told(monkeypatch):
+@pytest.mark.parametrize("cpu_devices", [0, 2])
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("Unable to initialize 'cuda'\n(a long story)"), r" \(Unable to .*\): "),
+        (AssertionError(), ": "),  # JAX_PLATFORMS=cuda without a plugin
+    ],
+)
+def test_a_platform_that_does_not_start_is_told(monkeypatch, error, said, cpu_devices):
     def fail():
-        raise RuntimeError("Unable to initialize backend 'cuda'\n(a long story)")
+        raise error
 
     monkeypatch.setattr(jax, "default_backend", fail)
-    with pytest.raises(UserError, match=r"JAX_PLATFORMS.*Unable to initialize backend 'cuda'\)"):
-        devices.check_gpu()
+    monkeypatch.setattr(jax.config, "update", lambda name, value: None)
+    with pytest.raises(UserError, match=rf"JAX_PLATFORMS=\S+ does not start{said}"):
+        cli.set_up_devices(cpu_devices, "")
 
 
 def test_configs_for_cpus_only_warn(monkeypatch):

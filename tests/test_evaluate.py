@@ -312,7 +312,7 @@ def tfds_asked(monkeypatch) -> list:
     """What is asked of TFDS, which here has 20 black images in every set."""
     asked = []
 
-    def records(name, split, data_dir, image_key, download=False):
+    def records(name, split, data_dir, image_key):
         asked.append((name, split, data_dir))
         return [{"image": b"", "label": i % 10} for i in range(20)]
 

@@ -828,7 +828,7 @@ def test_a_gpu_study_of_a_recipe_trains_it_beside_ada_and_augmix(study):
 
 def test_a_gpu_study_says_what_failed_and_goes_on(study):
     printed, calls = study(status=1, TESTS="1", ADA="3")
-    assert "tests: not passed" in printed and "ada: failed" in printed
+    assert "tests: failed" in printed and "ada: failed" in printed
     assert calls[-1][1] == "ada_jax.report"
     printed, calls = study(status=1, RENDER="1")
     assert "deepaugment+augmix: failed" in printed
@@ -836,6 +836,8 @@ def test_a_gpu_study_says_what_failed_and_goes_on(study):
 
 
 def test_a_gpu_study_ends_where_its_time_is_up(study):
-    printed, calls = study(ADA="143")
+    printed, calls = study(status=143, TESTS="124")
+    assert "tests: the time is up" in printed
+    printed, calls = study(status=143, ADA="143")
     assert "ada: the time is up" in printed
     assert [call[1] for call in calls if call[1] == "ada_jax.sweep"] == ["ada_jax.sweep"] * 2

@@ -47,7 +47,6 @@ def test_an_unknown_topology_is_answered_with_the_known_ones(topology):
     ("changes", "message"),
     [
         ({"batch_size": 100}, r"config.batch_size=100 .* the 8 devices: .* multiple of 8"),
-        ({"eval_batch_size": 6}, r"config.eval_batch_size=6 is not divisible"),
         ({"ada.microbatch": 3}, r"microbatch=3 does not divide the 4 examples of a device"),
         ({"ada.steps": -1}, r"config.ada.steps=-1 must be an integer"),
     ],

@@ -16,6 +16,7 @@ from ada_jax.data import batching, core, tiles
 from ada_jax.errors import UserError
 from ada_jax.nets import corruption_nets, layers, weight_files
 from ada_jax.run import distributed, logbook, loop
+from experiments import pretrain_cae
 
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
 TINY = {
@@ -244,6 +245,19 @@ def test_patches_larger_than_the_images_are_refused(tmp_path):
     fields = {"dataset": "npz", "data_dir": str(tmp_path / "x.npz"), "patch": 15}
     with pytest.raises(UserError, match=r"config\.patch=15 .*larger than the images of x, which "):
         pretrain.build(get_config(**fields))
+
+
+def test_batches_larger_than_the_training_set_are_refused(tmp_path):
+    images = np.arange(20, dtype=np.uint8)[:, None, None, None] + np.zeros((1, 14, 14, 3), np.uint8)
+    np.savez(tmp_path / "x.npz", images=images, labels=[0, 1] * 10)
+    fields = {"dataset": "npz", "data_dir": str(tmp_path / "x.npz"), "batch_size": 19}
+    with pytest.raises(UserError, match=r"config\.batch_size=19 .* than the 18 images of"):
+        pretrain.build(get_config(**fields))
+
+
+def test_the_config_of_the_cae_is_not_for_other_networks():
+    with pytest.raises(ValueError, match=r"use --config=experiments/pretrain_edsr\.py:edsr_small"):
+        pretrain_cae.get_config("edsr_small")
 
 
 @pytest.mark.slow

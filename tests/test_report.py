@@ -173,6 +173,10 @@ def test_the_config_alone_says_which_row_of_the_paper_is_meant(trained, copies, 
         {"mixup": {"alpha": 1.0, "layers": ["input"]}},
         {"label_smoothing": 0.1},
         {"augmix": {"use": True, "clean_view": True}},
+        {"augmix": {"use": True, "jsd_weight": 12.0}},
+        {"ada": {"group": 16}},
+        {"ada": {"every": 2}},
+        {"ada": {"leaves": "b$"}},
     ],
 )
 def test_rows_with_ingredients_that_the_paper_lacks_are_none_of_its_rows(ingredient, tmp_path):

@@ -56,6 +56,11 @@ def write(tmp_path, text: str) -> str:
     return str(path)
 
 
+def test_a_point_s_config_has_the_folders_that_training_sees():
+    flags = ["--config=experiments/quickstart.py", "--config.data_dir=~/data"]
+    assert sweep.load_config(flags)["data_dir"] == os.path.expanduser("~/data")
+
+
 def binary(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "ada_jax.sweep", *arguments]
 

@@ -446,7 +446,7 @@ def _open_state(state_dir, key, x, y, logits, epsilon, norm, attacks, constants,
         if str(known["settings"]) != settings or not same:
             raise UserError(
                 f"The folder {folder} holds attacks on another classifier, or with other settings, "
-                "keys, images or numbers of devices: use another folder."
+                "keys, images or numbers of devices: use another folder, or delete it."
             )
         logits = known["logits"]  # The stored batches depend on which examples these get right.
     else:

@@ -23,7 +23,6 @@ def load(
     *,
     data_dir: str | os.PathLike[str] | None = None,
     image_size: int = 32,
-    download: bool = False,
     encoded: bool = False,
 ) -> core.Dataset:
     """Loads a split of a data set; decodes it into memory if it needs at most 1 GB there.
@@ -45,7 +44,6 @@ def load(
       image_size: side in pixels to which central squares are resized, for 'folder' (the whole
         square) and 'imagenet2012' (0.875 of the shorter side). 'mnist5k' and 'cifar10' have 32; the
         images of an 'npz' keep their size.
-      download: whether TFDS may download 'cifar10' if it is missing.
       encoded: whether to keep a 'folder' or 'cifar10' out of memory, for random crops or if the
         images are not needed.
 
@@ -70,7 +68,7 @@ def load(
         case "mnist5k":
             return _load_mnist5k(split)
         case "cifar10":
-            return tfds_sets.load_cifar10(split, data_dir, download, encoded)
+            return tfds_sets.load_cifar10(split, data_dir, encoded)
         case "imagenet2012":
             return tfds_sets.load_imagenet2012(split, data_dir, image_size)
         case "folder":

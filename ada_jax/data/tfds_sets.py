@@ -31,9 +31,9 @@ _IMAGENET_SHARE = 0.875  # Central crop for evaluation, relative to the shorter 
 IMAGENET_SIZES = range(32, 513)  # ResNet50 divides the side by 32; photographs are about 500x375.
 
 
-def load_cifar10(split: str, data_dir: Any, download: bool, encoded: bool) -> core.Dataset:
+def load_cifar10(split: str, data_dir: Any, encoded: bool) -> core.Dataset:
     """Loads CIFAR-10 from TFDS, see `sources.load`."""
-    records = _tfds_records("cifar10", split, data_dir, "image", download)
+    records = _tfds_records("cifar10", split, data_dir, "image")
     return _with_members(_small_images(records, "cifar10", encoded), records)
 
 
@@ -133,14 +133,12 @@ def div2k_images(split: str, data_dir: Any = None) -> Iterator[np.ndarray]:
         yield np.asarray(Image.open(io.BytesIO(record["hr"])).convert("RGB"))
 
 
-def _tfds_records(
-    name: str, split: str, data_dir: Any, image_key: str, download: bool = False
-) -> Sequence[Any]:
+def _tfds_records(name: str, split: str, data_dir: Any, image_key: str) -> Sequence[Any]:
     """The records of a split or a slice of it, with encoded images."""
     require_extra(f"The data set {name}", "tensorflow_datasets")
     import tensorflow_datasets as tfds
 
-    builder = _tfds_builder(name, data_dir or os.environ.get("TFDS_DATA_DIR") or None, download)
+    builder = _tfds_builder(name, data_dir or os.environ.get("TFDS_DATA_DIR") or None)
     sizes = {key: info.num_examples for key, info in builder.info.splits.items()}
     base = core.split_name(split, sizes, round(0.9 * next(iter(sizes.values()))))
     rows = core.positions(split, sizes[base])
@@ -150,7 +148,7 @@ def _tfds_records(
     )
 
 
-def _tfds_builder(name: str, data_dir: Any, download: bool) -> Any:
+def _tfds_builder(name: str, data_dir: Any) -> Any:
     import tensorflow_datasets as tfds
 
     if data_dir is not None:
@@ -163,14 +161,6 @@ def _tfds_builder(name: str, data_dir: Any, download: bool) -> Any:
             f"({core.first_line(error.__cause__ or error)}): prepare it in another directory with "
             f"{_prepare_command(name, 'ANOTHER_DIRECTORY')}."
         ) from error
-    if download:
-        try:
-            builder.download_and_prepare()
-        except (OSError, tfds.download.DownloadError) as error:
-            raise UserError(
-                f"config.dataset = {name!r} could not be downloaded ({core.first_line(error)}): "
-                "give a directory that has it with --config.data_dir=DIRECTORY."
-            ) from error
     if not builder.info.splits:
         raise UserError(
             f"config.dataset = {name!r} is not in {str(builder.data_dir)!r}: prepare it with "

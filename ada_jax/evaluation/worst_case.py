@@ -95,6 +95,7 @@ def pixel_balls(
             if balls.get(norm, {}).get(name, {}).get("examples") == len(images):
                 continue
             folder = f"{norm}_{name.replace('/', '_')}_{len(images)}_seed{options.seed}"
+            folder += f"_batch{options.batch_size}"
             report = attacks.autoattack(
                 jax.random.key(options.seed),
                 logits_fn,

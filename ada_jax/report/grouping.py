@@ -14,10 +14,10 @@ from ada_jax.errors import UserError
 # 'data' and 'corruption_source'.
 _BOOKKEEPING = results_files.BOOKKEEPING | {"seed"}
 
-# Ingredients that none of the paper's rows has, in the config when they are switched on.
-_INGREDIENTS = {
+# What none of the paper's rows has, in the comparable config when it is switched on.
+_NOT_THE_PAPERS = {
     *("trivial_augment.use", "noise.share", "mixup.alpha", "label_smoothing"),
-    *("augmix.clean_view", "augmix.label_views"),
+    *("augmix.clean_view", "augmix.label_views", "ada.every", "ada.group", "ada.leaves"),
 }
 
 # The paper's evaluation images, and its network and epochs for AdA and for PAT (Laidlaw et al.).
@@ -176,11 +176,14 @@ def paper_row(result: results_files.Result) -> str:
         return fields["name"]
     config = fields["config"]
     attack = config.get("ada", {})
-    # The paper has neither fine-tuning, random perturbations, AdvMix nor averaged weights.
+    # Nor has the paper fine-tuning, random perturbations, AdvMix, averaged weights or AugMix's
+    # consistency loss in these tables.
     other = config.get("init_weights") or attack.get("steps") == 0
     other = other or fields["name"].endswith("_ema")
     other = other or "mixing" in attack.get("choice", ())
-    other = other or _INGREDIENTS & results_files.comparable(config).keys()
+    other = other or _NOT_THE_PAPERS & results_files.comparable(config).keys()
+    mixed = config.get("augmix", {})
+    other = other or (mixed.get("use") and mixed.get("jsd_weight"))
     if other or fields["data"].get("name") != "cifar10":
         return ""
     return method(config)

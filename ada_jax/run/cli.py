@@ -132,7 +132,8 @@ def _explain(error: Exception) -> str:
         case RuntimeError() if "RESOURCE_EXHAUSTED" in text:  # JAX's, where there may be no JAX.
             return (
                 f"The device has too little memory ({text.splitlines()[0][:200]}): check that "
-                "nothing else uses it; decrease config.ada.microbatch or config.batch_size."
+                "nothing else uses it; decrease config.ada.microbatch or config.batch_size, or "
+                "--batch_size."
             )
         case AttributeError() | KeyError():
             raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
@@ -179,7 +180,7 @@ def _print_ignored(ignored: Any) -> None:
 def _parse_flags(argv: list[str]) -> list[str]:
     try:
         _check_text(argv)
-        return flags.FLAGS(found_configs(list(map(_expand_home, argv))))
+        return flags.FLAGS(found_configs(list(map(expand_home, argv))))
     except SystemExit as leaving:  # absl exits with 1 after --help, too.
         helped = any(re.fullmatch(r"--?(h|help\w*)", a) for a in argv)
         sys.exit(0 if helped else leaving.code)
@@ -206,7 +207,7 @@ def _check_text(argv: list[str]) -> None:
             ) from error
 
 
-def _expand_home(argument: str) -> str:
+def expand_home(argument: str) -> str:
     """Expands '~' in ~/folder or --flag=~/folder."""
     flag, path = re.fullmatch(r"(--?[^=]*=)?(.*)", argument, re.DOTALL).groups("")
     return flag + os.path.expanduser(path)
@@ -284,7 +285,8 @@ def set_up_devices(cpu_devices: int, compilation_cache: str) -> None:
         JAX_COMPILATION_CACHE_DIR takes precedence.
 
     Raises:
-      UserError: JAX does not find the machine's GPU, and cpu_devices is 0.
+      UserError: the platform of JAX_PLATFORMS does not start, or JAX does not find the machine's
+        GPU and cpu_devices is 0.
     """
     import jax
 
@@ -296,6 +298,7 @@ def set_up_devices(cpu_devices: int, compilation_cache: str) -> None:
     if compilation_cache and not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(compilation_cache))
     _keep_freed_memory()
+    devices.check_platform()
     try:
         devices.check_gpu()
     except UserError as error:

@@ -93,6 +93,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
     require(fields, "pat.weights", bounded, weights)
     with named_in("config.augmix."):
         augmix.check(**training.augmix_settings(config.augmix))
+    unused = "is not used for config.pat.network='self', the trained network: leave it empty"
+    own = config.pat.network == "self"
+    require(fields, "pat.weights", not (own and config.pat.weights), unused)
+    alone = "needs config.augmix.use: set it too"
+    require(fields, "augmix.jsd_weight", config.augmix.use or not config.augmix.jsd_weight, alone)
     views = config.augmix.use and config.augmix.jsd_weight
     for field in ("augmix.clean_view", "augmix.label_views"):
         several = "needs config.augmix.use and a positive config.augmix.jsd_weight: set both"
@@ -250,14 +255,18 @@ def net_labels(settings: Mapping[str, Any]) -> list[str]:
     return [n if nets.count(n) == 1 else f"{n}_{i}" for i, n in enumerate(nets, 1)]
 
 
+def attacked_at_once(config: ml_collections.ConfigDict, devices: int) -> int:
+    """How many examples each device attacks at a time."""
+    return config.ada.microbatch or config.batch_size // devices // config.ada.every
+
+
 def validate_devices(config: ml_collections.ConfigDict, devices: int) -> None:
     """Raises UserError for a batch size that cannot be split over so many devices."""
-    for field in ("batch_size", "eval_batch_size"):
-        if config[field] % devices:
-            raise UserError(
-                f"config.{field}={config[field]} is not divisible by the {devices} devices: "
-                f"use a multiple of {devices}."
-            )
+    if config.batch_size % devices:
+        raise UserError(
+            f"config.batch_size={config.batch_size} is not divisible by the {devices} devices: "
+            f"use a multiple of {devices}."
+        )
     if config.method != "ada":
         return
     local = config.batch_size // devices
@@ -272,7 +281,7 @@ def validate_devices(config: ml_collections.ConfigDict, devices: int) -> None:
             f"config.ada.microbatch={config.ada.microbatch} does not divide the {attacked} "
             "examples of a device that are attacked: use a divisor."
         )
-    at_once = config.ada.microbatch or attacked
+    at_once = attacked_at_once(config, devices)
     if at_once % config.ada.group:
         raise UserError(
             f"config.ada.group={config.ada.group} does not divide the {at_once} examples that a "

@@ -11,6 +11,23 @@ from ada_jax.errors import UserError
 _LEAST_DRIVERS = {"cuda13": 580, "cuda12": 525}  # NVIDIA's driver that each of JAX's plugins needs
 
 
+def check_platform() -> None:
+    """Starts JAX's platform.
+
+    Raises:
+      UserError: the platform of JAX_PLATFORMS does not start.
+    """
+    try:
+        jax.default_backend()
+    except (RuntimeError, AssertionError) as error:  # The latter for CUDA without its plugin.
+        platforms = jax.config.jax_platforms
+        reason = f" ({str(error).splitlines()[0]})" if str(error) else ""
+        raise UserError(
+            f"JAX_PLATFORMS={platforms} does not start{reason}: "
+            f"{_advice() if 'cuda' in str(platforms) else 'leave it unset.'}"
+        ) from error
+
+
 def check_gpu(dev: pathlib.Path = pathlib.Path("/dev")) -> None:
     """Checks that JAX uses the machine's NVIDIA GPU, if it has one.
 
@@ -18,18 +35,10 @@ def check_gpu(dev: pathlib.Path = pathlib.Path("/dev")) -> None:
       dev: the folder of device files.
 
     Raises:
-      UserError: JAX uses the CPU by default, or the platform of JAX_PLATFORMS does not start.
+      UserError: JAX uses the CPU by default.
     """
-    try:
-        backend = jax.default_backend()
-    except RuntimeError as error:
-        platforms = jax.config.jax_platforms
-        raise UserError(
-            f"JAX_PLATFORMS={platforms} does not start ({str(error).splitlines()[0]}): "
-            f"{_advice() if 'cuda' in str(platforms) else 'leave it unset.'}"
-        ) from error
     asked = jax.config.jax_platforms
-    if backend == "cpu" and not asked and any(dev.glob("nvidia[0-9]*")):
+    if jax.default_backend() == "cpu" and not asked and any(dev.glob("nvidia[0-9]*")):
         raise UserError(
             f"The machine has an NVIDIA GPU, but JAX runs on the CPU: {_advice()} "
             "Set JAX_PLATFORMS=cpu to use the CPU."

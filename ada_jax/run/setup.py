@@ -145,7 +145,7 @@ def build(config: ml_collections.ConfigDict) -> Parts:
     check_files(config)
     nets = make_corruption_nets(config.ada) if config.method == "ada" else ()
     bounding = make_bounding_net(config.pat) if config.method == "pat" else ()
-    at_once = config.ada.microbatch or config.batch_size // jax.device_count()
+    at_once = config_checks.attacked_at_once(config, jax.device_count())
     perturbed = [ada.restricted(net, config.ada.leaves) for net in nets]
     check_memory(perturbed, at_once, config.ada.group)
     load = functools.partial(
@@ -240,8 +240,8 @@ def with_weights(state: training.TrainState, parts: Parts, path: str) -> trainin
     The last layer of a classifier of another number of classes is replaced by a new one.
 
     Raises:
-      UserError: there are no weights at `path`, or they are of another architecture, or they have the
-        same number of classes with other names.
+      UserError: there are no weights at `path`, or they are of another architecture, or of as many
+        classes with other names.
     """
     paths.check_bucket(f"config.init_weights={path!r}", path)
     if paths.is_dir(path):
