@@ -241,8 +241,8 @@ def maximise(
       net, nu, steps, step_rule, step_scale, group, choice: as for `adversarial_augment`.
 
     Returns:
-      delta, a tree of [B/group, *theta_i.shape] inside its balls, and metrics [B]: 'loss_start',
-      'on_surface'.
+      delta, a tree of [B/group, *theta_i.shape] inside its balls, and metrics [B]: 'loss_start'
+      (0 without steps) and 'on_surface'.
     """
     x, net = lax.stop_gradient(x), net._replace(theta=lax.stop_gradient(net.theta))
     loss_fn = checks.detached(loss_fn, x)

@@ -10,6 +10,8 @@ from jax import lax
 
 from ada_jax.errors import UserError
 
+_ROUNDING = 1e-6  # how far rounding may put a pixel outside of [0,1]
+
 
 def concrete(value: jax.Array | float, default: float) -> np.ndarray:
     """The value as an array; `default` if it is traced."""
@@ -54,7 +56,7 @@ def as_images(x: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
         )
     x = x.astype(jnp.float32)
     pixels = concrete(x, 0.0)
-    if not (pixels.min() >= 0 and pixels.max() <= 1):  # Also true of NaN.
+    if not (pixels.min() >= -_ROUNDING and pixels.max() <= 1 + _ROUNDING):  # Also true of NaN.
         raise UserError(
             f"Pixels from {pixels.min()} to {pixels.max()} must be in [0, 1]: rescale the images."
         )
@@ -162,8 +164,7 @@ def nan_if_invalid(x: jax.Array, y: jax.Array | None = None, classes: int = 0) -
 
     Inside `jax.jit`, where no error can be raised, this keeps training from going on with them.
     """
-    rounding = 1e-6
-    valid = jnp.all((x >= -rounding) & (x <= 1 + rounding), axis=(1, 2, 3))
+    valid = jnp.all((x >= -_ROUNDING) & (x <= 1 + _ROUNDING), axis=(1, 2, 3))
     if y is not None:
         valid &= (y >= 0) & (y < classes)
     return jnp.where(valid[:, None, None, None], x, jnp.nan)

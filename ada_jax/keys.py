@@ -13,7 +13,9 @@ def per_example(key: jax.Array, count: int) -> jax.Array:
     """Splits a key into one per example.
 
     Args:
-      key: one key (typed or raw uint32), or one per example [B], which is returned.
+      key: one key, typed or raw (threefry's uint32[2]), or one per example [B], which is returned.
+        `jax.vmap` of keys of other implementations, such as 'rbg', draws for the whole batch: then
+        an example's draw depends on its batch.
       count: B.
 
     Returns:
@@ -25,6 +27,8 @@ def per_example(key: jax.Array, count: int) -> jax.Array:
     check(key)
     if key.ndim == _dimensions(key):
         return jax.random.split(key, count)
+    if key.ndim > _dimensions(key) + 1:
+        raise UserError(f"The keys have shape {list(key.shape)}: give one key, or one per image.")
     if len(key) != count:
         raise UserError(f"There are {len(key)} keys for {count} images: give 1 or {count}.")
     return key
@@ -56,7 +60,10 @@ def check(key: jax.Array) -> None:
     dtype, shape = getattr(key, "dtype", np.dtype(object)), np.shape(key)
     typed = jnp.issubdtype(dtype, jax.dtypes.prng_key)
     if not typed and not (dtype == np.uint32 and shape[-1:] == (2,)):
-        raise UserError(f"key={key!r} is not a random key: give jax.random.key(0), for example.")
+        raise UserError(
+            f"key={key!r} is neither a typed random key nor a raw one of threefry (uint32[2]): "
+            "give jax.random.key(0), for example."
+        )
 
 
 def of_positions(key: jax.Array, start: jax.Array | int, count: int) -> jax.Array:

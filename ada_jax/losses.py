@@ -59,6 +59,7 @@ def jsd(logits_clean: jax.Array, logits_aug1: jax.Array, logits_aug2: jax.Array)
     logits = jnp.stack([logits_clean, logits_aug1, logits_aug2]).astype(jnp.float32)
     log_p = jax.nn.log_softmax(logits)
     p = jnp.exp(log_p)
+    log_p = jnp.where(p > 0, log_p, 0.0)  # 0 log 0 is 0, for logits of -infinity.
     log_mixture = jnp.log(jnp.clip(jnp.mean(p, axis=0), 1e-7, 1.0))
     return jnp.mean(jnp.sum(p * (log_p - log_mixture), axis=-1), axis=0)
 

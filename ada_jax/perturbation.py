@@ -23,7 +23,7 @@ def split(theta: PyTree, leaves: str) -> tuple[PyTree, PyTree]:
     Args:
       theta: parameters.
       leaves: regular expression, searched for in the path of every leaf, such as
-        'block00/conv0/w'; '' matches all leaves.
+        'block00/conv0/w'; '' matches all leaves. Empty leaves never match.
 
     Returns:
       The leaves that match and those that do not: two trees with None for the leaves of the other.
@@ -40,7 +40,10 @@ def split(theta: PyTree, leaves: str) -> tuple[PyTree, PyTree]:
         ) from error
     paths, tree = jax.tree_util.tree_flatten_with_path(theta)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
-    matches = [pattern.search(name) is not None for name in names]
+    matches = [
+        pattern.search(name) is not None and a.size > 0
+        for name, (_, a) in zip(names, paths, strict=True)
+    ]
     if not any(matches):
         raise UserError(
             f"leaves={leaves!r} matches no parameter of the corruption network: use a regular "
@@ -144,9 +147,10 @@ def project(delta: PyTree, radii: PyTree) -> PyTree:
 
 
 def on_surface(delta: PyTree, radii: PyTree, tolerance: float = 1e-3) -> jax.Array:
-    """Share of leaves that lie on their ball's surface, for every example [B]."""
-    at = jax.tree.map(lambda n, r: n >= (1 - tolerance) * r, norms(delta), radii)
-    return jnp.mean(jnp.stack(jax.tree.leaves(at)).astype(jnp.float32), 0)
+    """Share of the leaves with a positive radius that lie on their ball's surface [B]."""
+    at = jax.tree.map(lambda n, r: (r > 0) & (n >= (1 - tolerance) * r), norms(delta), radii)
+    balls = sum(jnp.float32(r > 0) for r in jax.tree.leaves(radii))
+    return jnp.stack(jax.tree.leaves(at)).sum(0) / jnp.maximum(balls, 1)
 
 
 def add(theta: PyTree, delta: PyTree) -> PyTree:

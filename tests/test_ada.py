@@ -483,9 +483,12 @@ def test_a_network_that_makes_no_such_images_is_refused(apply):
         ada.adversarial_augment(jax.random.key(0), x, y, logits_fn=LOGITS_FN, net=net)
 
 
-def test_a_network_for_other_channels_is_refused():
+@pytest.mark.parametrize(
+    ("name", "enlarge"), [("edsr_small", 1), ("edsr_small", 2), ("edsr_baseline_x4", 1)]
+)
+def test_a_network_for_other_channels_is_refused(name, enlarge):
     x, y = batch()
-    net, logits_fn = corruption_nets.make("edsr_small"), lambda x: x.reshape(len(x), -1)
+    net, logits_fn = corruption_nets.make(name, enlarge=enlarge), lambda x: x.reshape(len(x), -1)
     for images in (x[..., :1], x.transpose(0, 3, 1, 2)):
         with pytest.raises(UserError, match="must preserve the image shape"):
             ada.adversarial_augment(jax.random.key(0), images, y, logits_fn=logits_fn, net=net)

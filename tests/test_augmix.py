@@ -105,7 +105,27 @@ def test_other_sizes_are_pillows_too():
         assert np.abs(np.asarray(ours) - pillow(name, image, 2.2, -1)).max() <= (name == "rotate")
 
 
+@pytest.mark.parametrize("turn", [-1.0, 1.0])
+def test_quarter_turns_are_pillows(turn):
+    image = skimage.data.astronaut()[100:132, 200:232]
+    turned = augmix.apply_ops(
+        jnp.asarray(image, jnp.int32)[None],
+        jnp.array([0]),
+        jnp.float32([30]),
+        jnp.float32([turn]),
+        ops=("rotate",),
+    )[0]
+    theirs = Image.fromarray(image).rotate(90 * turn, Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(turned, theirs)
+
+
 # ------------------------------------------------------------------------------- the mixture
+
+
+def test_white_stays_in_range():
+    x = jnp.ones((64, 8, 8, 3))
+    mix = jax.jit(lambda key: augmix.augment_and_mix(key, x, ops=("solarize", "posterize")))
+    assert mix(jax.random.key(0)).max() <= 1
 
 
 def test_levels_are_drawn_as_published():

@@ -30,10 +30,13 @@ def test_a_batch_draws_the_same_whole_or_in_parts():
 
 @pytest.mark.parametrize("key", [0, np.zeros(2), np.zeros(3, np.uint32), "key"])
 def test_what_is_no_key_is_refused(key):
-    with pytest.raises(UserError, match="is not a random key: give"):
+    with pytest.raises(UserError, match=r"is neither a typed random key nor .*: give"):
         keys.per_example(key, 2)
 
 
 def test_keys_are_one_or_as_many_as_examples():
     with pytest.raises(UserError, match="3 keys for 4 images"):
         keys.per_example(jax.random.split(jax.random.key(0), 3), 4)
+    for make in (jax.random.key, jax.random.PRNGKey):
+        with pytest.raises(UserError, match="give one key, or one per image"):
+            keys.per_example(jax.random.split(make(0), (4, 2)), 4)

@@ -77,6 +77,14 @@ def test_jsd_properties(a: np.ndarray, b: np.ndarray, c: np.ndarray, labels: np.
     np.testing.assert_allclose(losses.jsd(a, a, a), 0, atol=1e-5)
 
 
+def test_jsd_is_finite_where_a_class_is_masked() -> None:
+    masked = jnp.array([[0.0, 1.0, -jnp.inf]])
+    value, gradient = jax.value_and_grad(lambda a: losses.jsd(a, masked, 2 * masked)[0])(masked)
+    free = losses.jsd(*(a[:, :2] for a in (masked, masked, 2 * masked)))
+    np.testing.assert_allclose(value, free[0], rtol=1e-6)
+    assert np.all(np.isfinite(gradient))
+
+
 def test_jsd_of_three_certain_and_different_predictions_is_log_three() -> None:
     np.testing.assert_allclose(losses.jsd(*(1e3 * np.eye(3, dtype=np.float32))[:, None]), np.log(3))
 

@@ -14,6 +14,14 @@ from ada_jax.nets import classifiers
 KEYS = jax.random.split(jax.random.key(0), 3000)
 
 
+def test_no_draw_is_1_where_noise_would_be_infinite(monkeypatch):
+    extremes = lambda key, shape, dtype, low, high: jnp.full(shape, low)  # noqa: E731
+    monkeypatch.setattr(jax.random, "uniform", extremes)
+    draw = jax.jit(mixup._sparse_uniform, static_argnums=(1, 2))
+    drawn = [draw(KEYS[0], (2,), sparsity) for sparsity in (0.0, 0.07, 0.35, 0.48, 0.65)]
+    assert np.all(np.isfinite(scipy.special.erfinv(np.float32(drawn))))
+
+
 @pytest.mark.parametrize("alpha", [1.0, 0.3])
 def test_partners_are_a_permutation_and_shares_are_beta(alpha):
     f = jax.jit(jax.vmap(lambda key: mixup.pair(key, 5, alpha=alpha)))

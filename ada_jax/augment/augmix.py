@@ -110,7 +110,8 @@ def _mix(
     chains = chains.reshape(len(x), width, *x.shape[1:]).astype(jnp.float32) / 255
     mixed = jnp.einsum("bw,bwijc->bijc", weights, chains, precision="highest")
     share = share[:, None, None, None]
-    return (1 - share) * checks.nan_if_invalid(x) + share * mixed
+    # The weights sum to 1 only up to rounding.
+    return jnp.clip((1 - share) * checks.nan_if_invalid(x) + share * mixed, 0.0, 1.0)
 
 
 def amount(
@@ -201,6 +202,7 @@ def _matrix(name: str, amount: jax.Array, height: int, width: int) -> jax.Array:
         case "rotate":
             radians = -jnp.deg2rad(amount)
             a, b = jnp.cos(radians), jnp.sin(radians)
+            a = jnp.where(jnp.abs(a) < 1e-6, 0.0, a)  # of 90 degrees, where float32 has -4e-8
             c = width / 2 - a * width / 2 - b * height / 2
             f = height / 2 + b * width / 2 - a * height / 2
             values = (a, b, c, -b, a, f)
@@ -374,11 +376,11 @@ def check(severity: float, width: int, depth: int, alpha: float, ops: Sequence[s
         )
     if not ops:
         raise UserError("ops is empty: name at least one operation.")
+    checks.check_integers(1, width=width)
+    checks.check_integers(-1, depth=depth)
     if not 0.1 <= severity <= 10:
         raise UserError(f"severity={severity} must be in 0.1..10 (AugMix uses 3).")
-    if width < 1 or (depth < 1 and depth != -1):
-        raise UserError(
-            f"width={width} and depth={depth} must be at least 1; depth=-1 draws it at random."
-        )
+    if depth == 0:
+        raise UserError("depth=0 must be at least 1, or -1 to draw it at random.")
     if not 0 < alpha < np.inf:
         raise UserError(f"alpha={alpha} must be positive and finite (AugMix uses 1).")

@@ -111,10 +111,11 @@ def noisy(
 
 def _sparse_uniform(key: jax.Array, shape: tuple[int, ...], sparsity: float) -> jax.Array:
     """Zero with probability `sparsity`, else uniform in (-1,1)."""
-    above = np.nextafter(np.float32(-1), np.float32(0))
-    values = jax.random.uniform(key, shape, jnp.float32, above, 1.0)
+    below = np.nextafter(np.float32(1), np.float32(0))
+    values = jax.random.uniform(key, shape, jnp.float32, -below, 1.0)
     sparsity = np.float32(sparsity)
-    return jnp.sign(values) * jnp.maximum(jnp.abs(values) - sparsity, 0) / (1 - sparsity)
+    sparse = jnp.sign(values) * jnp.maximum(jnp.abs(values) - sparsity, 0) / (1 - sparsity)
+    return jnp.clip(sparse, -below, below)  # Rounding can reach 1, where erf_inv is infinite.
 
 
 def at_one_layer(

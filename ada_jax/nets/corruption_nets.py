@@ -106,7 +106,8 @@ def enlarged(apply: Callable[..., jax.Array], factor: int) -> Callable[..., jax.
     def resized(theta, x, key=None):
         b, h, w, c = x.shape
         large = jax.image.resize(x, (b, factor * h, factor * w, c), "cubic")
-        return jax.image.resize(apply(theta, large, key), x.shape, "cubic", antialias=True)
+        y = apply(theta, large, key)
+        return jax.image.resize(y, (b, h, w, y.shape[-1]), "cubic", antialias=True)
 
     return resized
 

@@ -31,7 +31,8 @@ def edsr(blocks: int, features: int, scale: int) -> layers.Architecture:
     def apply(theta, x, key=None):
         del key
         y = edsr_apply(theta, x)
-        return y if scale == 1 else jax.image.resize(y, x.shape, "cubic", antialias=True)
+        shape = (*x.shape[:3], y.shape[-1])
+        return y if scale == 1 else jax.image.resize(y, shape, "cubic", antialias=True)
 
     return layers.Architecture(init, apply, scale)
 
