@@ -123,8 +123,8 @@ def test_quarter_turns_are_pillows(turn):
 
 
 def test_white_stays_in_range():
-    x = jnp.ones((64, 8, 8, 3))
-    mix = jax.jit(lambda key: augmix.augment_and_mix(key, x, ops=("solarize", "posterize")))
+    x = jnp.ones((2000, 2, 2, 3))
+    mix = jax.jit(lambda key: augmix.augment_and_mix(key, x, ops=("autocontrast",)))
     assert mix(jax.random.key(0)).max() <= 1
 
 
