@@ -11,6 +11,7 @@ from ada_jax.augment import augmix
 from ada_jax.errors import UserError
 
 EVERY = (*augmix.OPS, *augmix.EXTRA_OPS)
+APPLY = jax.jit(lambda *a: augmix.apply_ops(*a, ops=EVERY))
 INEXACT = ("rotate", "shear_x", "shear_y")  # float64 in Pillow
 
 
@@ -74,9 +75,7 @@ def test_every_operation_is_pillows_at_every_level(name, images):
     levels = np.resize(levels_of(name), len(images))
     signs = np.where(np.arange(len(images)) // len(levels_of(name)) % 2, -1.0, 1.0)
     op = jnp.full(len(images), EVERY.index(name))
-    ours = jax.jit(lambda *a: augmix.apply_ops(*a, ops=EVERY))(
-        jnp.asarray(images, jnp.int32), op, jnp.asarray(levels), jnp.float32(signs)
-    )
+    ours = APPLY(jnp.asarray(images, jnp.int32), op, jnp.asarray(levels), jnp.float32(signs))
     theirs = [pillow(name, *a) for a in zip(images, levels.tolist(), signs, strict=True)]
     difference = np.abs(np.asarray(ours) - np.stack(theirs))
     if name in INEXACT:
@@ -92,7 +91,7 @@ def test_the_vectorised_program_equals_the_cpus(images):
     one = lambda *a: augmix._apply_one(*a, ops=EVERY)  # noqa: E731
     np.testing.assert_array_equal(
         jax.jit(jax.vmap(one))(some, op, level, jnp.ones(len(some))),
-        jax.jit(lambda *a: augmix.apply_ops(*a, ops=EVERY))(some, op, level, jnp.ones(len(some))),
+        APPLY(some, op, level, jnp.ones(len(some))),
     )
 
 

@@ -15,7 +15,7 @@ import skimage.data
 
 from ada_jax import locks
 from ada_jax.nets import weight_files
-from tests.conftest import assert_mistake, run_here
+from tests.conftest import assert_mistake, run_here, shared_folder
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -58,7 +58,8 @@ def flags_of(photographs, **changes):
 
 # Training that waits seconds, not a minute, for processes to meet and to answer.
 IMPATIENT = """
-import runpy
+import runpy, sys
+sys.modules["clu"] = None  # Its writer for TensorBoard imports TensorFlow, which takes seconds.
 from ada_jax.run import distributed
 distributed._MEETING_SECONDS, distributed._HEARTBEAT_SECONDS = 20, 10
 runpy.run_module("ada_jax.train", run_name="__main__", alter_sys=True)
@@ -90,6 +91,15 @@ def run_one(workdir, flags):
     assert start(workdir, *flags, "--config.cpu_devices=4").wait(timeout=600) == 0
 
 
+@pytest.fixture(scope="module")
+def one(photographs, tmp_path_factory):
+    """The folder of a run by one process."""
+    with shared_folder(tmp_path_factory, "distributed") as folder:
+        if not (folder / "one" / "results.json").exists():
+            run_one(folder / "one", flags_of(photographs))
+    return folder / "one"
+
+
 def assert_same_end(one, other):
     trees = [weight_files.load_weights(w / "classifier.safetensors")[0] for w in (one, other)]
     chex.assert_trees_all_close(*(tree["params"] for tree in trees), atol=1e-5)
@@ -104,24 +114,22 @@ def counts(results):
 
 
 @pytest.mark.slow
-def test_two_processes_train_and_evaluate_as_one(tmp_path, photographs):
+def test_two_processes_train_and_evaluate_as_one(tmp_path, photographs, one):
     corrupted = flags_of(photographs, eval_sets="('clean','c')")
     for process in start_two([tmp_path / "two"] * 2, corrupted, None):
         assert process.wait(timeout=600) == 0
-    run_one(tmp_path / "one", flags_of(photographs))
-    assert_same_end(tmp_path / "one", tmp_path / "two")
+    assert_same_end(one, tmp_path / "two")
     again = tmp_path / "again.json"
-    command = [sys.executable, "-m", "ada_jax.evaluate", f"--workdir={tmp_path / 'two'}"]
-    subprocess.run([*command, f"--out={again}"], cwd=ROOT, check=True)
+    assert not run_here("evaluate", f"--workdir={tmp_path / 'two'}", f"--out={again}").returncode
     assert counts(again) == counts(tmp_path / "two" / "results.json")
     lines = (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) == len((tmp_path / "one" / "metrics.jsonl").read_text().splitlines())
+    assert len(lines) == len((one / "metrics.jsonl").read_text().splitlines())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT])  # which raises SIGTERM in turn
 def test_a_signal_to_one_saves_one_step_for_all_and_another_number_of_processes_goes_on(
-    tmp_path, photographs, number
+    tmp_path, photographs, one, number
 ):
     # Measured on corrupted images after every step, for steps that take their time.
     slowly = {"corruption_eval_epochs": 0.1, "corruption_eval_examples": 20}
@@ -133,8 +141,7 @@ def test_a_signal_to_one_saves_one_step_for_all_and_another_number_of_processes_
     (saved,) = (int(p.name) for p in (two / "checkpoints").iterdir() if p.name.isdigit())
     assert 2 <= saved < 10
     run_one(two, flags)
-    run_one(tmp_path / "one", flags)
-    assert_same_end(tmp_path / "one", two)
+    assert_same_end(one, two)
 
 
 def wait_for(path, text, processes):

@@ -306,5 +306,7 @@ def test_a_wheel_s_commands_run_in_an_empty_folder(wheel, tmp_path):
     assert "quickstart" in shown and "AdA (paper)" in shown
     planned = ("--sweep=experiments/sweeps/table1.py:small,ada", "--print")
     assert binary("sweep", *planned, cwd=tmp_path, env=env).count("ada_jax.train --config=") == 3
-    measured = binary("benchmark", "--rows=augment", "--cpu_devices=1", cwd=tmp_path, env=env)
+    measured = binary(
+        *("benchmark", "--rows=augment", "--scale=tiny", "--cpu_devices=1"), cwd=tmp_path, env=env
+    )
     assert "| AugMix, batch 128 |" in measured

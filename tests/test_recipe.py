@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from ada_jax import losses, train, training
+from ada_jax.augment import augmix, trivial_augment
 from ada_jax.errors import UserError
 from ada_jax.nets import weight_files
 from ada_jax.run import setup
 from tests.test_train import tiny
 
-VIEWS = {"augmix.use": True, "augmix.jsd_weight": 12.0, "augmix.width": 1, "augmix.depth": 1}
+VIEWS = {"augmix.use": True, "augmix.jsd_weight": 12.0}
 
 
 def images_and_keys(count: int = 4) -> tuple[jax.Array, jax.Array]:
@@ -59,6 +60,7 @@ def test_without_ingredients_images_stay_as_they_are():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small_networks")
 def test_the_loss_of_three_views_equals_that_of_the_parts():
     config = tiny(method="nominal", weight_decay=0.0, **VIEWS)
     parts = setup.build(config)
@@ -80,7 +82,12 @@ def test_the_loss_of_three_views_equals_that_of_the_parts():
 
 
 @pytest.mark.slow
-def test_a_resumed_run_with_every_ingredient_has_the_same_last_and_averaged_weights(tmp_path):
+@pytest.mark.usefixtures("small_networks")
+def test_a_resumed_run_with_every_ingredient_has_the_same_last_and_averaged_weights(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(augmix, "OPS", ("autocontrast", "rotate"))
+    monkeypatch.setattr(trivial_augment, "OPS", ("identity", "solarize", "translate_y"))
     ingredients = {"trivial_augment.use": True, "noise.share": 0.5, "label_smoothing": 0.1}
     ingredients |= {"augmix.label_views": True}
     ingredients |= {"mixup.alpha": 1.0, "mixup.layers": ("input", "stage1"), "mixup.additive": 0.4}

@@ -300,7 +300,7 @@ def test_a_network_of_pytorch_is_fine_tuned_and_measured_in_pytorch_again(tmp_pa
     weights, run = tmp_path / "resnet20.safetensors", tmp_path / "run"
     words = ("classifier", tmp_path / "resnet20.pt", weights, "--classifier=resnet20", *FLAGS)
     assert run_here("import_weights", *words).returncode == 0
-    config = ["--config=experiments/quickstart.py", "--config.classifier=resnet20"]
+    config = ["--config=experiments/quickstart.py:nominal", "--config.classifier=resnet20"]
     config += [f"--config.mean={MEAN}", f"--config.std={STD}", "--config.train_split=train[:64]"]
     config += ["--config.eval_split=test[:48]", "--config.batch_size=16", "--config.epochs=1"]
     config += ["--config.cpu_devices=0", "--config.eval_sets=('clean',)", "--config.log_steps=1"]

@@ -52,6 +52,7 @@ def tiny(**changes) -> ConfigDict:
         figure_examples=4,
         cpu_devices=0,
     )
+    config.augmix.update(width=1, depth=1)  # each position of a chain is compiled
     config.update_from_flattened_dict(changes)
     return config
 
@@ -144,12 +145,10 @@ def test_imagenet_trains_and_is_evaluated_on_generated_photographs(request, tmp_
         "eval_batch_size": 2,
         "train_steps": 2,
         "epochs": 0.0,
-        "ada.steps": 1,
         "log_steps": 1,
-        "figure_examples": 0,
     }
     given = [f"--config.{field}={value}" for field, value in flags.items()]
-    small = "--config=experiments/imagenet.py:small"
+    small = "--config=experiments/imagenet.py:nominal,small"
     done = run_here("train", small, f"--workdir={tmp_path}", *given)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
@@ -407,6 +406,7 @@ def steps_of(parts: setup.Parts, steps: int, after_each=None) -> tuple[training.
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small_networks")
 def test_the_update_step_compiles_once():
     compiled, counts = [], []
 
@@ -438,6 +438,7 @@ GOLDEN = {"loss": 2.4, "ada_loss_start": 2.317, "ada_ssim_after": 0.907}
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small_networks")
 def test_bfloat16_and_remat_train_as_float32_does():
     _, wanted = first_steps(tiny(), steps=2)
     _, remat = first_steps(tiny(**{"ada.remat": True}), steps=2)
@@ -459,6 +460,7 @@ def test_adversarial_training_raises_the_loss(norm):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small_networks")
 def test_every_batch_draws_one_of_the_networks():
     """One renders what it sees, the other black."""
     nets = {"corruption_net": ("edsr_small",) * 2, "corruption_weights": ("", "")}
@@ -473,6 +475,7 @@ def test_every_batch_draws_one_of_the_networks():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small_networks")
 @pytest.mark.parametrize("jsd_weight", [0.0, 12.0])
 def test_augmix_changes_the_step_and_its_consistency_loss_the_gradient(jsd_weight):
     _, plain = first_steps(tiny(method="nominal"), steps=1)
@@ -506,11 +509,13 @@ def test_a_row_is_what_its_words_say(row):
 
 # The rows are four programs: DeepAugment's images are made beforehand.
 @pytest.mark.slow
+@pytest.mark.usefixtures("small_networks")
 @pytest.mark.parametrize("row", ["deepaugment", "augmix", "ada", "ada+deepaugment10x+augmix"])
 def test_every_program_runs_two_steps(row, rendered_digits):
     chosen = cifar10.get_config(f"{row},small")
     config = tiny(method=chosen.method)
-    config.update(augmix=chosen.augmix, deepaugment=chosen.deepaugment)
+    config.update(deepaugment=chosen.deepaugment)
+    config.augmix.use = chosen.augmix.use
     config.deepaugment.dir = rendered_digits
     state, metrics = first_steps(config, steps=2)
     assert int(state.step) == 2 and np.isfinite(metrics["loss"])
@@ -530,6 +535,7 @@ def bounding(folder, name: str = "alexnet_small", classes: int = 10) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small_networks")
 @pytest.mark.parametrize(
     "row",
     ["pat_self", "pat_alexnet", "rlat", "rlat+augmix", "rlat+deepaugment", "alexnet"],
@@ -537,7 +543,8 @@ def bounding(folder, name: str = "alexnet_small", classes: int = 10) -> str:
 def test_every_row_for_comparison_runs_two_steps(row, rendered_digits, tmp_path):
     chosen = cifar10.get_config(f"{row},small")
     config = tiny(method=chosen.method, classifier=chosen.classifier)
-    config.update(augmix=chosen.augmix, deepaugment=chosen.deepaugment)
+    config.update(deepaugment=chosen.deepaugment)
+    config.augmix.use = chosen.augmix.use
     config.update(pat=chosen.pat, rlat=chosen.rlat)
     config.deepaugment.dir = rendered_digits
     if row == "pat_alexnet":
@@ -549,12 +556,14 @@ def test_every_row_for_comparison_runs_two_steps(row, rendered_digits, tmp_path)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small_networks")
 def test_rlat_perturbs_the_views_of_augmix_s_consistency_loss():
     config = tiny(method="rlat", **{"augmix.use": True, "augmix.jsd_weight": 12.0})
     assert np.isfinite(first_steps(config, steps=1)[1]["loss"])
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small_networks")
 def test_pat_changes_correctly_classified_images_only():
     config = tiny(method="pat", **{"pat.steps": 2})
     parts = setup.build(config)
@@ -616,6 +625,7 @@ def test_deepaugment_changes_the_images_and_the_run_s_identity(rendered_digits):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small_networks")
 def test_training_starts_from_trained_weights(tmp_path):
     first = tiny(method="nominal", epochs=0.5)
     assert train.main(first, str(tmp_path / "first")) is None
@@ -647,6 +657,7 @@ def test_training_starts_from_trained_weights(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small_networks")
 def test_weights_of_other_classes_are_no_start(tmp_path):
     parts = setup.build(tiny(method="nominal"))
     parts = parts._replace(
@@ -735,6 +746,7 @@ def test_runs_that_differ_in_seed_alone_have_one_recipe(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small_networks")
 def test_a_run_of_an_older_version_goes_on_and_gets_the_fingerprint_of_now(tmp_path, monkeypatch):
     config = tiny(method="nominal", epochs=0.25)
     with monkeypatch.context() as older:
@@ -757,6 +769,7 @@ def test_a_run_of_an_older_version_goes_on_and_gets_the_fingerprint_of_now(tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small_networks")
 def test_a_run_does_not_go_on_with_other_labels_where_256_examples_agree(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (400, 32, 32, 3), np.uint8)
     config = tiny(method="nominal", epochs=0.05, dataset="npz", data_dir=str(tmp_path / "x.npz"))
@@ -775,6 +788,7 @@ def test_a_run_does_not_go_on_with_other_labels_where_256_examples_agree(tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small_networks")
 def test_results_of_one_run_with_other_bookkeeping(tmp_path):
     """A repeated command is of its own config, keeps what was measured, and adds up the time."""
     config, file = tiny(method="nominal", epochs=0.5), tmp_path / "results.json"
@@ -822,6 +836,7 @@ def test_a_microbatch_is_part_of_a_run_where_it_has_its_own_statistics():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small_networks")
 def test_each_second_example_is_attacked_and_the_others_stay_as_they_are():
     # 'sign' would enlarge rounding errors, which another batch size changes.
     config = tiny(**{"ada.batch_norm": "running", "ada.steps": 1, "ada.step_rule": "l2"})
@@ -877,6 +892,7 @@ def test_leaves_must_match_in_each_network():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small_networks")
 def test_advmix_alone_and_with_ada_trains():
     alone = {"ada.choice": ("mixing",), "ada.leaves": "^block"}
     for changes in (alone, {"ada.choice": ("delta", "mixing")}):
@@ -958,7 +974,7 @@ def comparable(workdir) -> list[dict]:
 def uninterrupted(tmp_path_factory):
     """A folder with a whole run in a process of its own and what it printed, and its flags."""
     corrupted = {"corruption_eval_epochs": 2.0, "corruption_eval_examples": 3}
-    flags = flags_of(tiny(eval_sets=("clean", "c"), **corrupted))
+    flags = flags_of(tiny(eval_sets=("clean", "c"), eval_split="test[:16]", **corrupted))
     with shared_folder(tmp_path_factory, "runs") as folder:
         if not (printed := folder / "printed.txt").exists():
             done = run(folder / "whole", *flags)
@@ -979,7 +995,7 @@ def test_a_run_leaves_what_it_promises(uninterrupted):
     results = json.loads((folder / "whole" / "results.json").read_text())
     assert results["step"] == 8
     evaluated = [results["clean"], *itertools.chain(*results["corruptions"].values())]
-    assert [e["examples"] for e in evaluated] == [40] * 76
+    assert [e["examples"] for e in evaluated] == [16] * 76
     assert f"{results['mce_unnormalised']:.2f}%" in printed and "clean error" in printed
     records = comparable(folder / "whole")
     kinds = [(3, "train"), (4, "eval"), (6, "train"), (8, "train"), (8, "eval"), (8, "corruptions")]
@@ -1057,10 +1073,8 @@ def assert_alike(*workdirs) -> None:
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_the_same_command_goes_on(uninterrupted):
-    folder, flags = uninterrupted
-    workdir = folder / "terminated"
-    longer = [*flags, "--config.epochs=200"]
+def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
+    workdir, longer = tmp_path / "run", flags_of(tiny(method="nominal", epochs=200.0))
     process = subprocess.Popen(command(workdir, *longer), cwd=ROOT, stderr=subprocess.PIPE)
     while not list(workdir.glob("checkpoints/[0-9]*")):
         time.sleep(0.2)
@@ -1084,6 +1098,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(uninterrupted):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small_networks")
 def test_a_signal_during_the_last_step_is_not_forgotten(tmp_path, monkeypatch):
     config, make = tiny(method="nominal", epochs=0.0, train_steps=2), train.compile_update_step
 
@@ -1097,10 +1112,10 @@ def test_a_signal_during_the_last_step_is_not_forgotten(tmp_path, monkeypatch):
 
         return update
 
-    monkeypatch.setattr(train, "compile_update_step", terminated_in_the_second)
-    assert train.main(config, str(tmp_path)) == distributed.INTERRUPTED
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "compile_update_step", terminated_in_the_second)
+        assert train.main(config, str(tmp_path)) == distributed.INTERRUPTED
     assert not (tmp_path / "results.json").exists()
-    monkeypatch.undo()
     assert train.main(config, str(tmp_path)) is None
     assert json.loads((tmp_path / "results.json").read_text())["step"] == 2
 
@@ -1170,6 +1185,7 @@ def test_other_data_in_the_same_workdir_are_refused(uninterrupted, tmp_path):
         np.savez(tmp_path / f"{name}.npz", images=images, labels=np.arange(40) % 4)
     npz = ["--config.dataset=npz", "--config.train_split=train", "--config.eval_split=test"]
     npz += ["--config.train_steps=1", "--config.epochs=0", "--config.eval_sets=clean"]
+    npz += ["--config.method=nominal"]
     first, second = (
         here(tmp_path / "npz", *flags, *npz, f"--config.data_dir={tmp_path}/{name}.npz")
         for name in "ab"
@@ -1189,8 +1205,8 @@ def test_another_architecture_in_the_same_workdir_is_refused(uninterrupted, tmp_
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(uninterrupted):
-    folder, flags = uninterrupted
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
+    folder, flags = tmp_path, flags_of(tiny(method="nominal"))
     diverging = ["--config.learning_rate=1e30", "--config.warmup_epochs=0"]
     done = here(folder / "nan", *flags, *diverging, "--config.checkpoint_epochs=0.25")
     assert_mistake(done, "--workdir")

@@ -80,6 +80,7 @@ def test_table_2_has_the_accuracies_beside_the_paper_s():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small_networks")
 def test_errors_under_ada_are_the_worst_of_the_restarts_and_kept():
     written, fn = [], logits_fn()
     examples = worst_case.first_examples(DATASET, 10)
@@ -184,6 +185,7 @@ def test_networks_that_do_not_take_the_images_are_said_before_anything_is_measur
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small_networks")
 def test_the_binary_measures_under_ada(tmp_path):
     flags = [f"--out={tmp_path / 'r.json'}", "--sets=ada", "--ada_radii=0.02"]
     done = run_here(*RANDOM, *flags, "--split=test[:40]", "--worst_examples=16", "--ada_steps=1")
@@ -193,7 +195,9 @@ def test_the_binary_measures_under_ada(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_binary_measures_balls_of_pixels_and_goes_on(tmp_path):
+def test_the_binary_measures_balls_of_pixels_and_goes_on(tmp_path, monkeypatch):
+    few = {"l2": {"1": 1.0}, "linf": {"8/255": 8 / 255}}
+    monkeypatch.setattr(worst_case.results_files, "RADII", few)
     out = tmp_path / "r.json"
     flags = [f"--out={out}", "--sets=lp", "--worst_examples=12", "--config.seed=3"]
     done = run_here(*RANDOM, *flags)
