@@ -317,6 +317,12 @@ def test_batches_that_the_devices_do_not_divide(changes, said):
         config_checks.validate_devices(tiny(**changes), devices=2)
 
 
+def test_memory_is_needed_for_the_attacked_examples_only():
+    counted = [({}, 8), ({"ada.every": 4}, 2), ({"ada.every": 2, "ada.microbatch": 2}, 2)]
+    for changes, expected in counted:
+        assert config_checks.attacked_at_once(tiny(**changes), devices=2) == expected
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

@@ -51,6 +51,7 @@ def test_every_radius_of_table_2_is_measured_once(monkeypatch, tmp_path):
         ("l2", 127.5), ("l2", 255.0), *(("linf", n) for n in (1, 2, 4, 8))
     ]  # fmt: skip
     assert len({folder for *_, folder in calls}) == 6 and len(written) == 6
+    assert all(str(folder).endswith("_batch8") for *_, folder in calls)  # Another size starts anew.
     cell = results["lp"]["linf"]["8/255"]
     assert (cell["examples"], cell["robust"], cell["accuracy"], cell["autoattack"]) == (
         10,
