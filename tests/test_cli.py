@@ -173,9 +173,9 @@ def test_what_the_system_refuses_costs_one_sentence_on_any_terminal():
 def test_the_home_folder_is_meant_by_every_flag(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     for flag in ("--workdir", "--config.ada.x", "-out"):
-        assert cli._expand_home(f"{flag}=~/a=~") == f"{flag}=/home/me/a=~"
-    assert cli._expand_home("--config=~/c.py:a,b") == "--config=/home/me/c.py:a,b"
-    assert cli._expand_home("--name=a~") == "--name=a~" and cli._expand_home("--flag") == "--flag"
+        assert cli.expand_home(f"{flag}=~/a=~") == f"{flag}=/home/me/a=~"
+    assert cli.expand_home("--config=~/c.py:a,b") == "--config=/home/me/c.py:a,b"
+    assert cli.expand_home("--name=a~") == "--name=a~" and cli.expand_home("--flag") == "--flag"
 
 
 def test_the_package_lists_its_commands():
