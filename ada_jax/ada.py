@@ -252,7 +252,7 @@ def maximise(
 
     def total_loss(chosen):
         # A sum, not a mean, makes an example's gradient independent of the batch size.
-        per_example = loss_fn(render(net, free.delta(chosen), x, example_keys))
+        per_example = loss_fn(_render(net.apply, free.weights(chosen), x, example_keys))
         return per_example.sum(), per_example
 
     def ascend(i, carry):
@@ -278,27 +278,34 @@ class _FreeChoice(NamedTuple):
       start: its random start.
       radii: a scalar per leaf, which scales the steps.
       project: its projection onto the feasible set.
+      weights: computes theta + delta from it.
       delta: computes delta from it.
     """
 
     start: PyTree
     radii: PyTree
     project: Callable[[PyTree], PyTree]
+    weights: Callable[[PyTree], PyTree]
     delta: Callable[[PyTree], PyTree]
 
 
 def _free_choice(choice: str, keys: jax.Array, theta: PyTree, radii: PyTree) -> _FreeChoice:
     """The free choice of `maximise` for groups with these keys."""
     if choice == "delta":
-        start = perturbation.init(keys, theta, radii)
-        project = functools.partial(perturbation.project, radii=radii)
-        return _FreeChoice(start, radii, project, lambda delta: delta)
+        # The loop carries theta + delta instead of delta, so that a step does not write both.
+        start = perturbation.add(theta, perturbation.init(keys, theta, radii))
+        delta = lambda weights: perturbation.project(  # noqa: E731
+            jax.tree.map(jnp.subtract, weights, theta), radii
+        )
+        project = lambda weights: perturbation.add(theta, delta(weights))  # noqa: E731
+        return _FreeChoice(start, radii, project, lambda weights: weights, delta)
     delta_keys, weight_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
     drawn = perturbation.init(delta_keys, theta, radii)
-    weights = perturbation.init_weights(weight_keys, theta)
+    start = perturbation.init_weights(weight_keys, theta)
     ones = jax.tree.map(jnp.ones_like, radii)
     mix = functools.partial(perturbation.mix, drawn)
-    return _FreeChoice(weights, ones, perturbation.clip, mix)
+    weights = lambda mixing: perturbation.add(theta, mix(mixing))  # noqa: E731
+    return _FreeChoice(start, ones, perturbation.clip, weights, mix)
 
 
 def render(net: CorruptionNet, delta: PyTree, x: jax.Array, example_keys: jax.Array) -> jax.Array:
@@ -314,16 +321,22 @@ def render(net: CorruptionNet, delta: PyTree, x: jax.Array, example_keys: jax.Ar
     Returns:
       Images [B,H,W,C] in [0,1].
     """
-    group = len(x) // len(jax.tree.leaves(delta)[0])
+    return _render(net.apply, perturbation.add(net.theta, delta), x, example_keys)
 
-    def one(delta, x, key):
-        theta = perturbation.add(net.theta, delta)
+
+def _render(
+    apply: Callable[..., jax.Array], weights: PyTree, x: jax.Array, example_keys: jax.Array
+) -> jax.Array:
+    """`render` with weights theta + delta, a tree of [G, *theta_i.shape]."""
+    group = len(x) // len(jax.tree.leaves(weights)[0])
+
+    def one(weights, x, key):
         if group > 1:
-            return net.apply(theta, x, key).astype(jnp.float32)
-        return net.apply(theta, x[None], key)[0].astype(jnp.float32)
+            return apply(weights, x, key).astype(jnp.float32)
+        return apply(weights, x[None], key)[0].astype(jnp.float32)
 
     groups = x if group == 1 else x.reshape(-1, group, *x.shape[1:])
-    rendered = jax.vmap(one)(delta, groups, _of_groups(example_keys, group))
+    rendered = jax.vmap(one)(weights, groups, _of_groups(example_keys, group))
     return jnp.clip(rendered.reshape(x.shape), 0.0, 1.0)
 
 

@@ -90,20 +90,22 @@ def test_pixel_shuffle_follows_pytorchs_order(height, width, channels):
             assert y[b, 2 * h + i, 2 * w + j, c] == x[b, h, w, 4 * c + 2 * i + j]
 
 
+@pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("size", [(1, 1), (1, 4), (2, 3), (7, 5)])
-def test_the_joined_layers_of_edsr_equal_one_after_the_other(size):
+def test_the_joined_layers_of_edsr_equal_one_after_the_other(size, shuffle):
     """The wide features between them, zeros around these, and the gradients of both layers."""
 
     def separate(up, conv, x):
+        x = edsr.pixel_shuffle(x) if shuffle else x
         return layers.conv(conv, edsr.pixel_shuffle(layers.conv(up, x)))
 
     def joined(up, conv, x):
-        return edsr.pixel_shuffle(edsr.conv_shuffle_conv(up, conv, x))
+        return edsr.pixel_shuffle(edsr.conv_shuffle_conv(up, conv, x, shuffle))
 
     with jax.enable_x64(True):
         keys = jax.random.split(jax.random.key(0), 3)
         args = layers.conv_init(keys[0], 6, 24), layers.conv_init(keys[1], 6, 3)
-        args = *args, jax.random.normal(keys[2], (2, *size, 6))
+        args = *args, jax.random.normal(keys[2], (2, *size, 24 if shuffle else 6))
         args = jax.tree.map(lambda a: a.astype(float), args)
         y, transpose = jax.vjp(separate, *args)
         found, joined_transpose = jax.vjp(joined, *args)

@@ -82,21 +82,16 @@ def edsr_body_end(theta: dict, h: jax.Array) -> jax.Array:
 def edsr_tail(theta: dict, h: jax.Array) -> jax.Array:
     """Features [B,H,W,C] to [B,scale H,scale W,3] near [0,1]."""
     ups = sum(name.startswith("up") for name in theta)
-    for i in range(ups - 1):
-        h = pixel_shuffle(layers.conv(theta[f"up{i}"], h))
+    if ups == 2:
+        h = layers.conv(theta["up0"], h)
     if ups:
-        h = pixel_shuffle(conv_shuffle_conv(theta[f"up{ups - 1}"], theta["tail"], h))
+        last = theta[f"up{ups - 1}"], theta["tail"]
+        h = pixel_shuffle(conv_shuffle_conv(*last, h, shuffle=ups == 2))
     else:
         h = layers.conv(theta["tail"], h)
     return h / 255 + DIV2K_MEAN
 
 
-# [a, d, i, p] is 1 where tap a of a kernel of size 3, for the output at subpixel p of a pixel,
-# reads subpixel i of the neighbouring pixel d.
-_TAPS = np.array(
-    [[[[p + a - 1 == 2 * (d - 1) + i for p in (0, 1)] for i in (0, 1)] for d in (0, 1, 2)]
-     for a in (0, 1, 2)], np.float32,
-)  # fmt: skip
 # [a, d, u] is 1 where tap a of one kernel and tap d of the next are tap u of both together.
 _SUMS = np.array([[[a + d == u for u in range(5)] for d in range(3)] for a in range(3)], np.float32)
 # The first and last row or column of an image: its index, and the taps a and d that meet outside of
@@ -104,7 +99,7 @@ _SUMS = np.array([[[a + d == u for u in range(5)] for d in range(3)] for a in ra
 _SIDES = ((0, 2, 0), (-1, 0, 2))
 
 
-def conv_shuffle_conv(up: dict, conv: dict, x: jax.Array) -> jax.Array:
+def conv_shuffle_conv(up: dict, conv: dict, x: jax.Array, shuffle: bool = False) -> jax.Array:
     """Computes conv(pixel_shuffle(up(x))), before another shuffle, by one kernel of size 5.
 
     All three are linear. One kernel takes a seventh of the operations, and the wide features in
@@ -115,14 +110,15 @@ def conv_shuffle_conv(up: dict, conv: dict, x: jax.Array) -> jax.Array:
       up: kernel w [3,3,C,4M] and bias b [4M].
       conv: kernel w [3,3,M,O] and bias b [O].
       x: features [B,H,W,C].
+      shuffle: x is [B,H/2,W/2,4C] instead, of which `pixel_shuffle` would make the features. A
+        kernel of size 3 then computes the same, and only the border is shuffled.
 
     Returns:
       [B,H,W,4O], of which `pixel_shuffle` makes [B,2H,2W,O].
     """
     einsum = functools.partial(jnp.einsum, precision="highest")
-    taps, sums = (jnp.asarray(a, up["w"].dtype) for a in (_TAPS, _SUMS))
-    w = einsum("adip,bejq,abco->decijopq", taps, taps, conv["w"])  # For unshuffled features.
-    w = w.reshape(3, 3, up["w"].shape[3], -1)
+    sums = jnp.asarray(_SUMS, up["w"].dtype)
+    w = _before_shuffle(conv["w"])
     pairs = einsum("abcm,demo->adbeco", up["w"], w)
     biases = einsum("demo,m->deo", w, up["b"])
     rows, columns = (
@@ -131,15 +127,41 @@ def conv_shuffle_conv(up: dict, conv: dict, x: jax.Array) -> jax.Array:
     )
 
     x = x.astype(w.dtype)
+    kernel = einsum("advco,adu->uvco", rows, sums)
     bias = biases.sum((0, 1)) + jnp.repeat(conv["b"], 4)
-    y = per_example.conv2d(x, einsum("advco,adu->uvco", rows, sums), bias)
+    if shuffle:
+        y = per_example.conv2d(x, _before_shuffle(kernel), jnp.repeat(bias, 4))
+        y = pixel_shuffle(y)
+    else:
+        y = per_example.conv2d(x, kernel, bias)
     for i, a, d in _SIDES:
-        row = _line(x[:, i], rows[a, d]) + biases[d].sum(0)
+        x_row, x_column = (_edge(x, axis, i, shuffle) for axis in (1, 2))
+        row = _line(x_row, rows[a, d]) + biases[d].sum(0)
         for j, b, e in _SIDES:
-            row = _subtract(row, x[:, i, j] @ pairs[a, d, b, e] + biases[d, e], 1, j)
-        column = _line(x[:, :, i], columns[:, a, d]) + biases[:, d].sum(0)
+            row = _subtract(row, x_row[:, j] @ pairs[a, d, b, e] + biases[d, e], 1, j)
+        column = _line(x_column, columns[:, a, d]) + biases[:, d].sum(0)
         y = _subtract(_subtract(y, row, 1, i), column, 2, i)
     return y
+
+
+def _before_shuffle(w: jax.Array) -> jax.Array:
+    """The kernel [3,3,4C,4O] for unshuffled features that equals w [n,n,C,O], n = 3 or 5.
+
+    pixel_shuffle(conv(x, _before_shuffle(w))) is conv(pixel_shuffle(x), w).
+    """
+    # 1 where tap a of w, for the output at subpixel p of a pixel, reads subpixel i of the
+    # neighbouring pixel d.
+    a, d, i, p = np.indices((len(w), 3, 2, 2))
+    taps = jnp.asarray(p + a - len(w) // 2 == 2 * (d - 1) + i, w.dtype)
+    joined = jnp.einsum("adip,bejq,abco->decijopq", taps, taps, w, precision="highest")
+    return joined.reshape(3, 3, 4 * w.shape[2], 4 * w.shape[3])
+
+
+def _edge(x: jax.Array, axis: int, index: int, shuffle: bool) -> jax.Array:
+    """The first or last row or column, [B,W,C] or [B,H,C], of x or of what it is shuffled to."""
+    line = jax.lax.index_in_dim(x, index, axis)
+    line = pixel_shuffle(line) if shuffle else line
+    return jax.lax.index_in_dim(line, index, axis, keepdims=False)
 
 
 def _line(x: jax.Array, w: jax.Array) -> jax.Array:
