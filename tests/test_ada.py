@@ -125,8 +125,9 @@ def test_the_loss_rises_above_its_start_and_above_random_corruptions(seed):
 
 
 @quick
-@given(seeds, st.sampled_from(sorted(perturbation.STEP_RULES)), st.sampled_from([1, 2]))
-def test_every_leaf_of_the_result_is_inside_its_ball(seed, step_rule, group):
+@given(seeds, st.sampled_from([("sign", 1), ("l2", 2)]))
+def test_every_leaf_of_the_result_is_inside_its_ball(seed, variant):
+    step_rule, group = variant
     delta, metrics = attack(seed, *batch(seed), step_rule=step_rule, group=group)
     chex.assert_tree_all_finite(delta)
     at_surface = []
@@ -338,11 +339,11 @@ def test_mixed_leaves_are_those_that_match_whatever_the_microbatch():
     arguments, knobs = (example_keys(0), *batch()), {"choice": "mixing", "leaves": "b$"}
     augment = functools.partial(augment_affinely, LOGITS_FN, net=NET_WITHOUT_BLOCKS, **knobs)
     whole, split = (
-        jax.jit(functools.partial(augment, microbatch=microbatch))(*arguments)
-        for microbatch in (None, 2)
+        jax.jit(lambda *a, nu, n=n: augment(*a, nu=nu, microbatch=n)) for n in (None, 2)
     )
+    unperturbed, _ = whole(*arguments, nu=0.0)
+    whole, split = whole(*arguments, nu=NU), split(*arguments, nu=NU)
     chex.assert_trees_all_close(split, whole, rtol=1e-4, atol=1e-5)
-    unperturbed, _ = jax.jit(functools.partial(augment, nu=0.0))(*arguments)
     assert np.all(np.any(whole[0] != unperturbed, axis=(1, 2, 3)))
 
 
@@ -555,9 +556,10 @@ def test_groups_do_not_depend_on_the_microbatch_or_on_other_groups():
     examples = example_keys(0, 32), *batch(n=32)
     whole, split = (compiled(32, microbatch, group=4)(*examples) for microbatch in (None, 8))
     chex.assert_trees_all_close(split, whole, rtol=1e-4, atol=1e-5)
-    for part in (slice(i, i + 4) for i in range(0, 32, 4)):
-        alone = compiled(4, microbatch=None, group=4)(*row(examples, part))
-        chex.assert_trees_all_close(row(whole, part), alone, rtol=1e-4, atol=1e-5)
+    others, part = (example_keys(1, 32), *batch(1, n=32)), slice(20, 24)
+    mixed = jax.tree.map(lambda a, b: b.at[part].set(a[part]), examples, others)
+    found = compiled(32, None, group=4)(*mixed)
+    chex.assert_trees_all_close(row(found, part), row(whole, part), rtol=1e-4, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------- a golden step
