@@ -291,20 +291,29 @@ class _FreeChoice(NamedTuple):
 
 def _free_choice(choice: str, keys: jax.Array, theta: PyTree, radii: PyTree) -> _FreeChoice:
     """The free choice of `maximise` for groups with these keys."""
-    if choice == "delta":
-        # The loop carries theta + delta instead of delta, so that a step does not write both.
-        start = perturbation.add(theta, perturbation.init(keys, theta, radii))
-        delta = lambda weights: perturbation.project(  # noqa: E731
-            jax.tree.map(jnp.subtract, weights, theta), radii
-        )
-        project = lambda weights: perturbation.add(theta, delta(weights))  # noqa: E731
-        return _FreeChoice(start, radii, project, lambda weights: weights, delta)
+    if choice == "mixing":
+        return _mixing(keys, theta, radii)
+
+    def delta(weights):
+        return perturbation.project(jax.tree.map(jnp.subtract, weights, theta), radii)
+
+    def project(weights):
+        return perturbation.add(theta, delta(weights))
+
+    # The loop carries theta + delta instead of delta, so that a step does not write both.
+    start = perturbation.add(theta, perturbation.init(keys, theta, radii))
+    return _FreeChoice(start, radii, project, lambda weights: weights, delta)
+
+
+def _mixing(keys: jax.Array, theta: PyTree, radii: PyTree) -> _FreeChoice:
     delta_keys, weight_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-    drawn = perturbation.init(delta_keys, theta, radii)
+    mix = functools.partial(perturbation.mix, perturbation.init(delta_keys, theta, radii))
+
+    def weights(mixing):
+        return perturbation.add(theta, mix(mixing))
+
     start = perturbation.init_weights(weight_keys, theta)
     ones = jax.tree.map(jnp.ones_like, radii)
-    mix = functools.partial(perturbation.mix, drawn)
-    weights = lambda mixing: perturbation.add(theta, mix(mixing))  # noqa: E731
     return _FreeChoice(start, ones, perturbation.clip, weights, mix)
 
 
