@@ -222,7 +222,7 @@ def check_memory(nets: Sequence[ada.CorruptionNet], attacked: int, group: int = 
     if not nets or available is None:
         return
     parameters = max(sum(a.size for a in jax.tree.leaves(net.theta)) for net in nets)
-    per_example = 3 * 4 * parameters / group  # float32: delta, its gradient and the next delta
+    per_example = 3 * 4 * parameters / group  # float32: theta + delta, its gradient, the next one
     if per_example * attacked > available:
         divisors = [n for n in range(group, attacked + 1, group) if attacked % n == 0]
         fits = [n for n in divisors if 2 * n * per_example <= available]
