@@ -306,6 +306,7 @@ def _free_choice(choice: str, keys: jax.Array, theta: PyTree, radii: PyTree) -> 
 
 
 def _mixing(keys: jax.Array, theta: PyTree, radii: PyTree) -> _FreeChoice:
+    """AdvMix: the mixing weights of random corruptions, see `maximise`."""
     delta_keys, weight_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
     mix = functools.partial(perturbation.mix, perturbation.init(delta_keys, theta, radii))
 
