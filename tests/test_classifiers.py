@@ -473,7 +473,7 @@ def test_perturbations_may_be_functions_of_the_outputs(name: str) -> None:
 
 def test_perturbations_of_unknown_layers_are_rejected() -> None:
     net, params, state = fitted("resnet9")
-    with pytest.raises(UserError, match="'stage5' is unknown: resnet9 has stem, stage1, stage2"):
+    with pytest.raises(UserError, match="'stage5' is unknown: resnet9 has input, stem, stage1"):
         net.apply(params, state, None, images(2), is_training=False, perturbations={"stage5": 0})
 
 

@@ -83,8 +83,6 @@ def make(
     if name not in names():
         raise UserError(f"The classifier {name!r} is unknown: choose one of {', '.join(names())}.")
 
-    policy = jmp.get_policy(f"params=float32,compute={compute_dtype},output=float32")
-
     def forward(
         x: jax.Array,
         is_training: bool,
@@ -97,50 +95,62 @@ def make(
                 f"Images of shape {list(x.shape)} and {x.dtype} must be [B,H,W,{len(mean)}], "
                 "floating point in [0, 1]: divide integers by 255."
             )
-        x = x.astype(jnp.float32)
-        axis_name = None if hk.running_init() else bn_axis_name
-        perturbations, outputs = perturbations or {}, {}
-
-        def perturbed(h: jax.Array, layer: str) -> jax.Array:
-            if layer not in perturbations:
-                return h
-            change = perturbations[layer]
-            return change(h) if callable(change) else h + change.astype(h.dtype)
-
-        def tap(h: jax.Array, layer: str) -> jax.Array:
-            outputs[layer] = perturbed(h, layer)
-            return outputs[layer]
-
-        def norm_relu(h: jax.Array, bn_name: str, relu: bool = True) -> jax.Array:
-            bn = batch_norm.BatchNorm(
-                create_scale=True,
-                create_offset=True,
-                decay_rate=bn_decay,
-                eps=1e-5,
-                cross_replica_axis=axis_name,
-                name=bn_name,
-            )
-            h = bn(policy.cast_to_param(h), is_training, test_local_stats)
-            return policy.cast_to_compute(jax.nn.relu(h) if relu else h)
-
-        x = (x - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
-        x = perturbed(x, "input")
+        bn_config = {
+            "decay_rate": bn_decay,
+            "cross_replica_axis": None if hk.running_init() else bn_axis_name,
+        }
+        perturbations = perturbations or {}
+        tap, outputs = _hooks(perturbations)
+        x = x.astype(jnp.float32) - jnp.asarray(mean, jnp.float32)
+        x = tap(x / jnp.asarray(std, jnp.float32), "input")
         if name == "resnet50":
-            bn_config = {"decay_rate": bn_decay, "cross_replica_axis": axis_name}
             net = _resnet50(num_classes, bn_config, zero_init_logits)
             with _resnet50_policies(compute_dtype), hk.intercept_methods(_resnet50_taps(tap)):
                 logits = net(x, is_training, test_local_stats)
         else:
-            features = _NETWORKS[name](policy.cast_to_compute(x), norm_relu, tap)
-            features = jnp.mean(policy.cast_to_output(features), axis=(1, 2))
+            norm_relu = _norm_relu(bn_config, compute_dtype, is_training, test_local_stats)
+            features = _NETWORKS[name](x.astype(compute_dtype), norm_relu, tap)
+            features = jnp.mean(features.astype(jnp.float32), axis=(1, 2))
             logits = _logits(features, num_classes, zero_init_logits)
-        if unknown := perturbations.keys() - outputs.keys() - {"input"}:
+        if unknown := perturbations.keys() - outputs.keys():
             raise UserError(
                 f"The layer {min(unknown)!r} is unknown: {name} has {', '.join(outputs)}."
             )
+        del outputs["input"]
         return (logits, outputs) if with_features else logits
 
     return hk.transform_with_state(forward)
+
+
+def _hooks(perturbations: Mapping[str, jax.Array | Callable]) -> tuple[Tap, dict[str, jax.Array]]:
+    """The function that perturbs a layer's output, and the dict in which it keeps the outputs."""
+    outputs = {}
+
+    def tap(h: jax.Array, layer: str) -> jax.Array:
+        change = perturbations.get(layer)
+        if callable(change):
+            h = change(h)
+        elif change is not None:
+            h = h + change.astype(h.dtype)
+        outputs[layer] = h
+        return h
+
+    return tap, outputs
+
+
+def _norm_relu(
+    bn_config: dict[str, Any], compute_dtype: str, is_training: bool, test_local_stats: bool
+) -> NormRelu:
+    """Batch normalisation in float32 and a ReLU, for the networks of `residual_nets`."""
+
+    def norm_relu(h: jax.Array, bn_name: str, relu: bool = True) -> jax.Array:
+        bn = batch_norm.BatchNorm(
+            create_scale=True, create_offset=True, eps=1e-5, name=bn_name, **bn_config
+        )
+        h = bn(h.astype(jnp.float32), is_training, test_local_stats)
+        return (jax.nn.relu(h) if relu else h).astype(compute_dtype)
+
+    return norm_relu
 
 
 def feature_shapes(
