@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 AXIS = "devices"
 
@@ -118,22 +118,50 @@ def on_mesh(function: Callable[..., Any], logits_fn: LogitsFn, x: jax.Array) -> 
 
 
 def map_examples(f: Callable, args: Any, batch_size: int | None = None) -> Any:
-    """`lax.map` over examples; on a mesh of automatic axes each device loops over its own ones.
-
-    A plain `lax.map` would gather all examples on every device. The mesh must be set, by `on_mesh`
-    or by `jax.set_mesh`.
+    """`lax.map` over examples; on a mesh each device loops over its own ones.
 
     Args:
       f: a function of one example.
       args: tree of arrays [N,...].
       batch_size: see `lax.map`.
     """
-    mesh, count = jax.sharding.get_abstract_mesh(), len(jax.tree.leaves(args)[0])
-    local = functools.partial(jax.lax.map, f, batch_size=batch_size)
-    if mesh.empty or not mesh.are_all_axes_auto or count % mesh.size:
-        return local(args)
-    spec = PartitionSpec(mesh.axis_names)
-    return jax.shard_map(local, in_specs=(spec,), out_specs=spec)(args)
+    return on_own_examples(functools.partial(jax.lax.map, f, batch_size=batch_size), args)
+
+
+def on_own_examples(f: Callable, args: Any) -> Any:
+    """f(args); on a mesh each device applies f to its own examples.
+
+    The compiler would gather all examples on every device for a loop, and cannot split a Pallas
+    kernel. A mesh of automatic axes must be set, by `on_mesh` or by `jax.set_mesh`.
+
+    Args:
+      f: a function of any number of examples.
+      args: tree of arrays [N,...], split over explicit axes or, over all automatic ones, here. Then
+        the last example is repeated if N is not a multiple of the devices.
+    """
+    leaves = jax.tree.leaves(args)
+    mesh, names = _split_over(leaves)
+    if mesh.empty or mesh.manual_axes:
+        return f(args)
+    count = len(leaves[0])
+    if mesh.explicit_axes:
+        args = jax.sharding.reshard(args, NamedSharding(mesh, PartitionSpec(names)))
+    elif count % mesh.size:
+        index = np.minimum(np.arange(count + -count % mesh.size), count - 1)
+        args = jax.tree.map(lambda a: a[index], args)
+    spec = PartitionSpec(names)
+    out = jax.shard_map(f, mesh=mesh, in_specs=(spec,), out_specs=spec)(args)
+    return jax.tree.map(lambda a: a[:count], out)
+
+
+def _split_over(arrays: Sequence[jax.Array]) -> tuple[AbstractMesh, Any]:
+    """The mesh of arrays [N,...] and the names of the axes to split N over."""
+    for array in arrays:
+        sharding = jax.typeof(array).sharding
+        if sharding.mesh.explicit_axes and sharding.spec[0]:
+            return sharding.mesh, sharding.spec[0]
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh, None if mesh.explicit_axes else mesh.axis_names
 
 
 def varying(value: jax.Array, like: jax.Array) -> jax.Array:

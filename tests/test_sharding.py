@@ -3,6 +3,7 @@
 Run as a program, `python test_sharding.py FILE.npz NAME ...`, it writes what functions return.
 """
 
+import contextlib
 import functools
 import itertools
 import pathlib
@@ -81,6 +82,16 @@ def convolution():
     return lambda theta, x: per_example.conv2d(x, theta["w"], theta["b"]), net().theta
 
 
+def kernels(key, weights, x, y):
+    """The gradient to images through convolutions with a kernel made from each image."""
+
+    def loss(x):
+        w = x[:, :3, :3, :, None] * net().theta["w"]
+        return (jax.vmap(per_example.conv2d)(x[:, None], w) ** 2).sum()
+
+    return jax.grad(loss)(x)
+
+
 def normalisation():
     norm = hk.transform_with_state(
         lambda x, training: batch_norm.BatchNorm(True, True, 0.9)(x, training, False)
@@ -91,6 +102,7 @@ def normalisation():
 
 FUNCTIONS: dict[str, Callable] = {
     "convolution": functools.partial(gradients, convolution),
+    "kernels": kernels,
     "normalisation": functools.partial(gradients, normalisation),
     "augment": functools.partial(augment, steps=2, nu=0.2),
     "augment-biases": functools.partial(augment, steps=2, nu=0.2, microbatch=2, leaves="b"),
@@ -112,7 +124,8 @@ FUNCTIONS: dict[str, Callable] = {
     "square": functools.partial(attack, attacks.square, queries=10),
     "square-l2": functools.partial(attack, attacks.square, queries=10, norm="l2", epsilon=0.3),
 }
-QUICK = ("pgd", "convolution", "normalisation")
+QUICK = ("pgd", "convolution", "kernels", "normalisation")
+PALLAS = ("kernels", "augment", "augment-group")  # With a kernel per example or group.
 OTHERS = tuple(name for name in FUNCTIONS if name not in QUICK)
 
 
@@ -121,16 +134,21 @@ def on_one_device(function: Callable) -> Any:
     return jax.jit(function)(jax.random.key(0), a["weights"], a["x"], a["y"])
 
 
+def on_devices(mesh: jax.sharding.Mesh) -> tuple[jax.Array, ...]:
+    """The functions' arguments, with images and labels split."""
+    a, split = arrays(), NamedSharding(mesh, P("data"))
+    weights = jax.device_put(a["weights"], NamedSharding(mesh, P()))
+    return (jax.random.key(0), weights, *jax.device_put((a["x"], a["y"]), split))
+
+
 def on_mesh(function: Callable, axis_type: AxisType, mapped: bool = False) -> Any:
     """Runs a function jitted on a mesh, or in `jax.shard_map`."""
-    mesh, a = jax.make_mesh((DEVICES,), ("data",), axis_types=(axis_type,)), arrays()
-    split = lambda a: jax.device_put(a, NamedSharding(mesh, P("data")))  # noqa: E731
-    weights = jax.device_put(a["weights"], NamedSharding(mesh, P()))
+    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(axis_type,))
     if mapped:
         batch = P("data")
         in_specs = (P(), P(), batch, batch)
         function = jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=batch)
-    out = jax.jit(function)(jax.random.key(0), weights, split(a["x"]), split(a["y"]))
+    out = jax.jit(function)(*on_devices(mesh))
     for leaf in jax.tree.leaves(out):
         assert axis_type is AxisType.Auto or leaf.sharding.spec[0] == "data"
     return out
@@ -154,6 +172,19 @@ def readme(split: NamedSharding | None = None) -> np.ndarray:
     return np.asarray(names["loss"])
 
 
+def tpu_kernels() -> Arrays:
+    """Numbers of Pallas kernels in programs for a TPU, on one device and on both kinds of mesh."""
+    found = {}
+    for name, kind in itertools.product(PALLAS, (None, AxisType.Auto, AxisType.Explicit)):
+        devices = 1 if kind is None else DEVICES
+        mesh = jax.make_mesh((devices,), ("data",), axis_types=(kind or AxisType.Auto,))
+        with contextlib.nullcontext() if kind is None else jax.set_mesh(mesh):
+            traced = jax.jit(FUNCTIONS[name]).trace(*on_devices(mesh))
+            program = traced.lower(lowering_platforms=("tpu",)).as_text()
+        found[f"{name}/{kind}"] = np.asarray(program.count("@tpu_custom_call"))
+    return found
+
+
 def compute(names: list[str]) -> Arrays:
     """All leaves of what the functions return, by function, way and number."""
     if names == ["readme"]:
@@ -161,6 +192,8 @@ def compute(names: list[str]) -> Arrays:
         one = readme()
         with jax.set_mesh(mesh):
             return {"one": one, "explicit": readme(NamedSharding(mesh, P("data")))}
+    if names == ["tpu_kernels"]:
+        return tpu_kernels()
     found = {}
     for name in names:
         for way, run in {"one": on_one_device, **WAYS}.items():
@@ -189,6 +222,16 @@ def test_equal_to_one_device(names, tmp_path):
         for leaf in leaves:
             one, many = found[leaf], found[leaf.replace("/one/", f"/{way}/")]
             np.testing.assert_allclose(many, one, rtol=1e-4, atol=1e-5, err_msg=f"{leaf}, {way}")
+
+
+def test_a_tpu_s_kernels_are_split_over_its_devices(tmp_path):
+    """Only compiling such a program would fail, so it is lowered for a TPU."""
+    found = computed(("tpu_kernels",), tmp_path)
+    for name in PALLAS:
+        one, *many = (
+            int(found[f"{name}/{kind}"]) for kind in (None, AxisType.Auto, AxisType.Explicit)
+        )
+        assert one > 0 and many == [one, one], name
 
 
 @pytest.mark.slow

@@ -161,7 +161,8 @@ def _many_op(stride: int, padding: int, gradients: bool) -> Callable:
 
     @custom_vmap
     def many(*args):
-        return lax.platform_dependent(*args, **chosen)
+        one_device = lambda args: lax.platform_dependent(*args, **chosen)  # noqa: E731
+        return sharding.on_own_examples(one_device, args)
 
     @many.def_vmap
     def _(size, batched, *args):
@@ -184,7 +185,7 @@ def _one_by_one(f: Callable[..., Any], *args: jax.Array) -> Any:
     def one(parts):
         return flat(f(*(p.reshape(a.shape[1:]) for p, a in zip(parts, args, strict=True))))
 
-    out = sharding.map_examples(one, flat(args))
+    out = lax.map(one, flat(args))
     return jax.tree.map(lambda a, s: a.reshape(s.shape), out, jax.eval_shape(jax.vmap(f), *args))
 
 
