@@ -54,11 +54,11 @@ def adversarial_augment(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Corrupts every image so that the classifier's loss on it is as large as possible.
 
-    The batch may be split over several devices, either by `jax.jit` along automatic or explicit
-    mesh axes, or inside `jax.shard_map`, where `microbatch` and `group` count a device's own
-    examples. A single key, equal on all devices, is split over the whole batch, as on one device.
-    Pass one key per example in `jax.pmap`, with `check_vma=False`, or if the batch's axes are not
-    in the mesh's order: a device does not know its position in the batch there.
+    The batch may be split over several devices, either by `jax.jit` along the automatic or explicit
+    axes of the mesh of `jax.set_mesh`, or inside `jax.shard_map`, where `microbatch` and `group`
+    count a device's own examples. A single key, equal on all devices, is split over the whole
+    batch, as on one device. Pass one key per example in `jax.pmap`, with `check_vma=False`, or if
+    the batch's axes are not in the mesh's order: a device does not know its position there.
 
     Args:
       key: random key, or one per example [B].
@@ -326,7 +326,7 @@ def render(net: CorruptionNet, delta: PyTree, x: jax.Array, example_keys: jax.Ar
       delta: tree of [G, *theta_i.shape]; each of the G groups has B/G consecutive images.
       x: images [B,H,W,C] in [0,1].
       example_keys: [B]; that of a group's first image fixes a stochastic network's noise, which is
-        then equal in all steps.
+        then equal in all steps. The network gets a key derived from it.
 
     Returns:
       Images [B,H,W,C] in [0,1].
@@ -341,6 +341,7 @@ def _render(
     group = len(x) // len(jax.tree.leaves(weights)[0])
 
     def one(weights, x, key):
+        key = jax.random.fold_in(key, 2)  # Its children 0 and 1 draw the start of the ascent.
         if group > 1:
             return apply(weights, x, key).astype(jnp.float32)
         return apply(weights, x[None], key)[0].astype(jnp.float32)

@@ -160,14 +160,14 @@ def check_finite(bad: int, count: int, what: str) -> None:
 
 
 def nan_if_invalid(x: jax.Array, y: jax.Array | None = None, classes: int = 0) -> jax.Array:
-    """Replaces images with a pixel outside [0,1], or a label not in 0..classes-1, by NaN.
+    """Clips rounding errors, and replaces images outside [0,1] or with a wrong label by NaN.
 
     Inside `jax.jit`, where no error can be raised, this keeps training from going on with them.
     """
     valid = jnp.all((x >= -_ROUNDING) & (x <= 1 + _ROUNDING), axis=(1, 2, 3))
     if y is not None:
-        valid &= (y >= 0) & (y < classes)
-    return jnp.where(valid[:, None, None, None], x, jnp.nan)
+        valid &= (y >= 0) & (y.astype(jnp.int32) < classes)  # As int8 `classes` may wrap around.
+    return jnp.where(valid[:, None, None, None], jnp.clip(x, 0, 1), jnp.nan)
 
 
 def detached(f: Callable, *args: jax.Array) -> Callable:

@@ -75,8 +75,14 @@ def radii(theta: PyTree, nu: float) -> PyTree:
 
 
 def median_radius(radii: PyTree) -> jax.Array:
-    """Median of the leaves' radii; the paper's step size is a quarter of it (appendix A)."""
-    return jnp.median(jnp.stack(jax.tree.leaves(radii)))
+    """Median of the leaves' positive radii; the paper's step size is a quarter of it (appendix A).
+
+    Leaves of zeros are not perturbed. With them the median, and thus the step, could be zero.
+    """
+    ordered = jnp.sort(jnp.stack(jax.tree.leaves(radii)))
+    last = jnp.maximum(jnp.sum(ordered > 0) - 1, 0)  # Of the positive ones, counted from the end.
+    middle = len(ordered) - 1 - jnp.stack([last // 2, (last + 1) // 2])
+    return ordered[middle].mean()
 
 
 def init(keys: jax.Array, theta: PyTree, radii: PyTree) -> PyTree:
@@ -170,6 +176,11 @@ def sign_step(gradient: PyTree, radii: PyTree, scale: float) -> PyTree:
 def l2_step(gradient: PyTree, radii: PyTree, scale: float) -> PyTree:
     """Ascent step along the gradient, of length scale * radius in every leaf of every example."""
     scale = checks.float32(scale)
+    # The squares of very small or large gradients would not be float32 numbers.
+    largest = jax.tree.map(
+        lambda g: jnp.max(jnp.abs(g), tuple(range(1, g.ndim)), keepdims=True), gradient
+    )
+    gradient = jax.tree.map(lambda g, m: g / jnp.where(m > 0, m, 1), gradient, largest)
     return jax.tree.map(
         lambda g, n, r: g * _along(scale * r / jnp.maximum(n, _TINY), g),
         gradient,

@@ -165,35 +165,51 @@ def finish(
 
     Averaged weights (config.ema_decay) are evaluated first, into files and results of their own.
     """
+    outcomes = {"": state}
     if state.ema:
         params, net_state = state.ema
         averaged = state._replace(params=params, net_state=net_state)
-        write_outcome(parts, workdir, averaged, seconds, about, suffix="_ema")
-    write_outcome(parts, workdir, state, seconds, about)
+        outcomes = {"_ema": averaged} | outcomes
+    for suffix, outcome in outcomes.items():
+        write_weights(parts, workdir, outcome, about, suffix)
+    for suffix, outcome in outcomes.items():
+        write_results(parts, workdir, outcome, seconds, about, suffix)
 
 
-def write_outcome(
+def write_weights(
+    parts: setup.Parts,
+    workdir: str,
+    state: training.TrainState,
+    about: dict[str, Any],
+    suffix: str,
+) -> None:
+    """Writes the weights `state.params`; see `finish`."""
+    if jax.process_index() == 0:
+        metadata = {
+            "classifier": parts.config.classifier,
+            "classes": parts.train_set.num_classes,
+            "mean": list(parts.config.mean),
+            "std": list(parts.config.std),
+            "step": int(state.step),
+            **about,
+        }
+        weights = {"params": state.params, "state": state.net_state}
+        path = os.path.join(workdir, f"classifier{suffix}.safetensors")
+        weight_files.save_weights(path, weights, metadata)
+
+
+def write_results(
     parts: setup.Parts,
     workdir: str,
     state: training.TrainState,
     seconds: float,
     about: dict[str, Any],
-    suffix: str = "",
+    suffix: str,
 ) -> None:
-    """Writes the weights `state.params` and their results; see `finish`."""
+    """Writes the results of the weights `state.params`, and pictures; see `finish`."""
     config, path = parts.config, os.path.join(workdir, f"results{suffix}.json")
     weights = {"params": state.params, "state": state.net_state}
     weights_file = os.path.join(workdir, f"classifier{suffix}.safetensors")
-    if jax.process_index() == 0:
-        metadata = {
-            "classifier": config.classifier,
-            "classes": parts.train_set.num_classes,
-            "mean": list(config.mean),
-            "std": list(config.std),
-            "step": int(state.step),
-            **about,
-        }
-        weight_files.save_weights(weights_file, weights, metadata)
     results = evaluate.new_results(
         config,
         name=config.name + suffix,
@@ -246,6 +262,9 @@ def show_attack(
 ) -> dict[str, float]:
     """Attacks the trained classifier on the first evaluation images, and draws some of them.
 
+    Every image has its own perturbation (`config.ada.group` is not used), of the first kind in
+    `config.ada.choice`. As many images are attacked at a time as in training.
+
     Args:
       parts: the run.
       net: one of its corruption networks.
@@ -260,8 +279,8 @@ def show_attack(
     batch = next(batching.eval_batches(parts.eval_set, batch_size=config.figure_examples))
     real = batch["mask"] > 0
     x, y = batching.to_float(batch["image"][real]), jnp.asarray(batch["label"][real])
-    cast = functools.partial(corruption_nets.cast, dtype=config.compute_dtype)
-    at_once = range(1, min(config.ada.microbatch or len(x), len(x)) + 1)
+    apply = corruption_nets.cast(net.apply, dtype=config.compute_dtype, remat=config.ada.remat)
+    most = min(config_checks.attacked_at_once(config, jax.device_count()), len(x))
 
     logits_fn = functools.partial(
         scoring.apply_classifier, parts.classifier, state.params, state.net_state
@@ -274,8 +293,8 @@ def show_attack(
             x,
             y,
             logits_fn=logits_fn,
-            net=net._replace(apply=cast(net.apply)),
-            microbatch=max(n for n in at_once if len(x) % n == 0),
+            net=net._replace(apply=apply),
+            microbatch=max(n for n in range(1, most + 1) if len(x) % n == 0),
             leaves=config.ada.leaves,
             choice=config.ada.choice[0],
             **training.attack_settings(config.ada),

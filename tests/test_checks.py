@@ -54,6 +54,18 @@ def test_what_cannot_be_refused_while_tracing_becomes_nan():
     assert np.isnan(checks.nan_if_invalid(x, y + 1, 3)).any((1, 2, 3)).tolist() == [0, 1, 1, 1]
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int32"])
+def test_more_classes_than_the_labels_type_has_numbers(dtype):
+    y = jnp.array([0, 100, 127], dtype)
+    assert not np.isnan(checks.nan_if_invalid(jnp.stack([IMAGES[0]] * 3), y, 300)).any()
+
+
+def test_rounding_errors_are_clipped():
+    x = jnp.stack([IMAGES[0].at[0, 0].set(-1e-7), IMAGES[0].at[0, 0].set(1 + 5e-7)])
+    images = np.asarray(checks.nan_if_invalid(x))
+    assert images.min() == 0 and images.max() == 1
+
+
 def test_what_a_function_closes_over_has_no_gradient():
     def loss(scale):
         f = checks.detached(lambda x: (scale * x).sum(), IMAGES)

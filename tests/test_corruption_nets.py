@@ -340,6 +340,8 @@ def test_bits_have_the_latent_as_their_mean_and_pass_gradients_straight_through(
     assert (draw[:, 0] == -1).all() and (draw[:, -1] == 1).all()
     gradient = jax.grad(lambda e: jnp.sum(e * 0 + 3 * cae.binarise(jax.random.key(0), e)))
     np.testing.assert_allclose(gradient(latent), 3)
+    half = cae.binarise(jax.random.key(0), jnp.linspace(-1, 1, 99, dtype=jnp.bfloat16))
+    assert half.dtype == jnp.bfloat16 and (jnp.abs(half) == 1).all()
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """A machine whose GPU JAX does not find, or whose memory is too small."""
 
+import types
+
 import jax
 import pytest
 import test_train
@@ -88,6 +90,21 @@ def test_a_user_s_own_folder_of_compiled_programs_takes_precedence(monkeypatch, 
         assert jax.config.jax_compilation_cache_dir == used
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.mark.parametrize(("most", "calls"), [(2**30, [2**30]), (2**25, [2**30, 2**25]), (0, None)])
+def test_an_old_c_library_keeps_freed_memory_too(monkeypatch, most, calls):
+    made = []
+
+    def mallopt(parameter, value):
+        made.append((parameter, value))
+        return int(parameter != -3 or value <= most)
+
+    monkeypatch.setattr(cli.ctypes, "CDLL", lambda _: types.SimpleNamespace(mallopt=mallopt))
+    cli._keep_freed_memory()
+    # The trim threshold would stop the other one from growing.
+    trim = [] if calls is None else [(-1, 2**31 - 1)]
+    assert made == [(-3, value) for value in calls or [2**30, 2**25]] + trim
 
 
 def test_perturbations_that_do_not_fit_are_told_before_anything_is_compiled(monkeypatch):

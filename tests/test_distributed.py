@@ -176,6 +176,16 @@ def test_folders_that_are_not_shared_are_refused_by_all(tmp_path, photographs):
 
 
 @pytest.mark.slow
+def test_a_folder_that_cannot_be_written_is_refused_by_all(tmp_path, photographs):
+    (tmp_path / "file").touch()
+    processes = start_two([tmp_path / "file" / "run"] * 2, flags_of(photographs))
+    for process, said in zip(processes, ("cannot be", "message of process 0"), strict=True):
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 2
+        assert said in output.splitlines()[-1] and "Traceback" not in output
+
+
+@pytest.mark.slow
 def test_a_folder_that_is_in_use_is_refused_by_all(tmp_path, photographs):
     with locks.hold("--workdir", locks.of_folder(tmp_path)):
         processes = start_two([tmp_path] * 2, flags_of(photographs))

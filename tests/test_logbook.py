@@ -82,6 +82,16 @@ def test_progress_prints_one_line_an_interval_where_there_is_no_terminal(capsys)
     assert evaluation == "step 6/10, eval: error 3.2%"
 
 
+def test_the_speed_is_that_of_training(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(logbook.time, "monotonic", lambda: now[0])
+    progress = logbook.Progress(step=0, total=10, batch_size=4, show=False)
+    now[0] = 2.0
+    with progress.paused():
+        now[0] += 100
+    assert progress.update(5, {}) == {"examples_per_second": 10, "input_wait_percent": 0}
+
+
 def test_intervals_may_be_fractions_of_steps():
     assert [step for step in range(1, 11) if loop.is_due(step, 2.5)] == [3, 5, 8, 10]
     assert [step for step in range(1, 7) if loop.is_due(step, 3)] == [3, 6]

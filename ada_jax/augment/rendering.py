@@ -69,7 +69,7 @@ def generate(
         x = images[np.minimum(position, stop - 1)].reshape(devices, group, *images.shape[1:])
         indices = first // group + np.arange(devices)
         thetas = jax.tree.map(lambda *a: np.stack(a), *(distorted(int(i)) for i in indices))
-        rendered = run(thetas, x, position.reshape(devices, group), seed, copy)
+        rendered = run(thetas, x, position.reshape(devices, group), np.uint32(seed), copy)
         yield np.asarray(rendered).reshape(-1, *images.shape[1:])[: stop - first]
 
 

@@ -84,8 +84,9 @@ def fits_cae(*sides: int) -> bool:
 def binarise(key: jax.Array, latent: jax.Array) -> jax.Array:
     """Draws bits of -1 or 1 with the latent as mean; the gradient is straight-through."""
     drawn = jax.random.uniform(key, latent.shape, jnp.float32)
-    bits = jnp.where(drawn <= (1 + latent) / 2, 1.0, -1.0)
-    return latent + jax.lax.stop_gradient(bits - latent)
+    bits = jnp.where(drawn <= (1 + latent) / 2, 1.0, -1.0).astype(latent.dtype)
+    # In this order, because bits - latent would be rounded.
+    return bits + (latent - jax.lax.stop_gradient(latent))
 
 
 def cae_decode(theta: dict, bits: jax.Array) -> jax.Array:

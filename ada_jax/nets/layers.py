@@ -1,5 +1,6 @@
 """Layers shared by the corruption networks."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -53,13 +54,12 @@ def conv_after_up(up: dict, conv: dict, x: jax.Array) -> jax.Array:
       [B,2H-2,2W-2,O] for x [B,H,W,C].
     """
     taps = jnp.asarray(_SUBPIXEL_TAPS, x.dtype)
-    w = jnp.einsum("irda,jseb,ijcm,rsmo->decabo", taps, taps, up["w"], conv["w"])
-    b = conv["b"] + up["b"] @ conv["w"].sum((0, 1))
-    out = w.shape[-1]
-    y = per_example.conv2d(x.astype(w.dtype), w.reshape(2, 2, -1, 4 * out), padding=0)
-    batch, height, width, _ = y.shape
-    y = y.reshape(batch, height, width, 2, 2, out).transpose(0, 1, 3, 2, 4, 5)
-    return y.reshape(batch, 2 * height, 2 * width, out) + b
+    einsum = functools.partial(jnp.einsum, precision="highest")
+    w = einsum("irda,jseb,ijcm,rsmo->decabo", taps, taps, up["w"], conv["w"])
+    b = conv["b"] + einsum("m,rsmo->o", up["b"], conv["w"])
+    w = w.reshape(*w.shape[:3], -1)
+    y = per_example.conv2d(x.astype(w.dtype), w, padding=0)
+    return per_example.interleave(y, 2) + b
 
 
 def conv_init(key: jax.Array, inputs: int, outputs: int, size: int = 3) -> dict:

@@ -71,11 +71,18 @@ def conv_transpose2d(x: jax.Array, w: jax.Array, b: jax.Array | None = None) -> 
     Returns:
       [B,kH,kW,O], with output [kh+i, kw+j] = x[h, w] @ w[i, j] + b.
     """
-    (batch, height, width, channels), (k, _, _, out) = x.shape, w.shape
+    k, _, channels, out = w.shape
     y = conv2d(x, w.transpose(2, 0, 1, 3).reshape(1, 1, channels, k * k * out))
-    y = y.reshape(batch, height, width, k, k, out).transpose(0, 1, 3, 2, 4, 5)
-    y = y.reshape(batch, k * height, k * width, out)
+    y = interleave(y, k)
     return y if b is None else y + b
+
+
+def interleave(y: jax.Array, k: int) -> jax.Array:
+    """Moves blocks of k x k pixels, [B,H,W,k*k*C], to their places: [B,kH,kW,C]."""
+    batch, height, width, channels = y.shape
+    out = channels // k**2
+    y = y.reshape(batch, height, width, k, k, out).transpose(0, 1, 3, 2, 4, 5)
+    return y.reshape(batch, k * height, k * width, out)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

@@ -320,5 +320,6 @@ def _keep_freed_memory() -> None:
     except (OSError, AttributeError):  # Another C library.
         return
     m_trim_threshold, m_mmap_threshold = -1, -3
-    mallopt(m_mmap_threshold, 1 << 30)
-    mallopt(m_trim_threshold, (1 << 31) - 1)
+    # Old versions allow at most 32 MiB. Without this first one the second would make it worse.
+    if mallopt(m_mmap_threshold, 1 << 30) or mallopt(m_mmap_threshold, 1 << 25):
+        mallopt(m_trim_threshold, (1 << 31) - 1)

@@ -112,8 +112,6 @@ def lock_workdir(workdir: str) -> Iterator[None]:
       UserError: in every process, if the folder is not shared or cannot be locked.
     """
     what = f"--workdir={workdir}"
-    if jax.process_count() > 1:
-        _check_shared(workdir)
     with contextlib.ExitStack() as stack:
         error = None
         if jax.process_index() == 0:
@@ -123,6 +121,9 @@ def lock_workdir(workdir: str) -> Iterator[None]:
                 error = caught
         if broadcast(np.asarray(error is not None)):
             raise error or UserError(f"{what} cannot be used: see the message of process 0.")
+        # After process 0 has made the folder: an error of one alone would leave the others waiting.
+        if jax.process_count() > 1:
+            _check_shared(workdir)
         yield
 
 

@@ -184,6 +184,13 @@ class Progress:
         yield
         self._waited += time.monotonic() - start
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves the time inside out of the speed."""
+        start = time.monotonic()
+        yield
+        self._since += time.monotonic() - start
+
     def update(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
         """Shows the step, its metrics, the speed and the time left.
 

@@ -169,15 +169,25 @@ def _train(
                 progress.skip_compilation(step)
             for evaluation in task.evaluations:
                 if is_due(step, evaluation.interval) or (last and evaluation.at_end):
-                    (result,) = finite([evaluation.evaluate(state)], step, task.advice)
+                    with _paused(progress, state):
+                        (result,) = finite([evaluation.evaluate(state)], step, task.advice)
                     log.write(step, evaluation.kind, result)
                     progress.note(step, evaluation.kind, result)
             if is_due(step, task.save_interval) and not last:
-                save()
+                with _paused(progress, state):
+                    save()
         progress.close()
         # Within the block: a second SIGTERM must not end the process before this is written.
         seconds = save(wait=True)
     return Trained(task.to_host(state), seconds, stop.status)
+
+
+@contextlib.contextmanager
+def _paused(progress: logbook.Progress, state: State) -> Iterator[None]:
+    """Leaves what is done with a state out of the speed, but not the steps that compute it."""
+    jax.block_until_ready(state)
+    with progress.paused():
+        yield
 
 
 def is_due(step: int, interval: float) -> bool:
