@@ -217,7 +217,9 @@ def test_a_stochastic_networks_noise_is_the_same_at_every_step_and_in_the_result
     images = jax.jit(functools.partial(ada.render, net))(delta, x, keys)
     for i in range(BATCH):
         first = i - i % group
-        expected = (1 + delta["gain"][i // group]) * x[i] + noise(jax.random.fold_in(keys[first], 2))
+        expected = (1 + delta["gain"][i // group]) * x[i] + noise(
+            jax.random.fold_in(keys[first], 2)
+        )
         np.testing.assert_allclose(images[i], np.clip(expected, 0, 1), atol=1e-6)
     gained = loss_of(y)(images) - metrics["loss_start"]
     assert np.all(gained.reshape(-1, group).sum(1) >= 0)
