@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import safetensors.numpy
 
-from ada_jax import paths
+from ada_jax import checks, paths
 from ada_jax.errors import UserError
 from ada_jax.import_weights import write_file, write_torch
 from ada_jax.nets import torch_layouts, weight_files
@@ -122,6 +122,7 @@ def export(source: str, out: str) -> str:
             "ada_jax.train, or weights of ada_jax.import_weights."
         )
     classifier, classes = metadata["classifier"], metadata["classes"]
+    checks.check_integers(2, classes=classes)  # It becomes a part of model.py.
     content = model_file(
         classifier,
         classes,

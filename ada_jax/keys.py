@@ -24,8 +24,7 @@ def per_example(key: jax.Array, count: int) -> jax.Array:
     Raises:
       UserError: `key` is not a key, or there are neither 1 nor B of them.
     """
-    check(key)
-    if key.ndim == _dimensions(key):
+    if is_single(key):
         return jax.random.split(key, count)
     if key.ndim > _dimensions(key) + 1:
         raise UserError(f"The keys have shape {list(key.shape)}: give one key, or one per image.")
@@ -47,12 +46,21 @@ def of_batch(key: jax.Array, x: jax.Array) -> jax.Array:
     Returns:
       Keys [B].
     """
-    check(key)
-    if key.ndim == _dimensions(key):
+    if is_single(key):
         index, parts = sharding.shard_index(x, key)
         everyone = jax.random.split(key, parts * len(x))
         return lax.dynamic_slice_in_dim(everyone, index * len(x), len(x))
     return sharding.varying(per_example(key, len(x)), x)
+
+
+def is_single(key: jax.Array) -> bool:
+    """Whether `key` is one key, typed or raw, not several.
+
+    Raises:
+      UserError: it is not a key.
+    """
+    check(key)
+    return key.ndim == _dimensions(key)
 
 
 def check(key: jax.Array) -> None:

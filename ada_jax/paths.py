@@ -217,6 +217,14 @@ def write(path: AnyPath, content: str | bytes) -> None:
         at(path).write_bytes(content)  # one atomic upload
 
 
+def check_name(field: str, name: str) -> None:
+    """Raises UserError if the value of a field cannot name a file or a folder."""
+    if name in ("", ".", "..") or "/" in name or "\0" in name:
+        raise UserError(
+            f"{field}={name!r} cannot name a file or a folder: use one word, as 'cifar10_ada'."
+        )
+
+
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Writes a JSON file whole or not at all; NaN and infinity are errors."""
     write(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")

@@ -53,10 +53,12 @@ BOOKKEEPING = frozenset(
 
 # Groups of a config's fields, each with the field that switches it on.
 SWITCHES = {"trivial_augment": "use", "noise": "share", "mixup": "alpha"}
+# Groups of a config's fields that are each of the method of their name.
+METHODS = ("ada", "pgd", "pat", "rlat")
 
 
 def comparable(config: dict[str, Any]) -> dict[str, Any]:
-    """A flattened config, without switched-off fields that older configs lack.
+    """A flattened config, without switched-off fields that older configs lack or no method uses.
 
     Args:
       config: of nested dicts, with tuples or, from JSON, lists.
@@ -71,8 +73,9 @@ def comparable(config: dict[str, Any]) -> dict[str, Any]:
     later |= {"augmix.clean_view": (False,), "augmix.label_views": (False,)}
     later |= {"label_smoothing": (0.0,), "ema_decay": (0.0,)}
     off |= {name for name, defaults in later.items() if fields.get(name) in defaults}
-    others = {"pat", "rlat"} - {fields.get("method")}
-    others |= {group for group, switch in SWITCHES.items() if not fields.get(f"{group}.{switch}")}
+    others = {*METHODS} - {fields.get("method")}
+    switches = SWITCHES | {"augmix": "use", "deepaugment": "copies"}
+    others |= {group for group, switch in switches.items() if not fields.get(f"{group}.{switch}")}
     off |= {name for name in fields if name.partition(".")[0] in others}
     return {name: value for name, value in fields.items() if name not in off}
 

@@ -314,7 +314,7 @@ def load_images(
 
 
 def read_results(path: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """The results of an unfinished run with the same settings; {} if there is none.
+    """The results of an earlier run with the same settings; {} if there is none.
 
     Raises:
       UserError: the file is of other settings, or damaged.
@@ -385,6 +385,7 @@ def _run(argv: list[str], f: flags.FlagValues) -> None:
         if study == "ssim":
             settings |= {"radii": f.radii, "workdir": f.workdir, "attack_steps": f.attack_steps}
             attack = (scoring.load_classifier(f.workdir, classes), labels) if f.workdir else None
+            read_results(json_path, settings)  # Checks that it has the same settings.
             results = study_ssim(nets, _to_float(images), settings, f.batch_size, attack)
             save(results)
             figures.ssim_densities(png_path, results)

@@ -66,7 +66,9 @@ if [ "$state" = MISSING ]; then
   tpus queued-resources create "$name" --node-id="$name" --runtime-version="$version" \
     "${options[@]}"
 fi
-while look queued-resources state.state ACTIVE && [ "$state" != ACTIVE ]; do
+while true; do
+  look queued-resources state.state ACTIVE # not as a condition, where its failure would be ignored
+  [ "$state" != ACTIVE ] || break
   echo "The request for $name is in state $state."
   case $state in FAILED | SUSPENDING | SUSPENDED | DELETING) exit 1 ;; esac
   sleep "$poll_seconds"

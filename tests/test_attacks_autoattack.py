@@ -150,6 +150,14 @@ def test_an_example_draws_the_same_in_any_batch_and_another_key_draws_otherwise(
     assert np.any(quick(seed=1).images != first.images)
 
 
+@pytest.mark.parametrize("key", [jax.random.key(0, impl="rbg"), np.array([0, 0], np.uint32)])
+def test_it_takes_every_kind_of_key(key):
+    x, y = examples()
+    knobs = {"attacks": ["apgd-ce"], "constants": {"apgd-ce": QUICK["apgd-ce"]}}
+    report = attacks.autoattack(key, linear, x, y, 0.015, **knobs)
+    assert report.robust_accuracy < report.clean_accuracy
+
+
 ON_DEVICES = """
 import sys
 import jax

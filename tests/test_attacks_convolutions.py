@@ -1,5 +1,8 @@
 """Convolutions for the attacks on a CPU: the same values and gradients as XLA's."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,6 +76,49 @@ def test_what_it_does_not_replace():
             x, kernel, (1, 1), [(1, 1)] * 2, dimension_numbers=numbers, **knobs
         )
         assert "custom_vjp" not in assert_equal(convolve, x)
+
+
+def test_a_kernel_made_from_the_images_has_its_gradient():
+    """Templates are compared with one image as the kernel."""
+    rng = np.random.default_rng(0)
+    templates = np.float32(rng.normal(size=(5, 8, 8, 3)))
+    x = np.float32(rng.normal(size=(1, 8, 8, 3)))
+
+    @jax.jit
+    def compare(templates, x):
+        numbers = ("NHWC", "OHWI", "NHWC")
+        return lax.conv_general_dilated(templates, x, (1, 1), "VALID", dimension_numbers=numbers)
+
+    assert "custom_vjp" not in assert_equal(lambda x: compare(templates, x), x)
+
+
+@pytest.mark.parametrize("channels", [3, 6])
+def test_the_precision_is_the_classifiers(channels):
+    """On a GPU the default may be TF32."""
+    x = jnp.ones((1, 8, 8, channels))
+    w = jnp.ones((3, 3, channels, 4))
+
+    def total(x):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        convolve = functools.partial(lax.conv_general_dilated, precision=lax.Precision.HIGHEST)
+        faster = convolutions.faster(
+            lambda x: convolve(x, w, (1, 1), "SAME", dimension_numbers=numbers)
+        )
+        return faster(x).sum()
+
+    program = jax.jit(jax.grad(total)).lower(x).as_text()
+    products = re.findall(r"stablehlo\.(?:dot_general|convolution).*", program)
+    assert products and all("HIGHEST" in product for product in products)
+
+
+def test_it_replaces_inside_pmap():
+    w = np.ones((3, 3, 3, 4), np.float32)
+    numbers = ("NHWC", "HWIO", "NHWC")
+    convolve = lambda x: lax.conv_general_dilated(  # noqa: E731
+        x, w, (1, 1), "SAME", dimension_numbers=numbers
+    )
+    mapped = jax.pmap(convolutions.faster(convolve))
+    assert "custom_vjp" in str(jax.make_jaxpr(mapped)(np.ones((1, 2, 8, 8, 3), np.float32)))
 
 
 def test_convolutions_inside_jitted_functions():

@@ -54,7 +54,7 @@ def test_each_seed_has_a_folder_of_its_own(seed, folder):
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "/x", "x/", "a\0b"])
 def test_a_name_that_is_no_folder_is_refused(name):
-    with pytest.raises(UserError, match=r"^config\.name=.* cannot name a folder in runs/: .*[.]$"):
+    with pytest.raises(UserError, match=r"^config\.name=.* cannot name a file or a folder: .*[.]$"):
         cli.default_folder(name, 0)
 
 

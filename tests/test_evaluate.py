@@ -377,6 +377,12 @@ def test_tfds_s_sets_are_refused_for_other_data(tfds_asked, names):
         sets_of(ten_classes(10), "c", eval_c_dir="tfds")
 
 
+def test_tfds_s_sets_are_refused_for_training_images(tfds_asked):
+    clean = dataclasses.replace(ten_classes(20), origin="cifar10/3.0.2/train")
+    with pytest.raises(UserError, match="of the test split, and the clean ones are of cifar10/"):
+        sets_of(clean, "c", eval_c_dir="tfds")
+
+
 # ------------------------------------------------------------------------ ImageNet-C
 
 

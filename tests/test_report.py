@@ -592,6 +592,31 @@ def test_table_2_is_of_the_seeds_that_were_attacked(tmp_path):
     assert row.split("|")[-2].strip() == "1"
 
 
+def test_table_2_tells_different_numbers_of_attacked_images(tmp_path):
+    ball = {"attacks": "AutoAttack", "accuracy": 40.0}
+    contents = [
+        result(seed=seed, lp={"linf": {"1/255": ball | {"examples": count}}})
+        for seed, count in enumerate((400, 100))
+    ]
+    for seed, content in enumerate(contents):
+        write(tmp_path / f"{seed}.json", content)
+    found = results_files.read(str(tmp_path / "0.json")) + results_files.read(
+        str(tmp_path / "1.json")
+    )
+    told = "AutoAttack on 100 to 400 images; standard errors are at most 5.0"
+    assert grouping.attacked_on(found) == told
+
+
+def test_settings_of_another_method_do_not_split_rows(tmp_path):
+    for seed, nu in enumerate((0.02, 0.005)):
+        content = result("cifar10_nominal", seed=seed)
+        content["config"] |= {"method": "nominal", "ada": {"nu": nu, "every": 2}}
+        write(tmp_path / f"{seed}.json", content)
+    found = [r for seed in range(2) for r in results_files.read(str(tmp_path / f"{seed}.json"))]
+    (row,) = grouping.rows(found)
+    assert (row.label, row.seeds, row.method) == ("cifar10_nominal", 2, "nominal")
+
+
 def test_reports_start_without_jax():
     code = "import ada_jax.report.__main__, sys; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -658,6 +683,7 @@ def test_imagenets_model_info_has_the_mce_relative_to_alexnet(tmp_path):
         ({"data": {"name": "digits", "examples": 9}}, ("--out=rb",), "is of the data set 'digits'"),
         ({"names": results_files.NAMES[1:]}, ("--out=rb",), "lacks gaussian_noise/1 and"),
         ({"clean": None}, ("--out=rb",), "lacks clean and RobustBench needs"),
+        ({"name": "../a"}, ("--out=rb",), "name='../a' cannot name a file"),
     ],
 )
 def test_what_robustbench_cannot_take_is_rejected(tmp_path, changes, flags, said):

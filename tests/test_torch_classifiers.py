@@ -434,6 +434,7 @@ def test_what_cannot_be_exported_is_rejected_in_a_sentence(tmp_path):
 
     fields = {"classifier": "resnet50", "classes": 10, "mean": MEAN, "std": STD}
     haiku, old = saved("haiku", **fields), saved("old", classes=10)
+    code = saved("code", **fields | {"classifier": "resnet9", "classes": "10 + 0 * print()"})
     before = sorted(os.listdir(tmp_path))
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "model.py").touch()
@@ -442,6 +443,7 @@ def test_what_cannot_be_exported_is_rejected_in_a_sentence(tmp_path):
         ((haiku, tmp_path / "x.pth"), "does not end in .pt or .safetensors"),
         ((haiku, tmp_path / "x.pt"), "'resnet50' has no PyTorch layout"),
         ((old, tmp_path / "x.pt"), "lacks the field 'classifier'"),
+        ((code, tmp_path / "x.pt"), "classes='10 + 0 * print()' must be an integer"),
         ((tmp_path / "none", tmp_path / "x.pt"), "There is no weights file"),
         ((haiku, tmp_path / "taken" / "x.pt"), "model.py exists and is not overwritten"),
     ):

@@ -13,6 +13,7 @@ from test_evaluate import classifier, images, variables
 from ada_jax import ada, attacks, losses, ssim
 from ada_jax import results as results_files
 from ada_jax.attacks import Account, Report
+from ada_jax.errors import UserError
 from ada_jax.evaluation import scoring, worst_case
 from ada_jax.report import grouping, paper_tables
 from tests.conftest import assert_mistake, run_here
@@ -62,7 +63,11 @@ def test_every_radius_of_table_2_is_measured_once(monkeypatch, tmp_path):
     assert results["lp_accuracy"]["l2"] == {"0.5": 50, "1": 50}
     again = measure(*worst_case.first_examples(DATASET, 10), measured=written[2])
     assert again == results and len(calls) == 9
-    measure(*worst_case.first_examples(DATASET, 0), measured=results)
+    more = measure(*worst_case.first_examples(DATASET, 0), measured=results)
+    other = worst_case.Options(seed=1, batch_size=8, state_dir=tmp_path)
+    for knobs in ({"measured": more}, {"measured": results, "options": other}):
+        with pytest.raises(UserError, match="would replace: give another --out"):
+            measure(*worst_case.first_examples(DATASET, 10), **knobs)
     assert len(calls) == 15 and calls[-1][2] == 12
 
 

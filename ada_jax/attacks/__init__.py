@@ -10,7 +10,8 @@ other attacks in `jax.jit` as functions of the classifier's parameters:
         return attacks.pgd(key, functools.partial(apply, params), x, y, 8 / 255)
 
 `autoattack` splits its arrays over all local devices. The other attacks accept batches that are
-split over several devices, like `ada_jax.adversarial_augment`.
+split over several devices, like `ada_jax.adversarial_augment`. There a `microbatch` or several
+restarts make every device compute the whole batch, except inside `jax.shard_map`.
 """
 
 from ada_jax.attacks.apgd import apgd

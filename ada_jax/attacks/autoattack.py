@@ -147,6 +147,8 @@ def autoattack(
     """
     x, y, constants = checks.as_images(np.asarray(x)), np.asarray(y), constants or {}
     _check(key, logits_fn, x, y, epsilon, norm, attacks, batch_size, microbatch, constants)
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(jnp.asarray(key), impl="threefry2x32")
     usual = 32 if jax.local_devices()[0].platform == "cpu" else 128
     runner = _Runner(logits_fn, norm, min(batch_size, len(x)), microbatch or usual, programs)
     logits = runner.logits(x)
@@ -165,7 +167,8 @@ def autoattack(
     for attack in attacks:
         remaining, totals, zero_gradients, not_finite = np.flatnonzero(robust), np.zeros(3), 0, 0
         examples = {"key": _example_keys(key, attack, len(x)), "x": x, "y": y.astype(np.int32)}
-        run = functools.partial(runner.attack, attack, epsilon, constants.get(attack))
+        impl = jax.random.key_impl(key)
+        run = functools.partial(runner.attack, attack, epsilon, constants.get(attack), impl)
         path = state and state / attack
         for indices, result in _in_batches(run, examples, remaining, size, path):
             broken = indices[result["broken"]]
@@ -223,9 +226,11 @@ class _Runner:
         return np.concatenate([self._call("", classify, {"x": p})["logits"] for p in parts])
 
     def attack(
-        self, name: str, epsilon: float, constants: dict[str, Any] | None, batch: Arrays
+        self, name: str, epsilon: float, constants: dict[str, Any] | None, impl: Any, batch: Arrays
     ) -> Arrays:
         """Attacks one batch ('key', 'x' and 'y' of at most batch_size examples) and checks it.
+
+        'key' is the data of keys of the implementation `impl`.
 
         Returns:
           'broken' [b], the 'images' of the broken examples, 'totals' (passes forward, passes
@@ -236,7 +241,7 @@ class _Runner:
 
         def attack(batch, epsilon):
             images, info = _ATTACKS[name](
-                batch["key"],
+                jax.random.wrap_key_data(batch["key"], impl=impl),
                 self.logits_fn,
                 batch["x"],
                 batch["y"],
@@ -284,14 +289,9 @@ class _Runner:
 
 
 def _example_keys(key: jax.Array, attack: str, count: int) -> np.ndarray:
-    """Raw keys [N,2] of all examples for one attack, whatever the batches and devices."""
+    """Data [N,...] of all examples' keys for one attack, whatever the batches and devices."""
     key = jax.random.fold_in(key, ATTACKS.index(attack))
-    return np.asarray(_key_data(keys.of_positions(key, 0, count)))
-
-
-def _key_data(key: jax.Array) -> jax.Array:
-    """The raw data of a key, typed or raw."""
-    return jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
+    return np.asarray(jax.random.key_data(keys.of_positions(key, 0, count)))
 
 
 def _within(images: np.ndarray, x: np.ndarray, epsilon: float, norm: str) -> np.ndarray:
@@ -357,8 +357,7 @@ def _warn_about(
 
 
 def _check(key, logits_fn, x, y, epsilon, norm, attacks, batch_size, microbatch, constants) -> None:
-    keys.check(key)
-    if np.size(_key_data(key)) != np.size(_key_data(jax.random.key(0))):
+    if not keys.is_single(key):
         raise UserError("The key is an array of several keys: give a single one.")
     loops.check(epsilon, norm)
     checks.check_integers(1, batch_size=batch_size, microbatch=microbatch or 1)
@@ -425,7 +424,7 @@ def _open_state(state_dir, key, x, y, logits, epsilon, norm, attacks, constants,
         return None, logits
     folder = paths.at(state_dir)
     data = hashlib.sha256()
-    for array in (_key_data(key), x, y):
+    for array in (jax.random.key_data(key), x, y):
         data.update(np.ascontiguousarray(array).tobytes())
     settings = {
         "epsilon": float(epsilon),

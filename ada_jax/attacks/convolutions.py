@@ -28,26 +28,40 @@ def faster(f: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Arr
     """
 
     def replaced(x):
-        if not jax.sharding.get_abstract_mesh().empty:
-            return f(x)  # Not for images on a mesh, whose types name its axes.
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.explicit_axes or mesh.auto_axes or jax.typeof(x).mat.varying:
+            return f(x)  # Not for images on a mesh, whose types name its axes; `pmap`'s do not.
         closed = jax.make_jaxpr(lambda x: f(x))(x)
-        (y,) = _evaluate(closed.jaxpr, closed.consts, x)
+        (y,) = _evaluate(closed.jaxpr, closed.consts, [x], [True])
         return y
 
     return replaced
 
 
-def _evaluate(jaxpr: core.Jaxpr, constants: Sequence[Any], *args: Any) -> list[Any]:
-    """Evaluates a jaxpr with its convolutions replaced, also those in functions under `jax.jit`."""
+def _evaluate(
+    jaxpr: core.Jaxpr, constants: Sequence[Any], args: Sequence[Any], are_of_images: Sequence[bool]
+) -> list[Any]:
+    """Evaluates a jaxpr with its convolutions replaced, also those in functions under `jax.jit`.
+
+    Args:
+      jaxpr: the program.
+      constants: values of its constants.
+      args: values of its arguments.
+      are_of_images: which arguments depend on the images.
+    """
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*constants, *args], strict=True))
+    of_images = {v for v, depends in zip(jaxpr.invars, are_of_images, strict=True) if depends}
     read = lambda v: v.val if isinstance(v, core.Literal) else values[v]  # noqa: E731
     for equation in jaxpr.eqns:
         inputs = [read(v) for v in equation.invars]
-        if _is_ordinary(equation):
+        depend = [not isinstance(v, core.Literal) and v in of_images for v in equation.invars]
+        if any(depend):
+            of_images.update(equation.outvars)
+        if _is_ordinary(equation) and not depend[1]:  # A kernel has no gradient.
             out = [_convolve_as(equation.params, *inputs)]
         elif equation.primitive is core.primitives.jit_p:
             inner = equation.params["jaxpr"]
-            out = _evaluate(inner.jaxpr, inner.consts, *inputs)
+            out = _evaluate(inner.jaxpr, inner.consts, inputs, depend)
         else:
             named = {v: values[v] for v in equation.invars if not isinstance(v, core.Literal)}
             alone = jaxpr.replace(
@@ -77,28 +91,31 @@ def _convolve_as(params: dict[str, Any], x: jax.Array, w: jax.Array) -> jax.Arra
     """The convolution with a primitive's parameters, whatever the order of its axes."""
     (n, c, *image), (o, i, *kernel), out = params["dimension_numbers"]
     x, w = x.transpose(n, *image, c), w.transpose(*kernel, i, o)
-    y = _convolve(x, w, tuple(params["window_strides"]), tuple(params["padding"]))
+    strides, padding = tuple(params["window_strides"]), tuple(params["padding"])
+    y = _convolve(x, w, strides, padding, params["precision"])
     return y.transpose(np.argsort([out[0], *out[2:], out[1]]))
 
 
 # ------------------------------- x [B,H,W,C], w [kh,kw,C,O], settings for (height, width)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _convolve(x: jax.Array, w: jax.Array, strides: Strides, padding: Padding) -> jax.Array:
-    cpu, default = (
-        functools.partial(f, strides=strides, padding=padding) for f in (_forward, _plain)
-    )
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _convolve(
+    x: jax.Array, w: jax.Array, strides: Strides, padding: Padding, precision: Any
+) -> jax.Array:
+    settings = {"strides": strides, "padding": padding, "precision": precision}
+    cpu, default = (functools.partial(f, **settings) for f in (_forward, _plain))
     return lax.platform_dependent(x, w, cpu=cpu, default=default)
 
 
-def _convolve_fwd(x, w, strides, padding):
-    return _convolve(x, w, strides, padding), (x, w)
+def _convolve_fwd(x, w, strides, padding, precision):
+    return _convolve(x, w, strides, padding, precision), (x, w)
 
 
-def _convolve_bwd(strides, padding, saved, dy):
+def _convolve_bwd(strides, padding, precision, saved, dy):
     x, w = saved
-    settings = {"strides": strides, "padding": padding, "image": x.shape[1:3]}
+    settings = {"strides": strides, "padding": padding, "precision": precision}
+    settings |= {"image": x.shape[1:3]}
     cpu, default = (
         functools.partial(f, **settings) for f in (_input_gradient, _plain_input_gradient)
     )
@@ -108,42 +125,63 @@ def _convolve_bwd(strides, padding, saved, dy):
 _convolve.defvjp(_convolve_fwd, _convolve_bwd)
 
 
-def _plain(x: jax.Array, w: jax.Array, strides: Strides, padding: Padding) -> jax.Array:
+def _plain(
+    x: jax.Array, w: jax.Array, strides: Strides, padding: Padding, precision: Any
+) -> jax.Array:
+    numbers = ("NHWC", "HWIO", "NHWC")
     return lax.conv_general_dilated(
-        x, w, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        x, w, strides, padding, dimension_numbers=numbers, precision=precision
     )
 
 
 def _plain_input_gradient(
-    dy: jax.Array, w: jax.Array, strides: Strides, padding: Padding, image: tuple[int, int]
+    dy: jax.Array,
+    w: jax.Array,
+    strides: Strides,
+    padding: Padding,
+    precision: Any,
+    image: tuple[int, int],
 ) -> jax.Array:
     x = jax.ShapeDtypeStruct((len(dy), *image, w.shape[2]), dy.dtype)
-    return jax.linear_transpose(lambda x: _plain(x, w, strides, padding), x)(dy)[0]
+    return jax.linear_transpose(lambda x: _plain(x, w, strides, padding, precision), x)(dy)[0]
 
 
-def _forward(x: jax.Array, w: jax.Array, strides: Strides, padding: Padding) -> jax.Array:
+def _forward(
+    x: jax.Array, w: jax.Array, strides: Strides, padding: Padding, precision: Any
+) -> jax.Array:
     if x.shape[-1] not in _FEW_CHANNELS or strides != (1, 1):
-        return _plain(x, w, strides, padding)
+        return _plain(x, w, strides, padding, precision)
     pixels = _pixels_at_a_time(x.shape[1:3], w, strides, padding)
     rows = _windows(x, w.shape[:2], strides, padding, pixels)
-    y = rows @ _joint_kernel(w, strides, pixels)
+    y = jnp.matmul(rows, _joint_kernel(w, strides, pixels), precision=precision)
     return y.reshape(*y.shape[:2], -1, w.shape[-1])
 
 
 def _input_gradient(
-    dy: jax.Array, w: jax.Array, strides: Strides, padding: Padding, image: tuple[int, int]
+    dy: jax.Array,
+    w: jax.Array,
+    strides: Strides,
+    padding: Padding,
+    precision: Any,
+    image: tuple[int, int],
 ) -> jax.Array:
     if w.shape[2] not in _FEW_CHANNELS:
-        return _by_phases(dy, w, strides, padding, image)
+        return _by_phases(dy, w, strides, padding, precision, image)
     x = jax.ShapeDtypeStruct((len(dy), *image, w.shape[2]), dy.dtype)
     pixels = _pixels_at_a_time(image, w, strides, padding)
     windows = lambda x: _windows(x, w.shape[:2], strides, padding, pixels)  # noqa: E731
     dy = dy.reshape(*dy.shape[:2], -1, pixels * w.shape[-1])
-    return jax.linear_transpose(windows, x)(dy @ _joint_kernel(w, strides, pixels).T)[0]
+    kernel = _joint_kernel(w, strides, pixels).T
+    return jax.linear_transpose(windows, x)(jnp.matmul(dy, kernel, precision=precision))[0]
 
 
 def _by_phases(
-    dy: jax.Array, w: jax.Array, strides: Strides, padding: Padding, image: tuple[int, int]
+    dy: jax.Array,
+    w: jax.Array,
+    strides: Strides,
+    padding: Padding,
+    precision: Any,
+    image: tuple[int, int],
 ) -> jax.Array:
     """The gradient of a strided convolution: one of stride 1, whose channels are s x s pixels.
 
@@ -163,7 +201,7 @@ def _by_phases(
     around = [
         (t - 1 - q, e - n) for t, q, e, n in zip(taps, first, end, dy.shape[1:3], strict=True)
     ]
-    dx = _plain(dy, w, (1, 1), around)
+    dx = _plain(dy, w, (1, 1), around, precision)
     batch, height, width, _ = dx.shape
     dx = dx.reshape(batch, height, width, sh, sw, c).transpose(0, 1, 3, 2, 4, 5)
     dx = dx.reshape(batch, height * sh, width * sw, c)

@@ -126,6 +126,12 @@ def _from_tfds(
         open_one = functools.partial(tfds_sets.imagenet2012_corrupted, image_size=config.image_size)
     else:
         _require_cifar10(clean, "cifar10_corrupted")
+    if clean.origin.startswith(f"{config.dataset}/") and not clean.origin.endswith(f"/{base}"):
+        raise UserError(
+            f"config.eval_c_dir (--c_dir) = 'tfds' has corrupted images of the {base} split, and "
+            f"the clean ones are of {clean.origin}: set '' to corrupt them on the fly, or "
+            f"config.eval_split (--split) to {base!r}."
+        )
     split = f"{base}[:{size}]" if size < len(clean) else base
     datasets, digests = {}, {}
     for name, severity in _conditions(names):

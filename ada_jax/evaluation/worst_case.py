@@ -79,17 +79,28 @@ def pixel_balls(
       images: [N,H,W,3] float32 in [0,1].
       labels: [N].
       options: 'seed', 'batch_size' and 'state_dir' are used.
-      measured: fields of an earlier call; radii in it are not measured again.
+      measured: fields of an earlier call; radii in it are not measured again, except on more
+        images.
       save: called with the fields after every radius.
 
     Returns:
-      'lp', for each norm and radius: 'examples', the number of 'robust' ones, 'accuracy' against
-      all attacks, 'autoattack' and 'clean', in percent, and the attacks' accounts and warnings;
-      and 'lp_accuracy', the accuracies alone.
+      'lp', for each norm and radius: 'examples', 'seed', the number of 'robust' ones, 'accuracy'
+      against all attacks, 'autoattack' and 'clean', in percent, and the attacks' accounts and
+      warnings; and 'lp_accuracy', the accuracies alone.
+
+    Raises:
+      UserError: `measured` is of more images or of another seed.
 
     Source: Calian et al. (2021), table 2.
     """
     programs, balls = {}, measured.get("lp", {})
+    for ball in (ball for radii in balls.values() for ball in radii.values()):
+        count, seed = ball.get("examples", 0), ball.get("seed", options.seed)
+        if count > len(images) or seed != options.seed:  # Older files have no seed.
+            raise UserError(
+                f"The results file has 'lp' for {count} images and seed {seed}, which those for "
+                f"{len(images)} images and seed {options.seed} would replace: give another --out."
+            )
     for norm, radii in results_files.RADII.items():
         for name, epsilon in radii.items():
             if balls.get(norm, {}).get(name, {}).get("examples") == len(images):
@@ -108,7 +119,8 @@ def pixel_balls(
                 state_dir=os.path.join(options.state_dir, folder),
                 programs=programs,
             )
-            balls = balls | {norm: balls.get(norm, {}) | {name: _ball(report)}}
+            ball = _ball(report) | {"seed": options.seed}
+            balls = balls | {norm: balls.get(norm, {}) | {name: ball}}
             save(_lp_fields(balls))
             logging.info("%s %s: %.2f%% robust", norm, name, 100 * report.robust_accuracy)
     return _lp_fields(balls)

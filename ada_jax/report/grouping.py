@@ -101,7 +101,7 @@ def rows(results: Iterable[results_files.Result]) -> list[Row]:
                 measured_on=measured_on(same[0]),
                 tables=tuple(same[0].fields.get("tables", ())),
                 sampling=max(map(_sampling_error, same)),
-                attacked=attacked_on(same[0]),
+                attacked=attacked_on(same),
                 scale=scale(same[0]),
                 comparable=comparable(same[0]),
             )
@@ -153,8 +153,8 @@ def settings(result: results_files.Result) -> dict[str, Any]:
 def _difference(result: results_files.Result, others: list[results_files.Result]) -> str:
     """The settings of a result, in brackets, that differ from others of the same name.
 
-    A group of fields that others lack because it is off is named by its switch alone, and the
-    corruption networks only if others have different ones.
+    A group of fields that others lack because it is off, or another method's, is named by its
+    switch or the method alone, and the corruption networks only if others have different ones.
     """
     mine, theirs, missing = settings(result), list(map(settings, others)), object()
 
@@ -163,7 +163,9 @@ def _difference(result: results_files.Result, others: list[results_files.Result]
         implied = results_files.SWITCHES.get(group, field) != field
         if implied or key == "training.corruption_nets":
             return any(other.get(key, mine[key]) != mine[key] for other in theirs)
-        return any(other.get(key, missing) != mine[key] for other in theirs)
+        of_method = group in results_files.METHODS
+        alike = [o for o in theirs if not of_method or o.get("method") == mine["method"]]
+        return any(other.get(key, missing) != mine[key] for other in alike)
 
     named = [k if mine[k] is True else f"{k}={mine[k]}" for k in mine if differs(k)]
     return f" ({', '.join(named)})" if named else ""
@@ -251,12 +253,17 @@ def measured_on(result: results_files.Result) -> str:
     return f"{words}corrupted in {source.get('folder', source.get('kind'))}"
 
 
-def attacked_on(result: results_files.Result) -> str:
-    """Describes the attacked images and attacks of table 2; '' if they are not equal for all."""
-    balls = [ball for radii in result.fields.get("lp", {}).values() for ball in radii.values()]
-    ways = {(ball.get("examples"), ball.get("attacks")) for ball in balls}
-    if len(ways) != 1 or None in next(iter(ways)):
+def attacked_on(results: list[results_files.Result]) -> str:
+    """Describes the attacked images and attacks of table 2; '' if the attacks are not the same."""
+    balls = [
+        ball
+        for result in results
+        for radii in result.fields.get("lp", {}).values()
+        for ball in radii.values()
+    ]
+    attacks, counts = ({ball.get(key) for ball in balls} for key in ("attacks", "examples"))
+    if len(attacks) != 1 or None in attacks | counts:
         return ""
-    ((count, attacks),) = ways
-    error = 50 / math.sqrt(count)
-    return f"{attacks} on {count} images; standard errors are at most {error:.1f}"
+    few, many = min(counts), max(counts)
+    images = f"{few} images" if few == many else f"{few} to {many} images"
+    return f"{attacks.pop()} on {images}; standard errors are at most {50 / math.sqrt(few):.1f}"

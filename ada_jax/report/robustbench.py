@@ -105,6 +105,8 @@ def write(folder: str, results: Sequence[Result]) -> list[str]:
       UserError: as `model_info`; or there are no results, or two of one name.
     """
     names = [model_name(result) for result in results]
+    for name in names:
+        paths.check_name("name", name)
     if not names or len({*names}) < len(names):
         raise UserError(
             f"--format=robustbench has the models {', '.join(names) or 'of no results'}: give "

@@ -75,10 +75,7 @@ def default_folder(name: str, seed: int) -> str:
     Raises:
       UserError: config.name cannot be the name of a folder.
     """
-    if name in ("", ".", "..") or "/" in name or "\0" in name:
-        raise UserError(
-            f"config.name={name!r} cannot name a folder in runs/: use one word, as 'cifar10_ada'."
-        )
+    paths.check_name("config.name", name)
     return os.path.join("runs", name if seed == 0 else f"{name}-seed{seed}")
 
 

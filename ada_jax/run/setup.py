@@ -57,11 +57,7 @@ def identity(parts: Parts, thetas: Any, state: training.TrainState) -> dict[str,
       state: the state before the first step.
     """
     config = parts.config
-    unused = {"ada", "pgd", "pat", "rlat"} - {config.method}
-    unused |= set() if config.augmix.use else {"augmix"}
-    unused |= set() if parts.renderings else {"deepaugment"}
     fields = results_files.comparable(config.to_dict())
-    fields = {k: v for k, v in fields.items() if k.partition(".")[0] not in unused}
     if config.init_weights:
         fields["init_weights_digest"] = weight_files.digest(
             {"params": state.params, "state": state.net_state}
