@@ -254,8 +254,10 @@ def _progress(point: Point, out: str) -> tuple[dict[str, Any], str]:
     except (OSError, ValueError, TypeError):  # UserError is a ValueError.
         return {}, "results or weights are missing or damaged"
     now, then = map(results_files.comparable, (config, results.get("config") or {}))
-    if differing := sorted(k for k in now | then if (k, now.get(k)) not in then.items()):
-        return results, f"the results are of another config, with another {', '.join(differing)}"
+    if differing := {k for k in now | then if (k, now.get(k)) not in then.items()}:
+        # A group of fields that one of them does not use is named as a whole.
+        named = sorted({k if k in now and k in then else k.partition(".")[0] for k in differing})
+        return results, f"the results are of another config, with another {', '.join(named)}"
     if results.get("step") != weights.get("step"):  # Training writes both at its end.
         return results, "the results are of another step than the weights"
     wanted = [evaluators.EVALUATORS[name].fields[-1] for name in config["eval_sets"]]

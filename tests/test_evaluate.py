@@ -380,7 +380,7 @@ def test_tfds_s_sets_are_refused_for_other_data(tfds_asked, names):
 def test_tfds_s_sets_are_refused_for_training_images(tfds_asked):
     clean = dataclasses.replace(ten_classes(20), origin="cifar10/3.0.2/train")
     with pytest.raises(UserError, match="of the test split, and the clean ones are of cifar10/"):
-        sets_of(clean, "c", eval_c_dir="tfds")
+        sets_of(clean, "c", eval_c_dir="tfds", dataset="cifar10")
 
 
 # ------------------------------------------------------------------------ ImageNet-C

@@ -401,7 +401,7 @@ def test_a_point_that_fails_does_not_stop_the_others(stand_in):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda results: results["config"].update(pad=1, method="ada"), "another method, pad"),
+        (lambda results: results["config"].update(pad=1, method="ada"), "another ada, method, pad"),
         (lambda results: results.update(step=6), "another step"),
         (lambda results: results.pop("mce_unnormalised"), "lack mce_unnormalised"),
     ],
