@@ -56,6 +56,7 @@ case "$1 $2 $3 ${4:-}" in
       # A request's states follow each other; ACTIVE, it has its VM.
       if [ "$3" = queued-resources ]; then
         [ "$state" != ACTIVE ] || echo READY >"$CLOUD/tpu-vm/$file"
+        [ "$state" != LAST ] || touch "$CLOUD/offline"
         [ "$(wc -l <"$file")" -lt 2 ] || sed -i 1d "$file"
       fi
     done ;;
@@ -303,6 +304,11 @@ def test_create_in_the_queue_waits_for_it(cloud):
         + ["--zone=europe-west4-a", "--quiet"],
     ]
     assert done.stdout.count("is in state") == 2
+
+
+def test_a_lost_network_ends_the_wait_with_an_error(cloud):
+    cloud.write("queue", "WAITING_FOR_RESOURCES", "LAST")
+    cloud("create_tpu.sh", *TYPED, "--queued", "--poll_seconds=0", status=1)
 
 
 def test_a_failed_request_is_an_error_and_replaced_the_next_time(cloud):
