@@ -13,6 +13,7 @@ import pytest
 
 from ada_jax import attacks
 from ada_jax.attacks import geometry
+from ada_jax.attacks.autoattack import _Runner
 from ada_jax.errors import UserError
 
 COUNT, SIZE, CLASSES = 30, 5, 5
@@ -148,6 +149,14 @@ def test_an_example_draws_the_same_in_any_batch_and_another_key_draws_otherwise(
     np.testing.assert_array_equal(first.broken_by, other.broken_by)
     np.testing.assert_allclose(first.images, other.images, atol=1e-6)
     assert np.any(quick(seed=1).images != first.images)
+
+
+@pytest.mark.parametrize(
+    ("count", "microbatch"), [(0, 4), (3, 4), (32, 32), (33, 20), (38, 20), (83, 28), (999, 32)]
+)
+def test_microbatches_are_well_filled(count, microbatch):
+    runner = _Runner(linear, "linf", 256, 32, None)
+    assert runner.well_filled(count) == microbatch
 
 
 @pytest.mark.parametrize("key", [jax.random.key(0, impl="rbg"), np.array([0, 0], np.uint32)])

@@ -130,7 +130,8 @@ def autoattack(
       attacks: names from ATTACKS, in order.
       batch_size: examples per call, over all devices; rounded up to a multiple of their number.
       microbatch: examples computed at a time on a device. Broken examples cost nothing, but a
-        microbatch is always full. None means 32 on CPUs and 128 elsewhere.
+        microbatch is always full. None means at most 32 on CPUs and 128 elsewhere, fewer if the
+        examples of an attack then fill it better and its program is not shared by `programs`.
       constants: keyword arguments of attacks by name, such as {'square': {'queries': 1000}}. The
         defaults are AutoAttack's; with others the report is named 'partial'.
       state_dir: folder for finished batches, from which the same call resumes.
@@ -150,6 +151,7 @@ def autoattack(
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(jnp.asarray(key), impl="threefry2x32")
     usual = 32 if jax.local_devices()[0].platform == "cpu" else 128
+    fixed = microbatch is not None or programs is not None
     runner = _Runner(logits_fn, norm, min(batch_size, len(x)), microbatch or usual, programs)
     logits = runner.logits(x)
     warnings = _check_classifier(logits_fn, x, logits, attacks)
@@ -168,6 +170,7 @@ def autoattack(
         remaining, totals, zero_gradients, not_finite = np.flatnonzero(robust), np.zeros(3), 0, 0
         examples = {"key": _example_keys(key, attack, len(x)), "x": x, "y": y.astype(np.int32)}
         impl = jax.random.key_impl(key)
+        runner.microbatch = runner.most if fixed else runner.well_filled(len(remaining))
         run = functools.partial(runner.attack, attack, epsilon, constants.get(attack), impl)
         path = state and state / attack
         for indices, result in _in_batches(run, examples, remaining, size, path):
@@ -211,8 +214,14 @@ class _Runner:
         devices = jax.local_device_count()
         self.batch_size = -(-batch_size // devices) * devices
         self.logits_fn, self.norm = logits_fn, norm
-        self.microbatch = min(microbatch, self.batch_size // devices)
+        self.most = self.microbatch = min(microbatch, self.batch_size // devices)
         self._programs = {} if programs is None else programs
+
+    def well_filled(self, examples: int) -> int:
+        """The microbatch for so many examples: as many groups as the largest needs, but equal."""
+        of_device = max(-(-min(examples, self.batch_size) // jax.local_device_count()), 1)
+        groups = -(-of_device // self.most)
+        return min(-(-of_device // (4 * groups)) * 4, self.most)
 
     def logits(self, x: np.ndarray) -> np.ndarray:
         """Logits [N,K] of images [N,H,W,C]."""
