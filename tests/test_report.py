@@ -607,6 +607,20 @@ def test_table_2_tells_different_numbers_of_attacked_images(tmp_path):
     assert grouping.attacked_on(found) == told
 
 
+@pytest.mark.parametrize(("recipe", "rows"), [({"recipe": 1}, 1), ({}, 2)])
+def test_corrupted_images_are_the_same_in_a_folder_of_ours(tmp_path, recipe, rows):
+    made = {"seed": 0, "table": "cifar"} | recipe
+    sources = (
+        {"kind": "on_the_fly"} | made,
+        {"kind": "npy", "folder": "/c", "files": {"snow": "a"}} | made,
+    )
+    found = []
+    for seed, source in enumerate(sources):
+        write(tmp_path / f"{seed}.json", result(seed=seed, corruption_source=source))
+        found += results_files.read(str(tmp_path / f"{seed}.json"))
+    assert len(grouping.rows(found)) == rows
+
+
 def test_settings_of_another_method_do_not_split_rows(tmp_path):
     for seed, nu in enumerate((0.02, 0.005)):
         content = result("cifar10_nominal", seed=seed)

@@ -131,15 +131,20 @@ def settings(result: results_files.Result) -> dict[str, Any]:
 
     These are the config, steps, data and corruptions. Training and evaluation data are compared by
     digest; files of older versions have no digests and are joined only with each other. Initial
-    weights are compared by the data that they were trained on, see `setup.describe`.
+    weights are compared by the data that they were trained on, see `setup.describe`. Images that
+    ada_jax corrupted are the same on the fly and in a folder.
     """
     flat = {"published": result.published, "corrupted": _corrupted(result)}
     flat |= results_files.comparable(result.fields.get("config") or {})
+    source = result.fields.get("corruption_source") or {}
+    if "recipe" in source:
+        source = {k: v for k, v in source.items() if k not in ("kind", "folder", "files")}
+    compared = result.fields | {"corruption_source": source}
     for key in ("data", "corruption_source", "step"):
-        flat |= results_files.flat(result.fields.get(key), key)
+        flat |= results_files.flat(compared.get(key), key)
     digests = results_files.flat(result.fields.get("training") or {}, "training")
     flat |= {name: str(digest)[:12] for name, digest in digests.items()}
-    if files := (result.fields.get("corruption_source") or {}).get("files"):
+    if files := source.get("files"):
         where = ("corruption_source.folder", "corruption_source.files")
         flat = {k: v for k, v in flat.items() if not k.startswith(where)}
         text = json.dumps(files, sort_keys=True).encode()
