@@ -182,7 +182,7 @@ def test_a_folder_that_cannot_be_written_is_refused_by_all(tmp_path, photographs
     for process, said in zip(processes, ("cannot be", "message of process 0"), strict=True):
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 2
-        assert said in output.splitlines()[-1] and "Traceback" not in output
+        assert said in output and "Traceback" not in output
 
 
 @pytest.mark.slow
@@ -192,7 +192,7 @@ def test_a_folder_that_is_in_use_is_refused_by_all(tmp_path, photographs):
         for process, said in zip(processes, ("is in use by", "message of process 0"), strict=True):
             output, _ = process.communicate(timeout=120)
             assert process.returncode == 2
-            assert said in output.splitlines()[-1] and "Traceback" not in output
+            assert said in output and "Traceback" not in output
 
 
 @pytest.mark.slow
