@@ -289,7 +289,7 @@ def test_other_settings_under_one_name_are_kept_apart_and_said(tmp_path):
         f"cifar10_ada_small (corrupted={n}, ada.nu={nu})"
         for n, nu in ((1000, 0.02), (1000, 0.03), (500, 0.02))
     }
-    words = "1000 images of cifar10, split train[45000:], {}corrupted on the fly"
+    words = "1000 images of cifar10, split train[45000:], {}corrupted by ada_jax"
     assert {row.measured_on.partition(" (")[0] for row in found} == {
         words.format(""),
         words.format("500 of them "),
@@ -303,9 +303,20 @@ def test_an_ingredient_that_others_lack_is_said_by_its_switch(tmp_path):
         return {row.label for row in grouping.rows(read(tmp_path, *contents))}
 
     name = "cifar10_ada_small"
-    assert label(0.1) == {name, f"{name} (noise.share=0.5)"}
+    without = f"{name} (noise.share=0.0)"  # All others have it.
+    assert label(0.1) == {without, f"{name} (noise.share=0.5)"}
     both = {f"{name} (noise.share=0.5, noise.radii.l2={radius})" for radius in (0.1, 0.2)}
-    assert label(0.1, 0.2) == {name, *both}
+    assert label(0.1, 0.2) == {without, *both}
+
+
+def test_a_switch_that_only_some_others_have_on_is_not_said_where_it_is_off(tmp_path):
+    added = [{}, {"noise": {"share": 0.5}}, {"mixup": {"alpha": 1.0}}]
+    contents = [result(config=result()["config"] | config) for config in added]
+    assert {row.label for row in grouping.rows(read(tmp_path, *contents))} == {
+        "cifar10_ada_small",
+        "cifar10_ada_small (noise.share=0.5)",
+        "cifar10_ada_small (mixup.alpha=1.0)",
+    }
 
 
 def test_networks_that_only_one_method_has_are_not_said_and_flags_are_named_alone(tmp_path):
@@ -369,7 +380,7 @@ def test_runs_that_were_measured_on_other_images_are_not_seeds(tmp_path):
 
 def test_images_that_were_trained_on_are_said_to_be(tmp_path):
     (row,) = grouping.rows(read(tmp_path, result(trained_on=400)))
-    said = "1000 images of cifar10, split train[45000:], 400 of them TRAINED ON, corrupted on"
+    said = "1000 images of cifar10, split train[45000:], 400 of them TRAINED ON, corrupted by"
     assert row.measured_on.startswith(said)
 
 

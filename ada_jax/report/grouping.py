@@ -159,7 +159,8 @@ def _difference(result: results_files.Result, others: list[results_files.Result]
     """The settings of a result, in brackets, that differ from others of the same name.
 
     A group of fields that others lack because it is off, or another method's, is named by its
-    switch or the method alone, and the corruption networks only if others have different ones.
+    switch or the method alone, and the corruption networks only if others have different ones. A
+    switch is named as off if it is on in all others.
     """
     mine, theirs, missing = settings(result), list(map(settings, others)), object()
 
@@ -173,6 +174,10 @@ def _difference(result: results_files.Result, others: list[results_files.Result]
         return any(other.get(key, missing) != mine[key] for other in alike)
 
     named = [k if mine[k] is True else f"{k}={mine[k]}" for k in mine if differs(k)]
+    switches = {f"{group}.{field}" for group, field in results_files.SWITCHES.items()}
+    off = switches.intersection(*(other for other in theirs if other != mine)) - mine.keys()
+    values = {k: v for other in theirs for k, v in other.items()}
+    named += [f"{switch}={type(values[switch])(0)}" for switch in sorted(off) if switch in values]
     return f" ({', '.join(named)})" if named else ""
 
 
@@ -252,9 +257,9 @@ def measured_on(result: results_files.Result) -> str:
         return words
     count = _corrupted(result)
     words += ", " if count == data.get("examples") else f", {count} of them "
-    if source.get("kind") == "on_the_fly":
+    if source.get("kind") == "on_the_fly" or "recipe" in source:
         table = f"seed {source.get('seed')}, {source.get('table')} table"
-        return f"{words}corrupted on the fly ({table})"
+        return f"{words}corrupted by ada_jax ({table})"
     return f"{words}corrupted in {source.get('folder', source.get('kind'))}"
 
 
