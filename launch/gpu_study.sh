@@ -5,7 +5,7 @@
 #
 #   launch/gpu_study.sh --minutes=10 --out=DIR
 #   launch/gpu_study.sh --minutes=10 --out=DIR -- --config.dataset=npz --config.data_dir=/DIR/FILE.npz
-#   launch/gpu_study.sh --minutes=10 --out=DIR --recipe=best  # this row and ada+augmix, three seeds
+#   launch/gpu_study.sh --minutes=30 --out=DIR --recipe=best  # this row and ada+augmix, three seeds
 #   launch/gpu_study.sh --minutes=10 --out=DIR --rehearsal    # tiny sizes, on a CPU
 #
 # The words after -- are flags of every training. Where the time is up the script exits with status

@@ -27,6 +27,7 @@ from ada_jax.augment import augmix, norm_noise, trivial_augment
 from ada_jax.nets import batch_norm, per_example
 
 DEVICES, BATCH, SIZE, CLASSES = 4, 8, 12, 4
+ROOT = pathlib.Path(__file__).parents[1]
 Arrays = dict[str, np.ndarray]
 
 
@@ -161,15 +162,21 @@ WAYS: dict[str, Callable] = {
 }
 
 
-def readme(split: NamedSharding | None = None) -> np.ndarray:
-    """The last loss of the README's training loop."""
-    text = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
-    (block,) = re.findall(r"```python\n(import functools\n.*?)```", text, re.DOTALL)
-    a = arrays()
-    batches = iter([jax.device_put((a["x"], a["y"]), split)] * 3)
-    names: dict[str, Any] = {"batches": batches}
-    exec(block, names)
-    return np.asarray(names["loss"])
+def readme() -> Arrays:
+    """The last loss of the README's training loop, and of its version for several devices."""
+    blocks = [
+        re.findall(rf"```python\n({start}.*?)```", (ROOT / file).read_text(), re.DOTALL)
+        for file, start in {
+            "README.md": "import functools\n",
+            "ada_jax/README.md": r"mesh = jax\.make_mesh",
+        }.items()
+    ]
+    a, names, found = arrays(), {}, {}
+    for way, (block,) in zip(("one", "explicit"), blocks, strict=True):
+        names["batches"] = iter([(a["x"], a["y"])] * 3)
+        exec(block, names)
+        found[way] = np.asarray(names["loss"])
+    return found
 
 
 def tpu_kernels() -> Arrays:
@@ -188,10 +195,7 @@ def tpu_kernels() -> Arrays:
 def compute(names: list[str]) -> Arrays:
     """All leaves of what the functions return, by function, way and number."""
     if names == ["readme"]:
-        mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Explicit,))
-        one = readme()
-        with jax.set_mesh(mesh):
-            return {"one": one, "explicit": readme(NamedSharding(mesh, P("data")))}
+        return readme()
     if names == ["tpu_kernels"]:
         return tpu_kernels()
     found = {}

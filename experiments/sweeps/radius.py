@@ -3,7 +3,7 @@
     python -m ada_jax.sweep --sweep=experiments/sweeps/radius.py
 
 It trains on 40,000 of CIFAR-10's training images and evaluates on the next 5,000, so settings are
-chosen neither on the test images nor on those of the results in experiments/README.md.
+chosen neither on the test images nor on those of the results in experiments/RESULTS.md.
 """
 
 from typing import Any

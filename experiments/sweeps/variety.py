@@ -9,7 +9,7 @@
 The word is the number of training images. With 40000, half of the examples are attacked, or all of
 them with a smaller radius. With 5000, which the network can fit better, all are attacked with
 nu = 0.02. Each is compared with the same schedule without AdA, on images that the results in
-experiments/README.md are not measured on.
+experiments/RESULTS.md are not measured on.
 """
 
 from typing import Any
