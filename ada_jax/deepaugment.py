@@ -15,15 +15,24 @@ import numpy as np
 from absl import flags, logging
 from ml_collections import config_flags
 
+from ada_jax import results as results_files
 from ada_jax.data import rendered_set, sources
-from ada_jax.errors import UserError, require_extra
+from ada_jax.errors import require_extra
 from ada_jax.report import figures
-from ada_jax.run import cli
+from ada_jax.run import cli, config_checks
+
+RULES = (
+    (*config_checks.SIDE, ("image_size",)),
+    (*config_checks.DEVICES, ("cpu_devices",)),
+)
 
 
 def main(config: ml_collections.ConfigDict, out: str) -> None:
     """Writes the set and a contact sheet with some of its images."""
-    rendered_set.validate(config)
+    fields = results_files.flat(config.to_dict())
+    config_checks.check_values(fields)
+    config_checks.check_fields(fields, {"dataset": sources.NAMES}, RULES)
+    rendered_set.check_request(config, out)
     require_extra("The contact sheet", "matplotlib")
     cli.set_up_devices(config.cpu_devices, config.compilation_cache)
     dataset = sources.load(
@@ -55,8 +64,7 @@ if __name__ == "__main__":
     flags.mark_flag_as_required("config")
 
     def with_flags(argv: list[str]) -> None:
-        if len(argv) > 1:
-            raise UserError(f"The argument {argv[1]!r} is not a flag: write it as --flag=value.")
+        del argv
         config = config_flag.value
         if copies_flag.value is not None:
             config.copies = copies_flag.value

@@ -104,16 +104,15 @@ class _Subject(NamedTuple):
 def main(argv: list[str]) -> None:
     """Evaluates what the flags describe."""
     try:
-        _check_flags(argv)
+        del argv
+        _check_flags()
         _evaluate(flags.FLAGS)
     except UserError as error:
         raise renamed(error, DATA_FLAGS) from error
 
 
-def _check_flags(argv: list[str]) -> None:
+def _check_flags() -> None:
     values = flags.FLAGS
-    if len(argv) > 1:
-        raise UserError(f"The argument {argv[1]!r} is not a flag: write --flag=value.")
     given = [f for f in ("workdir", "weights", "random") if values[f].value]
     if len(given) != 1:
         raise UserError(

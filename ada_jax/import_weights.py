@@ -332,8 +332,8 @@ def import_classifier(
       UserError: the file is missing, damaged, of another network or of other normalisation.
     """
     torch_layouts.layout(classifier)
-    read = _without_normalisation(read_torch(source), mean, std)
-    state = _without_prefix(read)
+    read = read_torch(source)
+    state = _without_prefix(_without_normalisation(_without_prefix(read), mean, std))
     if removed := len(next(iter(read), "")) - len(next(iter(state), "")):
         logging.info("%s: ignoring the prefix %r of all names.", source, next(iter(read))[:removed])
     if unused := [name for name in state if name.startswith("sub_block1.")]:  # of TRADES
@@ -422,6 +422,9 @@ def main(argv: list[str]) -> None:
     if paths.exists(out):
         raise UserError(f"{out} exists and is not overwritten: rename it or give another file.")
     if network != "classifier":
+        for name in ("classifier", "mean", "std"):
+            if flags.FLAGS[name].value is not None:
+                raise UserError(f"--{name} does not apply to {network}: leave it out.")
         print((export_file if flags.FLAGS.export else import_file)(network, source, out))
     elif flags.FLAGS.export:
         raise UserError(
@@ -437,4 +440,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("classifier", None, "The classifier's architecture.")
     flags.DEFINE_list("mean", None, "Channel means of the classifier's input, images in [0,1].")
     flags.DEFINE_list("std", None, "Channel standard deviations of the classifier's input.")
-    cli.start(main)
+    cli.start(main, arguments=True)

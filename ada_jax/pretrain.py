@@ -4,6 +4,7 @@ python -m ada_jax.pretrain --config=experiments/pretrain_edsr.py[:PRESET] [--wor
 python -m ada_jax.pretrain --config=experiments/pretrain_cae.py [--workdir=DIR]
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -270,17 +271,18 @@ def load_images(config: ml_collections.ConfigDict, split: str, *, size: int) -> 
     """
     data_dir = config.data_dir or None
     if config.dataset in ("photos", "div2k"):
-        photos = config.dataset == "photos"
-        images = (
-            map(tiles.photo, tiles.PHOTOS[split])
-            if photos
-            else tfds_sets.div2k_images(split, data_dir)
-        )
+        if config.dataset == "photos":
+            origin, members = "photos", tiles.PHOTOS[split]
+            images = map(tiles.photo, members)
+        else:
+            origin, members, images = tfds_sets.div2k_images(split, data_dir)
         side = 2 * size if split.startswith("train") else size
         found = [tiles.cut(image, side=side, step=size, most=config.tiles) for image in images]
         images = np.concatenate(found)
         labels = np.zeros(len(images), np.int32)
-        return core.from_arrays(images, labels, class_names=("photo",), name=config.dataset)
+        dataset = core.from_arrays(images, labels, class_names=("photo",), name=config.dataset)
+        of_tiles = [m for m, cut in zip(members, found, strict=True) for _ in cut]
+        return dataclasses.replace(dataset, origin=origin, members=of_tiles)
     dataset = sources.load(config.dataset, split, data_dir=data_dir, image_size=config.image_size)
     if min(dataset.image_shape[:2]) < size:
         height, width, _ = dataset.image_shape
@@ -303,7 +305,9 @@ CHOICES = {
 RULES = (
     (*config_checks.AT_LEAST_1, ("train_steps", "batch_size", "sr_batch_size", "halve_steps")),
     (*config_checks.AT_LEAST_1, ("eval_batch_size", "log_steps", "keep_checkpoints")),
-    (*config_checks.AT_LEAST_1, ("image_size", "tiles")),
+    (*config_checks.AT_LEAST_1, ("tiles",)),
+    (*config_checks.SIDE, ("image_size",)),
+    (*config_checks.SEED, ("seed",)),
     (*config_checks.AT_LEAST_0, ("eval_steps", "checkpoint_steps", "sr_weight", "weight_decay")),
     (*config_checks.POSITIVE, ("learning_rate",)),
     (lambda value: 0 <= value <= 1, "must be in [0, 1], where 1 is white", ("noise",)),

@@ -422,4 +422,4 @@ if __name__ == "__main__":
     flags.DEFINE_list("corruptions", list(parameter_tables.NAMES), "reconstruct: corruptions.")
     flags.DEFINE_integer("steps", 50, "reconstruct: steps of Adam.", lower_bound=1)
     flags.DEFINE_float("learning_rate", 1e-3, "reconstruct: learning rate of Adam.")
-    cli.start(main)
+    cli.start(main, arguments=True)

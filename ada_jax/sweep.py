@@ -160,7 +160,7 @@ def _load(sweep: str) -> tuple[str, list[Fields]]:
     except ValueError as error:  # the file's own message
         raise UserError(f"--sweep={sweep}: {error}") from error
     except Exception as error:
-        raise UserError(f"--sweep={sweep} cannot be read ({error!r}): mend the file.") from error
+        raise UserError(f"--sweep={sweep} cannot be read ({error!r}): correct the file.") from error
     base = getattr(module, "CONFIG", "")
     if not points:
         raise UserError(f"--sweep={path} has no points: let get_hyper return some.")
@@ -169,7 +169,7 @@ def _load(sweep: str) -> tuple[str, list[Fields]]:
         if not all(re.match(r"config($|\.)", str(name)) for name in fields):
             raise UserError(
                 f"--sweep={path} has the point {point!r}, which is not a dict of fields such as "
-                "{'config.seed': 1}: mend get_hyper."
+                "{'config.seed': 1}: correct get_hyper."
             )
         if not point.get("config", base):
             raise UserError(
@@ -322,8 +322,14 @@ def run(points: Sequence[Point], out: str, jobs: int) -> tuple[dict[str, str], i
                 logging.info("%s: stopped with status %d", current.point.name, status)
                 current.claim.close()
     for point in elsewhere:
-        if not finished(point, out):
-            failed[point.name] = "another sweep is running it: start this command again later"
+        if finished(point, out):
+            continue
+        with locks.claim(locks.of_file(_log(point, out))) as ended:
+            failed[point.name] = (
+                f"it ended in another sweep without results, see {_log(point, out)}"
+                if ended
+                else "another sweep is running it: start this command again later"
+            )
     return failed, stop.status
 
 
@@ -408,9 +414,8 @@ def collect(points: Sequence[Point], out: str, folder: str) -> None:
 
 def main(argv: list[str], overrides: Sequence[str] = ()) -> int | None:
     """Runs or prints the sweep; returns an exit status."""
+    del argv
     f = flags.FLAGS
-    if len(argv) > 1:
-        raise UserError(f"The argument {argv[1]!r} is not a flag: write --flag=value.")
     points = read(f.sweep, overrides)
     out = f.out or os.path.join("runs", pathlib.Path(f.sweep.partition(":")[0]).stem)
     if f.print:
@@ -421,7 +426,7 @@ def main(argv: list[str], overrides: Sequence[str] = ()) -> int | None:
         cli.make_folder("collect", f.collect)
     failed, stopped = run(points, out, f.jobs)
     if stopped:
-        logging.warning("Stopped: the same command goes on.")
+        logging.warning("Stopped: run the same command again to continue.")
         return stopped
     done = [point for point in points if point.name not in failed]
     if f.collect:

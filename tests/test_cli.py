@@ -156,7 +156,7 @@ def test_what_the_system_refuses_costs_one_sentence_on_any_terminal():
         "status 2",
         f"error: /nowhere/a cannot be read or written (No such file or directory): {advice}",
         "status 2",
-        "Ctrl-C: the same command goes on.",
+        "Ctrl-C: run the same command again to continue.",
         "status 130",
         "status None",
         "status None",

@@ -757,7 +757,7 @@ def test_ctrl_c_costs_one_line_with_several_processes_too(tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate()
     assert process.returncode == 130, errors
-    assert errors.splitlines()[-1] == "Ctrl-C: the same command goes on."
+    assert errors.splitlines()[-1] == "Ctrl-C: run the same command again to continue."
     assert "Traceback" not in errors
 
 
@@ -787,3 +787,10 @@ def test_a_killed_command_goes_on(tmp_path):
 def test_a_severity_that_is_no_number_is_named(tmp_path):
     flags = ("--data=mnist5k", f"--out={tmp_path}/set", "--severities=1,six")
     assert_mistake(run_here("corruptions", *flags), "The severity 'six' does not exist")
+
+
+def test_mistakes_are_told_before_images_are_read(tmp_path):
+    flags = ("--data=folder", "--data_dir=/nowhere")
+    small = run_here("corruptions", *flags, f"--out={tmp_path}/set", "--image_size=0")
+    assert_mistake(small, "--image_size=0 is too small: give at least 8 pixels.")
+    assert_mistake(run_here("corruptions", *flags, "--out=gs://bucket/set"), "is in a bucket")

@@ -313,6 +313,8 @@ def test_unknown_names_are_refused():
         sources.load("mnist5k", "valid")
     with pytest.raises(UserError, match=r"config.image_size = 64"):
         sources.load("mnist5k", "train", image_size=64)
+    with pytest.raises(UserError, match=r"config.data_dir = '/x' does not apply to"):
+        sources.load("mnist5k", "train", data_dir="/x")
 
 
 # ------------------------------------------------------------------------------------- mnist5k

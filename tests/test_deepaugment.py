@@ -9,8 +9,9 @@ import jax
 import numpy as np
 import pytest
 
+from ada_jax import deepaugment
 from ada_jax.augment import rendering
-from ada_jax.data import core, rendered_set
+from ada_jax.data import core, rendered_set, sources
 from ada_jax.errors import UserError
 from ada_jax.nets import corruption_nets
 from experiments import deepaugment as experiment
@@ -181,6 +182,22 @@ def test_a_set_of_the_cae_s_former_recipe_is_trained_on_but_not_added_to(tmp_pat
 def test_mistakes_name_the_field(field, value):
     with pytest.raises(UserError, match=f"config.{field}"):
         rendered_set.validate(config(**{field: value}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "out", "said"),
+    [
+        ({"image_size": 0}, "set", "config.image_size=0 must be 1 to 4096 pixels"),
+        ({"cpu_devices": -1}, "set", r"config.cpu_devices=-1 must be 0 \(off\)"),
+        ({"dataset": "cifar11"}, "set", "config.dataset='cifar11' is unknown"),
+        ({"weights": ("no.safetensors",)}, "set", r"no\.safetensors"),
+        ({}, "gs://bucket/set", "--out=gs://bucket/set is in a bucket"),
+    ],
+)
+def test_mistakes_are_told_before_images_are_read(fields, out, said, monkeypatch):
+    monkeypatch.setattr(sources, "load", None)
+    with pytest.raises(UserError, match=said):
+        deepaugment.main(config(**fields), out)
 
 
 @pytest.mark.slow

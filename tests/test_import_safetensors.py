@@ -11,6 +11,7 @@ import safetensors.numpy
 from ada_jax import import_weights
 from ada_jax.errors import UserError
 from ada_jax.nets import corruption_nets
+from tests.conftest import assert_mistake, run_here
 
 THETA = jax.tree.map(np.asarray, corruption_nets.make("edsr_small").theta)
 
@@ -43,6 +44,12 @@ def test_another_mean_shift_is_refused(tmp_path):
     source = written(tmp_path / "in.safetensors", np.float16, **{"add_mean.bias": mean})
     with pytest.raises(UserError, match=r"add_mean\.bias is .* not DIV2K's fixed mean shift"):
         import_weights.import_file("edsr", source, str(tmp_path / "out"))
+
+
+def test_flags_of_classifiers_do_not_apply_to_corruption_networks(tmp_path):
+    files = (written(tmp_path / "in.safetensors"), tmp_path / "out")
+    done = run_here("import_weights", "edsr", *files, "--mean=0,0,0")
+    assert_mistake(done, "--mean does not apply to edsr: leave it out.")
 
 
 def test_only_a_prefix_of_all_names_is_ignored(tmp_path):

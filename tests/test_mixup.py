@@ -113,3 +113,5 @@ def test_mistakes_are_told():
     for field, value in (("additive", -1.0), ("multiplicative", np.inf), ("sparsity", 1.0)):
         with pytest.raises(UserError, match=f"{field}={value} must be at least 0"):
             mixup.noisy(KEYS[0], jnp.ones((2, 2)), **{field: value})
+    with pytest.raises(UserError, match="views=2 does not divide the 3 features"):
+        mixup.noisy(KEYS[0], jnp.ones((3, 2)), views=2)

@@ -1,18 +1,22 @@
 """Pre-training: it learns, resumes exactly, and writes weights that the rest can load."""
 
 import importlib.util
+import io
 import json
 import os
 import pathlib
+import re
 import signal
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from ada_jax import pretrain
-from ada_jax.data import batching, core, tiles
+from ada_jax.data import batching, core, tfds_sets, tiles
 from ada_jax.errors import UserError
 from ada_jax.nets import corruption_nets, layers, weight_files
 from ada_jax.run import distributed, logbook, loop
@@ -217,6 +221,8 @@ def test_schedules():
         ({"schedule": "linear"}, r"config\.schedule='linear' is unknown"),
         ({"store_dtype": "int8"}, r"config\.store_dtype='int8' is unknown"),
         ({"batch_size": 0}, r"config\.batch_size=0 must be 1 or more"),
+        ({"seed": -1}, r"config\.seed=-1 must be in 0\.\.2\*\*32-1"),
+        ({"image_size": 0}, r"config\.image_size=0 must be 1 to 4096 pixels"),
         ({"patch": 201}, r"squares of 402 pixels, more than a photograph of 400x600 has"),
     ],
 )
@@ -238,6 +244,37 @@ def test_training_images_are_not_held_out(tmp_path):
     with pytest.raises(UserError, match=r"10 of the 20 images of config\.eval_split="):
         pretrain.main(get_config(**fields), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_photographs_in_both_slices_are_not_held_out(tmp_path, monkeypatch):
+    """Tiles of both splits may be cut at different places, and none have equal pixels."""
+    rng, files = np.random.default_rng(0), []
+    for _ in range(3):
+        file = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (48, 48, 3), np.uint8)).save(file, "PNG")
+        files.append({"hr": file.getvalue()})
+
+    class Records(list):
+        dataset_info = types.SimpleNamespace(full_name="div2k/bicubic_x2/2.0.0")
+
+    def read(name, split, data_dir, image_key):
+        start, stop = map(int, re.findall(r"\d+", split))
+        found = Records(files[start:stop])
+        found.split = split
+        return found
+
+    monkeypatch.setattr(tfds_sets, "_tfds_records", read)
+    fields = {"dataset": "div2k", "train_split": "train[0:2]", "eval_split": "train[1:3]"}
+    with pytest.raises(UserError, match=r"of the \d+ images of config\.eval_split='train\[1:3\]'"):
+        pretrain.main(get_config(**fields), str(tmp_path / "run"))
+    config = get_config(**fields)
+    config.eval_split = "train[2:3]"
+    train_set, eval_set = (
+        pretrain.load_images(config, split, size=16)
+        for split in (config.train_split, config.eval_split)
+    )
+    assert core.overlap(train_set, eval_set) == (0, 0)
+    assert set(train_set.members) == {0, 1} and set(eval_set.members) == {2}
 
 
 def test_patches_larger_than_the_images_are_refused(tmp_path):

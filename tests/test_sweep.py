@@ -1,5 +1,6 @@
 """Sweeps: their points and names, skipping, kills, signals and failures, and the sentences."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -247,7 +248,7 @@ LIST = "CONFIG = 'experiments/quickstart.py'\ndef get_hyper(hyper): return {}"
     [
         ("x = 1", "no get_hyper"),
         ("import nothing_of_that_name", "nothing_of_that_name"),
-        ("def get_hyper(", "mend the file"),
+        ("def get_hyper(", "correct the file"),
         (LIST.format("[]"), "no points"),
         (LIST.format("[1]"), "not a dict"),
         (LIST.format("[{'seed': 1}]"), "'config.seed': 1"),
@@ -497,6 +498,15 @@ def test_sweeps_share_a_folder_and_name_what_another_is_running(stand_in):
     assert sweep.run(points, out, 2) == ({}, False)
 
 
+def test_what_ended_in_another_sweep_without_results_is_not_running(stand_in, monkeypatch):
+    points, _, out = stand_in
+    claims = iter([contextlib.nullcontext(False)])  # Another sweep's at first, later free.
+    claim = locks.claim
+    monkeypatch.setattr(locks, "claim", lambda path: next(claims, None) or claim(path))
+    failed, _ = sweep.run(points[:1], out, 1)
+    assert failed[points[0].name].startswith("it ended in another sweep without results, see ")
+
+
 # ------------------------------------------------------------------------ runs
 
 
@@ -573,7 +583,7 @@ def test_the_binary_leaves_with_143_after_sigterm_and_1_after_a_failure(tmp_path
     process.terminate()
     _, errors = process.communicate(timeout=120)
     assert process.returncode == distributed.INTERRUPTED
-    assert "the same command goes on" in errors
+    assert "run the same command again" in errors
 
     missing = f"--config.data_dir={tmp_path / 'nothing'}"
     done = run_here("sweep", *arguments, "--jobs=2", "--config.dataset=cifar10", missing)

@@ -256,6 +256,16 @@ def test_training_continues_from_imported_averages(tmp_path):
     assert exported["bn1.num_batches_tracked"] == 78
 
 
+@pytest.mark.parametrize(
+    ("batches", "expected"), [(np.full(1, 5), 5), (np.int64(2**40), 2**31 - 1 - 2**20)]
+)
+def test_a_count_of_batches_has_any_shape_and_size(batches, expected):
+    state = {k: t.numpy() for k, t in network("resnet20").network.state_dict().items()}
+    tree = torch_layouts.from_torch("resnet20", state | {"bn1.num_batches_tracked": batches})
+    exported = torch_layouts.to_torch("resnet20", tree["params"], tree["state"])
+    assert exported["bn1.num_batches_tracked"] == expected
+
+
 CIFAR_MEAN, CIFAR_STD = classifiers.CIFAR10_MEAN, classifiers.CIFAR10_STD
 
 
@@ -349,6 +359,10 @@ def test_a_normalisation_in_the_file_must_be_the_one_given(tmp_path):
     with pytest.raises(UserError, match=r"The file's sigma is \[1.0, 1.0, 1.0\], and --std is"):
         import_weights.import_classifier(*arguments, MEAN, STD)
     import_weights.import_classifier(*arguments, MEAN, (1.0, 1.0, 1.0))
+    torch.save({f"module.{name}": tensor for name, tensor in state.items()}, tmp_path / "in.pt")
+    with pytest.raises(UserError, match=r"The file's sigma is \[1.0, 1.0, 1.0\], and --std is"):
+        import_weights.import_classifier(*arguments, MEAN, STD)
+    import_weights.import_classifier(*arguments[:2], str(tmp_path / "2"), MEAN, (1.0, 1.0, 1.0))
 
 
 def test_the_unused_stage_of_trades_is_ignored(tmp_path):

@@ -267,8 +267,8 @@ def test_learning_rate_schedule(batch_size):
         ("weight_decay", float("nan"), "finite"),
         ("ada.corruption_weights", (1,), "paths"),
         ("pad", 33, "from 0 to image_size"),
-        ("image_size", 4097, "at most 4096"),
-        ("cpu_devices", 1025, "at most 1024"),
+        ("image_size", 4097, "must be 1 to 4096"),
+        ("cpu_devices", 1025, "must be 0 .off. to 1024"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_compiled(field, value, said):
@@ -1090,7 +1090,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == distributed.INTERRUPTED
-    step = int(re.search(rb"saved step (\d+); the same command goes on", errors)[1])
+    step = int(re.search(rb"saved step (\d+); run the same command again", errors)[1])
     steps = sorted(int(p.name) for p in workdir.glob("checkpoints/[0-9]*"))
     assert steps[-1] == step < 800
     process = subprocess.Popen(command(workdir, *longer), cwd=ROOT, stderr=subprocess.PIPE)

@@ -88,7 +88,7 @@ def noisy(
       [VB,...], of the type of `features`.
 
     Raises:
-      UserError: a level is out of range.
+      UserError: a level is out of range, or the views are not equally many.
 
     Source: the defaults, the Beta distributions, the sparsity and the views are those of NoisyMix's
     code for CIFAR, where the input is images in [-1,1]. Noise on the layer 'input' of `classifiers`
@@ -96,6 +96,8 @@ def noisy(
     "Noisy feature mixup" (2022), have additive 0.4, multiplicative 0.2 and sparsity 0.
     """
     check_levels(additive, multiplicative, sparsity)
+    if len(features) % views:
+        raise UserError(f"views={views} does not divide the {len(features)} features: correct it.")
     if additive == multiplicative == 0:
         return features
     keys = jax.random.split(key, 4)

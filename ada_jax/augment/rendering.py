@@ -32,7 +32,8 @@ def generate(
     """Renders a data set once through distorted networks, group by group, on all devices.
 
     The rendering of an image depends on the seed, the network, the copy and the image's position in
-    the whole set, but not on the devices.
+    the whole set, but not on the devices. The random numbers of the distorted features do not
+    depend on the network.
 
     Args:
       net: one of `corruption_nets.names()`.

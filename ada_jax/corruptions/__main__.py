@@ -7,6 +7,7 @@ import os
 
 from absl import flags
 
+from ada_jax import paths
 from ada_jax.corruptions import c_folder, parameter_tables
 from ada_jax.data import core, sources
 from ada_jax.errors import UserError, renamed
@@ -15,14 +16,19 @@ from ada_jax.run import cli
 
 def main(argv: list[str]) -> None:
     """Writes the set that the flags describe."""
-    if len(argv) > 1:
-        raise UserError(f"The argument {argv[1]!r} is not a flag: write it as --flag=value.")
+    del argv
     values = flags.FLAGS
     if not values.data or not values.out:
         raise UserError("--data or --out is not set: give the images and the output folder.")
     # `check_request` rejects severities that are not numbers.
     severities = [int(s) if s.isdigit() else s for s in values.severities]
     c_folder.check_request(values.names, severities, values.seed, values.table, values.processes)
+    paths.local(f"--out={values.out}", values.out)
+    if values.image_size < parameter_tables.SMALLEST:
+        raise UserError(
+            f"--image_size={values.image_size} is too small: give at least "
+            f"{parameter_tables.SMALLEST} pixels."
+        )
     c_folder.write_set(
         _load(values.data, values.split, values.data_dir, values.image_size),
         values.out,

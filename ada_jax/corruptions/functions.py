@@ -184,8 +184,8 @@ def _displaced(shifts: np.ndarray, delta: int) -> np.ndarray:
 
     Args:
       shifts: [N, H, W, 2] integers in -delta..delta-1, down and to the right.
-      delta: width of the border that does not change (one less at the bottom and the right), in
-        pixels.
+      delta: the border that does not change is delta + 1 pixels wide at the top and the left, and
+        delta - 1 at the bottom and the right.
 
     Returns:
       [N, H*W] positions in the image before the round.

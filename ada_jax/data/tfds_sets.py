@@ -39,9 +39,14 @@ def load_cifar10(split: str, data_dir: Any, encoded: bool) -> core.Dataset:
 
 def _with_members(dataset: core.Dataset, records: Any) -> core.Dataset:
     """Sets a data set's origin and members to TFDS's records."""
+    origin, members = _place(records)
+    return dataclasses.replace(dataset, origin=origin, members=members)
+
+
+def _place(records: Any) -> tuple[str, range]:
+    """The stored data of records, and their positions in it."""
     base, start, stop = core.SPLIT.fullmatch(records.split).groups()
-    origin = f"{records.dataset_info.full_name}/{base}"
-    return dataclasses.replace(dataset, origin=origin, members=range(int(start), int(stop)))
+    return f"{records.dataset_info.full_name}/{base}", range(int(start), int(stop))
 
 
 def cifar10_1(data_dir: Any = None) -> core.Dataset:
@@ -116,21 +121,23 @@ def resized(dataset: core.Dataset, image_size: int) -> core.Dataset:
     return dataclasses.replace(dataset, source=source, image_shape=(image_size, image_size, 3))
 
 
-def div2k_images(split: str, data_dir: Any = None) -> Iterator[np.ndarray]:
+def div2k_images(split: str, data_dir: Any = None) -> tuple[str, range, Iterator[np.ndarray]]:
     """Reads the high-resolution photographs of DIV2K (Agustsson and Timofte, 2017) from TFDS.
 
     Args:
       split: 'train' (800 images) or 'validation' (100), or a slice.
       data_dir: TFDS's directory; None means $TFDS_DATA_DIR or TFDS's default.
 
-    Yields:
-      [H,W,3] uint8 of varying size.
+    Returns:
+      The origin and the members of `core.Dataset`, and an iterator of the photographs, [H,W,3]
+      uint8 of varying size.
 
     Raises:
       UserError: the data or the split is missing.
     """
-    for record in _tfds_records("div2k", split, data_dir, "hr"):
-        yield np.asarray(Image.open(io.BytesIO(record["hr"])).convert("RGB"))
+    records = _tfds_records("div2k", split, data_dir, "hr")
+    opened = (Image.open(io.BytesIO(record["hr"])) for record in records)
+    return *_place(records), (np.asarray(image.convert("RGB")) for image in opened)
 
 
 def _tfds_records(name: str, split: str, data_dir: Any, image_key: str) -> Sequence[Any]:
@@ -163,7 +170,7 @@ def _tfds_builder(name: str, data_dir: Any) -> Any:
         ) from error
     if not builder.info.splits:
         raise UserError(
-            f"config.dataset = {name!r} is not in {str(builder.data_dir)!r}: prepare it with "
+            f"The data set {name!r} is not in {str(builder.data_dir)!r}: prepare it with "
             f"{_prepare_command(name, data_dir)}, or give the directory that has it with "
             "--config.data_dir=DIRECTORY."
         )

@@ -219,8 +219,9 @@ def _averages(
     prefix = torch_name(classifier, module)
     running = state_dict[f"{prefix}.running_{which.removesuffix('_ema')}"]
     average = np.asarray(running, np.float32).reshape(like["average"].shape)
-    count = int(state_dict.get(f"{prefix}.{_COUNTER}", 0))
-    return {"average": average, "hidden": average, "counter": np.int32(_SETTLED + count)}
+    batches = int(np.max(state_dict.get(f"{prefix}.{_COUNTER}", 0)))  # Some files have it as [1].
+    counter = np.int32(min(_SETTLED + batches, np.iinfo(np.int32).max))
+    return {"average": average, "hidden": average, "counter": counter}
 
 
 def _flat(array: Any) -> np.ndarray:

@@ -113,4 +113,4 @@ if __name__ == "__main__":
     flags.DEFINE_bool("paper", False, "Whether to include the paper's numbers.")
     flags.DEFINE_string("figures", "", "Folder for figures and a web page, index.html.")
     flags.DEFINE_string("out", "", "Folder for --format=robustbench.")
-    cli.start(main)
+    cli.start(main, arguments=True)

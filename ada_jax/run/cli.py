@@ -57,8 +57,7 @@ def run(
             flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
     def with_flags(argv: list[str]) -> int | None:
-        if len(argv) > 1:
-            raise UserError(f"The argument {argv[1]!r} is not a flag: write --flag=value.")
+        del argv
         config = config_flag.value
         folder = workdir.value or default_folder(config.name, config.seed)
         paths.check_bucket(f"--workdir={folder}", folder)
@@ -79,11 +78,13 @@ def default_folder(name: str, seed: int) -> str:
     return os.path.join("runs", name if seed == 0 else f"{name}-seed{seed}")
 
 
-def start(main: Callable[[list[str]], int | None]) -> None:
+def start(main: Callable[[list[str]], int | None], *, arguments: bool = False) -> None:
     """Parses the flags and runs main(argv); a user's mistake exits with status 2 and one line.
 
     Args:
-      main: called with the arguments that are not flags; returns an exit status or None.
+      main: called with the program's name and the arguments that are not flags; returns an exit
+        status or None.
+      arguments: whether the command takes such arguments.
     """
     for stream in filter(None, (sys.stdout, sys.stderr)):  # An ASCII terminal, for example.
         stream.reconfigure(errors="backslashreplace")
@@ -94,12 +95,14 @@ def start(main: Callable[[list[str]], int | None]) -> None:
 
     def run_main(argv: list[str]) -> None:
         try:
+            if len(argv) > 1 and not arguments:
+                raise UserError(f"The argument {argv[1]!r} is not a flag: write --flag=value.")
             status = main(argv)
         except BrokenPipeError:  # `| head` has read enough.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             status = 1
         except KeyboardInterrupt:
-            print("Ctrl-C: the same command goes on.", file=sys.stderr, flush=True)
+            print("Ctrl-C: run the same command again to continue.", file=sys.stderr, flush=True)
             status = CTRL_C
         except Exception as error:
             message = _explain(error)

@@ -37,10 +37,13 @@ CHOICES = {
 AT_LEAST_1 = (lambda value: value >= 1, "must be 1 or more")
 AT_LEAST_0 = (lambda value: value >= 0, "must be 0 (off) or more")
 POSITIVE = (lambda value: value > 0, "must be positive")
+SIDE = (lambda value: 1 <= value <= 4096, "must be 1 to 4096 pixels")
+DEVICES = (lambda value: 0 <= value <= 1024, "must be 0 (off) to 1024")
+SEED = (lambda value: 0 <= value < 2**32, "must be in 0..2**32-1")
 RULES = (
-    (*AT_LEAST_1, ("batch_size", "log_steps", "keep_checkpoints", "image_size", "ada.every")),
+    (*AT_LEAST_1, ("batch_size", "log_steps", "keep_checkpoints", "ada.every")),
     (*AT_LEAST_1, ("corruption_eval_examples", "ada.group")),
-    (*AT_LEAST_0, ("eval_epochs", "corruption_eval_epochs", "checkpoint_epochs", "cpu_devices")),
+    (*AT_LEAST_0, ("eval_epochs", "corruption_eval_epochs", "checkpoint_epochs")),
     (*AT_LEAST_0, ("figure_examples", "deepaugment.copies", "augmix.jsd_weight")),
     (*AT_LEAST_0, ("mixup.alpha", "weight_decay", "warmup_epochs", "epochs", "train_steps")),
     (*POSITIVE, ("learning_rate", "pgd.step_scale", "pat.gradient_clip", "rlat.epsilon")),
@@ -59,9 +62,9 @@ RULES = (
         "must name layers, each once, as ('input', 'stage1')",
         ("mixup.layers",),
     ),
-    (lambda value: 0 <= value < 2**32, "must be in 0..2**32-1", ("seed",)),
-    (lambda value: value <= 4096, "must be at most 4096 pixels", ("image_size",)),
-    (lambda value: value <= 1024, "must be at most 1024", ("cpu_devices",)),
+    (*SIDE, ("image_size",)),
+    (*DEVICES, ("cpu_devices",)),
+    (*SEED, ("seed",)),
     (lambda value: len(value) == 3, "must be three numbers, one per channel", ("mean",)),
     (
         lambda value: len(value) == 3 and min(value) > 0,

@@ -124,7 +124,9 @@ def run(
     with contextlib.closing(log), checkpoints.closing():
         trained = _train(task, state, saved, checkpoints, log)
     if trained.status:
-        logging.warning("Stopped: saved step %d; the same command goes on.", trained.state.step)
+        logging.warning(
+            "Stopped: saved step %d; run the same command again to continue.", trained.state.step
+        )
     return trained
 
 
