@@ -126,19 +126,23 @@ from ada_jax.run import cli
 def run(main, *arguments):
     sys.argv[1:] = arguments
     try:
-        cli.start(main)
+        cli.start(main, arguments=main is words)
     except SystemExit as leaving:
         print("status", leaving.code, file=sys.stderr, flush=True)
 
 def full(_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a\u00fcb")
 
+def words(argv):
+    print(argv[1:])
+
 run(full)
+run(full, "b")
 run(lambda _: open("/nowhere/a", "w"))
 run(lambda _: signal.raise_signal(signal.SIGINT))
 run(lambda _: print("12.49 \u00b1 0.12 \u2026 caf\udce9"))
-run(lambda argv: print(argv[1:]), "~/a", "b")
-run(lambda argv: print(argv[1:]), os.fsdecode(b"caf\xe9"))
+run(words, "~/a", "b")
+run(words, os.fsdecode(b"caf\xe9"))
 """
 
 
@@ -153,6 +157,8 @@ def test_what_the_system_refuses_costs_one_sentence_on_any_terminal():
     advice = "check that it exists, that you have access, and that its disk has space."
     assert done.stderr.splitlines() == [
         rf"error: a\xfcb cannot be read or written (No space left on device): {advice}",
+        "status 2",
+        "error: The argument 'b' is not a flag: write --flag=value.",
         "status 2",
         f"error: /nowhere/a cannot be read or written (No such file or directory): {advice}",
         "status 2",

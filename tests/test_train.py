@@ -268,7 +268,7 @@ def test_learning_rate_schedule(batch_size):
         ("ada.corruption_weights", (1,), "paths"),
         ("pad", 33, "from 0 to image_size"),
         ("image_size", 4097, "must be 1 to 4096"),
-        ("cpu_devices", 1025, "must be 0 .off. to 1024"),
+        ("cpu_devices", 1025, "must be 0 (off) to 1024"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_compiled(field, value, said):
