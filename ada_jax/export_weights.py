@@ -17,7 +17,7 @@ import safetensors.numpy
 
 from ada_jax import checks, paths
 from ada_jax.errors import UserError
-from ada_jax.import_weights import write_file, write_torch
+from ada_jax.import_weights import write_torch
 from ada_jax.nets import torch_layouts, weight_files
 from ada_jax.run import cli
 
@@ -135,8 +135,8 @@ def export(source: str, out: str) -> str:
     if out.endswith(".pt"):
         write_torch(out, state_dict)
     else:
-        write_file(out, safetensors.numpy.save(state_dict))
-    write_file(model, content)
+        weight_files.write_file(out, safetensors.numpy.save(state_dict))
+    weight_files.write_file(model, content)
     return (
         f"{out}: {classifier} with {classes} classes, {len(state_dict)} tensors; {model} loads it"
     )

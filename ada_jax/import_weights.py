@@ -1,4 +1,4 @@
-"""Converts weights from PyTorch, and corruption networks' also to PyTorch.
+"""Converts PyTorch weights to this package's, and those of corruption networks back.
 
 python -m ada_jax.import_weights edsr edsr_baseline_x4.pt OUT.safetensors
 python -m ada_jax.import_weights edsr model.safetensors OUT.safetensors
@@ -264,22 +264,7 @@ def write_torch(path: str | os.PathLike[str], state: StateDict) -> None:
     torch = _torch()
     with io.BytesIO() as file:
         torch.save({name: torch.from_numpy(a.copy()) for name, a in state.items()}, file)
-        write_file(path, file.getvalue())
-
-
-def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Writes a file atomically, and its folder.
-
-    Raises:
-      UserError: it cannot be written.
-    """
-    try:
-        paths.make_folder(os.path.dirname(path) or ".")
-        paths.write(path, content)
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error}): free some space, or give another file."
-        ) from error
+        weight_files.write_file(path, file.getvalue())
 
 
 def _torch() -> Any:
@@ -297,7 +282,19 @@ def _torch() -> Any:
 
 
 def import_file(network: str, source: str, out: str) -> str:
-    """Converts a PyTorch file to weights for `corruption_nets.make`; returns a summary line."""
+    """Converts a PyTorch file to weights for `corruption_nets.make`.
+
+    Args:
+      network: 'edsr', 'cae' or a preset.
+      source: the file with a state dict.
+      out: the weights file to write.
+
+    Returns:
+      A summary line.
+
+    Raises:
+      UserError: the file is missing, damaged or of another network.
+    """
     state = read_torch(source)
     preset = preset_of(network, state)
     theta = from_torch(preset, state)
@@ -400,7 +397,19 @@ def _classifier_flags() -> tuple[str, list[float], list[float]]:
 
 
 def export_file(network: str, source: str, out: str) -> str:
-    """Converts weights to a PyTorch file; returns a summary line."""
+    """Converts weights to a PyTorch file.
+
+    Args:
+      network: one of `corruption_nets.names()`.
+      source: the weights file.
+      out: the .pt or .safetensors file to write.
+
+    Returns:
+      A summary line.
+
+    Raises:
+      UserError: the network is unknown, or a file cannot be read or written.
+    """
     if network == "edsr":
         raise UserError("'edsr' is not a preset: give the one to export, such as edsr_baseline_x4.")
     net = corruption_nets.make(network, weights=source)

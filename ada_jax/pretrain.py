@@ -183,7 +183,13 @@ def learning_rate_schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
 def initial_state(
     net: layers.Architecture, optimizer: optax.GradientTransformation, key: jax.Array
 ) -> TrainState:
-    """The state before the first step."""
+    """The state before the first step, with random parameters.
+
+    Args:
+      net: the network.
+      optimizer: its optimizer.
+      key: PRNG key.
+    """
     theta = net.init(key)
     return TrainState(jnp.zeros((), jnp.int32), theta, optimizer.init(theta))
 
@@ -463,7 +469,14 @@ def identity(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def finish(parts: Parts, workdir: str, state: TrainState, seconds: float) -> None:
-    """Evaluates the weights in the stored precision, writes them and prints the run's table."""
+    """Evaluates the weights in the stored precision, writes them and prints the run's table.
+
+    Args:
+      parts: the run's parts.
+      workdir: the run's folder.
+      state: the state after the last step.
+      seconds: the time of training.
+    """
     config, name = parts.config, parts.config.corruption_net
     stored = jax.tree.map(lambda a: np.asarray(a, config.store_dtype), state.theta)
     theta = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), stored)

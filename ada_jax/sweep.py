@@ -405,7 +405,13 @@ def show_report(files: Sequence[str]) -> None:
 
 
 def collect(points: Sequence[Point], out: str, folder: str) -> None:
-    """Copies every point's results to FOLDER/POINT.json, of averaged weights to POINT_ema.json."""
+    """Copies every point's results to FOLDER/POINT.json, those of EMA weights to POINT_ema.json.
+
+    Args:
+      points: finished points.
+      out: folder of their folders.
+      folder: the folder to copy to.
+    """
     for point in points:
         for suffix in ("", "_ema") if point.config["ema_decay"] else ("",):
             results = paths.read(os.path.join(out, point.name, f"results{suffix}.json"))

@@ -380,7 +380,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(small_disk):
         state, _, step = checkpoints.restore(make_state(0), EXPECT)
     assert step == 1
     assert_same(state, make_state(1))
-    with pytest.raises(UserError, match=r"could not be written to .*No space left on device"):
+    with pytest.raises(UserError, match=r"cannot be written .*No space left on device"):
         save_weights(small_disk / "w", {"w": np.ones(10**5)}, {})
     assert sorted(os.listdir(small_disk)) == ["checkpoints"]
 

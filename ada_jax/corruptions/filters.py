@@ -72,7 +72,17 @@ def gather(x: np.ndarray, positions: np.ndarray) -> np.ndarray:
 def gaussian_blur(
     planes: np.ndarray, sigma: float, mode: str = "nearest", truncate: float = 4
 ) -> np.ndarray:
-    """Gaussian blur of the last two axes."""
+    """Gaussian blur of the last two axes.
+
+    Args:
+      planes: [...,H,W].
+      sigma: standard deviation in pixels.
+      mode: border, as for `scipy.ndimage.gaussian_filter`.
+      truncate: radius of the kernel in standard deviations.
+
+    Returns:
+      [...,H,W].
+    """
     rows, columns = (_blur_matrix(n, sigma, mode, truncate) for n in planes.shape[-2:])
     return rows @ planes @ columns.T
 

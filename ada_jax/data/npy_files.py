@@ -108,7 +108,14 @@ def with_progress(blocks: Iterable[np.ndarray], progress: tqdm.tqdm) -> Iterator
 def write(
     path: pathlib.Path, dtype: Any, shape: tuple[int, ...], blocks: Iterable[np.ndarray]
 ) -> None:
-    """Writes an array, given in blocks of rows, as one .npy file."""
+    """Writes an array as one .npy file.
+
+    Args:
+      path: the file.
+      dtype: the array's type.
+      shape: the array's shape, [N,...].
+      blocks: its rows in order, [n,...] each.
+    """
     with io.BytesIO() as file:
         description = {
             "descr": np.dtype(dtype).str,

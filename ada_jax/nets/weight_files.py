@@ -74,15 +74,24 @@ def save_weights(path: str | os.PathLike, tree: Tree, metadata: Mapping[str, Any
     fields = {**metadata, "format": FORMAT, "digest": tree_digest}
     fields["metadata_digest"] = json_digest(fields)
     encoded = {name: json.dumps(value, allow_nan=False) for name, value in fields.items()}
+    write_file(path, safetensors.numpy.save(flat, encoded))
+    return tree_digest
+
+
+def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Writes a file atomically, and its folder.
+
+    Raises:
+      UserError: it cannot be written.
+    """
     try:
         paths.make_folder(os.path.dirname(path) or ".")
-        paths.write(path, safetensors.numpy.save(flat, encoded))
+        paths.write(path, content)
     except OSError as error:
         raise UserError(
-            f"The weights could not be written to {path} ({error}): "
-            "free some space or choose another folder."
+            f"{path} cannot be written ({error.strerror or error}): free some space, or give "
+            "another file."
         ) from error
-    return tree_digest
 
 
 def load_weights(
