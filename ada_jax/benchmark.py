@@ -4,9 +4,10 @@ python -m ada_jax.benchmark [--rows=peak,conv,inner,step,augment,memory,scaling]
 python -m ada_jax.benchmark --rows=peak,conv,inner,step --peer=torch   # on a GPU, with '.[torch]'
 python -m ada_jax.benchmark --rows=inner,step --group=16   # examples that share a perturbation
 
-Every row has the useful work per second, counted as the floating-point operations of direct
-convolutions, and its share of the speed of a large matrix product measured just before. The type is
-float32 on a CPU, and bfloat16 with larger batches on a GPU or a TPU.
+Rows of convolutions, of the inner maximisation and of training steps have the useful work per
+second, counted as the floating-point operations of direct convolutions, and its share of the speed
+of a large matrix product measured just before. The type is float32 on a CPU, and bfloat16 with
+larger batches on a GPU or a TPU.
 """
 
 import concurrent.futures
@@ -135,6 +136,10 @@ def time_calls(f: Callable[..., Any], *args: Any, seconds: float) -> Timing:
       The least seconds per call, which depend little on other load, and the seconds to compile.
     """
     devices = jax.local_device_count()
+    if len(args[0]) % devices:
+        raise UserError(
+            f"--cpu_devices={devices} does not divide a batch of {len(args[0])}: use a power of 2."
+        )
     mapped = jax.pmap(f, axis_name=sharding.AXIS)
     args = [a.reshape(devices, -1, *a.shape[1:]) for a in args]
     args = jax.pmap(lambda *a: a)(*args)
@@ -300,7 +305,9 @@ def step_rows(scale: Scale) -> Iterator[Row]:
     for words in scale.words:
         config = cifar10(words).unlock()
         config.batch_size = scale.batch or config.batch_size
-        config.ada.group = scale.group
+        local = config.batch_size // jax.local_device_count()
+        group = math.gcd(scale.group, local) if config.method == "ada" else 1
+        config.ada.group = group
         images = jax.random.uniform(jax.random.key(0), (config.batch_size, 32, 32, 3))
         labels = jnp.arange(config.batch_size) % 10
         one_step, model, state, nets = first_step(config, images)
@@ -314,9 +321,7 @@ def step_rows(scale: Scale) -> Iterator[Row]:
             inner = attack_flops(net, lambda x, f=logits_fn: f(x)[0])
             flops += config.ada.steps * inner + net_flops(net)
         rate = f"{config.batch_size / seconds:.0f} examples/s"
-        title = (
-            f"training step, cifar10.py:{words}, batch {config.batch_size}{grouped(scale.group)}"
-        )
+        title = f"training step, cifar10.py:{words}, batch {config.batch_size}{grouped(group)}"
         yield title, flops * config.batch_size, seconds, rate, compilation
 
 
@@ -494,7 +499,9 @@ def print_row(row: Row, reference: float) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_list("rows", list(ROWS), "Rows to measure: " + ", ".join(ROWS) + ".")
-    flags.DEFINE_integer("cpu_devices", 2, "Number of devices that a CPU is split into.")
+    flags.DEFINE_integer(
+        "cpu_devices", 2, "Number of devices that a CPU is split into.", lower_bound=0
+    )
     flags.DEFINE_integer("group", 1, "Examples that share a perturbation.", lower_bound=1)
     flags.DEFINE_enum("peer", None, ["torch"], "Also measure inner and step in PyTorch.")
     flags.DEFINE_enum("scale", None, list(SCALES), "Problem sizes; the device's by default.")

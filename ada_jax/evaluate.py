@@ -151,6 +151,9 @@ def _evaluate(values: flags.FlagValues) -> None:
     subject = _load(values, config, clean)
     with locks.hold(f"--out={out}", _lock(out)):
         results = _start(config, subject, clean, sets.source, out, workdir)
+        if "lp" in attacks:
+            count = min(values.worst_examples or len(clean), len(clean))
+            worst_case.check_replaced(results, count, options.seed)
         renumber = functools.partial(core.renumbered, class_names=subject.class_names)
         results = scoring.complete(
             results,

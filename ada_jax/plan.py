@@ -21,6 +21,7 @@ The figures, all for one core:
 
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -37,12 +38,12 @@ import jax.numpy as jnp
 import ml_collections
 from absl import flags
 
-from ada_jax import paths, sharding, training
+from ada_jax import locks, paths, sharding, training
 from ada_jax.errors import UserError
 from ada_jax.evaluation import scoring
 from ada_jax.nets import classifiers, corruption_nets
 from ada_jax.report import tables
-from ada_jax.run import cli, config_checks, costs
+from ada_jax.run import cli, config_checks, costs, logbook
 
 
 class Chip(NamedTuple):
@@ -238,11 +239,13 @@ def _identity(
     config: ml_collections.ConfigDict, topology: str, examples: int | None
 ) -> dict[str, Any]:
     knobs = json.dumps(config.to_dict(), sort_keys=True)
+    installed = filter(importlib.util.find_spec, ("jax", "libtpu"))
     return {
         "config": config.name,
         "config_sha256": hashlib.sha256(knobs.encode()).hexdigest(),
         "topology": topology,
         "steps": steps_of(config, examples),
+        "versions": {name: importlib.metadata.version(name) for name in installed},
     }
 
 
@@ -372,12 +375,15 @@ def steps_of(config: ml_collections.ConfigDict, examples: int | None = None) -> 
     return config.train_steps or round(config.epochs * examples / config.batch_size)
 
 
-def refusal(figures: dict[str, Any]) -> str:
+def refusal(config: ml_collections.ConfigDict, figures: dict[str, Any]) -> str:
     """The error message for a step that does not fit."""
     local = figures["batch_per_core"]
+    smaller = "decrease config.batch_size"
+    if config.method == "ada":
+        smaller = "set config.ada.microbatch, for example to 1"
     return (
         f"{figures['config']} does not fit on {figures['topology']} with {local} examples a core "
-        f"({figures['refusal']}): set config.ada.microbatch, for example to 1, or use more cores."
+        f"({figures['refusal']}): {smaller}, or use more cores."
     )
 
 
@@ -397,7 +403,7 @@ def main(
       config: the run's config.
       topologies: names, or several names separated by commas.
       json_path: file of figures, a list with a dict per config and topology. Those in it are kept
-        and, if they are of this config, not compiled again.
+        and, if they are of this config and these versions of JAX and libtpu, not compiled again.
       examples: training examples, for the length of a run; None means the data set's.
 
     Returns:
@@ -414,23 +420,32 @@ def main(
     config_checks.validate(config)
     for name in names:
         config_checks.validate_devices(config, cores_of(name))
-    results = _read(json_path) if json_path else []
+    results = []
+    if json_path:
+        cli.make_folder("json", os.path.dirname(json_path) or ".")
+        results = _read(json_path)
     planned = []
     for name in names:
         wanted = _identity(config, name, examples)
         figures = next((f for f in results if wanted.items() <= f.items()), None)
         if figures is None:
-            figures = plan_step(config, name, examples)
-            results.append(figures)
+            figures = plan_step(config, name, examples) | {"commit": logbook.commit()}
+            results = _add(json_path, figures) if json_path else [*results, figures]
         planned.append(figures)
         print("\n" + table(figures), flush=True)
         if not figures["fits"]:
-            print(f"error: {refusal(figures)}", file=sys.stderr, flush=True)
-        if json_path:
-            paths.write_json(json_path, results)
+            print(f"error: {refusal(config, figures)}", file=sys.stderr, flush=True)
     if len(results) > 1:
         print("\n" + tables.markdown(comparison(results)))
     return None if all(f["fits"] for f in planned) else 1
+
+
+def _add(path: str, figures: dict[str, Any]) -> list[dict[str, Any]]:
+    """Adds figures to a file, to which other plans may have added some meanwhile; returns all."""
+    with locks.hold(f"--json={path}", locks.of_file(path), wait=True):
+        results = [*_read(path), figures]
+        paths.write_json(path, results)
+    return results
 
 
 def _read(path: str) -> list[dict[str, Any]]:

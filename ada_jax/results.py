@@ -300,10 +300,12 @@ def summary(results: Results) -> list[tuple[str, str]]:
     for field, attack in (("under_ada", "AdA"), ("under_shared_ada", "AdA, shared by all")):
         for entry in results.get(field, []):
             about = f"{entry['net']}, nu {entry['nu']:g}, {entry['steps']} steps"
+            about += f", {entry['restarts']} restarts" if entry.get("restarts", 1) > 1 else ""
             value = f"{entry['error']:.2f}% of {entry['examples']}"
             lines.append((f"error under {attack}, {about}", value))
     for entry in results.get("perceptual", []):
         title = f"error under {entry['attack']}, LPIPS of {entry['features']}, {entry['bound']:g}"
+        title += f", {entry['steps']} steps" if "steps" in entry else ""
         lines.append((title, f"{entry['error']:.2f}% of {entry['examples']}"))
     return lines
 

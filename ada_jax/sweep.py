@@ -431,12 +431,12 @@ def main(argv: list[str], overrides: Sequence[str] = ()) -> int | None:
     if f.collect:
         cli.make_folder("collect", f.collect)
     failed, stopped = run(points, out, f.jobs)
+    done = [point for point in points if finished(point, out)]
+    if f.collect:
+        collect(done, out, f.collect)
     if stopped:
         logging.warning("Stopped: run the same command again to continue.")
         return stopped
-    done = [point for point in points if point.name not in failed]
-    if f.collect:
-        collect(done, out, f.collect)
     if done:
         show_report([os.path.join(out, point.name, "results.json") for point in done])
     for name, reason in failed.items():

@@ -20,6 +20,7 @@ name="" zone="" type="" version="" project="" spot="" queued="" poll_seconds=30 
 . "$here/common.sh"
 parse "name zone type version project poll_seconds" "spot queued dry_run" "$@"
 require name zone type
+[[ $poll_seconds =~ ^[0-9]+$ ]] || complain "--poll_seconds=$poll_seconds must be an integer."
 
 type=${type/#v5e-/v5litepod-} # gcloud's name of v5e
 case ${version:-$type} in

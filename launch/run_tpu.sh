@@ -29,7 +29,12 @@ if [ -n "$stop" ]; then
   exit
 fi
 require type
-[[ $max_restarts =~ ^[0-9]+$ ]] || complain "--max_restarts=$max_restarts must be an integer."
+for flag in max_restarts retry_seconds; do
+  [[ ${!flag} =~ ^[0-9]+$ ]] || complain "--$flag=${!flag} must be an integer."
+done
+if [ -n "$ref" ] && [ -z "$source" ]; then
+  complain "The flag --ref needs --source: without it this folder is installed."
+fi
 
 if [ ${#command[@]} = 0 ]; then
   complain "The command is missing: write -- python -m ada_jax.train --config=... --workdir=gs://..."

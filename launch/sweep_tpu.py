@@ -152,7 +152,7 @@ class Pool:
             except queue.Empty:
                 break
             used = self._train(name, point) or used
-        if used:
+        if used or not self._values.keep_vms:  # A killed sweep may have left the VM.
             self._release(name)
 
     def _train(self, name: str, point: Point) -> bool:

@@ -202,6 +202,9 @@ def test_a_printed_command_is_the_one_that_runs(cloud):
         ("run_tpu.sh --name=ada --zone=z --type=v3-8", "The command is missing"),
         ("run_tpu.sh --name=a --zone=z --type=v3-8 -- x --workdir=runs/a", "needs --workdir=gs://"),
         ("run_tpu.sh --name=a --zone=z --type=v3-8 --max_restarts=x -- x", "must be an integer"),
+        ("run_tpu.sh --name=a --zone=z --type=t --retry_seconds=1m -- x", "must be an integer"),
+        ("run_tpu.sh --name=a --zone=z --type=t --ref=x -- x", "The flag --ref needs --source"),
+        ("create_tpu.sh --name=a --zone=z --type=v3-8 --poll_seconds=x", "must be an integer"),
         ("delete_tpu.sh --name=ada --zone", "The flag --zone needs a value"),
         ("delete_tpu.sh --name=ada --zone=", "The flag --zone needs a value"),
         ("delete_tpu.sh --name=ada --zone=z --dry_run=1", "The flag --dry_run takes no value"),
@@ -642,6 +645,9 @@ def test_a_sweep_uses_all_vms_skips_the_finished_and_deletes_the_vms(cloud):
     assert list((cloud.path / "tpu-vm").iterdir()) == []
     cloud("sweep_tpu.py", *words, "--vms=2")  # Now all are marked, and no VM is needed.
     assert cloud.verbs()[len(verbs) :] == ["ls"] * 4
+    cloud.write("tpu-vm/p-1", "READY")  # A killed sweep left it.
+    cloud("sweep_tpu.py", *words, "--vms=2")
+    assert list((cloud.path / "tpu-vm").iterdir()) == []
 
 
 def test_a_sweep_goes_on_after_a_failure_and_names_it(cloud):

@@ -100,7 +100,8 @@ def test_a_file_collects_plans_and_none_is_made_twice(monkeypatch, capsys, tmp_p
         return plan._identity(config, topology, examples) | FIGURES
 
     monkeypatch.setattr(plan, "plan_step", measure)
-    path = str(tmp_path / "plans.json")
+    monkeypatch.setattr(plan.importlib.metadata, "version", lambda name: "1")
+    path = str(tmp_path / "new" / "plans.json")
     one, other = tiny(), tiny(batch_size=32)
     assert plan.main(one, ["v3:2x2"], path) is None
     assert "Plans" not in capsys.readouterr().out
@@ -113,6 +114,9 @@ def test_a_file_collects_plans_and_none_is_made_twice(monkeypatch, capsys, tmp_p
     cells = [cell.strip() for cell in last.strip("|").split("|")]
     expected = [other.name, "v5e:2x4", "2.00", "2.00", "75%", "0.360"]
     assert cells == [*expected, f"{hours:.1f}", f"{hours / 0.4:.1f}"]
+    monkeypatch.setattr(plan.importlib.metadata, "version", lambda name: "2")
+    plan.main(one, ["v3:2x2"], path)
+    assert len(measured) == 4 and len(json.loads(pathlib.Path(path).read_text())) == 4
 
 
 @pytest.mark.parametrize("content", ["[", "{}x", '[{"step": 1}]', '{"clean": 1}', "[1]"])
@@ -305,6 +309,23 @@ ENTRY %main (a: bf16[64,32], b: bf16[32,16]) -> bf16[64,16] {
   ROOT %dot = bf16[64,16]{1,0:T(8,128)(2,1)} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
 }
 """  # noqa: E501
+
+
+@pytest.mark.parametrize("boolean", [False, True])
+def test_a_conditional_costs_its_most_expensive_branch(boolean):
+    small, large = (lambda x, n=n: jnp.tile(x, (1, n)) @ jnp.ones((16 * n, 16)) for n in (1, 4))
+
+    def alone(x):
+        return large(x)
+
+    def chosen(i, x):
+        return jax.lax.cond(i, large, small, x) if boolean else jax.lax.switch(i, [small, large], x)
+
+    x, index = jnp.ones((16, 16)), jnp.array(True) if boolean else jnp.int32(1)
+    program = jax.jit(chosen).lower(index, x).compile().as_text()
+    assert " conditional(" in program
+    expected = costs.program_costs(jax.jit(alone).lower(x).compile().as_text())
+    assert costs.program_costs(program).flops == expected.flops == 2 * 16 * 64 * 16
 
 
 def test_a_compiled_program_costs_what_its_loops_and_memory_spaces_say():

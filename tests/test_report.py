@@ -378,6 +378,17 @@ def test_runs_that_were_measured_on_other_images_are_not_seeds(tmp_path):
     assert len(grouping.rows(read(tmp_path, *measured))) == 2
 
 
+def test_images_are_not_said_to_be_corrupted_before_they_are(tmp_path):
+    words = "1000 images of cifar10, split train[45000:]"
+    (row,) = grouping.rows(read(tmp_path, result(corruptions={})))
+    assert row.measured_on == words
+    more = result()
+    cell = more["corruptions"]["fog"][0]
+    cell["examples"], cell["wrong"] = 2 * cell["examples"], 2 * cell["wrong"]
+    (row,) = grouping.rows(read(tmp_path, more))
+    assert row.measured_on.startswith(f"{words}, some of them corrupted by ada_jax")
+
+
 def test_images_that_were_trained_on_are_said_to_be(tmp_path):
     (row,) = grouping.rows(read(tmp_path, result(trained_on=400)))
     said = "1000 images of cifar10, split train[45000:], 400 of them TRAINED ON, corrupted by"
@@ -709,6 +720,7 @@ def test_imagenets_model_info_has_the_mce_relative_to_alexnet(tmp_path):
         ({"names": results_files.NAMES[1:]}, ("--out=rb",), "lacks gaussian_noise/1 and"),
         ({"clean": None}, ("--out=rb",), "lacks clean and RobustBench needs"),
         ({"name": "../a"}, ("--out=rb",), "name='../a' cannot name a file"),
+        ({}, ("--out=rb", "--paper"), "--paper does not apply to --format=robustbench"),
     ],
 )
 def test_what_robustbench_cannot_take_is_rejected(tmp_path, changes, flags, said):

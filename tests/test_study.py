@@ -136,6 +136,7 @@ def test_figures_are_drawn(tmp_path):
         (["reconstruct", "--corruptions=rain"], "--corruptions=rain is unknown"),
         (["ssim", "--cpu_devices=0"], "--cpu_devices=0"),
         (["ssim", "--radii=-0.1"], "--radii=-0.1 is not a radius"),
+        (["ssim", "--radii=1e-2,1.,e5"], "--radii=e5 is not a radius"),
         (["ssim", "--radii=0,0.0"], "--radii=0,0.0 has no positive radius"),
         (["ssim", "--examples=1"], "--examples=1 is too few"),
         (["reconstruct", "--corruptions="], "--corruptions is empty"),

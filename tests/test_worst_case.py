@@ -64,10 +64,10 @@ def test_every_radius_of_table_2_is_measured_once(monkeypatch, tmp_path):
     again = measure(*worst_case.first_examples(DATASET, 10), measured=written[2])
     assert again == results and len(calls) == 9
     more = measure(*worst_case.first_examples(DATASET, 0), measured=results)
-    other = worst_case.Options(seed=1, batch_size=8, state_dir=tmp_path)
-    for knobs in ({"measured": more}, {"measured": results, "options": other}):
+    worst_case.check_replaced(results, 12, seed=0)
+    for measured, seed in ((more, 0), (results, 1)):
         with pytest.raises(UserError, match="would replace: give another --out"):
-            measure(*worst_case.first_examples(DATASET, 10), **knobs)
+            worst_case.check_replaced(measured, 10, seed)
     assert len(calls) == 15 and calls[-1][2] == 12
 
 

@@ -88,19 +88,9 @@ def pixel_balls(
       against all attacks, 'autoattack' and 'clean', in percent, and the attacks' accounts and
       warnings; and 'lp_accuracy', the accuracies alone.
 
-    Raises:
-      UserError: `measured` is of more images or of another seed.
-
     Source: Calian et al. (2021), table 2.
     """
     programs, balls = {}, measured.get("lp", {})
-    for ball in (ball for radii in balls.values() for ball in radii.values()):
-        count, seed = ball.get("examples", 0), ball.get("seed", options.seed)
-        if count > len(images) or seed != options.seed:  # Older files have no seed.
-            raise UserError(
-                f"The results file has 'lp' for {count} images and seed {seed}, which those for "
-                f"{len(images)} images and seed {options.seed} would replace: give another --out."
-            )
     for norm, radii in results_files.RADII.items():
         for name, epsilon in radii.items():
             if balls.get(norm, {}).get(name, {}).get("examples") == len(images):
@@ -124,6 +114,26 @@ def pixel_balls(
             save(_lp_fields(balls))
             logging.info("%s %s: %.2f%% robust", norm, name, 100 * report.robust_accuracy)
     return _lp_fields(balls)
+
+
+def check_replaced(measured: Fields, examples: int, seed: int) -> None:
+    """Checks that `pixel_balls` would not replace results on more images or of another seed.
+
+    Args:
+      measured: fields of an earlier call.
+      examples: number of images to measure.
+      seed: seed of the attacks.
+
+    Raises:
+      UserError: it would.
+    """
+    for ball in (ball for radii in measured.get("lp", {}).values() for ball in radii.values()):
+        count, before = ball.get("examples", 0), ball.get("seed", seed)  # Older files have none.
+        if count > examples or before != seed:
+            raise UserError(
+                f"The results file has 'lp' for {count} images and seed {before}, which those for "
+                f"{examples} images and seed {seed} would replace: give another --out."
+            )
 
 
 def _ball(report: attacks.Report) -> dict[str, Any]:
@@ -158,7 +168,7 @@ def check_radii(flag: str, radii: Sequence[str]) -> None:
       UserError: naming the flag and the first one that is not a number of 0 or more.
     """
     for radius in radii:
-        if not re.fullmatch(r"\d*\.?\d+", radius):
+        if not re.fullmatch(r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", radius):
             raise UserError(
                 f"--{flag}={radius} is not a radius: give numbers of 0 or more, such as 0.015."
             )

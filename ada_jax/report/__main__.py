@@ -84,6 +84,9 @@ def _check_flags(argv: list[str]) -> None:
             f"--format={f.format} is given with --out={f.out!r}: give --out=FOLDER with "
             "--format=robustbench, and only with it."
         )
+    for name in ("paper", "figures", "table"):
+        if f.format == "robustbench" and f[name].present:
+            raise UserError(f"--{name} does not apply to --format=robustbench: leave it out.")
     if unknown := [name for name in f.table if name not in known]:
         raise UserError(f"--table={unknown[0]} is unknown: choose from {', '.join(known)}.")
     if not argv[1:] and not f.paper:

@@ -253,10 +253,10 @@ def measured_on(result: results_files.Result) -> str:
     words = f"{data.get('examples')} images of {data.get('name')}, split {data.get('split')}"
     if count := result.fields.get("trained_on"):
         words += f", {count} of them TRAINED ON"
-    if not source:
+    if not source or not result.fields.get("corruptions"):
         return words
     count = _corrupted(result)
-    words += ", " if count == data.get("examples") else f", {count} of them "
+    words += ", " if count == data.get("examples") else f", {count or 'some'} of them "
     if source.get("kind") == "on_the_fly" or "recipe" in source:
         table = f"seed {source.get('seed')}, {source.get('table')} table"
         return f"{words}corrupted by ada_jax ({table})"

@@ -225,7 +225,8 @@ def program_costs(text: str) -> Costs:
     Every instruction reads its operands and writes its result once, of a slice only the part that
     is read or updated, and nothing of what the layout puts into on-chip memory ('S(1)'); tile
     padding is not counted. A Pallas kernel costs what its `pl.CostEstimate` says. A loop counts as
-    often as its condition says, once where that cannot be read.
+    often as its condition says, once where that cannot be read, and a conditional as its most
+    expensive branch.
 
     Args:
       text: `jax.stages.Compiled.as_text()`.
@@ -274,6 +275,9 @@ def _cost(instruction: _Instruction, body, computations, cost) -> Costs:
     if instruction.op == "while":
         turns = _turns(computations[called["condition"]], computations)
         return _sum([cost(called["body"])], turns)
+    if instruction.op == "conditional":
+        branches = map(cost, _called_branches(instruction.rest))
+        return max(branches, key=lambda branch: (branch.flops, branch.hbm_bytes))
     if estimate := _ESTIMATE.search(instruction.rest):
         arrays = [a for o in dict.fromkeys(instruction.operands) for a in _arrays(body[o].shape)]
         on_chip = sum(size for size, in_hbm in _arrays(instruction.shape) + arrays if not in_hbm)
@@ -304,6 +308,13 @@ def _only_copies(instruction: _Instruction, computations) -> bool:
 
 def _called(rest: str) -> dict[str, str]:
     return dict(re.findall(r"\b(condition|body|calls|to_apply)=%?([\w.\-]+)", rest))
+
+
+def _called_branches(rest: str) -> list[str]:
+    """The branches of a conditional over integers or over a boolean."""
+    of_integers = re.findall(r"\bbranch_computations=\{([^}]*)\}", rest)
+    of_boolean = re.findall(r"\b(?:true|false)_computation=%?([\w.\-]+)", rest)
+    return re.findall(r"[\w.\-]+", "".join(of_integers)) + of_boolean
 
 
 def _turns(condition: dict[str, _Instruction], computations) -> int:

@@ -1,7 +1,7 @@
 """The study behind experiments/cifar10.py:best: ingredients added to ada+augmix, small preset.
 
     python -m ada_jax.sweep --sweep=experiments/sweeps/best.py
-    python -m ada_jax.sweep --sweep=experiments/sweeps/best.py:confirm,seeds=3
+    python -m ada_jax.sweep --sweep=experiments/sweeps/best.py:confirm,seeds=3 --out=runs/confirm
 
 Words after the colon, separated by commas:
   confirm   ada+augmix, also with batches of 64 as in the recipe, and the recipe, also without AdA
