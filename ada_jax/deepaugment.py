@@ -32,9 +32,9 @@ def main(config: ml_collections.ConfigDict, out: str) -> None:
     fields = results_files.flat(config.to_dict())
     config_checks.check_values(fields)
     config_checks.check_fields(fields, {"dataset": sources.NAMES}, RULES)
-    rendered_set.check_request(config, out)
     require_extra("The contact sheet", "matplotlib")
     cli.set_up_devices(config.cpu_devices, config.compilation_cache)
+    rendered_set.check_request(config, out)
     dataset = sources.load(
         config.dataset,
         config.train_split,

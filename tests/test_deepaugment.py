@@ -14,6 +14,7 @@ from ada_jax.augment import rendering
 from ada_jax.data import core, rendered_set, sources
 from ada_jax.errors import UserError
 from ada_jax.nets import corruption_nets
+from ada_jax.run import cli
 from experiments import deepaugment as experiment
 from tests.conftest import run_here
 
@@ -196,6 +197,7 @@ def test_mistakes_name_the_field(field, value):
 )
 def test_mistakes_are_told_before_images_are_read(fields, out, said, monkeypatch):
     monkeypatch.setattr(sources, "load", None)
+    monkeypatch.setattr(cli, "set_up_devices", lambda *_: None)
     with pytest.raises(UserError, match=said):
         deepaugment.main(config(**fields), out)
 
