@@ -220,7 +220,7 @@ def test_errors_are_measured_once_and_independently_of_the_batch_size():
     others = measure({}, batch_size=3)["perceptual"]
     assert [e["wrong"] for e in others] == [e["wrong"] for e in found["perceptual"]]
     title, value = results_files.summary(found)[0]
-    assert title == "error under lpa, LPIPS of self, 0.25" and value.endswith("% of 8")
+    assert title == "error under lpa, LPIPS of self, 0.25, 4 steps" and value.endswith("% of 8")
 
 
 RANDOM = ("evaluate", "--config=experiments/quickstart.py", "--random", "--sets=perceptual")
