@@ -589,4 +589,4 @@ def test_the_binary_leaves_with_143_after_sigterm_and_1_after_a_failure(tmp_path
     done = run_here("sweep", *arguments, "--jobs=2", "--config.dataset=cifar10", missing)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.count("failed: nominal-seed") == 2
-    assert "failed: nominal-seed1: status 2, error: config.dataset = 'cifar10'" in done.stderr
+    assert "failed: nominal-seed1: status 2, error: The data set 'cifar10'" in done.stderr
