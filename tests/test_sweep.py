@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import numpy as np
 import pytest
@@ -496,6 +497,18 @@ def test_sweeps_share_a_folder_and_name_what_another_is_running(stand_in):
     assert list(failed) == [points[0].name] and "another sweep" in failed[points[0].name]
     assert not log.exists() and all(sweep.finished(point, out) for point in points[1:])
     assert sweep.run(points, out, 2) == ({}, False)
+
+
+def test_a_stopped_sweep_collects_what_is_finished(stand_in, monkeypatch, tmp_path):
+    points, _, out = stand_in
+    sweep.run(points[:1], out, 1)
+    given = types.SimpleNamespace(sweep="", out=out, jobs=1, print=False, collect=str(tmp_path))
+    monkeypatch.setattr(sweep.flags, "FLAGS", given)
+    monkeypatch.setattr(sweep, "read", lambda *_: points)
+    monkeypatch.setattr(sweep, "run", lambda *_: ({}, 143))
+    before = set(tmp_path.iterdir())
+    assert sweep.main([]) == 143
+    assert set(tmp_path.iterdir()) - before == {tmp_path / f"{points[0].name}.json"}
 
 
 def test_what_ended_in_another_sweep_without_results_is_not_running(stand_in, monkeypatch):
