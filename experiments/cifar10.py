@@ -320,7 +320,7 @@ def small(config: ml_collections.ConfigDict) -> None:
     config.warmup_epochs = 1.0
     config.weight_decay = 5e-4
     config.ada.corruption_net = ("edsr_small",)
-    # With one copy and AugMix, 0.005 was the best of three radii on train[40000:45000]: see
+    # With one copy and AugMix, 0.005 was the best of three settings on train[40000:45000]: see
     # experiments/RESULTS.md.
     config.ada.nu = 0.005 if config.method == "ada" and config.deepaugment.copies else 0.02
     config.ada.steps = min(config.ada.steps, 1)  # 0 for 'random'

@@ -1,4 +1,4 @@
-"""AdA on 5,000 handwritten digits with a small network, in a few minutes on a laptop, offline.
+"""AdA on 4,500 handwritten digits with a small network, in a few minutes on a laptop, offline.
 
     python -m ada_jax.train --config=experiments/quickstart.py
 

@@ -8,7 +8,7 @@
 #   launch/gpu_study.sh --minutes=30 --out=DIR --recipe=best  # this row and ada+augmix, three seeds
 #   launch/gpu_study.sh --minutes=10 --out=DIR --rehearsal    # tiny sizes, on a CPU
 #
-# The words after -- are flags of every training. Where the time is up the script exits with status
+# The words after -- are flags of every training. When the time is up the script exits with status
 # 143, and the same command resumes. DIR has tests.log, benchmark.md, results/ROW.json after each
 # row, report.md and the runs' folders.
 set -euo pipefail
