@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from ada_jax import checks, keys, losses, perturbation, sharding, ssim
-from ada_jax.errors import UserError
+from ada_jax.errors import UserError, first_line
 
 
 class CorruptionNet(NamedTuple):
@@ -373,17 +373,13 @@ def _check(net, x, ssim_threshold, microbatch, group) -> None:
     except UserError:
         raise
     except (TypeError, ValueError, AttributeError) as error:  # Wrong shapes or arguments.
-        rendered = str(error).splitlines()[0].rstrip(".")
+        rendered = first_line(error)
     if rendered != one.shape:
         raise UserError(
             f"net.apply must preserve the image shape, floating-point {list(one.shape)}, but gives "
             f"{rendered}: use a network for images of this shape."
         )
-    if checks.scalar("ssim_threshold", ssim_threshold, 0.0) > -1 and not ssim.fits(x):
-        raise UserError(
-            f"ssim_threshold={ssim_threshold} needs images of at least {ssim.WINDOW}x{ssim.WINDOW} "
-            f"pixels, not {x.shape[1]}x{x.shape[2]}: set it to -1, which disables the search."
-        )
+    check_size(ssim_threshold, x)
     checks.check_integers(0, microbatch=microbatch or 0)
     if microbatch and len(x) % microbatch:
         raise UserError(
@@ -394,6 +390,15 @@ def _check(net, x, ssim_threshold, microbatch, group) -> None:
         raise UserError(
             f"group={group} does not divide the {microbatch or len(x)} examples that are attacked "
             "at a time: use a divisor."
+        )
+
+
+def check_size(ssim_threshold: jax.Array | float, x: jax.Array | jax.ShapeDtypeStruct) -> None:
+    """Raises UserError for images [B,H,W,C] that are too small for the line search, if it is on."""
+    if checks.scalar("ssim_threshold", ssim_threshold, 0.0) > -1 and not ssim.fits(x):
+        raise UserError(
+            f"ssim_threshold={ssim_threshold} needs images of at least {ssim.WINDOW}x{ssim.WINDOW} "
+            f"pixels, not {x.shape[1]}x{x.shape[2]}: set it to -1, which disables the search."
         )
 
 

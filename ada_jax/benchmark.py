@@ -48,7 +48,8 @@ class Scale(NamedTuple):
       conv: (examples, pixels, input channels, output channels) of convolutions.
       inner: (corruption network, classifier, batch) of inner maximisations.
       words: words for experiments/cifar10.py, of training steps.
-      batch: batch size of training steps; 0 means the config's.
+      batch: batch size of training steps; 0 means the config's, and 64 per device in the rows
+        scaling.
       rendered: number of images for DeepAugment to render.
       memory: (batch, batch with microbatches, microbatch) for the first of `inner`.
       seconds: how long each row is repeated.
@@ -138,7 +139,8 @@ def time_calls(f: Callable[..., Any], *args: Any, seconds: float) -> Timing:
     devices = jax.local_device_count()
     if len(args[0]) % devices:
         raise UserError(
-            f"--cpu_devices={devices} does not divide a batch of {len(args[0])}: use a power of 2."
+            f"The {devices} devices (--cpu_devices) do not divide a batch of {len(args[0])}: use a "
+            "divisor."
         )
     mapped = jax.pmap(f, axis_name=sharding.AXIS)
     args = [a.reshape(devices, -1, *a.shape[1:]) for a in args]

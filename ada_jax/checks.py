@@ -37,6 +37,13 @@ def check_integers(least: int, **values: int) -> None:
             raise UserError(f"{name}={value!r} must be an integer of at least {least}.")
 
 
+def check_positive(**values: jax.Array | float) -> None:
+    """Raises UserError for the first value that is not positive and finite, unless it is traced."""
+    for name, value in values.items():
+        if not 0 < scalar(name, value, 1.0) < np.inf:
+            raise UserError(f"{name}={value!r} must be positive and finite.")
+
+
 def float32(value: jax.Array | float) -> jax.Array | np.float32:
     """Converts an argument to float32; under x64 a float64 one would promote other arrays."""
     return value.astype(jnp.float32) if isinstance(value, jax.Array) else np.float32(value)

@@ -66,7 +66,7 @@ if __name__ == "__main__":
     def with_flags(argv: list[str]) -> None:
         del argv
         config = config_flag.value
-        if copies_flag.value is not None:
+        if copies_flag.value is not None and "copies" in config:
             config.copies = copies_flag.value
         main(config, out_flag.value or cli.default_folder(config.name, config.seed))
 

@@ -48,6 +48,11 @@ def require_extra(what: str, *modules: str) -> None:
             raise missing(what, module)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of an error without one."""
+    return (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".")
+
+
 def renamed(error: UserError, names: dict[str, str]) -> UserError:
     """The same error with config fields replaced by a command's own flags."""
     text = str(error)

@@ -116,8 +116,8 @@ def _check_flags() -> None:
     given = [f for f in ("workdir", "weights", "random") if values[f].value]
     if len(given) != 1:
         raise UserError(
-            f"There are {len(given)} of --workdir, --weights and --random: give one, to name the "
-            "classifier."
+            f"{len(given)} of the flags --workdir, --weights and --random are given: give exactly "
+            "one, which names the classifier."
         )
     if values.workdir and values.config:
         raise UserError(

@@ -39,7 +39,7 @@ import ml_collections
 from absl import flags
 
 from ada_jax import locks, paths, sharding, training
-from ada_jax.errors import UserError
+from ada_jax.errors import UserError, first_line
 from ada_jax.evaluation import scoring
 from ada_jax.nets import classifiers, corruption_nets
 from ada_jax.report import tables
@@ -120,13 +120,13 @@ def devices_of(topology: str) -> Sequence[jax.Device]:
         return topologies.get_topology_desc(topology, platform="tpu").devices
     except jax.errors.JaxRuntimeError as error:
         raise UserError(
-            f"The TPU compiler does not support --topology={topology!r} ({_first_line(error)}): "
+            f"The TPU compiler does not support --topology={topology!r} ({_reason(error)}): "
             f"use {chip.example} or a larger one."
         ) from error
 
 
-def _first_line(error: BaseException) -> str:
-    return re.sub(r"^[A-Z_]+: ", "", str(error).strip().splitlines()[0]).rstrip(".")
+def _reason(error: BaseException) -> str:
+    return re.sub(r"^[A-Z_]+: ", "", first_line(error))
 
 
 # ------------------------------------------------------------------------ the step
@@ -230,7 +230,7 @@ def plan_step(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return figures | {"fits": False, "refusal": _first_line(error)}
+        return figures | {"fits": False, "refusal": _reason(error)}
     figures["compile_seconds"] = time.monotonic() - started
     return figures | {"fits": True} | program_figures(compiled, chip)
 

@@ -408,7 +408,13 @@ if __name__ == "__main__":
     flags.DEFINE_string("split", "test", "Split of the data set, or a slice of it.")
     flags.DEFINE_string("data_dir", "", "Folder or file of the data.")
     flags.DEFINE_integer("examples", 640, "Number of images, drawn at random.", lower_bound=1)
-    flags.DEFINE_integer("seed", 0, "Seed of the choice of images and of the corruptions.")
+    flags.DEFINE_integer(
+        "seed",
+        0,
+        "Seed of the choice of images and of the corruptions.",
+        lower_bound=0,
+        upper_bound=2**32 - 1,
+    )
     flags.DEFINE_integer("batch_size", 32, "Examples at a time, over all devices.", lower_bound=1)
     flags.DEFINE_integer(
         "cpu_devices", 2, "Number of devices that a CPU is split into.", lower_bound=1
@@ -421,5 +427,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("attack_steps", 10, "ssim: steps of AdA.", lower_bound=0)
     flags.DEFINE_list("corruptions", list(parameter_tables.NAMES), "reconstruct: corruptions.")
     flags.DEFINE_integer("steps", 50, "reconstruct: steps of Adam.", lower_bound=1)
-    flags.DEFINE_float("learning_rate", 1e-3, "reconstruct: learning rate of Adam.")
+    flags.DEFINE_float(
+        "learning_rate", 1e-3, "reconstruct: learning rate of Adam.", lower_bound=0.0
+    )
     cli.start(main, arguments=True)

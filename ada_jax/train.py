@@ -102,7 +102,7 @@ def make_task(parts: setup.Parts, thetas: tuple[Any, ...], key: jax.Array) -> lo
         log_interval=config.log_steps,
         save_interval=config.checkpoint_epochs * epoch,
         keep_checkpoints=config.keep_checkpoints,
-        advice="lower config.learning_rate or config.ada.nu",
+        advice="lower config.learning_rate" + " or config.ada.nu" * (config.method == "ada"),
     )
 
 
@@ -235,7 +235,7 @@ def write_results(
     if jax.process_index() == 0:
         scoring.write_results(path, results)
         rows += [("weights", weights_file), ("results", path)]
-        rows += [("time of training", results_files.clock(results["seconds"]))]
+        rows += [("time of training and evaluation", results_files.clock(results["seconds"]))]
         print("\n" + logbook.table(rows), flush=True)
 
 

@@ -393,7 +393,7 @@ def make_optimizer(
     """SGD with Nesterov momentum, and its learning rate; weight decay is part of the loss.
 
     The rate rises linearly from 0 to max(lr * batch size / 256, lr), the linear scaling rule, and
-    falls as a cosine to 0 at the last step (paper, appendix A). PAT clips the gradient's values.
+    falls as a cosine towards 0 (paper, appendix A). PAT clips the gradient's values.
     """
     peak = max(config.learning_rate * config.batch_size / 256, config.learning_rate)
     warmup = min(round(config.warmup_epochs * steps_per_epoch), total_steps - 1)

@@ -497,6 +497,16 @@ def test_a_network_for_other_channels_is_refused(name, enlarge):
             ada.adversarial_augment(jax.random.key(0), images, y, logits_fn=logits_fn, net=net)
 
 
+def test_the_error_of_a_network_that_fails_is_named():
+    def apply(theta, x, key):
+        raise ValueError
+
+    x, y = batch()
+    net = NET._replace(apply=apply)
+    with pytest.raises(UserError, match="but gives ValueError: use a network"):
+        ada.adversarial_augment(jax.random.key(0), x, y, logits_fn=LOGITS_FN, net=net)
+
+
 @pytest.mark.parametrize(
     "logits_fn", [lambda x: (LOGITS_FN(x), {}), lambda x: LOGITS_FN(x)[:, None], lambda x: x.sum()]
 )

@@ -337,6 +337,7 @@ def test_square_in_linf_moves_pixels_to_the_ends_of_their_range():
         ({"microbatch": 0}, "microbatch=0"),
         ({"y": batch()[1] + 10}, "Labels from .* do not fit"),
         ({"y": batch()[1][:-1]}, "must be one integer for each"),
+        ({"mask": np.ones(3, bool)}, r"mask has the shape \[3\]: give one bool for each of the"),
     ],
     ids=str,
 )
@@ -345,3 +346,22 @@ def test_what_no_attack_can_work_with_is_named(attack, changed, message):
     arguments = {"key": jax.random.key(0), "x": x, "y": y, "epsilon": 0.1} | changed
     with pytest.raises(UserError, match=message):
         attack(logits_fn=classify, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("attack", "knobs"),
+    [
+        (attacks.pgd, {"step_size": -0.003}),
+        (attacks.pgd, {"step_size": float("nan")}),
+        (attacks.multitargeted, {"step_size": -0.1}),
+        (attacks.apgd, {"rho": float("nan")}),
+        (attacks.fab, {"eta": -1.0}),
+        (attacks.square, {"p_init": -1.0}),
+        (attacks.square, {"p_init": 1.5}),
+    ],
+)
+def test_a_number_out_of_range_does_not_weaken_an_attack_unnoticed(attack, knobs):
+    x, y = batch()
+    ((name, value),) = knobs.items()
+    with pytest.raises(UserError, match=f"{name}={value} must be"):
+        attack(jax.random.key(0), classify, x, y, 0.1, **knobs)

@@ -13,7 +13,7 @@ import pytest
 
 from ada_jax import attacks
 from ada_jax.attacks import geometry
-from ada_jax.attacks.autoattack import _Runner
+from ada_jax.attacks.autoattack import _Runner, _within
 from ada_jax.errors import UserError
 
 COUNT, SIZE, CLASSES = 30, 5, 5
@@ -253,6 +253,44 @@ def test_a_constant_that_an_attack_does_not_take_is_refused():
         UserError, match="has the unknown argument 'quries': choose from p_init, queries"
     ):
         attacks.autoattack(jax.random.key(0), linear, X, Y, 0.1, constants=constants)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"queries": 0}, r"constants\['square'\]: queries=0 must be an integer of at least 1"),
+        ({"p_init": "a"}, r"constants\['square'\]: p_init='a' must be one number"),
+        (None, r"constants\['square'\]=None must be a dict"),
+    ],
+)
+def test_constants_of_the_last_attack_are_checked_before_the_first_one_runs(
+    given, message, monkeypatch
+):
+    monkeypatch.setattr(_Runner, "attack", None)
+    with pytest.raises(UserError, match=message):
+        attacks.autoattack(jax.random.key(0), linear, X, Y, 0.1, constants={"square": given})
+
+
+def test_shared_programs_are_of_the_same_constants():
+    programs, passes = {}, []
+    for queries in (5, 20):
+        report = attacks.autoattack(
+            *(jax.random.key(0), linear, X, Y, 1e-6),
+            attacks=["square"],
+            constants={"square": {"queries": queries}},
+            programs=programs,
+        )
+        passes.append(report.accounts[0].forward)
+    assert passes[1] - passes[0] == (20 - 5) * (COUNT - 3)
+
+
+def test_the_ball_s_tolerance_grows_with_its_radius():
+    """Projections of float32 images exceed a radius of 20 by more than 1e-6."""
+    x = np.random.default_rng(0).uniform(0.3, 0.7, (16, 224, 224, 3)).astype(np.float32)
+    far = x + np.random.default_rng(1).normal(0, 1, x.shape).astype(np.float32)
+    images = np.asarray(geometry.project(far, x, 20.0, "l2"))
+    assert _within(images, x, 20.0, "l2").all()
+    assert not _within(images, x, 19.99, "l2").any()
 
 
 @pytest.mark.parametrize(

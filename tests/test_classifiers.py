@@ -37,9 +37,12 @@ def images(batch: int, height: int = 32, width: int = 32, seed: int = 0) -> jax.
     return jax.random.uniform(jax.random.key(seed), (batch, height, width, 3))
 
 
-def shapes(name: str, x: jax.Array, num_classes: int = 10) -> tuple[hk.Params, hk.State]:
-    net = classifiers.make(name, num_classes)
-    return jax.eval_shape(functools.partial(net.init, is_training=True), jax.random.key(0), x)
+@functools.cache
+def shapes(
+    name: str, height: int = 32, width: int = 32, *, num_classes: int = 10
+) -> tuple[hk.Params, hk.State]:
+    init = functools.partial(classifiers.make(name, num_classes).init, is_training=True)
+    return jax.eval_shape(init, jax.random.key(0), images(2, height, width))
 
 
 @functools.cache
@@ -55,7 +58,7 @@ def fitted(name: str) -> tuple[hk.TransformedWithState, hk.Params, hk.State]:
         values = rng.uniform(*ranges.get(leaf, (-bound, bound)), shape.shape)
         return jnp.asarray(values, jnp.float32)
 
-    params, state = (hk.data_structures.map(fill, tree) for tree in shapes(name, images(2)))
+    params, state = (hk.data_structures.map(fill, tree) for tree in shapes(name))
     return classifiers.make(name, 10), params, state
 
 
@@ -75,14 +78,14 @@ def test_names() -> None:
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameter_count(name: str) -> None:
-    params, _ = shapes(name, images(2))
+    params, _ = shapes(name)
     assert hk.data_structures.tree_size(params) == PARAMETERS[name]
 
 
 def test_resnet50_has_the_published_sizes_stage_by_stage() -> None:
     # Of the network that PyTorch's model zoo calls resnet50, from the stem to the logits.
     published = (9_408 + 128, 215_808, 1_219_584, 7_098_368, 14_964_736, 2_049_000)
-    params, _ = shapes("resnet50", images(2), num_classes=1000)
+    params, _ = shapes("resnet50", num_classes=1000)
     stages = ("initial_", *(f"block_group_{i}/" for i in range(4)), "logits")
     counts = [
         hk.data_structures.tree_size({k: p for k, p in params.items() if f"/~/{stage}" in k})
@@ -96,14 +99,14 @@ def test_resnet50_has_the_published_sizes_stage_by_stage() -> None:
     ("name", "count"), [("preact_resnet18", 20), ("preact_resnet50", 53), ("resnet50", 53)]
 )
 def test_convolutions_have_no_bias(name: str, count: int) -> None:
-    params, _ = shapes(name, images(2))
+    params, _ = shapes(name)
     convolutions = [p for p in params.values() if "w" in p and p["w"].ndim == 4]
     assert len(convolutions) == count
     assert all(set(p) == {"w"} for p in convolutions)
 
 
 def test_preact_resnet50_projects_in_the_first_block_of_each_stage() -> None:
-    params, _ = shapes("preact_resnet50", images(2))
+    params, _ = shapes("preact_resnet50")
     projections = {k: p["w"].shape for k, p in params.items() if k.endswith("shortcut")}
     assert projections == {
         "stage1_block1/shortcut": (1, 1, 64, 256),
@@ -115,19 +118,18 @@ def test_preact_resnet50_projects_in_the_first_block_of_each_stage() -> None:
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_logits_for_any_image_size(name: str) -> None:
-    net = classifiers.make(name, 7)
-    x = images(2, 48, 40)
-    params, state = shapes(name, x, num_classes=7)
+    net = classifiers.make(name, 10)
+    params, state = shapes(name, 48, 40)
     apply_fn = functools.partial(net.apply, is_training=True)
-    logits, new_state = jax.eval_shape(apply_fn, params, state, None, x)
-    assert (logits.shape, logits.dtype) == ((2, 7), jnp.float32)
+    logits, new_state = jax.eval_shape(apply_fn, params, state, None, images(2, 48, 40))
+    assert (logits.shape, logits.dtype) == ((2, 10), jnp.float32)
     chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
-    chex.assert_trees_all_equal_shapes(params, shapes(name, images(2), num_classes=7)[0])
+    chex.assert_trees_all_equal_shapes(params, shapes(name)[0])
 
 
 def test_logits_are_float32_with_bfloat16_inputs_and_parameters() -> None:
     net = classifiers.make("resnet9", 10)
-    params, state = shapes("resnet9", images(2))
+    params, state = shapes("resnet9")
     params, x = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), (params, images(2))
     )
@@ -234,7 +236,7 @@ def test_resnet50_equals_an_independent_statement() -> None:
 
 
 def test_resnet50_convolves_in_the_dtype_asked_for() -> None:
-    params, state = shapes("resnet50", images(2))
+    params, state = shapes("resnet50")
     net = classifiers.make("resnet50", 10, compute_dtype="bfloat16")
     apply_fn = functools.partial(net.apply, is_training=True)
     jaxpr = str(jax.make_jaxpr(apply_fn)(params, state, None, images(2)))

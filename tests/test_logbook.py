@@ -96,6 +96,13 @@ def test_intervals_may_be_fractions_of_steps():
     assert [step for step in range(1, 11) if loop.is_due(step, 2.5)] == [3, 5, 8, 10]
     assert [step for step in range(1, 7) if loop.is_due(step, 3)] == [3, 6]
     assert not any(loop.is_due(step, 0) for step in range(1, 7))
+    # 1.1 * 100 is a little more than 110.
+    assert [step for step in range(1, 1101) if loop.is_due(step, 1.1 * 100)][::3] == [
+        110,
+        440,
+        770,
+        1100,
+    ]
 
 
 def test_all_metrics_and_messages_go_to_the_log_file(tmp_path):

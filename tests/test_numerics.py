@@ -165,6 +165,8 @@ def test_one_class_is_no_classifier():
 def test_the_untargeted_dlr_loss_needs_three_classes():
     with pytest.raises(UserError, match="needs at least 3 classes"):
         attacks.apgd(KEY, lambda x: linear(x)[:, :2], X, Y % 2, 0.1, loss="dlr")
+    with pytest.raises(UserError, match="needs at least 3 classes"):
+        attacks.pgd(KEY, lambda x: linear(x)[:, :2], X, Y % 2, 0.1, loss="dlr")
 
 
 # ------------------------------------------------------------- images smaller than SSIM's window

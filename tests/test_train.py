@@ -257,6 +257,11 @@ def test_learning_rate_schedule(batch_size):
         ("ada.nu", float("inf"), "finite"),
         ("seed", -1, "0..2**32-1"),
         ("mean", (0.5,), "three numbers"),
+        ("mean", (0.5, 0.5, 50.0), "three numbers in [0, 1]"),
+        ("mean", ("a", "b", "c"), "must be numbers"),
+        ("std", ("a", "b", "c"), "must be numbers"),
+        ("crop_scale", ("a", "b"), "must be numbers"),
+        ("crop_ratio", ("a", "b"), "must be numbers"),
         ("std", (0.0, 0.0, 0.0), "three positive numbers"),
         ("momentum", 1.0, "[0, 1)"),
         ("batch_size", 0, "1 or more"),
@@ -283,7 +288,8 @@ def test_mistakes_are_found_before_anything_is_compiled(field, value, said):
     ("changes", "said"),
     [
         ({"batch_size": 128}, "config.batch_size=128 is larger than the 64 examples"),
-        ({"epochs": 0.1}, "config.epochs=0.1 are less than one step"),
+        ({"epochs": 0.1}, "config.epochs=0.1 must be at least one step (16 of 64 examples)"),
+        ({"epochs": 1e308}, "less than 2**31 steps"),
     ],
 )
 def test_data_that_does_not_fit_is_found_before_anything_is_compiled(changes, said):
@@ -291,14 +297,23 @@ def test_data_that_does_not_fit_is_found_before_anything_is_compiled(changes, sa
         setup.build(tiny(**changes))
 
 
-def test_images_that_a_corruption_network_does_not_take_are_found_before_compiling(tmp_path):
-    images = np.random.default_rng(0).integers(0, 256, (64, 30, 30, 3), np.uint8)
+@pytest.mark.parametrize(
+    ("net", "side", "said", "mended"),
+    [
+        ("cae", 30, "corruption_net=.* fit images of 30x30", {"ada.corruption_enlarge": (2,)}),
+        ("edsr_small", 10, "ssim_threshold=.* 11x11 pixels", {"ada.ssim_threshold": -1.0}),
+    ],
+)
+def test_images_that_ada_does_not_take_are_found_before_compiling(
+    tmp_path, net, side, said, mended
+):
+    images = np.random.default_rng(0).integers(0, 256, (64, side, side, 3), np.uint8)
     np.savez(tmp_path / "x.npz", images=images, labels=np.arange(64) % 4)
     fields = {"dataset": "npz", "data_dir": str(tmp_path / "x.npz"), "method": "ada"}
-    fields |= {"train_split": "train", "eval_split": "test", "ada.corruption_net": ("cae",)}
-    with pytest.raises(UserError, match=r"config\.ada\.corruption_net=.* fit images of 30x30"):
+    fields |= {"train_split": "train", "eval_split": "test", "ada.corruption_net": (net,)}
+    with pytest.raises(UserError, match=r"config\.ada\." + said):
         setup.build(tiny(**fields))
-    setup.build(tiny(**fields | {"ada.corruption_enlarge": (2,)}))
+    setup.build(tiny(**fields | mended))
 
 
 @pytest.mark.parametrize(
@@ -375,6 +390,7 @@ def test_a_config_file_that_leaves_is_no_success(tmp_path):
         ("import nothing", "'nothing'"),
         ("x = y", "'y'"),
         ("from ml_collections import ConfigDict as get_config", "'method'"),
+        ("get_config = dict", "returns a dict: return an ml_collections.ConfigDict"),
     ],
 )
 def test_a_config_file_that_does_not_run_or_lacks_a_field_is_named(tmp_path, text, said):
@@ -770,8 +786,15 @@ def test_a_run_of_an_older_version_goes_on_and_gets_the_fingerprint_of_now(tmp_p
     about = scoring.metadata(tmp_path)
     assert about["training"] == results["training"] and about["train_split"] == "train[:64]"
     assert about["class_names"] == results["class_names"]
-    (tmp_path / "classifier.safetensors").unlink()
+    (tmp_path / "classifier.safetensors").rename(tmp_path / "moved")
     assert scoring.metadata(tmp_path)["class_names"] == about["class_names"]
+    (tmp_path / "moved").rename(tmp_path / "classifier.safetensors")
+    shutil.rmtree(tmp_path / "checkpoints")
+    before = (tmp_path / "config.json").read_bytes()
+    config.seed = 7
+    with pytest.raises(UserError, match=r"has classifier\.safetensors and no checkpoints"):
+        train.main(config, str(tmp_path))
+    assert (tmp_path / "config.json").read_bytes() == before
 
 
 @pytest.mark.slow

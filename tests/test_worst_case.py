@@ -174,7 +174,9 @@ def test_the_tables_of_the_binary():
     ("flag", "said"),
     [
         ("--ada_nets=edsr", "--ada_nets=edsr is unknown"),
+        ("--ada_nets=edsr_baseline", "--ada_nets=edsr_baseline is unknown or has no shipped"),
         ("--ada_radii=far", "--ada_radii=far is not a radius"),
+        ("--ada_radii=1e999", "--ada_radii=1e999 is not a radius"),
         ("--ada_restarts=0", "--ada_restarts=0"),
     ],
 )

@@ -80,6 +80,7 @@ def apgd(
       UserError: an argument is out of range, or there are too few classes for the loss.
     """
     checks.check_integers(1, steps=steps, restarts=restarts, targets=targets)
+    checks.check_positive(rho=rho)
     logits_fn, mask, microbatch = loops.prepare(logits_fn, x, mask, microbatch)
     classes = checks.num_classes(logits_fn, x[:microbatch])
     runs = restarts * number_of_targets(loss, targets, classes)
@@ -162,8 +163,8 @@ def number_of_targets(loss: str, targets: int, classes: int) -> int:
     needed = {"dlr": 3, "dlr-targeted": 4}.get(loss, 2)
     if classes < needed:
         raise UserError(
-            f"loss={loss!r} needs at least {needed} classes and the classifier has {classes}: use "
-            "'ce' or 'margin-targeted'."
+            f"loss={loss!r} needs at least {needed} classes and the classifier has {classes}: "
+            "choose another loss."
         )
     return min(targets, classes - 1) if loss.endswith("-targeted") else 1
 

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ from ada_jax.attacks.fab import fab
 from ada_jax.attacks.loops import LogitsFn
 from ada_jax.attacks.pgd import multitargeted
 from ada_jax.attacks.square import square
-from ada_jax.errors import UserError
+from ada_jax.errors import UserError, first_line
 from ada_jax.sharding import AXIS, shard
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
@@ -41,7 +42,7 @@ _ATTACKS: dict[str, Callable] = {
     "multitargeted": multitargeted,
 }
 ATTACKS = tuple(_ATTACKS)
-# Rounding errors may put an image this far outside of its ball.
+# Rounding errors may put an image this far outside of a ball of radius 0, and as much more per 1.
 _TOLERANCE = 1e-6
 
 Arrays = dict[str, np.ndarray]
@@ -75,8 +76,9 @@ class Report:
     """Result of a sequence of attacks.
 
     Attributes:
-      name: 'AutoAttack' if all four standard attacks ran with their default constants, followed by
-        any other attacks, such as 'AutoAttack+multitargeted'; else 'partial: ' and the attacks.
+      name: 'AutoAttack' if all four standard attacks ran and none of them was given `constants`,
+        followed by any other attacks, such as 'AutoAttack+multitargeted'; else 'partial: ' and the
+        attacks.
       norm: 'linf' or 'l2'.
       epsilon: radius, in units of pixel values.
       images: [N,H,W,C] in [0,1], the misclassified image if an attack found one, else x.
@@ -133,10 +135,10 @@ def autoattack(
         microbatch is always full. None means at most 32 on CPUs and 128 elsewhere, fewer if the
         examples of an attack then fill it better and its program is not shared by `programs`.
       constants: keyword arguments of attacks by name, such as {'square': {'queries': 1000}}. The
-        defaults are AutoAttack's; with others the report is named 'partial'.
+        defaults are AutoAttack's; see `Report.name`.
       state_dir: folder for finished batches, from which the same call resumes.
       programs: a dict, initially empty, that caches compiled programs between calls with the same
-        logits_fn and `constants`.
+        logits_fn.
 
     Returns:
       The report. Only examples whose image was checked after the attack to be in the ball and the
@@ -158,6 +160,7 @@ def autoattack(
     if "apgd-t" in attacks and logits.shape[-1] < 4:
         margins, own = {"loss": "margin-targeted"}, constants.get("apgd-t", {})
         constants = constants | {"apgd-t": margins | own}
+    _check_constants(constants, norm, logits_fn, x[:1], y[:1])
     name, size = _name(attacks, constants), runner.batch_size
     state, logits = _open_state(
         state_dir, key, x, y, logits, epsilon, norm, attacks, constants, size
@@ -264,7 +267,7 @@ class _Runner:
             out = {"images": images, "forward": info["forward"]}
             return out | {n: info.get(n, none) for n in ("backward", "zero_gradient")}
 
-        out = self._call(name, attack, batch, np.float32(epsilon))
+        out = self._call(f"{name} {constants}", attack, batch, np.float32(epsilon))
         logits = self.logits(out["images"])
         not_finite = np.asarray(checks.not_finite(logits))
         wrong = (np.argmax(logits, -1) != batch["y"]) | not_finite
@@ -308,7 +311,9 @@ def _within(images: np.ndarray, x: np.ndarray, epsilon: float, norm: str) -> np.
     delta = (images.astype(np.float64) - x).reshape(len(x), -1)
     distance = np.abs(delta).max(-1) if norm == "linf" else np.sqrt(np.sum(delta**2, -1))
     flat = images.reshape(len(x), -1)
-    return (distance <= epsilon + _TOLERANCE) & np.all((flat >= 0) & (flat <= 1), -1)
+    return (distance <= epsilon + _TOLERANCE * (1 + epsilon)) & np.all(
+        (flat >= 0) & (flat <= 1), -1
+    )
 
 
 # ------------------------------------------------------------------------ the report
@@ -378,6 +383,8 @@ def _check(key, logits_fn, x, y, epsilon, norm, attacks, batch_size, microbatch,
     if not attacks or len(set(attacks)) < len(attacks):
         raise UserError(f"attacks={attacks!r} must name at least one attack, each of them once.")
     for name, given in constants.items():
+        if not isinstance(given, dict):
+            raise UserError(f"constants[{name!r}]={given!r} must be a dict of arguments.")
         taken = inspect.signature(_ATTACKS[name]).parameters.values()
         known = {p.name for p in taken if p.kind == p.KEYWORD_ONLY} - {"norm", "mask", "microbatch"}
         if unknown := sorted(set(given) - known):
@@ -386,6 +393,21 @@ def _check(key, logits_fn, x, y, epsilon, norm, attacks, batch_size, microbatch,
                 f"{', '.join(sorted(known))}."
             )
     checks.float32_logits(logits_fn, x[:few], gradients=set(attacks) != {"square"})
+
+
+def _check_constants(constants, norm, logits_fn, x, y) -> None:
+    """Raises UserError for a value that its attack does not take, before any attack is run."""
+    for name, given in constants.items():
+        try:
+            attack = functools.partial(_ATTACKS[name], norm=norm, **given)
+            jax.eval_shape(
+                lambda key, x, y, attack=attack: attack(key, logits_fn, x, y, 0.1),
+                jax.random.key(0),
+                x,
+                y,
+            )
+        except UserError as error:
+            raise UserError(f"constants[{name!r}]: {error}") from error
 
 
 def _check_classifier(
@@ -443,7 +465,7 @@ def _open_state(state_dir, key, x, y, logits, epsilon, norm, attacks, constants,
         "batch_size": batch_size,
         "data": data.hexdigest(),
     }
-    settings = json.dumps(settings, sort_keys=True)
+    settings = json.dumps(settings, sort_keys=True, default=float)
     start = folder / "start.npz"
     if paths.exists(start):
         known = _read(start)
@@ -498,5 +520,11 @@ def _write(path: paths.AnyPath, arrays: Arrays) -> None:
 
 
 def _read(path: paths.AnyPath) -> Arrays:
-    with np.load(io.BytesIO(paths.read(path)), allow_pickle=False) as file:
-        return dict(file)
+    try:
+        with np.load(io.BytesIO(paths.read(path)), allow_pickle=False) as file:
+            return dict(file)
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{path} is damaged ({first_line(error)}): delete it, and the same call computes it "
+            "again."
+        ) from error

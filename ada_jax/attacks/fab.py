@@ -73,6 +73,8 @@ def fab(
       UserError: an argument is out of range.
     """
     checks.check_integers(1, steps=steps, restarts=restarts, targets=targets)
+    checks.check_integers(0, search_steps=search_steps)
+    checks.check_positive(alpha_max=alpha_max, eta=eta, beta=beta)
     logits_fn, mask, microbatch = loops.prepare(logits_fn, x, mask, microbatch)
     runs = restarts * min(targets, checks.num_classes(logits_fn, x[:microbatch]) - 1)
     example_keys = keys.of_batch(key, x)

@@ -172,8 +172,8 @@ def attack(function: Callable, gradients: bool = True) -> Callable:
     """Decorates an attack: checks its arguments, and lets images be split over explicit mesh axes.
 
     Images, logits and epsilon become float32 and labels int32. UserError is raised for a microbatch
-    out of range, for images, labels or an epsilon out of range that are not traced, and, if the
-    attack needs gradients, for logits that have none.
+    out of range, for a mask of another shape than the labels, for images, labels or an epsilon out
+    of range that are not traced, and, if the attack needs gradients, for logits that have none.
     """
 
     @functools.wraps(function)
@@ -183,6 +183,11 @@ def attack(function: Callable, gradients: bool = True) -> Callable:
             checks.check_integers(1, microbatch=microbatch)
         x, y = checks.as_images(jnp.asarray(x)), jnp.asarray(y)
         checks.check_labels(y, x, logits_fn, microbatch)
+        if (mask := knobs.get("mask")) is not None and np.shape(mask) != y.shape:
+            raise UserError(
+                f"mask has the shape {list(np.shape(mask))}: give one bool for each of the "
+                f"{len(x)} images."
+            )
         spec = checks.microbatch_spec(x, microbatch)
         logits_fn = checks.float32_logits(logits_fn, spec, gradients=gradients)
         y, knobs["epsilon"] = y.astype(jnp.int32), checks.float32(epsilon)

@@ -199,9 +199,7 @@ def check(bound: jax.Array | float) -> None:
 def check_settings(*, steps: int, step_size: float, penalty: float, noise: float) -> None:
     """Raises UserError for a setting of `fast_lpa` that is out of range."""
     checks.check_integers(1, steps=steps)
-    for name, value in {"step_size": step_size, "penalty": penalty, "noise": noise}.items():
-        if not 0 < value < np.inf:
-            raise UserError(f"{name}={value} must be positive and finite.")
+    checks.check_positive(step_size=step_size, penalty=penalty, noise=noise)
 
 
 def _run(

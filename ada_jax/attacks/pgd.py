@@ -9,7 +9,7 @@ from jax import lax
 
 from ada_jax import checks, keys, losses
 from ada_jax.attacks import geometry, loops
-from ada_jax.attacks.apgd import dlr, pick
+from ada_jax.attacks.apgd import dlr, number_of_targets, pick
 from ada_jax.attacks.loops import Examples, LogitsFn
 from ada_jax.errors import UserError
 
@@ -89,10 +89,13 @@ def pgd(
     if loss not in loss_fns:
         raise UserError(f"loss={loss!r} is unknown: choose one of {', '.join(loss_fns)}.")
     checks.check_integers(1, steps=steps, restarts=restarts)
+    if loss == "dlr":
+        number_of_targets(loss, 1, checks.num_classes(logits_fn, x[:microbatch]))
+    step_size = 2.5 * epsilon / steps if step_size is None else step_size
+    checks.check_positive(step_size=step_size)
 
     def rule(i, gradient, memory):
-        size = 2.5 * epsilon / steps if step_size is None else step_size
-        return checks.float32(size) * geometry.steepest(gradient, norm), memory
+        return checks.float32(step_size) * geometry.steepest(gradient, norm), memory
 
     return _attack(
         key,
@@ -152,6 +155,7 @@ def multitargeted(
     adversarial_robustness.
     """
     checks.check_integers(1, steps=steps, restarts=restarts)
+    checks.check_positive(step_size=step_size)
 
     def rule(i, gradient, memory):
         size = (

@@ -17,6 +17,7 @@ from jax import lax
 from ada_jax import checks, keys
 from ada_jax.attacks import geometry, loops
 from ada_jax.attacks.loops import LogitsFn
+from ada_jax.errors import UserError
 
 # The share of pixels in a square, initially p_init, is halved after these of 10,000 iterations.
 _HALVE_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
@@ -65,6 +66,9 @@ def square(
       UserError: an argument is out of range.
     """
     checks.check_integers(1, queries=queries, restarts=restarts)
+    checks.check_positive(p_init=p_init)
+    if p_init > 1:
+        raise UserError(f"p_init={p_init} must be a share of the pixels, at most 1.")
     logits_fn, mask, microbatch = loops.prepare(logits_fn, x, mask, microbatch)
     example_keys = keys.of_batch(key, x)
     schedule = sides(queries, x.shape[1:3], norm=norm, p_init=p_init, rescale=rescale_schedule)

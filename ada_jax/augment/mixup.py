@@ -73,8 +73,9 @@ def noisy(
 
     The result is features * (1 + m U) + a N for U uniform in [-1,1] and N standard normal. The
     levels are a = additive * v and m = multiplicative * w with v and w from Beta(2, 5) (whose mean
-    is 2/7), drawn once for the batch. U and N are zero at a share `sparsity` of the values, each
-    for itself. The i-th of several views, counted from 1, gets i times the additive noise.
+    is 2/7), drawn once for the device's batch. U and N are zero at a share `sparsity` of the
+    values, each for itself. The i-th of several views, counted from 1, gets i times the additive
+    noise.
 
     Args:
       key: random key of the device.

@@ -223,7 +223,7 @@ def open_set(
     datasets = {}
     files = {"labels": folder / "labels.npy"} | {name: _path_of(folder, name) for name in names}
     for name in names:
-        images = _read_images(folder, name, len(parameter_tables.SEVERITIES), clean)
+        images = _read_images(folder, name, clean)
         for severity, block in zip(parameter_tables.SEVERITIES, images, strict=True):
             arrays = core.ArraySource(block[:size], labels[:size])
             datasets[name, severity] = dataclasses.replace(clean, source=arrays)
@@ -322,11 +322,9 @@ def _path_of(folder: pathlib.Path, name: str) -> pathlib.Path:
     return path if path.exists() or not other.exists() else other
 
 
-def _read_images(
-    folder: pathlib.Path, name: str, severities: int, clean: core.Dataset
-) -> np.ndarray:
-    """Reads [S, N, H, W, 3] uint8 from the file of a corruption, in either spelling."""
-    path = _path_of(folder, name)
+def _read_images(folder: pathlib.Path, name: str, clean: core.Dataset) -> np.ndarray:
+    """Reads [5, N, H, W, 3] uint8 from the file of a corruption, in either spelling."""
+    path, severities = _path_of(folder, name), len(parameter_tables.SEVERITIES)
     images = _load_array(path)
     wanted = (severities * len(clean), *clean.image_shape)
     if images.shape != wanted or images.dtype != np.uint8:

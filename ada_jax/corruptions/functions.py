@@ -57,10 +57,11 @@ def corrupt(
     check(name, severity, seed, table)
     check_images(images)
     indices = np.arange(len(images)) if indices is None else np.asarray(indices)
-    if indices.shape != images.shape[:1] or (indices < 0).any():
+    integers = np.issubdtype(indices.dtype, np.integer)
+    if indices.shape != images.shape[:1] or not integers or (indices < 0).any():
         raise UserError(
-            f"indices has the shape {list(indices.shape)} and there are {len(images)} images: give "
-            "one non-negative index for each image."
+            f"indices of shape {list(indices.shape)} and type {indices.dtype} must be a "
+            f"non-negative integer for each of the {len(images)} images."
         )
     parameters = parameter_tables.TABLES[table][name][severity - 1]
     step = max(1, _CHUNK_PIXELS // (images.shape[1] * images.shape[2]))

@@ -40,8 +40,8 @@ def train_batches(
     """Yields shuffled batches forever; step s is a pure function of (seed, s).
 
     Every epoch has its own permutation, keyed on (seed, epoch). No example is dropped between two
-    epochs, so a batch of both may contain an example twice. Each process takes a contiguous part
-    of the global batch, with b = batch_size / process_count examples.
+    epochs, so a batch that spans two may contain an example twice. Each process takes a contiguous
+    part of the global batch, with b = batch_size / process_count examples.
 
     Args:
       dataset: the examples.
@@ -63,18 +63,8 @@ def train_batches(
     Returns:
       An iterator of {'image': [b, H, W, 3] uint8 in 0..255 or float32 in [0, 1], 'label': [b]
       int32, 'index': [b] int32, the position in `dataset`}.
-
-    Raises:
-      UserError: the batch size or the seed is out of range.
     """
     size, share = len(dataset), _share(batch_size, process_index, process_count)
-    if batch_size > size:
-        raise UserError(
-            f"config.batch_size = {batch_size} is larger than the {size} examples of "
-            f"{dataset.name}: set --config.batch_size={size} or less."
-        )
-    if not 0 <= seed < 2**32:
-        raise UserError(f"config.seed = {seed} is out of range: choose it in 0..{2**32 - 1}.")
 
     def batch(step: int) -> dict[str, np.ndarray]:
         epochs, offsets = np.divmod(step * batch_size + share, size)

@@ -415,8 +415,3 @@ def quoted(names: Iterable[Any], separator: str = ", ") -> str:
 def quoted_some(names: Sequence[str]) -> str:
     """Joins names in quotes, at most ten of them."""
     return quoted(names[:10]) + (f" ... ({len(names)} in all)" if len(names) > 10 else "")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from ada_jax.data import array_checks, core, photographs
-from ada_jax.errors import UserError
+from ada_jax.errors import UserError, first_line
 
 _TRAIN_FOLDERS = ("train", "training")  # In any case.
 _HELD_OUT_FOLDERS = ("test", "testing", "val", "valid", "validation", "eval")
@@ -58,7 +58,7 @@ def _subfolders(root: pathlib.Path) -> set[str]:
 
 def _split_folders(root: pathlib.Path) -> dict[str, str]:
     """The folder of each split of a directory; {} if it is not divided into splits."""
-    names = sorted(entry.name for entry in _entries(root) if entry.is_dir())
+    names = sorted(_subfolders(root))
     train, held_out = (
         sorted(
             (name for name in names if name.lower() in usual),
@@ -196,7 +196,7 @@ def _read_file(file: tuple[pathlib.Path, int]) -> tuple[Image.Image, int]:
                 return photographs.upright(image), label
     except Exception as error:  # Pillow's decoders raise errors of many types for damaged files.
         raise UserError(
-            f"config.data_dir: the image {str(path)!r} cannot be read ({core.first_line(error)}): "
+            f"config.data_dir: the image {str(path)!r} cannot be read ({first_line(error)}): "
             "replace it, or move it to another directory."
         ) from error
     raise UserError(

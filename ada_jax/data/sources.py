@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ada_jax.data import array_checks, core, folders, npy_files, tfds_sets
-from ada_jax.errors import UserError
+from ada_jax.errors import UserError, first_line
 
 NAMES = ("mnist5k", "cifar10", "imagenet2012", "folder", "npz")
 PHOTOGRAPHS = ("imagenet2012", "folder")  # Images of any size, which random crops are taken from.
@@ -37,8 +37,9 @@ def load(
         'npz': a file with `images` and `labels`, or with `train_images`, `train_labels`,
           `test_images` and `test_labels`.
       split: a split or a slice of it: 'train', 'test[:500]', 'train[10%:20%]', 'train[-500:]'. Data
-        without splits has a fixed 90/10 division into 'train' and 'test', and 'all'. For a folder
-        with splits, 'test' is the first held-out one, and every split has its own name too.
+        without splits has a fixed 90/10 division into 'train' and 'test', and a folder or a file
+        also 'all'. For a folder with splits, 'test' is the first held-out one, and every split has
+        its own name too.
       data_dir: path of the data. For 'cifar10' and 'imagenet2012' None means $TFDS_DATA_DIR or
         TFDS's default.
       image_size: side in pixels to which central squares are resized, for 'folder' (the whole
@@ -123,7 +124,7 @@ def _load_npz(split: str, data_dir: Any) -> core.Dataset:
     except (*npy_files.DAMAGED, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(
             f"config.data_dir = {str(path)!r} cannot be read as an .npz file without pickled "
-            f"objects ({core.first_line(error)}): {advice}"
+            f"objects ({first_line(error)}): {advice}"
         ) from error
 
 

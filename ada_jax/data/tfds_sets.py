@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ada_jax.data import core, photographs
-from ada_jax.errors import UserError, require_extra
+from ada_jax.errors import UserError, first_line, require_extra
 
 # Listed, because a set prepared without TFDS's metadata has the class names '0' to '9'.
 _CIFAR10_CLASSES = (
@@ -165,7 +165,7 @@ def _tfds_builder(name: str, data_dir: Any) -> Any:
     except ValueError as error:
         raise UserError(
             f"config.data_dir = {str(data_dir)!r} holds {name} in a format without random access "
-            f"({core.first_line(error.__cause__ or error)}): prepare it in another directory with "
+            f"({first_line(error.__cause__ or error)}): prepare it in another directory with "
             f"{_prepare_command(name, 'ANOTHER_DIRECTORY')}."
         ) from error
     if not builder.info.splits:

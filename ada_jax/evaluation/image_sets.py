@@ -132,15 +132,16 @@ def _from_tfds(
             f"the clean ones are of {clean.origin}: set '' to corrupt them on the fly, or "
             f"config.eval_split (--split) to {base!r}."
         )
-    split = f"{base}[:{size}]" if size < len(clean) else base
-    datasets, digests = {}, {}
+    data_dir, first = config.data_dir or None, 0
+    if isinstance(clean.members, range):
+        first = clean.members.start
+    elif len(whole := open_one(names[0], 1, data_dir, split=base)) != len(clean):
+        raise UserError(
+            f"{whole.name} has {len(whole)} images, and there are {len(clean)} clean ones: set "
+            "config.eval_split (--split) to the test split that it was made from."
+        )
+    split, datasets, digests = f"{base}[{first}:{first + size}]", {}, {}
     for name, severity in _conditions(names):
-        dataset = open_one(name, severity, config.data_dir or None, split=split)
-        if len(dataset) != size:
-            raise UserError(
-                f"{dataset.name} has {len(dataset)} images, and there are {size} clean ones: set "
-                "config.eval_split (--split) to the test split that it was made from."
-            )
-        datasets[name, severity] = dataset
+        dataset = datasets[name, severity] = open_one(name, severity, data_dir, split=split)
         digests[f"{name}/{severity}"] = dataset.fingerprint
     return datasets, {"kind": "tfds", "files": digests}

@@ -249,6 +249,8 @@ def corruption_errors(
     Raises:
       UserError: an argument is not as above, or logits are not finite.
     """
+    if np.ndim(images) != 4 or np.shape(images)[3] != 3:
+        raise UserError(f"Images of shape {list(np.shape(images))} must be [N,H,W,3].")
     x = jax.ShapeDtypeStruct((1, *np.shape(images)[1:]), jnp.float32)
     class_names = [str(i) for i in range(checks.num_classes(logits_fn, x))]
     clean = core.from_arrays(images, labels, class_names=class_names)

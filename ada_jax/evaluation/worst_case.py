@@ -165,10 +165,11 @@ def check_radii(flag: str, radii: Sequence[str]) -> None:
     """Checks that a flag's words are radii.
 
     Raises:
-      UserError: naming the flag and the first one that is not a number of 0 or more.
+      UserError: naming the flag and the first one that is not a finite number of 0 or more.
     """
     for radius in radii:
-        if not re.fullmatch(r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", radius):
+        number = re.fullmatch(r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", radius)
+        if not number or not np.isfinite(float(radius)):
             raise UserError(
                 f"--{flag}={radius} is not a radius: give numbers of 0 or more, such as 0.015."
             )
@@ -180,11 +181,14 @@ def check_under_ada(options: Options, image_shape: Sequence[int]) -> None:
     Raises:
       UserError: naming the flag of `ada_jax.evaluate`.
     """
-    known = corruption_nets.names()
+    known = corruption_nets.shipped()
     if not options.nets or not options.radii:
         raise UserError("--ada_nets or --ada_radii is empty: name at least one of each.")
     if unknown := [name for name in options.nets if name not in known]:
-        raise UserError(f"--ada_nets={unknown[0]} is unknown: choose from {', '.join(known)}.")
+        raise UserError(
+            f"--ada_nets={unknown[0]} is unknown or has no shipped weights: choose from "
+            f"{', '.join(known)}."
+        )
     corruption_nets.check_sizes("--ada_nets", options.nets, [1] * len(options.nets), image_shape)
 
 

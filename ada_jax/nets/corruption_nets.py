@@ -31,6 +31,11 @@ def names() -> tuple[str, ...]:
     return tuple(PRESETS)
 
 
+def shipped() -> tuple[str, ...]:
+    """The names of the presets whose weights are shipped."""
+    return tuple(name for name in PRESETS if (WEIGHTS / f"{name}.safetensors").exists())
+
+
 def make(name: str, weights: str | None = None, *, enlarge: int = 1) -> ada.CorruptionNet:
     """Makes a corruption network with trained weights.
 
@@ -52,11 +57,10 @@ def make(name: str, weights: str | None = None, *, enlarge: int = 1) -> ada.Corr
     checks.check_integers(1, enlarge=enlarge)
     net = architecture(name)
     path = weights or WEIGHTS / f"{name}.safetensors"
-    if not weights and not path.exists():
-        shipped = sorted(p.stem for p in WEIGHTS.glob("*.safetensors"))
+    if not weights and name not in shipped():
         raise UserError(
             f"corruption_net={name!r} has no shipped weights (those of "
-            f"{', '.join(shipped) or 'no network'} are shipped): train some with `python -m "
+            f"{', '.join(shipped()) or 'no network'} are shipped): train some with `python -m "
             f"ada_jax.pretrain --config=experiments/pretrain_{name.partition('_')[0]}.py:{name}` "
             "and set config.ada.corruption_weights to the file."
         )

@@ -59,6 +59,11 @@ def run(
     def with_flags(argv: list[str]) -> int | None:
         del argv
         config = config_flag.value
+        if not isinstance(config, ml_collections.ConfigDict):
+            raise UserError(
+                f"get_config of --config returns a {type(config).__name__}: return an "
+                "ml_collections.ConfigDict."
+            )
         folder = workdir.value or default_folder(config.name, config.seed)
         paths.check_bucket(f"--workdir={folder}", folder)
         if several:

@@ -65,7 +65,16 @@ RULES = (
     (*SIDE, ("image_size",)),
     (*DEVICES, ("cpu_devices",)),
     (*SEED, ("seed",)),
-    (lambda value: len(value) == 3, "must be three numbers, one per channel", ("mean",)),
+    (
+        lambda value: not any(isinstance(number, str) for number in value),
+        "must be numbers",
+        ("mean", "std", "crop_scale", "crop_ratio"),
+    ),
+    (
+        lambda value: len(value) == 3 and 0 <= min(value) <= max(value) <= 1,
+        "must be three numbers in [0, 1], one per channel",
+        ("mean",),
+    ),
     (
         lambda value: len(value) == 3 and min(value) > 0,
         "must be three positive numbers, one per channel",

@@ -15,7 +15,7 @@ import numpy as np
 from absl import logging
 
 from ada_jax import paths, sharding
-from ada_jax.errors import NotFiniteError
+from ada_jax.errors import NotFiniteError, UserError
 from ada_jax.run import checkpoint, distributed, logbook
 
 State = Any  # A NamedTuple of arrays with the field `step`.
@@ -108,7 +108,7 @@ def run(
 
     Raises:
       UserError: the loss is no longer finite (earlier checkpoints are kept), or the workdir holds
-        another run.
+        another run, or one that ended and has no checkpoints any more.
     """
     checkpoints = checkpoint.Checkpoints(workdir, keep=task.keep_checkpoints)
     saved = {"pending": [], "seconds": 0.0}
@@ -116,6 +116,11 @@ def run(
         state, saved_extra, step = restored
         saved |= saved_extra
         logging.info("Going on from step %d of %s.", step, workdir)
+    elif trained_before := paths.glob(workdir, "*.safetensors"):
+        raise UserError(
+            f"--workdir={workdir} has {trained_before[0].name} and no checkpoints: name another "
+            "folder, or move its files away to train again."
+        )
     saved |= {"expect": expect, **(extra or {})}
     first = jax.process_index() == 0
     if first:
@@ -194,7 +199,8 @@ def _paused(progress: logbook.Progress, state: State) -> Iterator[None]:
 
 def is_due(step: int, interval: float) -> bool:
     """Whether a step completes an interval of so many steps; never for 0."""
-    return interval > 0 and int(step / interval) > int((step - 1) / interval)
+    rounding = 1e-9  # 110 / (1.1 * 100) is less than 1.
+    return interval > 0 and int(step / interval + rounding) > int((step - 1) / interval + rounding)
 
 
 def finite(pending: Sequence[Metrics], step: int, advice: str) -> list[dict[str, float]]:

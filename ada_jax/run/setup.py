@@ -154,6 +154,8 @@ def build(config: ml_collections.ConfigDict) -> Parts:
         names, enlarge = config.ada.corruption_net, config.ada.corruption_enlarge
         shape = train_set.image_shape
         corruption_nets.check_sizes("config.ada.corruption_net", names, enlarge, shape)
+        with config_checks.named_in("config.ada."):
+            ada.check_size(config.ada.ssim_threshold, jax.ShapeDtypeStruct((1, *shape), float))
     steps_per_epoch, total_steps = _count_steps(config, train_set)
     folder, copies = config.deepaugment.dir, config.deepaugment.copies
     during = ("c",) if config.corruption_eval_epochs else ()
@@ -194,13 +196,13 @@ def _count_steps(config: ml_collections.ConfigDict, train_set: core.Dataset) -> 
             f"config.train_split={config.train_split!r}: make it smaller."
         )
     steps_per_epoch = size / batch_size
-    total_steps = config.train_steps or round(config.epochs * steps_per_epoch)
-    if not total_steps:
+    steps = config.train_steps or config.epochs * steps_per_epoch
+    if not 0.5 < steps < 2**31:
         raise UserError(
-            f"config.epochs={config.epochs} are less than one step of {batch_size} of {size} "
-            "examples: increase it."
+            f"config.epochs={config.epochs} must be at least one step ({batch_size} of {size} "
+            "examples) and less than 2**31 steps."
         )
-    return steps_per_epoch, total_steps
+    return steps_per_epoch, round(steps)
 
 
 def check_memory(nets: Sequence[ada.CorruptionNet], attacked: int, group: int = 1) -> None:
