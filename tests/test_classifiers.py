@@ -446,9 +446,10 @@ def test_perturbations_are_added_to_the_outputs_of_layers(name: str) -> None:
     layers = classifiers.feature_shapes(net, (32, 32, 3))
     deltas = {k: jax.random.normal(jax.random.key(1), (2, *shape)) for k, shape in layers.items()}
     last = list(layers)[-1]
-    logits, clean = run({})
+    changed = {layer: deltas[layer] for layer in ("stage2", last)}
+    logits, clean = run(jax.tree.map(jnp.zeros_like, changed))
     np.testing.assert_allclose(logits, apply(name, x, is_training=False)[0], atol=1e-6)
-    moved, features = run({"stage2": deltas["stage2"], last: deltas[last]})
+    moved, features = run(changed)
     np.testing.assert_allclose(features["stage1"], clean["stage1"], atol=1e-6)
     np.testing.assert_allclose(features["stage2"], clean["stage2"] + deltas["stage2"], atol=1e-5)
     assert np.abs(features["stage3"] - clean["stage3"]).max() > 0.01

@@ -1,4 +1,16 @@
-"""Image classifiers: `residual_nets`, AlexNet and Haiku's ResNet50, with normalisation."""
+"""Image classifiers: `residual_nets`, AlexNet and Haiku's ResNet50, with normalisation.
+
+The PreActResNets and the normalisation follow Wong et al., "Fast is better than free" (2020), and
+He et al., "Identity mappings in deep residual networks" (2016), with PyTorch's default
+initialisation. `preact_resnet18_no_bn` and `_v2` are RobustBench's variants: without the last batch
+normalisation, and with shortcuts that project the pre-activated input. `resnet9` is this project's
+own, for small machines. `alexnet` is that of Laidlaw et al., "Perceptual adversarial robustness"
+(2021), for CIFAR-10, without dropout, and `alexnet_small` has a quarter of its channels. `resnet20`
+and `resnet56` are He et al.'s for CIFAR, with option A; `wide_resnet*` Zagoruyko and Komodakis'
+(2016); `torchvision_resnet*` torchvision's, whose padding differs from Haiku's. `resnet50` is
+Haiku's, of He et al., "Deep residual learning for image recognition" (2016) with the stride in the
+3x3 convolution, with Haiku's initialisation and residual branches that start at zero.
+"""
 
 import contextlib
 import functools
@@ -49,7 +61,7 @@ def make(
     {layer: [B, H', W', C']}.
 
     Args:
-      name: one of `names()`.
+      name: one of `names()`; the module's docstring has their sources.
       num_classes: the number of logits.
       mean: the C channel means for normalisation, in [0, 1].
       std: the C channel standard deviations, positive.
@@ -67,18 +79,6 @@ def make(
     Raises:
       UserError: the name is unknown; from `init` and `apply`, the images are not as above, or a
         perturbation is of an unknown layer.
-
-    Source: networks and normalisation follow Wong et al., "Fast is better than free" (2020), and
-    He et al., "Identity mappings in deep residual networks" (2016), with PyTorch's default
-    initialisation. `resnet9` is this project's own, for small machines. `alexnet` is that of
-    Laidlaw et al., "Perceptual adversarial robustness" (2021), for CIFAR-10, without dropout, and
-    `alexnet_small` has a quarter of its channels. `preact_resnet18_no_bn` and `_v2` are
-    RobustBench's variants: without the last batch normalisation, and with shortcuts that project
-    the pre-activated input. `resnet20` and `resnet56` are He et al.'s for CIFAR, with option A;
-    `wide_resnet*` Zagoruyko and Komodakis' (2016); `torchvision_resnet*` torchvision's, whose
-    padding differs from Haiku's. `resnet50` is Haiku's, of He et al., "Deep residual learning for
-    image recognition" (2016) with the stride in the 3x3 convolution, with Haiku's initialisation
-    and residual branches that start at zero.
     """
     if name not in names():
         raise UserError(f"The classifier {name!r} is unknown: choose one of {', '.join(names())}.")
