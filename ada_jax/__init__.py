@@ -22,11 +22,14 @@ _HOMES = {
     "load_classifier": "ada_jax.evaluation.scoring",
     "make_corruption_net": "ada_jax.nets.corruption_nets",
 }
-__all__ = [*_HOMES]
+_SUBPACKAGES = ("attacks", "augment", "corruptions")
+__all__ = [*_HOMES, *_SUBPACKAGES]
 
 
 def __getattr__(name: str) -> Any:
     """Imports public names on first use, so that `ada_jax.report` runs without JAX."""
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"ada_jax.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'ada_jax' has no attribute {name!r}")
     own = {"make_corruption_net": "make"}.get(name, name)

@@ -5,7 +5,7 @@ Source: Calian et al., "Defending Against Image Corruptions Through Adversarial 
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +21,13 @@ class CorruptionNet(NamedTuple):
 
     Attributes:
       apply: `apply(theta, x, key) -> [B,H,W,C]`, x [B,H,W,C] in [0,1], output near [0,1] but not
-        clipped; deterministic networks ignore the key.
-      theta: parameters, a nested dict of float32 arrays.
+        clipped; deterministic networks ignore the key. AdA calls it under `jax.vmap` over theta,
+        with the images that share a perturbation, one by default.
+      theta: parameters, a tree of arrays, all of which are converted to float32 and perturbed.
     """
 
     apply: Callable[..., jax.Array]
-    theta: dict
+    theta: Any
 
 
 CHOICES = ("delta", "mixing")
@@ -41,11 +42,11 @@ def adversarial_augment(
     *,
     logits_fn: LogitsFn,
     net: CorruptionNet,
-    nu: float = 0.015,
+    nu: jax.Array | float = 0.015,
     steps: int = 10,
     step_rule: str = "sign",
-    step_scale: float = 0.25,
-    ssim_threshold: float = 0.3,
+    step_scale: jax.Array | float = 0.25,
+    ssim_threshold: jax.Array | float = 0.3,
     root_rule: str = "in_range",
     microbatch: int | None = None,
     group: int = 1,
@@ -53,6 +54,9 @@ def adversarial_augment(
     choice: str = "delta",
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Corrupts every image so that the classifier's loss on it is as large as possible.
+
+    Call it inside `jax.jit`: outside of it every call compiles again. `nu`, `step_scale` and
+    `ssim_threshold` may be traced; the other settings may not.
 
     The batch may be split over several devices, either by `jax.jit` along the automatic or explicit
     axes of the mesh of `jax.set_mesh`, or inside `jax.shard_map`, where `microbatch` and `group`
@@ -80,20 +84,21 @@ def adversarial_augment(
       group: number of consecutive examples that share one delta, a divisor of the microbatch or of
         B. The ascent maximises the sum of their losses. Above 1 this approximates AdA by a weaker
         attack; the whole batch is one environment of IRM (paper, equations 4 and 5).
-      leaves: regular expression; only the leaves of theta whose path, such as 'block00/conv0/w',
-        it is found in are perturbed. '' means all, 'b$' the biases, '^tail/' the last layer and
+      leaves: regular expression; only leaves of theta whose path, such as 'block00/conv0/w',
+        contains a match are perturbed. '' means all, 'b$' the biases, '^tail/' the last layer and
         '^block' the residual blocks of EDSR. The median radius is that of these leaves.
       choice: what the ascent chooses, 'delta' (the paper's) or 'mixing' (AdvMix), see `maximise`.
 
     Returns:
-      The augmented images [B,H,W,C], float32 in [0,1], without a gradient, and metrics, each [B]:
+      The augmented images [B,H,W,C], float32 in [0,1], with gradients stopped, and metrics [B]:
       'loss_start' (random start), 'loss_end' (after the ascent), 'ssim_before' and 'ssim_after'
       (the line search), 'changed' (1 if the line search moved the image, else 0) and 'on_surface'
       (share of perturbed leaves on their ball's surface). Images smaller than 11x11 have no SSIMs.
 
     Raises:
-      UserError: a parameter, an image or a label is out of range. Inside `jax.jit` values cannot be
-        checked; images that are out of range, or whose label is, become NaN instead.
+      UserError: an argument is invalid, such as an image or a label out of range, a network that
+        changes the image shape, or a microbatch that does not divide B. Inside `jax.jit` values
+        cannot be checked; images that are out of range, or whose label is, become NaN instead.
     """
     x, y = checks.as_images(jnp.asarray(x)), jnp.asarray(y)
     check_settings(nu, steps, step_rule, step_scale, ssim_threshold, root_rule)

@@ -1,8 +1,8 @@
 """Converts a trained classifier to PyTorch: a state dict, and a model.py that loads it.
 
 python -m ada_jax.export_weights runs/cifar10_ada OUT.pt
-python -m ada_jax.export_weights runs/cifar10_ada OUT.safetensors     without PyTorch here
-python -m ada_jax.export_weights CLASSIFIER.safetensors OUT.pt        of a run, or imported
+python -m ada_jax.export_weights runs/cifar10_ada OUT.safetensors     # does not need PyTorch
+python -m ada_jax.export_weights CLASSIFIER.safetensors OUT.pt        # of a run, or imported
 
 The names and shapes are those of widespread PyTorch code, see `nets.torch_layouts`. `model.load()`
 returns the network, with the normalisation of its input, in evaluation mode.
@@ -13,11 +13,9 @@ import os
 import pathlib
 from collections.abc import Sequence
 
-import safetensors.numpy
-
 from ada_jax import checks, paths
 from ada_jax.errors import UserError
-from ada_jax.import_weights import write_torch
+from ada_jax.import_weights import check_suffix, write_torch
 from ada_jax.nets import torch_layouts, weight_files
 from ada_jax.run import cli
 
@@ -116,6 +114,11 @@ def export(source: str, out: str) -> str:
     if paths.is_dir(source):
         source = os.path.join(source, "classifier.safetensors")
     tree, metadata = weight_files.load_weights(source)
+    if "corruption_net" in metadata:
+        raise UserError(
+            f"The weights file {source} is of a corruption network: use python -m "
+            "ada_jax.import_weights --export."
+        )
     if missing := {"classifier", "classes", "mean", "std"} - metadata.keys():
         raise UserError(
             f"The weights file {source} lacks the field {min(missing)!r}: export a run of "
@@ -132,10 +135,7 @@ def export(source: str, out: str) -> str:
         class_names=metadata.get("class_names", ()),
     )
     state_dict = torch_layouts.to_torch(classifier, tree["params"], tree["state"])
-    if out.endswith(".pt"):
-        write_torch(out, state_dict)
-    else:
-        weight_files.write_file(out, safetensors.numpy.save(state_dict))
+    write_torch(out, state_dict)
     weight_files.write_file(model, content)
     return (
         f"{out}: {classifier} with {classes} classes, {len(state_dict)} tensors; {model} loads it"
@@ -143,8 +143,7 @@ def export(source: str, out: str) -> str:
 
 
 def _check_out(out: str, model: str) -> None:
-    if not out.endswith(tuple(_READ)):
-        raise UserError(f"{out} does not end in .pt or .safetensors: rename it.")
+    check_suffix(out)
     paths.check_bucket(out, out)
     for path in (out, model):
         if paths.exists(path):

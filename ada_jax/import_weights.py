@@ -24,6 +24,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import safetensors.numpy
 from absl import flags, logging
 
 from ada_jax import paths
@@ -259,8 +260,19 @@ def read_torch(path: str | os.PathLike[str]) -> StateDict:
     return {name: a.detach().numpy() for name, a in wide.items()}
 
 
-def write_torch(path: str | os.PathLike[str], state: StateDict) -> None:
-    """Writes a state dict for `torch.load`, atomically."""
+def check_suffix(path: str) -> None:
+    """Raises UserError for a file that `write_torch` cannot write."""
+    if not path.endswith((".pt", ".safetensors")):
+        raise UserError(f"{path} does not end in .pt or .safetensors: rename it.")
+
+
+def write_torch(path: str, state: StateDict) -> None:
+    """Writes a state dict atomically, for `torch.load` (.pt) or as .safetensors."""
+    if path.endswith(".safetensors"):
+        # It writes the memory of a transposed array as it lies.
+        state = {name: np.asarray(a, order="C") for name, a in state.items()}
+        weight_files.write_file(path, safetensors.numpy.save(state))
+        return
     torch = _torch()
     with io.BytesIO() as file:
         torch.save({name: torch.from_numpy(a.copy()) for name, a in state.items()}, file)
@@ -410,6 +422,7 @@ def export_file(network: str, source: str, out: str) -> str:
     Raises:
       UserError: the network is unknown, or a file cannot be read or written.
     """
+    check_suffix(out)
     if network == "edsr":
         raise UserError("'edsr' is not a preset: give the one to export, such as edsr_baseline_x4.")
     net = corruption_nets.make(network, weights=source)

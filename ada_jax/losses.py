@@ -40,8 +40,8 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) 
 def jsd(logits_clean: jax.Array, logits_aug1: jax.Array, logits_aug2: jax.Array) -> jax.Array:
     """Returns the Jensen-Shannon divergence between three predictions for each example.
 
-    It is the mean over the three of KL(p_k || M), where M are their mean probabilities, clamped to
-    [1e-7, 1] before the logarithm. AugMix weights this loss by 12.
+    It is the mean over the three of KL(p_k || M), where M is their mean, clamped to [1e-7, 1]
+    before the logarithm. AugMix weights this loss by 12.
 
     Args:
       logits_clean: [B, K], any float type; computed in float32.
@@ -50,6 +50,9 @@ def jsd(logits_clean: jax.Array, logits_aug1: jax.Array, logits_aug2: jax.Array)
 
     Returns:
       [B] float32, in nats, between 0 and log(3) up to the clamp and rounding.
+
+    Raises:
+      UserError: the shapes are not as above.
 
     Source: Hendrycks et al., "AugMix" (2020), section 3, with the clamp of its code.
     """
@@ -73,6 +76,9 @@ def margin(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
     Returns:
       [B] float32, positive for misclassified examples.
+
+    Raises:
+      UserError: the shapes or types are not as above.
 
     Source: Carlini and Wagner, "Towards evaluating the robustness of neural networks" (2017).
     """

@@ -53,7 +53,7 @@ def lpips(features_fn: Callable[[jax.Array], Features], a: jax.Array, b: jax.Arr
     """LPIPS between images.
 
     Args:
-      features_fn: images [B,H,W,C] -> features, see `features_of`.
+      features_fn: images [B,H,W,C] -> features, a tree of [B,H',W',C'].
       a, b: images [B,H,W,C] in [0,1].
 
     Returns:

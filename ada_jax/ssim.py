@@ -70,7 +70,12 @@ def line_search(
     Returns:
       The images [B,H,W,C] and, per example [B], 'gamma', 'ssim_before' and 'changed' (1 where the
       SSIM was below the threshold; the other images are returned unchanged).
+
+    Raises:
+      UserError: the rule is unknown, or the images are smaller than the window.
     """
+    if rule not in ROOT_RULES:
+        raise UserError(f"rule={rule!r} is unknown: choose one of {', '.join(ROOT_RULES)}.")
     clean, corrupted = clean.astype(jnp.float32), corrupted.astype(jnp.float32)
     threshold = checks.float32(threshold)
     values = _along_ray(clean, corrupted, jnp.asarray(GAMMAS))  # [B,9]

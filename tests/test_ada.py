@@ -193,6 +193,36 @@ def test_a_threshold_of_minus_one_switches_the_line_search_off():
     np.testing.assert_allclose(metrics["loss_end"], loss_of(y)(images), rtol=1e-4)
 
 
+def test_options_reach_the_maximisation():
+    x, y = batch()
+    knobs = {"group": 2, "choice": "mixing", "step_scale": 0.1, "step_rule": "l2"}
+    augmented = functools.partial(
+        ada.adversarial_augment,
+        **{"logits_fn": LOGITS_FN, "net": NET, "nu": NU, "steps": 3, "ssim_threshold": -1.0},
+        **knobs,
+    )
+    images, _ = jax.jit(augmented)(example_keys(0), x, y)
+    delta, _ = attack(0, x, y, **knobs)
+    np.testing.assert_allclose(images, render(delta, x, example_keys(0)), atol=1e-5)
+    default, _ = attack(0, x, y)
+    assert np.abs(images - render(default, x, example_keys(0))).max() > 1e-4
+
+
+def test_the_root_rule_reaches_the_line_search():
+    x, y = batch()
+    images, _ = augment(0, x, y, nu=1.0, ssim_threshold=-1.0)
+    augmented = functools.partial(
+        ada.adversarial_augment,
+        **{"logits_fn": LOGITS_FN, "net": NET, "nu": 1.0, "steps": 3},
+        **{"ssim_threshold": 0.6, "root_rule": "interpolated"},
+    )
+    found, metrics = jax.jit(augmented)(jax.random.key(0), x, y)
+    expected, _ = ssim.line_search(x, images, 0.6, "interpolated")
+    other, _ = ssim.line_search(x, images, 0.6, "in_range")
+    assert metrics["changed"].any() and np.abs(expected - other).max() > 1e-3
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
 def test_nu_zero_gives_the_corruption_network_itself():
     x, y = batch()
     apply = jax.jit(NET.apply)
@@ -441,13 +471,13 @@ def test_a_knob_out_of_range_is_named(knobs, message):
     ],
     ids=["empty", "rank", "uint8", "range", "nan"],
 )
-def test_images_that_are_none_are_refused(images, message):
+def test_invalid_images_are_rejected(images, message):
     with pytest.raises(UserError, match=message):
         augment_affinely(LOGITS_FN, jax.random.key(0), images, batch()[1])
 
 
 @pytest.mark.parametrize("bad", [lambda y: y + 10, lambda y: y - 10, lambda y: y[:-1], jnp.float32])
-def test_labels_that_are_none_are_refused(bad):
+def test_invalid_labels_are_rejected(bad):
     x, y = batch()
     with pytest.raises(UserError, match="Labels"):
         augment_affinely(LOGITS_FN, jax.random.key(0), x, bad(y))

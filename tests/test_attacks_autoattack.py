@@ -222,6 +222,28 @@ def test_a_folder_of_another_call_is_refused(tmp_path):
         quick(lambda x: 2 * linear(x), state_dir=tmp_path)
 
 
+# ------------------------------------------------------------------------------- losses
+
+
+@pytest.mark.parametrize("loss", ["ce", "dlr", "margin"])
+def test_every_loss_breaks_what_is_clearly_breakable(loss):
+    """A descended, swapped or shifted loss does not."""
+    x, y = examples()
+    epsilon = epsilon_of("linf")
+    near, far = (exact_distances("linf") < 0.9 * epsilon), exact_distances("linf") > 1.001 * epsilon
+    run = lambda *arrays: attacks.pgd(  # noqa: E731
+        jax.random.key(0), linear, *arrays, epsilon, loss=loss, steps=20
+    )[1]["broken"]
+    broken = np.asarray(jax.jit(run)(x, y))
+    assert broken[near].all() and not broken[far].any()
+
+
+def test_apgd_with_the_dlr_loss_breaks_what_is_clearly_breakable():
+    report = quick(names=("apgd-dlr",), epsilon=epsilon_of("linf"))
+    near = exact_distances("linf") < 0.9 * epsilon_of("linf")
+    assert not (report.robust & near).any()
+
+
 # ------------------------------------------------------------------------------- warnings
 
 

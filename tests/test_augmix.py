@@ -173,6 +173,18 @@ def test_the_share_of_the_mixture_is_uniform(drawn):
     assert np.quantile(drawn, [0.1, 0.5, 0.9]) == pytest.approx([0.1, 0.5, 0.9], abs=0.04)
 
 
+def test_the_weights_of_chains_are_uniform():
+    """A chain of a white image is black if it draws 'solarize', so 1 - image is the sum of these
+    chains' weights times the mixture's share."""
+    x = jnp.ones((6000, 4, 4, 3))
+    settings = {"width": 2, "depth": 1, "ops": ("solarize", "autocontrast")}
+    f = jax.jit(lambda key: augmix.augment_and_mix(key, x, **settings))
+    black = 1 - np.asarray(f(jax.random.key(0))[:, 0, 0, 0])
+    # No chain is black with probability 1/4, both 1/4, one 1/2; its weight is uniform.
+    expected = 1 / 4 + 1 / 4 * 0.25 + 1 / 2 * 0.25 * (1 + np.log(4))
+    assert np.mean(black < 0.25) == pytest.approx(expected, abs=0.025)  # 0.5625 for equal weights
+
+
 def test_the_depth_of_a_chain_is_one_two_or_three():
     """At severity 0.1 brightness multiplies by 0.118, and a large alpha mixes half and half."""
     x = jnp.ones((3000, 4, 4, 3))
@@ -234,7 +246,7 @@ def test_mistakes_are_told(field, value, said):
         (jnp.zeros((1, 8, 8, 1)), "three channels"),
     ],
 )
-def test_images_that_are_none_are_refused(images, said):
+def test_invalid_images_are_rejected(images, said):
     with pytest.raises(UserError, match=said):
         augmix.augment_and_mix(jax.random.key(0), images)
 

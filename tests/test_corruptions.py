@@ -171,6 +171,22 @@ def test_the_tables_name_every_corruption_at_five_severities():
         assert all(len(parameters) == 5 for parameters in table.values())
 
 
+CHANGES = json.loads((pathlib.Path(__file__).parent / "corruption_changes.json").read_text())
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("table", ["cifar", "imagenet"])
+def test_the_mean_changes_are_those_of_this_recipe(table, name):
+    """In grey levels, of six photographs of 48x48. Another value makes another benchmark: renew the
+    numbers, and `c_folder.RECIPES`, only when a corruption is changed on purpose."""
+    x = photographs(6, 48, 48)
+    changes = [
+        np.abs(corrupt(name, severity, x, table=table).astype(float) - x).mean()
+        for severity in parameter_tables.SEVERITIES
+    ]
+    assert changes == pytest.approx(CHANGES[table][name], rel=0.02)
+
+
 @pytest.mark.parametrize(
     ("arguments", "keywords", "message"),
     [
@@ -788,6 +804,19 @@ def test_a_killed_command_goes_on(tmp_path):
 def test_a_severity_that_is_no_number_is_named(tmp_path):
     flags = ("--data=mnist5k", f"--out={tmp_path}/set", "--severities=1,six")
     assert_mistake(run_here("corruptions", *flags), "The severity 'six' does not exist")
+
+
+def test_the_command_writes_what_its_flags_say(tmp_path):
+    flags = ("--data=mnist5k", "--split=test[:4]", f"--out={tmp_path}/set", "--processes=1")
+    flags += ("--names=contrast,gaussian_noise", "--severities=2,5", "--seed=3", "--table=imagenet")
+    done = run_here("corruptions", *flags)
+    assert done.returncode == 0, done.stderr
+    digits = sources.load("mnist5k", "test[:4]").source
+    clean = np.stack([digits[i][0] for i in range(4)])
+    for name in ("contrast", "gaussian_noise"):
+        expected = [corrupt(name, s, clean, 3, table="imagenet") for s in (2, 5)]
+        found = read(tmp_path / "set" / f"{name}.npy")
+        np.testing.assert_array_equal(found, np.concatenate(expected))
 
 
 def test_mistakes_are_told_before_images_are_read(tmp_path):

@@ -636,8 +636,11 @@ def test_one_line_says_what_was_left_out(tmp_path, caplog):
     }
 
 
-@pytest.mark.parametrize("train", ["train", "Train", "training", "TRAINING"])
-@pytest.mark.parametrize("held_out", ["test", "Val", "valid", "VALIDATION", "eval", "testing"])
+@pytest.mark.parametrize(
+    ("train", "held_out"),
+    [("train", "test"), ("Train", "Val"), ("training", "valid"), ("TRAINING", "VALIDATION"),
+     ("train", "eval"), ("training", "testing")],
+)  # fmt: skip
 def test_usual_names_of_splits(tmp_path, train, held_out):
     write_folder(tmp_path / train, {"a": 3, "b": 4})
     write_folder(tmp_path / held_out, {"a": 2, "b": 1})
@@ -1061,7 +1064,7 @@ def test_a_few_images_may_be_black():
     assert len(core.from_arrays(PIXELS[:4] // 128, LABELS[:4])) == 4
 
 
-def test_npz_files_that_are_none(tmp_path):
+def test_invalid_npz_files_are_rejected(tmp_path):
     path = tmp_path / "set.npz"
     with pytest.raises(UserError, match=r"config.data_dir is not set"):
         sources.load("npz", "train")

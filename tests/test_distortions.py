@@ -233,6 +233,17 @@ def test_three_distortions_are_drawn_and_theta_is_left_alone(edsr):
     assert not changed(first, again) and changed(first, other)
 
 
+def test_edsr_gets_three_distortions_and_the_cae_one(edsr, cae_theta, monkeypatch):
+    calls = []
+    for name in ("EDSR_DISTORTIONS", "CAE_DISTORTIONS"):
+        count = len(getattr(weights, name))
+        monkeypatch.setattr(weights, name, [lambda *args: calls.append(args)] * count)
+    weights.distort_edsr(np.random.default_rng(0), edsr)
+    assert len(calls) == 3
+    weights.distort_cae(np.random.default_rng(0), cae_theta)
+    assert len(calls) == 4
+
+
 # ------------------------------------------------------------------------ the CAE's weights
 
 
@@ -275,6 +286,14 @@ def test_cae_distortions(cae_theta, function, seed):
         case "cae_negate_filters":
             np.testing.assert_array_equal(out, np.where(rows[:, None, None, None], -w, w))
             assert 1 <= rows.sum() <= len(w) // 5
+
+
+def test_the_cae_s_kernels_are_amplified_by_factors_of_up_to_nine(cae_theta):
+    largest = []
+    for seed in range(20):
+        after, names = distorted(weights.cae_amplify, cae_theta, seed)
+        largest += [(after[n]["w"] / cae_theta[n]["w"]).max() for n in names if len(names) == 2]
+    assert 7 < max(largest) <= 9 + 1e-5
 
 
 # ------------------------------------------------------------------------ features and latents
@@ -322,7 +341,9 @@ def shifted(channel, row, column):
 def test_latent_convolutions():
     e = np.asarray(LATENT)
     noise = latents(features.latent_convolve) - e
-    assert 0 < np.abs(noise).max() <= 0.1 * 9 * np.abs(e).sum(-1).max()
+    # Taps are uniform in [-0.1, 0.1], with variance 0.01 / 3.
+    near = [shifted((e**2).sum(-1), r, c) for r in range(3) for c in range(3)]
+    np.testing.assert_allclose(noise.var((0, 3)), 0.01 / 3 * sum(near), rtol=0.2)
     added = latents(features.latent_mix, 6) - e
     on = np.abs(added).max((1, 2)) > 1e-6
     assert 0.35 < on.mean() < 0.65

@@ -741,6 +741,17 @@ def test_the_binary_tells_a_mistake_in_one_sentence_and_status_2(flags, said):
     assert_mistake(run_here("evaluate", *flags), said)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("small_networks")
+def test_the_flags_of_corruptions_are_recorded(tmp_path):
+    flags = ("--config=experiments/quickstart.py", "--random", "--split=test[:3]", "--sets=extra")
+    flags += ("--corruption_seed=7", "--corruption_table=imagenet", f"--out={tmp_path}/r.json")
+    done = run_here("evaluate", *flags)
+    assert done.returncode == 0, done.stderr
+    source = json.loads((tmp_path / "r.json").read_text())["corruption_source"]
+    assert (source["seed"], source["table"]) == (7, "imagenet")
+
+
 def test_json_with_nan_is_not_read(tmp_path):
     path = tmp_path / "config.json"
     path.write_text('{"name": "run", "mean": [NaN, 0.5, 0.5]}')

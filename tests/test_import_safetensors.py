@@ -39,6 +39,21 @@ def test_state_dicts_are_imported(tmp_path, dtype, prefix):
     jax.tree.map(np.testing.assert_array_equal, theta, rounded)
 
 
+def test_networks_are_exported_to_safetensors(tmp_path):
+    source, exported = corruption_nets.WEIGHTS / "cae.safetensors", tmp_path / "cae.safetensors"
+    done = run_here("import_weights", "--export", "cae", source, exported)
+    assert done.returncode == 0, done.stderr
+    import_weights.import_file("cae", str(exported), str(tmp_path / "out"))
+    theta = corruption_nets.make("cae", weights=str(tmp_path / "out")).theta
+    jax.tree.map(np.testing.assert_array_equal, theta, corruption_nets.make("cae").theta)
+    done = run_here("import_weights", "--export", "cae", source, tmp_path / "cae.bin")
+    assert_mistake(done, "cae.bin does not end in .pt or .safetensors: rename it.")
+    done = run_here("export_weights", source, tmp_path / "a.safetensors")
+    assert_mistake(
+        done, "is of a corruption network: use python -m ada_jax.import_weights --export"
+    )
+
+
 def test_another_mean_shift_is_refused(tmp_path):
     mean = 255 * np.float32([0.485, 0.456, 0.406])  # ImageNet's
     source = written(tmp_path / "in.safetensors", np.float16, **{"add_mean.bias": mean})
@@ -78,7 +93,7 @@ def test_other_files_are_refused_in_a_sentence(tmp_path, content, said):
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
 
 
-def test_a_network_s_own_names_in_another_program_s_file_are_made_into_it(tmp_path):
+def test_a_foreign_file_with_our_names_loads_directly(tmp_path):
     flat = {
         f"{name}//{k}": np.float16(a) for name, layer in THETA.items() for k, a in layer.items()
     }

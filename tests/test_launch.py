@@ -423,7 +423,7 @@ def test_restarts_are_bounded(cloud):
 
 
 @pytest.mark.parametrize(("ending", "status"), [(2, 2), (1, 1), (130, 130), (127, 2)])
-def test_what_no_repetition_mends_ends_it(cloud, ending, status):
+def test_permanent_failures_are_not_retried(cloud, ending, status):
     cloud.write("tpu-vm/ada", "READY")
     cloud.write("endings", ending, 0)
     done = cloud("run_tpu.sh", *RUN, *TRAIN, status=status)

@@ -220,7 +220,7 @@ def test_logits_that_are_not_finite_are_no_class(value):
         scoring.corruption_errors(bad, images, np.zeros(6, int), names=["fog"])
 
 
-def test_the_evaluation_step_counts_them_as_wrong():
+def test_non_finite_logits_count_as_errors():
     step = jax.pmap(scoring.make_eval_step(lambda x: x[:, 0, 0]), sharding.AXIS)
     pixels = jnp.float32([[jnp.nan, 0, 0], [1, 0, 0], [0, 1, 0], [jnp.nan] * 3])
     batch = {
@@ -235,7 +235,7 @@ def test_the_evaluation_step_counts_them_as_wrong():
     assert np.isfinite(sums["loss"])
 
 
-def test_attacks_call_them_misclassified_and_keep_images_images():
+def test_attacks_treat_non_finite_logits_as_misclassified():
     logits = jnp.float32([[jnp.nan, 0], [1, 0], [0, jnp.inf]])
     wrong = loops.misclassified(logits, jnp.int32([0, 0, 1]))
     assert wrong.tolist() == [True, False, True]
@@ -247,6 +247,16 @@ def test_attacks_call_them_misclassified_and_keep_images_images():
         assert np.all((images >= 0) & (images <= 1)), name
 
 
+def test_inside_jit_invalid_examples_become_nan_and_count_as_broken():
+    y = np.asarray(jnp.argmax(linear(X), -1))
+    x, y = jnp.asarray(X).at[0, 0, 0, 0].set(128.0), jnp.asarray(y).at[1].set(99)
+    for name, attack in (GRADIENT_ATTACKS | {"square": SQUARE}).items():
+        images, info = jax.jit(lambda x, y, attack=attack: attack(KEY, linear, x, y, 1e-6))(x, y)
+        assert np.isnan(images[:2]).any((1, 2, 3)).all(), name
+        assert info["broken"][:2].all() and not info["broken"][2:].any(), name
+        assert np.isfinite(images[2:]).all(), name
+
+
 def test_a_gradient_of_nan_moves_nothing_out_of_the_box():
     # The square root's gradient at zero is infinite, and times zero NaN.
     trap = lambda x: linear(x) + jnp.sqrt(0 * x.sum((1, 2, 3)))[:, None]  # noqa: E731
@@ -256,7 +266,7 @@ def test_a_gradient_of_nan_moves_nothing_out_of_the_box():
     assert not np.any(geometry.steepest(jnp.full((1, 2, 2, 3), jnp.nan), "l2"))
 
 
-def test_autoattack_tells_of_them():
+def test_autoattack_reports_non_finite_logits():
     with pytest.raises(UserError, match=r"NaN or infinity for .* of 12 clean images"):
         attacks.autoattack(KEY, broken_where_dark, X, Y, 0.1)
     bright = X / 2 + 0.5

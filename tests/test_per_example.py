@@ -157,6 +157,7 @@ def test_a_bias_of_another_type_does_not_change_the_output_s():
         jnp.ones(5)
     )
     assert per_example.conv2d(x, w, jnp.ones(5)).dtype == jnp.bfloat16
+    assert per_example.conv_transpose2d(x, w, jnp.ones(5)).dtype == jnp.bfloat16
     assert gradient.dtype == jnp.float32 and (gradient == 2 * 6 * 7).all()
 
 

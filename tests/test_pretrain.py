@@ -19,7 +19,7 @@ from ada_jax import pretrain
 from ada_jax.data import batching, core, tfds_sets, tiles
 from ada_jax.errors import UserError
 from ada_jax.nets import corruption_nets, layers, weight_files
-from ada_jax.run import distributed, logbook, loop
+from ada_jax.run import distributed, logbook
 from experiments import pretrain_cae
 
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
@@ -312,9 +312,3 @@ def test_the_cae_learns_from_its_bits_and_is_measured():
     images = {"image": batch["image"], "mask": np.ones(4, np.float32)}
     quality = jax.jit(pretrain.make_eval_step(config, parts.net))(state.theta, images)
     assert quality["examples"] == 4 and 0 < quality["psnr"] / 4 < 30
-
-
-def test_a_loss_that_is_not_finite_stops_the_run():
-    pending = [{"loss": 1.0}, {"loss": jnp.float32(jnp.nan)}, {"loss": 2.0}]
-    with pytest.raises(UserError, match=r"at step 8, .* nan; .*: lower config\.learning_rate and "):
-        loop.finite(pending, 9, advice="lower config.learning_rate")

@@ -14,7 +14,7 @@ from ada_jax.augment import augmix, trivial_augment
 from ada_jax.errors import UserError
 from ada_jax.nets import weight_files
 from ada_jax.run import setup
-from tests.test_train import tiny
+from tests.test_train import first_steps, tiny
 
 VIEWS = {"augmix.use": True, "augmix.jsd_weight": 12.0}
 
@@ -62,7 +62,7 @@ def test_without_ingredients_images_stay_as_they_are():
 @pytest.mark.slow
 @pytest.mark.usefixtures("small_networks")
 def test_the_loss_of_three_views_equals_that_of_the_parts():
-    config = tiny(method="nominal", weight_decay=0.0, **VIEWS)
+    config = tiny(method="nominal", weight_decay=0.1, **VIEWS)
     parts = setup.build(config)
     views = jnp.concatenate([images_and_keys()[0] * scale for scale in (1.0, 0.7, 0.4)])
     y = jnp.arange(4)
@@ -72,12 +72,14 @@ def test_the_loss_of_three_views_equals_that_of_the_parts():
     for all_views in (False, True):
         for smoothing in (0.0, 0.1):
             config.augmix.label_views, config.label_smoothing = all_views, smoothing
+            config.weight_decay_bn = all_views
+            decay = 0.1 * losses.weight_decay(params, include_bn=all_views)
             loss_fn = training.make_loss(config, parts.classifier)
             loss, (_, labelled, first) = loss_fn(params, net_state, views, y, {}, {})
             kept = len(views) if all_views else len(y)
             expected = losses.cross_entropy(logits[:kept], jnp.tile(y, 3)[:kept], smoothing).mean()
             np.testing.assert_allclose(labelled, expected, rtol=1e-5)
-            np.testing.assert_allclose(loss, expected + consistency, rtol=1e-5)
+            np.testing.assert_allclose(loss, expected + consistency + decay, rtol=1e-5)
             np.testing.assert_allclose(first, logits[:4], rtol=1e-5, atol=1e-5)
 
 
@@ -108,6 +110,22 @@ def test_a_resumed_run_with_every_ingredient_has_the_same_last_and_averaged_weig
     for one, suffix in ((last, ""), (averaged, "_ema")):
         other = json.loads((resumed / f"results{suffix}.json").read_text())
         assert one["weights_digest"] == other["weights_digest"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small_networks")
+def test_every_ingredient_changes_the_first_step():
+    norms = [
+        first_steps(tiny(method="nominal", **ingredient), steps=1)[1]["gradient_norm"]
+        for ingredient in (
+            {},
+            {"trivial_augment.use": True},
+            {"noise.share": 1.0},
+            {"mixup.alpha": 1.0},
+            {"label_smoothing": 0.5},
+        )
+    ]
+    assert len({round(norm, 3) for norm in norms}) == len(norms), norms
 
 
 def test_mixup_needs_layers_that_the_classifier_has():

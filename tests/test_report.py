@@ -592,7 +592,7 @@ def test_folders_without_results_are_left_out(tmp_path):
     assert charts.with_results(named[1:]) == named[1:]  # and is refused by name
 
 
-def test_an_undefended_network_has_the_published_profile():
+def test_the_stored_profile_of_an_undefended_network_is_the_published_one():
     """Errors of a published ResNet-20 (8.3% clean error) on a set made by the original code."""
     published = (58, 46, 47, 21, 54, 28, 27, 24, 30, 17, 10, 31, 20, 33, 25)
     results = results_files.PUBLISHED.parent / "profile" / "nominal_30epochs_seed0.json"

@@ -230,3 +230,9 @@ def test_flat_images_give_no_nan(rule):
     images, info = line_search(a * ones, b * ones, THRESHOLD, rule=rule)
     assert np.all(np.isfinite(images))
     assert np.all(np.isfinite(list(info.values())))
+
+
+def test_an_unknown_root_rule_is_named():
+    x = jnp.zeros((1, 11, 11, 3))
+    with pytest.raises(UserError, match="rule='interpolate' is unknown: choose one of in_range, "):
+        ssim.line_search(x, x, 0.3, "interpolate")

@@ -167,3 +167,23 @@ def test_a_damaged_file_of_results_is_kept_and_named(tmp_path, text):
     with pytest.raises(UserError, match=r"ssim\.json cannot be read"):
         study.read_results(str(path), {})
     assert path.read_text() == text
+
+
+@pytest.mark.slow
+def test_the_command_writes_its_measurements_and_rejects_other_settings(net, tmp_path):
+    flags = ["--dataset=photos", "--examples=2", "--nets=edsr_small", "--cpu_devices=1"]
+    flags += [f"--out={tmp_path}"]
+    ssims = [*flags, "--radii=0.02"]
+    for what, own in (
+        ("ssim", ssims),
+        ("reconstruct", [*flags, "--corruptions=contrast,fog", "--steps=1"]),
+    ):
+        done = run_here("study", what, *own)
+        assert done.returncode == 0, done.stderr
+        (written,) = tmp_path.glob(f"*{what}*.json")
+        assert (
+            str(written) in done.stdout
+            and "edsr_small" in json.loads(written.read_text())["results"]
+        )
+        assert list(tmp_path.glob(f"*{what}*.png"))
+    assert_mistake(run_here("study", "ssim", *ssims, "--seed=1"), "is of other settings")

@@ -195,7 +195,7 @@ def test_the_study_of_the_recipe():
     ("images", "attacks"),
     [("40000", [(0.02, 2), (0.01, 1), (0.005, 1)]), ("5000", [(0.02, 1)])],
 )
-def test_variety_compares_with_a_control_off_those_images_too(images, attacks):
+def test_the_variety_sweep_has_a_matching_nominal_control(images, attacks):
     points = sweep.read(f"experiments/sweeps/variety.py:{images}")
     control, *attacked = (point.config for point in points)
     assert control["method"] == "nominal" and control["train_split"] == f"train[:{images}]"

@@ -200,6 +200,23 @@ def test_learning_rate_schedule(batch_size):
     )
 
 
+def test_the_optimiser_is_sgd_with_nesterov_momentum_and_pat_clips_its_gradients():
+    config = cifar10.get_config().unlock()
+    config.warmup_epochs, momentum, trace = 0, config.momentum, 0.0
+    optimizer, schedule = training.make_optimizer(config, steps_per_epoch=10, total_steps=100)
+    state = optimizer.init(jnp.float32(0))
+    for step, gradient in enumerate((1.0, -2.0, 0.5)):
+        update, state = optimizer.update(jnp.float32(gradient), state)
+        trace = gradient + momentum * trace
+        expected = -float(schedule(step)) * (gradient + momentum * trace)
+        np.testing.assert_allclose(update, expected, rtol=1e-5)
+    config.method = "pat"
+    optimizer, _ = training.make_optimizer(config, steps_per_epoch=10, total_steps=100)
+    limit = config.pat.gradient_clip
+    update = lambda g: optimizer.update(jnp.float32(g), optimizer.init(jnp.float32(0)))[0]  # noqa: E731
+    assert update(-7 * limit) == update(-limit) != update(-0.5 * limit)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
@@ -360,13 +377,6 @@ def test_the_binary_tells_a_mistake_in_one_sentence_and_status_2(tmp_path, flags
     assert not (tmp_path / "run").exists()
 
 
-def test_a_config_without_a_field_is_told_in_one_sentence(tmp_path):
-    text = "import ml_collections\nget_config = lambda: ml_collections.ConfigDict({'name': 'x'})"
-    (tmp_path / "mine.py").write_text(text)
-    done = run_here("train", f"--workdir={tmp_path}/run", f"--config={tmp_path}/mine.py")
-    assert_mistake(done, "'method'")
-
-
 def test_a_process_of_its_own_ends_so_too(tmp_path):
     assert_mistake(run(tmp_path / "run", "--config.ada.steps=-1"), "config.ada.steps=-1")
     assert not (tmp_path / "run").exists()
@@ -446,10 +456,14 @@ def test_the_update_step_compiles_once():
 
 
 def test_golden_step():
-    """Renew the numbers only where a change is meant to change the training itself."""
-    state, metrics = first_steps(tiny(), steps=2)
+    """Renew the numbers only where a change is meant to change the training itself.
+
+    The learning rate of the first step is 0, so the third one is the first with other parameters.
+    """
+    state, (_, metrics, updated) = steps_of(setup.build(tiny()), steps=3)
     assert {name: metrics[name] for name in GOLDEN} == pytest.approx(GOLDEN, abs=2e-3)
-    assert int(state.step) == 2
+    assert {name: updated[name] for name in UPDATED} == pytest.approx(UPDATED, rel=0.02)
+    assert int(state.step) == 3
     assert metrics["ada_loss_end"] > metrics["ada_loss_start"]
     assert 0.3 <= metrics["ada_ssim_after_min"] <= metrics["ada_ssim_after"] <= 1
     assert 0 <= metrics["ada_changed"] <= 1
@@ -457,6 +471,7 @@ def test_golden_step():
 
 
 GOLDEN = {"loss": 2.4, "ada_loss_start": 2.317, "ada_ssim_after": 0.907}
+UPDATED = {"loss": 2.814, "gradient_norm": 5.417}
 
 
 @pytest.mark.slow
@@ -498,15 +513,11 @@ def test_every_batch_draws_one_of_the_networks():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("small_networks")
-@pytest.mark.parametrize("jsd_weight", [0.0, 12.0])
-def test_augmix_changes_the_step_and_its_consistency_loss_the_gradient(jsd_weight):
+def test_augmix_changes_the_step():
     _, plain = first_steps(tiny(method="nominal"), steps=1)
-    changes = {"method": "nominal", "augmix.use": True, "augmix.jsd_weight": jsd_weight}
-    state, mixed = first_steps(tiny(**changes), steps=1)
+    state, mixed = first_steps(tiny(method="nominal", **{"augmix.use": True}), steps=1)
     assert int(state.step) == 1 and np.isfinite(mixed["loss"])
     assert mixed["gradient_norm"] != pytest.approx(plain["gradient_norm"], rel=1e-4)
-    # The clean view alone has the cross-entropy, and shares its batch-norm with the mixed ones.
-    assert mixed["loss"] != plain["loss"]
 
 
 @pytest.fixture(scope="module")
@@ -529,11 +540,10 @@ def test_a_row_is_what_its_words_say(row):
     assert config.deepaugment.copies == (10 if "10x" in row else int("deepaugment" in row))
 
 
-# The rows are four programs: DeepAugment's images are made beforehand.
 @pytest.mark.slow
 @pytest.mark.usefixtures("small_networks")
-@pytest.mark.parametrize("row", ["deepaugment", "augmix", "ada", "ada+deepaugment10x+augmix"])
-def test_every_program_runs_two_steps(row, rendered_digits):
+@pytest.mark.parametrize("row", ["deepaugment", "ada+deepaugment10x+augmix"])
+def test_rows_with_deepaugment_run_two_steps(row, rendered_digits):
     chosen = cifar10.get_config(f"{row},small")
     config = tiny(method=chosen.method)
     config.update(deepaugment=chosen.deepaugment)

@@ -72,7 +72,7 @@ def test_its_rounding_is_small():
         ((1, 32, 32, 32), (3, 3, 32, 64), 1, 1, "bfloat16", False),
     ],
 )
-def test_what_it_is_used_for(x, w, stride, padding, dtype, pays):
+def test_winograd_is_chosen_for_suitable_shapes(x, w, stride, padding, dtype, pays):
     x, w = (jax.ShapeDtypeStruct(shape, dtype) for shape in (x, w))
     assert winograd.pays(x, w, stride, padding) == pays
 
@@ -82,7 +82,7 @@ def test_what_it_is_used_for(x, w, stride, padding, dtype, pays):
     [(16, 16, 32, True), (8, 64, 32, True), (32, 32, 32, False), (3, 16, 32, False),
      (16, 256, 32, False), (16, 16, 8, False)],
 )  # fmt: skip
-def test_what_rows_are_used_for(inputs, outputs, pixels, pays):
+def test_rows_are_chosen_for_suitable_shapes(inputs, outputs, pixels, pays):
     x, w = jnp.zeros((1, pixels, pixels, inputs)), jnp.zeros((3, 3, inputs, outputs))
     assert winograd_rows.pays(x, w, 1, 1) == pays
     assert not winograd_rows.pays(x, w, 2, 1)

@@ -65,9 +65,9 @@ def apgd(
         logit minus the label's).
       steps: steps of a run.
       restarts: number of runs, per target if the loss is targeted.
-      targets: number of classes that a targeted loss aims at, at most K - 1: the classes other than
-        y with the largest logits for x.
-      rho: share of steps that must increase the loss; with fewer the step size is halved.
+      targets: number of classes that a targeted loss aims at: the classes other than y with the
+        largest logits for x. More than K - 1 means all.
+      rho: share of steps that must increase the loss, positive; with fewer the step size is halved.
       stop_when_broken: whether to stop an example's attack at its first misclassified iterate;
         otherwise the run goes on and the last misclassified iterate is returned.
 

@@ -76,9 +76,9 @@ class Report:
     """Result of a sequence of attacks.
 
     Attributes:
-      name: 'AutoAttack' if all four standard attacks ran and none of them was given `constants`,
-        followed by any other attacks, such as 'AutoAttack+multitargeted'; else 'partial: ' and the
-        attacks.
+      name: 'AutoAttack' if all four standard attacks ran, none of them with `constants`, and there
+        are at least four classes, followed by any other attacks, such as
+        'AutoAttack+multitargeted'; else 'partial: ' and the attacks.
       norm: 'linf' or 'l2'.
       epsilon: radius, in units of pixel values.
       images: [N,H,W,C] in [0,1], the misclassified image if an attack found one, else x.
@@ -121,7 +121,7 @@ def autoattack(
 
     Every call traces and compiles logits_fn again, once for all batches. Calls that share
     `programs`, for example with other radii or images, compile once. An example's result depends
-    only on its own key, image and label.
+    only on its own key, image and label. Call it outside of `jax.jit` and of a mesh.
 
     Args:
       key: one random key.
@@ -146,7 +146,8 @@ def autoattack(
 
     Raises:
       UserError: an argument is out of range, the classifier returns probabilities, too few classes
-        or logits that are not finite, or the folder belongs to another call.
+        or logits that are not finite, or the folder belongs to another call, has a damaged file or
+        cannot be created.
     """
     x, y, constants = checks.as_images(np.asarray(x)), np.asarray(y), constants or {}
     _check(key, logits_fn, x, y, epsilon, norm, attacks, batch_size, microbatch, constants)

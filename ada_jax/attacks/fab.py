@@ -55,11 +55,12 @@ def fab(
       norm: 'linf' or 'l2', the distance to minimise.
       steps: steps of a run.
       restarts: runs for every target; the first starts at x.
-      targets: number of classes to aim at, at most K - 1: those other than y with the largest
-        logits for x.
-      alpha_max: largest weight of the projection from x, against that from the iterate, in a step.
-      eta: overshoot beyond the boundary; 1 is none.
-      beta: factor of the distance to x after a misclassified iterate.
+      targets: number of classes to aim at: those other than y with the largest logits for x. More
+        than K - 1 means all.
+      alpha_max: largest weight of the projection from x, against that from the iterate, in a step;
+        positive.
+      eta: overshoot beyond the boundary, positive; 1 is none.
+      beta: factor of the distance to x after a misclassified iterate, positive.
       search_steps: steps of the final line search between x and the result; AutoAttack uses none.
       stop_when_broken: whether to stop an example's attack within epsilon; False minimises the
         distance further.

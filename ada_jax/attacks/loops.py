@@ -174,6 +174,7 @@ def attack(function: Callable, gradients: bool = True) -> Callable:
     Images, logits and epsilon become float32 and labels int32. UserError is raised for a microbatch
     out of range, for a mask of another shape than the labels, for images, labels or an epsilon out
     of range that are not traced, and, if the attack needs gradients, for logits that have none.
+    Traced images that are out of range, or whose label is, become NaN and count as broken.
     """
 
     @functools.wraps(function)
@@ -182,7 +183,7 @@ def attack(function: Callable, gradients: bool = True) -> Callable:
         if (microbatch := knobs.get("microbatch")) is not None:
             checks.check_integers(1, microbatch=microbatch)
         x, y = checks.as_images(jnp.asarray(x)), jnp.asarray(y)
-        checks.check_labels(y, x, logits_fn, microbatch)
+        classes = checks.check_labels(y, x, logits_fn, microbatch)
         if (mask := knobs.get("mask")) is not None and np.shape(mask) != y.shape:
             raise UserError(
                 f"mask has the shape {list(np.shape(mask))}: give one bool for each of the "
@@ -190,7 +191,8 @@ def attack(function: Callable, gradients: bool = True) -> Callable:
             )
         spec = checks.microbatch_spec(x, microbatch)
         logits_fn = checks.float32_logits(logits_fn, spec, gradients=gradients)
-        y, knobs["epsilon"] = y.astype(jnp.int32), checks.float32(epsilon)
+        x, y = checks.nan_if_invalid(x, y, classes), y.astype(jnp.int32)
+        knobs["epsilon"] = checks.float32(epsilon)
         arrays = {name: a for name, a in knobs.items() if isinstance(a, jax.Array)}
 
         def run(logits_fn, x, key, y, arrays):

@@ -1,6 +1,7 @@
 """Attacks that are bounded by LPIPS: Fast-LPA, LPA and PPGD.
 
-All three take a `model`, images -> logits and features, such as `perceptual.model_of` makes. To
+All three take a `model`, images -> logits and features, such as `ada_jax.perceptual.model_of`
+returns. To
 bound a classifier by another network, pass `lambda x: (logits_fn(x), features_fn(x))`.
 
 Source: Laidlaw, Singla and Feizi, "Perceptual adversarial robustness: defense against unseen threat
@@ -56,7 +57,7 @@ def fast_lpa(
     penalty: float = 10.0,
     noise: float = 0.01,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Fast Lagrangian perceptual attack, of adversarial training.
+    """Fast Lagrangian perceptual attack, for adversarial training.
 
     It ascends the margin minus a penalty times the excess of LPIPS over the bound. In step i of N
     the penalty's weight is `penalty` 0.1^(1 - i/N), and the step moves the features by about
@@ -70,16 +71,17 @@ def fast_lpa(
       y: labels [B], int. Images that the model misclassifies are returned unchanged.
       bound: LPIPS above which a distance is penalised, positive.
       steps: N.
-      step_size: LPIPS of the first step.
-      penalty: the penalty's weight at the end.
-      noise: standard deviation of the start around x, in units of pixel values.
+      step_size: LPIPS of the first step, positive.
+      penalty: the penalty's weight at the end, positive.
+      noise: standard deviation of the start around x, positive, in units of pixel values.
 
     Returns:
       The last iterates [B,H,W,C] in [0,1], and, per example [B], whether they are misclassified,
       'broken', and their LPIPS to x, 'distance'.
 
     Raises:
-      UserError: an argument is out of range, or the model returns no features.
+      UserError: an argument is out of range, or the model returns no features. Inside `jax.jit`
+        images that are out of range, or whose label is, become NaN.
     """
     check_settings(steps=steps, step_size=step_size, penalty=penalty, noise=noise)
     step_size, penalty, noise = map(jnp.float32, (step_size, penalty, noise))
@@ -112,7 +114,7 @@ def lpa(
     steps: int = 40,
     rounds: int = 5,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Lagrangian perceptual attack, of evaluation.
+    """Lagrangian perceptual attack, for evaluation.
 
     It ascends like `fast_lpa`, in `rounds` of `steps` steps. The penalty's weight is 0.01 at first
     and ten times larger after every round at whose end the image is outside of the bound. An image
@@ -214,7 +216,8 @@ def _run(
     """Checks an attack's arguments, runs it from a random start, and measures its images."""
     check(bound)
     x, y = checks.as_images(jnp.asarray(x)), jnp.asarray(y)
-    checks.check_labels(y, x, lambda x: model(x)[0])
+    classes = checks.check_labels(y, x, lambda x: model(x)[0])
+    x = checks.nan_if_invalid(x, y, classes)
     perceptual.check(jax.eval_shape(lambda x: model(x)[1], x))
 
     def on_devices(model, x, key, y, bound):

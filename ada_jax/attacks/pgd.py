@@ -63,7 +63,7 @@ def pgd(
       logits_fn: the classifier in evaluation mode, [b,H,W,C] -> [b,K]; it must not mix examples.
       x: images [B,H,W,C] of any floating type, in [0,1].
       y: labels [B], int.
-      epsilon: the ball's radius, positive, in units of pixel values.
+      epsilon: the ball's radius, positive, at most 1 for 'linf', in units of pixel values.
       norm: 'linf' or 'l2'.
       loss: the loss to maximise, 'ce', 'dlr' or 'margin'.
       steps: steps of a run.
@@ -71,7 +71,7 @@ def pgd(
         ('l2'), in units of pixel values; None means 2.5 epsilon / steps.
       restarts: number of runs; the one that ends with the largest margin is returned.
       stop_when_broken: whether to stop an example's attack at its first misclassified iterate.
-      mask: the examples to attack, bool [B]; the others are returned unchanged.
+      mask: the examples to attack, bool [B]; the others are returned unchanged, not 'broken'.
       microbatch: examples computed at a time, which bounds memory; examples that are no longer
         attacked cost nothing. None computes the whole batch until no example is attacked.
 
@@ -81,7 +81,8 @@ def pgd(
       'forward' and 'backward'.
 
     Raises:
-      UserError: an argument is out of range.
+      UserError: an argument is out of range. Inside `jax.jit` images that are out of range, or
+        whose label is, become NaN and count as broken.
 
     Source: Madry et al., "Towards deep learning models resistant to adversarial attacks" (2018).
     """

@@ -50,7 +50,7 @@ def mix(x: jax.Array, partner: jax.Array, share: jax.Array) -> jax.Array:
       x: images or features [B,...] or, of V views of the batch one after the other, [VB,...]. The
         views of an example have the same partner.
       partner: indices [B].
-      share: of an example itself.
+      share: of an example itself, a float32 scalar array.
 
     Returns:
       share * x + (1 - share) * the partners, of the type of x.
@@ -74,11 +74,11 @@ def noisy(
     The result is features * (1 + m U) + a N for U uniform in [-1,1] and N standard normal. The
     levels are a = additive * v and m = multiplicative * w with v and w from Beta(2, 5) (whose mean
     is 2/7), drawn once for the device's batch. U and N are zero at a share `sparsity` of the
-    values, each for itself. The i-th of several views, counted from 1, gets i times the additive
-    noise.
+    values, drawn independently. The i-th of several views, counted from 1, gets i times the
+    additive noise.
 
     Args:
-      key: random key of the device.
+      key: one random key for the batch.
       features: [VB,...], V views one after the other.
       additive: largest standard deviation of the additive noise.
       multiplicative: largest relative change.
@@ -89,7 +89,7 @@ def noisy(
       [VB,...], of the type of `features`.
 
     Raises:
-      UserError: a level is out of range, or the views are not equally many.
+      UserError: a level is out of range, or `views` does not divide the number of features.
 
     Source: the defaults, the Beta distributions, the sparsity and the views are those of NoisyMix's
     code for CIFAR, where the input is images in [-1,1]. Noise on the layer 'input' of `classifiers`
@@ -163,6 +163,9 @@ def cross_entropy(
 
     Returns:
       [B] float32, in nats, non-negative.
+
+    Raises:
+      UserError: as `losses.cross_entropy`.
     """
     own, other = (losses.cross_entropy(logits, y, smoothing) for y in (labels, labels[partner]))
     return share * own + (1 - share) * other

@@ -27,20 +27,22 @@ def add_noise(
 
     The norm is uniform among `norms`, and the radius uniform from 0 to the norm's largest. 'linf'
     is uniform inside the ball. 'l1' and 'l2' are uniform on its surface, which a sample from inside
-    is close to in so many dimensions. 'l0' replaces values by 0 or 1, each channel for itself.
+    is close to in so many dimensions. 'l0' replaces values by 0 or 1, independently for each
+    channel.
 
     Radii do not depend on the image size, because they are means over an image's values: the
     expected share of replaced values (l0), the mean absolute noise (l1), its root mean square (l2)
     and its bound (linf). For images of 32x32x3, 0.065 and 0.09 are an l1 norm of 200 and an l2 norm
     of 5.0. Clipping to [0,1] makes the noise smaller.
 
-    The noise resembles the test corruptions Gaussian, shot and impulse noise.
+    The noise resembles the test corruptions Gaussian, shot and impulse noise. The batch may be
+    split over several devices, as for `ada_jax.adversarial_augment`.
 
     Args:
       key: random key, or one per example [B].
       x: images [B,H,W,C] of any floating type, in [0,1].
       norms: names from RADII to draw from.
-      radii: the largest radius of each norm, {norm: radius}.
+      radii: the largest radius of each of `norms`, {norm: radius}, in (0, 1].
       share: an image's probability of getting noise, in 0..1.
 
     Returns:

@@ -25,7 +25,8 @@ def trivial_augment(key: jax.Array, x: jax.Array, *, ops: Sequence[str] = OPS) -
     out of `ops` to train on none.
 
     Geometric operations interpolate bilinearly, as in AugMix, where the published code takes the
-    nearest pixel. Pixels from outside the image are black in both.
+    nearest pixel. Pixels from outside the image are black in both. The batch may be split over
+    several devices, as for `ada_jax.adversarial_augment`.
 
     Args:
       key: random key, or one per example [B].

@@ -244,10 +244,12 @@ def corruption_errors(
 
     Returns:
       'clean', {'error': percent, ...}; 'corruptions', {name: [{'severity': 1, 'error': percent,
-      ...}, ...]}; and, if names has all of NAMES, 'mce_unnormalised', percent.
+      ...}, ...]}; if names has all of NAMES, EXTRA or CBAR[table], their means in percent,
+      'mce_unnormalised', 'mean_extra' and 'mean_cbar'; 'data' and 'corruption_source'.
 
     Raises:
-      UserError: an argument is not as above, or logits are not finite.
+      UserError: an argument is not as above, logits are not finite, or frost's photographs are
+        missing (the package imagecorruptions).
     """
     if np.ndim(images) != 4 or np.shape(images)[3] != 3:
         raise UserError(f"Images of shape {list(np.shape(images))} must be [N,H,W,3].")

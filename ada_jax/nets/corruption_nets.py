@@ -40,7 +40,8 @@ def make(name: str, weights: str | None = None, *, enlarge: int = 1) -> ada.Corr
     """Makes a corruption network with trained weights.
 
     Args:
-      name: one of `names()`.
+      name: 'edsr_small', 'edsr_medium', 'edsr_baseline_x4', 'cae', or 'edsr_baseline', which has no
+        shipped weights.
       weights: a safetensors file written by `ada_jax.pretrain` or `ada_jax.import_weights`; None
         means the shipped weights.
       enlarge: factor by which images are enlarged before the network and reduced after it. The
@@ -52,7 +53,8 @@ def make(name: str, weights: str | None = None, *, enlarge: int = 1) -> ada.Corr
       The network.
 
     Raises:
-      UserError: the name is unknown, or there are no weights of this network.
+      UserError: the name is unknown, `enlarge` is not a positive integer, or the weights are
+        missing, damaged or of another network.
     """
     checks.check_integers(1, enlarge=enlarge)
     net = architecture(name)
@@ -62,7 +64,7 @@ def make(name: str, weights: str | None = None, *, enlarge: int = 1) -> ada.Corr
             f"corruption_net={name!r} has no shipped weights (those of "
             f"{', '.join(shipped()) or 'no network'} are shipped): train some with `python -m "
             f"ada_jax.pretrain --config=experiments/pretrain_{name.partition('_')[0]}.py:{name}` "
-            "and set config.ada.corruption_weights to the file."
+            "and give the file as `weights` (config.ada.corruption_weights)."
         )
     theta, _ = weight_files.load_weights(path, like=jax.eval_shape(net.init, jax.random.key(0)))
     theta = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), theta)

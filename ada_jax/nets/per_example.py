@@ -44,12 +44,14 @@ def conv2d(
 ) -> jax.Array:
     """Convolves images with a kernel; fast also under `jax.vmap` over `w`.
 
+    It has first derivatives in reverse mode only (`jax.grad`, `jax.vjp`).
+
     Args:
       x: images [B,H,W,C].
-      w: kernel [kh,kw,C,O].
+      w: kernel [kh,kw,C,O], of the type of x.
       b: bias [O], or None; converted to the type of x.
       stride: stride in pixels, equal for both axes.
-      padding: zeros on every side, in pixels; None means kh // 2.
+      padding: zeros on every side, in pixels; None means kh // 2, also to the left and right.
 
     Returns:
       [B,H',W',O] with H' = (H + 2 padding - kh) // stride + 1.
@@ -65,8 +67,8 @@ def conv_transpose2d(x: jax.Array, w: jax.Array, b: jax.Array | None = None) -> 
 
     Args:
       x: images [B,H,W,C].
-      w: kernel [k,k,C,O].
-      b: bias [O], or None.
+      w: kernel [k,k,C,O], of the type of x.
+      b: bias [O], or None; converted to the type of x.
 
     Returns:
       [B,kH,kW,O], with output [kh+i, kw+j] = x[h, w] @ w[i, j] + b.
@@ -74,7 +76,7 @@ def conv_transpose2d(x: jax.Array, w: jax.Array, b: jax.Array | None = None) -> 
     k, _, channels, out = w.shape
     y = conv2d(x, w.transpose(2, 0, 1, 3).reshape(1, 1, channels, k * k * out))
     y = interleave(y, k)
-    return y if b is None else y + b
+    return y if b is None else y + b.astype(y.dtype)
 
 
 def interleave(y: jax.Array, k: int) -> jax.Array:
