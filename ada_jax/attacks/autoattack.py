@@ -161,7 +161,7 @@ def autoattack(
     if "apgd-t" in attacks and logits.shape[-1] < 4:
         margins, own = {"loss": "margin-targeted"}, constants.get("apgd-t", {})
         constants = constants | {"apgd-t": margins | own}
-    _check_constants(constants, norm, logits_fn, x[:1], y[:1])
+    _check_constants(constants, attacks, norm, logits_fn, (runner.most, *x.shape[1:]))
     name, size = _name(attacks, constants), runner.batch_size
     state, logits = _open_state(
         state_dir, key, x, y, logits, epsilon, norm, attacks, constants, size
@@ -396,17 +396,17 @@ def _check(key, logits_fn, x, y, epsilon, norm, attacks, batch_size, microbatch,
     checks.float32_logits(logits_fn, x[:few], gradients=set(attacks) != {"square"})
 
 
-def _check_constants(constants, norm, logits_fn, x, y) -> None:
+def _check_constants(constants, attacks, norm, logits_fn, shape) -> None:
     """Raises UserError for a value that its attack does not take, before any attack is run."""
-    for name, given in constants.items():
+    batch = (
+        jax.eval_shape(jax.random.key, 0),
+        jax.ShapeDtypeStruct(shape, jnp.float32),
+        jax.ShapeDtypeStruct(shape[:1], jnp.int32),
+    )
+    for name in set(attacks) & set(constants):
+        attack = functools.partial(_ATTACKS[name], epsilon=0.1, norm=norm, **constants[name])
         try:
-            attack = functools.partial(_ATTACKS[name], norm=norm, **given)
-            jax.eval_shape(
-                lambda key, x, y, attack=attack: attack(key, logits_fn, x, y, 0.1),
-                jax.random.key(0),
-                x,
-                y,
-            )
+            jax.eval_shape(lambda key, x, y, attack=attack: attack(key, logits_fn, x, y), *batch)
         except UserError as error:
             raise UserError(f"constants[{name!r}]: {error}") from error
 
