@@ -292,10 +292,11 @@ def test_bad_files_are_refused_in_a_sentence_and_nothing_is_written(tmp_path, ki
 
 def test_what_cannot_be_written_is_told_in_a_sentence(tmp_path):
     ours = imported(tmp_path, "edsr", torch_edsr("edsr_small"))
-    for out in (f"{ours}/out.pt", str(tmp_path)):
+    (tmp_path / "folder.pt").mkdir()
+    for out in (f"{ours}/out.pt", str(tmp_path / "folder.pt")):
         with pytest.raises(UserError, match=r"cannot be written \("):
             import_weights.export_file("edsr_small", ours, out)
-    assert sorted(os.listdir(tmp_path)) == ["in.pt", "out.safetensors"]
+    assert sorted(os.listdir(tmp_path)) == ["folder.pt", "in.pt", "out.safetensors"]
 
 
 def test_a_file_of_another_network_is_refused(tmp_path, torch_cae):
