@@ -50,7 +50,7 @@ def require_extra(what: str, *modules: str) -> None:
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the name of an error without one."""
-    return (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".")
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def renamed(error: UserError, names: dict[str, str]) -> UserError:
