@@ -269,7 +269,7 @@ def check_suffix(path: str) -> None:
 def write_torch(path: str, state: StateDict) -> None:
     """Writes a state dict atomically, for `torch.load` (.pt) or as .safetensors."""
     if path.endswith(".safetensors"):
-        # It writes the memory of a transposed array as it lies.
+        # safetensors.numpy.save ignores the strides of an array.
         state = {name: np.asarray(a, order="C") for name, a in state.items()}
         weight_files.write_file(path, safetensors.numpy.save(state))
         return
