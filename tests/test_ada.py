@@ -193,9 +193,11 @@ def test_a_threshold_of_minus_one_switches_the_line_search_off():
     np.testing.assert_allclose(metrics["loss_end"], loss_of(y)(images), rtol=1e-4)
 
 
-def test_options_reach_the_maximisation():
+@pytest.mark.parametrize(
+    "knobs", [{"group": 2}, {"choice": "mixing"}, {"step_scale": 0.1}, {"step_rule": "l2"}], ids=str
+)
+def test_each_option_reaches_the_maximisation(knobs):
     x, y = batch()
-    knobs = {"group": 2, "choice": "mixing", "step_scale": 0.1, "step_rule": "l2"}
     augmented = functools.partial(
         ada.adversarial_augment,
         **{"logits_fn": LOGITS_FN, "net": NET, "nu": NU, "steps": 3, "ssim_threshold": -1.0},
