@@ -67,10 +67,14 @@ if [ "$state" = MISSING ]; then
   tpus queued-resources create "$name" --node-id="$name" --runtime-version="$version" \
     "${options[@]}"
 fi
+absent=0
 while true; do
   look queued-resources state.state ACTIVE # not as a condition, where its failure would be ignored
   [ "$state" != ACTIVE ] || break
   echo "The request for $name is in state $state."
-  case $state in FAILED | SUSPENDING | SUSPENDED | DELETING) exit 1 ;; esac
+  case $state in
+    FAILED | SUSPENDING | SUSPENDED | DELETING) exit 1 ;;
+    MISSING) [ $((++absent)) -lt 3 ] || exit 1 ;; # A new request may take a moment to be listed.
+  esac
   sleep "$poll_seconds"
 done

@@ -9,7 +9,7 @@
 #   launch/gpu_study.sh --minutes=10 --out=DIR --rehearsal    # tiny sizes, on a CPU
 #
 # The words after -- are flags of every training. When the time is up the script exits with status
-# 143, and the same command resumes. DIR has tests.log, benchmark.md, results/ROW.json after each
+# 143, after Ctrl-C with 130, and the same command resumes. DIR has tests.log, benchmark.md, results/ROW.json after each
 # row, report.md and the runs' folders.
 set -euo pipefail
 # shellcheck source=launch/common.sh
@@ -40,10 +40,11 @@ if [ -n "$rehearsal" ]; then
     --config.classifier=resnet9 "--config.ada.corruption_net=('edsr_small',)" ${flags[@]+"${flags[@]}"})
 fi
 
-limited() { # Runs a command, and stops it by SIGTERM when the time is up.
+trap 'exit 130' INT
+limited() { # Runs a command, and stops it by SIGTERM when the time is up. Ctrl-C reaches it too.
   local left=$((end - SECONDS))
   [ $left -gt 0 ] || return 143
-  timeout --kill-after=60 --signal=TERM $left "$@"
+  timeout --foreground --kill-after=60 --signal=TERM $left "$@"
 }
 
 status=0

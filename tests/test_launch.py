@@ -314,6 +314,12 @@ def test_a_lost_network_ends_the_wait_with_an_error(cloud):
     cloud("create_tpu.sh", *TYPED, "--queued", "--poll_seconds=0", status=1)
 
 
+def test_a_deleted_request_ends_the_wait(cloud):
+    cloud.write("queue", "WAITING_FOR_RESOURCES", "")
+    done = cloud("create_tpu.sh", *TYPED, "--queued", "--poll_seconds=0", status=1)
+    assert done.stdout.count("is in state MISSING") == 3
+
+
 def test_a_failed_request_is_an_error_and_replaced_the_next_time(cloud):
     cloud.write("queue", "FAILED")
     done = cloud("create_tpu.sh", *TYPED, "--queued", status=1)
@@ -716,6 +722,8 @@ def slurm(cloud):
             devices = os.environ.get("JAX_LOCAL_DEVICE_IDS")
             with open(os.environ["CLOUD"] + "/slurm", "a") as file:
                 print(json.dumps([{name!r}, *sys.argv[1:], devices]), file=file)
+            with open(os.environ["CLOUD"] + "/cpus", "w") as file:
+                file.write(os.environ["SRUN_CPUS_PER_TASK"])
             sys.exit(int(os.environ["STATUS"]) if {name!r} == "srun" else 0)
             """,
         )
@@ -737,6 +745,12 @@ def slurm(cloud):
 
 def test_slurm_runs_the_command(slurm):
     assert slurm(*TRAIN, ODD[1]) == [["srun", *TRAIN, ODD[1], None]]
+
+
+def test_slurm_gives_the_run_all_cpus_of_its_task(slurm, cloud):
+    for given, expected in (({}, "8"), ({"SLURM_CPUS_PER_TASK": "3"}, "3")):
+        slurm(*TRAIN, **given)
+        assert (cloud.path / "cpus").read_text() == expected
 
 
 def test_slurm_requeues_what_was_stopped_with_its_state_saved(slurm):
@@ -845,6 +859,22 @@ def test_a_gpu_study_says_what_failed_and_goes_on(study):
     printed, calls = study(status=1, RENDER="1")
     assert "deepaugment+augmix: failed" in printed
     assert len([call for call in calls if call[1] == "ada_jax.sweep"]) == 4
+
+
+def test_ctrl_c_ends_a_gpu_study(tmp_path, study):
+    python = tmp_path / "bin" / "python3"
+    python.write_text('#!/bin/sh\n[ "$1" != -c ] || exit 1\necho >"$STARTED"\nexec sleep 60\n')
+    started = tmp_path / "started"
+    running = subprocess.Popen(
+        [LAUNCH / "gpu_study.sh", "--minutes=9", f"--out={tmp_path / 'out'}"],
+        env=os.environ
+        | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "STARTED": str(started)},
+        start_new_session=True,
+    )
+    while not started.exists():
+        time.sleep(0.02)
+    os.killpg(running.pid, signal.SIGINT)  # As a terminal does.
+    assert running.wait(20) in (130, -signal.SIGINT)
 
 
 def test_a_gpu_study_ends_where_its_time_is_up(study):
