@@ -8,7 +8,7 @@ from setuptools.command.build_py import build_py
 from setuptools.command.sdist import sdist
 
 ROOT = pathlib.Path(__file__).parent
-ROOMS = ["nets", "augment", "attacks", "corruptions", "data", "evaluation", "run", "report"]
+SUBPACKAGES = ["nets", "augment", "attacks", "corruptions", "data", "evaluation", "run", "report"]
 # For binaries that train: input, checkpoints, pictures, data sets that come with packages.
 LOCAL = [
     "etils[epath]>=1.12",
@@ -52,7 +52,7 @@ def write_commit(package: pathlib.Path) -> None:
 
 
 class BuildWithCommit(build_py):
-    """Builds the package with the commit it is of."""
+    """Builds the package with its git commit."""
 
     def run(self) -> None:
         super().run()
@@ -61,7 +61,7 @@ class BuildWithCommit(build_py):
 
 
 class SdistWithCommit(sdist):
-    """Packs the sources with the commit they are of."""
+    """Packs the sources with their git commit."""
 
     def make_release_tree(self, base_dir: str, files: list[str]) -> None:
         super().make_release_tree(base_dir, files)
@@ -77,7 +77,7 @@ setuptools.setup(
     license="Apache-2.0",
     packages=[
         "ada_jax",
-        *(f"ada_jax.{room}" for room in ROOMS),
+        *(f"ada_jax.{name}" for name in SUBPACKAGES),
         "ada_jax.experiments",
         "ada_jax.experiments.sweeps",
     ],

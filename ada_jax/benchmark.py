@@ -137,11 +137,6 @@ def time_calls(f: Callable[..., Any], *args: Any, seconds: float) -> Timing:
       The least seconds per call, which depend little on other load, and the seconds to compile.
     """
     devices = jax.local_device_count()
-    if len(args[0]) % devices:
-        raise UserError(
-            f"The {devices} devices (--cpu_devices) do not divide a batch of {len(args[0])}: use a "
-            "divisor."
-        )
     mapped = jax.pmap(f, axis_name=sharding.AXIS)
     args = [a.reshape(devices, -1, *a.shape[1:]) for a in args]
     args = jax.pmap(lambda *a: a)(*args)
@@ -455,6 +450,8 @@ def main(argv: list[str]) -> None:
     if unknown := set(f.rows) - set(ROWS):
         raise UserError(f"--rows={','.join(unknown)} is unknown: choose from {', '.join(ROWS)}.")
     if f.peer:
+        if not {"inner", "step"} & set(f.rows):
+            raise UserError(f"--peer=torch has no rows of --rows={','.join(f.rows)}: add inner.")
         if importlib.util.find_spec("torch") is None:
             raise UserError("--peer=torch needs PyTorch: pip install -e '.[torch]'.")
         # Otherwise JAX reserves three quarters of the memory, which PyTorch needs.
@@ -462,8 +459,14 @@ def main(argv: list[str]) -> None:
     cli.set_up_devices(f.cpu_devices, "")
     scale = SCALES[f.scale or ("cpu" if jax.default_backend() == "cpu" else "accelerator")]
     scale = scale._replace(group=f.group)
+    smallest = min(batch for *_, batch in scale.inner)  # It divides all other batches.
+    if smallest % (devices := jax.local_device_count()):
+        raise UserError(
+            f"The {devices} devices do not divide the smallest batch of {smallest}: set "
+            "--cpu_devices or CUDA_VISIBLE_DEVICES so that they do."
+        )
     device = jax.devices()[0].device_kind
-    print(f"{jax.local_device_count()} devices ({device}), jax {jax.__version__}\n")
+    print(f"{devices} devices ({device}), jax {jax.__version__}\n")
     timed = {
         "peak": peak_rows,
         "conv": conv_rows,

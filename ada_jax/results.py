@@ -331,6 +331,10 @@ _REQUIRED = (
     *("commit", "device", "seconds", "weights_digest"),
 )
 _REQUIRED_PUBLISHED = ("name", "label", "tables")
+_OBJECTS = {
+    *("config", "data", "training", "clean", "cifar10_1", "corruptions", "corruption_source"),
+    *("corruption_errors", "lp", "lp_accuracy"),
+}
 
 
 class Result(NamedTuple):
@@ -371,14 +375,20 @@ def read(path: str) -> list[Result]:
         )
     if not content.get("published"):
         return [_result(file, content, _REQUIRED, rounding=0.005)]
-    source = {"source": content.get("source", "")}
-    rows = [row | source for row in content["rows"]]
-    return [_result(file, row, _REQUIRED_PUBLISHED, rounding=0.05) for row in rows]
+    source, rows = {"source": content.get("source", "")}, content.get("rows")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{file} has published=true and no list of rows: add them.")
+    return [_result(file, row | source, _REQUIRED_PUBLISHED, rounding=0.05) for row in rows]
 
 
 def _result(file: str, fields: dict[str, Any], required: Sequence[str], rounding: float) -> Result:
     if missing := [name for name in required if name not in fields]:
         raise UserError(f"{file} lacks the field {missing[0]!r}: evaluate again with this version.")
+    for name in _OBJECTS & fields.keys():
+        if not isinstance(fields[name], dict):
+            raise UserError(
+                f"{file} has {name}={fields[name]!r}, which must be an object: evaluate again."
+            )
     return Result(file, fields, flatten(file, fields, rounding))
 
 
@@ -428,7 +438,7 @@ def flatten(file: str, fields: dict[str, Any], rounding: float = 0.005) -> dict[
                     "evaluate again."
                 )
             errors[key] = stated
-    if "mce_alexnet" in fields and "mce" in errors:
+    if "mce_alexnet" in fields and all(name in errors for name in NAMES):
         relative = (errors[name] / share for name, share in parameter_tables.ALEXNET_ERRORS.items())
         errors["mce_alexnet"] = statistics.fmean(relative)
     return errors

@@ -115,7 +115,7 @@ def read(sweep: str, overrides: Sequence[str] = ()) -> list[Point]:
 
     Raises:
       UserError: the file or the words are wrong, or a point has an unknown field, an invalid
-        value, or the name of another.
+        value, or the name or the trained weights of another.
     """
     base, found = _load(sweep)
     swept = {name for fields in found for name in fields}
@@ -138,7 +138,21 @@ def read(sweep: str, overrides: Sequence[str] = ()) -> list[Point]:
                 f"--sweep={sweep} has {count} points with the name {name}: remove all but one, "
                 "or let them differ in more than punctuation."
             )
+    trained: dict[str, str] = {}
+    for point in points:
+        config = json.dumps(_of_training(point.config), sort_keys=True)
+        if (first := trained.setdefault(config, point.name)) != point.name:
+            raise UserError(
+                f"--sweep={sweep} has the points {first} and {point.name}, which train the same "
+                "weights: remove one of them."
+            )
     return points
+
+
+def _of_training(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a config on which the trained weights depend."""
+    fields = results_files.comparable(config)
+    return {k: v for k, v in fields.items() if k not in results_files.BOOKKEEPING}
 
 
 def _load(sweep: str) -> tuple[str, list[Fields]]:
@@ -171,10 +185,10 @@ def _load(sweep: str) -> tuple[str, list[Fields]]:
                 f"--sweep={path} has the point {point!r}, which is not a dict of fields such as "
                 "{'config.seed': 1}: correct get_hyper."
             )
-        if not point.get("config", base):
+        if not (isinstance(config := point.get("config", base), str) and config):
             raise UserError(
                 f"--sweep={path} has the point {point!r} without a config: set CONFIG in the file, "
-                "or 'config' in the point."
+                "or 'config' in the point, to a string such as 'experiments/cifar10.py:ada'."
             )
     return base, points
 
@@ -246,7 +260,7 @@ def finished(point: Point, out: str) -> dict[str, Any] | None:
 
 
 def _progress(point: Point, out: str) -> tuple[dict[str, Any], str]:
-    """A point's results so far, and in what they are not final; '' where the point is finished."""
+    """A point's results so far, and why they are not final; '' where the point is finished."""
     workdir, config = os.path.join(out, point.name), point.config
     try:
         results = dict(paths.read_json(os.path.join(workdir, "results.json")))
@@ -404,6 +418,26 @@ def show_report(files: Sequence[str]) -> None:
     print("\n\n".join(map(tables.markdown, made)), flush=True)
 
 
+def check_collected(points: Sequence[Point], folder: str) -> None:
+    """Checks that `collect` replaces no results of other configs.
+
+    Raises:
+      UserError: FOLDER/POINT.json has results of another config or split, or cannot be read.
+    """
+    for point in points:
+        path = os.path.join(folder, f"{point.name}.json")
+        if paths.exists(path):
+            there = results_files.read(path)[0].fields.get("config") or {}
+            now, then = (
+                _of_training(c) | {"eval_split": c.get("eval_split")} for c in (point.config, there)
+            )
+            if differing := sorted(k for k in now | then if now.get(k) != then.get(k)):
+                raise UserError(
+                    f"--collect={folder} has results of another {', '.join(differing)} in "
+                    f"{point.name}.json: name another folder."
+                )
+
+
 def collect(points: Sequence[Point], out: str, folder: str) -> None:
     """Copies every point's results to FOLDER/POINT.json, those of EMA weights to POINT_ema.json.
 
@@ -430,6 +464,7 @@ def main(argv: list[str], overrides: Sequence[str] = ()) -> int | None:
     cli.make_folder("out", out)
     if f.collect:
         cli.make_folder("collect", f.collect)
+        check_collected(points, f.collect)
     failed, stopped = run(points, out, f.jobs)
     done = [point for point in points if finished(point, out)]
     if f.collect:

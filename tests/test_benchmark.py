@@ -1,10 +1,12 @@
-"""Every row of the benchmark but `augment` and `scaling` is printed, with tiny sizes."""
+"""The benchmark: its rows with tiny sizes, but `augment` and `scaling`, and wrong flags."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 
-from tests.conftest import run_here
+from tests.conftest import assert_mistake, run_here
 
 
 @pytest.mark.slow
@@ -24,3 +26,17 @@ def test_every_row_has_figures(rows, titles):
             rf"^(?:\| )?[^|\n]*{title}.*\d (?:ms|GB/s|MiB|\S*s/s)\b.*$", done.stdout, re.M
         )
         assert "nan" not in line
+
+
+def test_rows_without_a_peer_and_unknown_rows_are_rejected():
+    said = "--peer=torch has no rows of --rows=conv,peak"
+    assert_mistake(run_here("benchmark", "--rows=conv,peak", "--peer=torch"), said)
+    assert_mistake(run_here("benchmark", "--rows=x"), "--rows=x is unknown: choose from peak, conv")
+
+
+@pytest.mark.slow
+def test_devices_must_divide_the_batches():
+    command = [sys.executable, "-m", "ada_jax.benchmark", "--cpu_devices=3", "--rows=peak"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert_mistake(done, "The 3 devices do not divide the smallest batch of 8")
+    assert done.stdout == ""

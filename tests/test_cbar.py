@@ -42,10 +42,10 @@ def distances(table: str, name: str, severity: int) -> tuple[np.ndarray, np.ndar
 
 # ------------------------------------------------------------------------ the authors' code
 
-# Mean and standard deviation of the absolute `distances` by the authors' code, at the five severities: their
-# class of each name, `Transform(level, 32)(image)`, on every image of `waves()` four times after
-# np.random.seed(0) (once for circular_motion_blur, which has no random numbers), with NumPy 2.4,
-# SciPy 1.17 and scikit-image 0.26 (np.int replaced by int), at commit c7d90e3 of
+# Mean and standard deviation of the absolute `distances` by the authors' code, at the five
+# severities: their class of each name, `Transform(level, 32)(image)`, on every image of `waves()`
+# four times after np.random.seed(0) (once for circular_motion_blur, which has no random numbers),
+# with NumPy 2.4, SciPy 1.17 and scikit-image 0.26 (np.int replaced by int), at commit c7d90e3 of
 # facebookresearch/augmentation-corruption.
 AUTHORS = {
     "blue_noise_sample": ((1.42, 2.38, 3.91, 9.35, 13.61), (0.40, 0.45, 0.59, 0.74, 0.87)),

@@ -349,6 +349,23 @@ def test_runs_from_before_a_later_field_are_those_with_its_default(tmp_path, fie
         assert len(grouping.rows(read(tmp_path, result(), after))) == rows
 
 
+def test_an_mce_relative_to_alexnet_needs_all_corruptions(tmp_path):
+    content = result(mce_alexnet=1.0)
+    content["corruptions"].pop("fog")
+    (read_back,) = read(tmp_path, content)
+    assert "mce_alexnet" not in read_back.values
+
+
+def test_runs_from_other_initial_weights_without_digests_are_not_seeds(tmp_path):
+    runs = [result(seed=seed) for seed in (0, 1)]
+    for run in runs:
+        run["config"] |= {"init_weights": f"runs/{run['seed']}"}
+    assert len(grouping.rows(read(tmp_path, *runs))) == 2
+    for run in runs:
+        run["training"] = {"init_weights": "b" * 64}
+    assert len(grouping.rows(read(tmp_path, *runs))) == 1
+
+
 @pytest.mark.parametrize("part", ["data", "deepaugment", "corruption_nets", "init_weights"])
 def test_runs_that_were_trained_from_something_else_are_not_seeds(tmp_path, part):
     training = {"data": "a" * 64, part: "b" * 64}
@@ -547,6 +564,11 @@ def test_a_report_has_tables_figures_and_a_page_that_asks_for_nothing(drawn):
         (lambda r: r["corruptions"]["fog"][0].update(severity=2), "the severities [2, 2, 3, 4, 5]"),
         (lambda r: r["corruptions"].update(fog=3), "the severities 3 for fog"),
         (lambda r: r.update(mce_unnormalised=7.83), "mce_unnormalised=7.83"),
+        (lambda r: r.update(corruptions=[]), "corruptions=[], which must be an object"),
+        (lambda r: r.update(clean=[1]), "clean=[1], which must be an object"),
+        (lambda r: r.update(config=None), "config=None, which must be an object"),
+        (lambda r: r.update(lp=3), "lp=3, which must be an object"),
+        (lambda r: r.update(published=True), "no list of rows"),
     ],
 )
 def test_a_file_that_is_not_as_it_should_be_is_refused_by_name(tmp_path, change, said):
@@ -735,3 +757,10 @@ def test_robustbench_takes_one_result_of_a_name(tmp_path):
     file = write(tmp_path / "a.json", result())
     words = ("report", file, file, "--format=robustbench", f"--out={tmp_path / 'rb'}")
     assert_mistake(run_here(*words), "has the models cifar10_ada_small, cifar10_ada_small")
+
+
+def test_robustbench_takes_results_of_one_data_set(tmp_path):
+    other = result("b", data={"name": "imagenet2012", "split": "validation", "examples": 50_000})
+    files = [write(tmp_path / f"{r['name']}.json", r) for r in (result("a"), other)]
+    words = ("report", *files, "--format=robustbench", f"--out={tmp_path / 'rb'}")
+    assert_mistake(run_here(*words), "has results of cifar10, imagenet2012")

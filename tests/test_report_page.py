@@ -152,6 +152,11 @@ def test_key_figures_are_of_nominal_training_and_of_the_best_row():
     alone = overview.figure(overview.groups(rows[1:2], []))
     assert "facts" not in alone and "<svg" in alone
     assert "An arrow" in text and "An arrow" not in alone
+    others = [r._replace(measured_on="" if r.method == "nominal" else "others") for r in rows]
+    apart = overview.figure(overview.groups(others, []))
+    assert "facts" not in apart and "An arrow" not in apart
+    one = overview.figure(overview.groups([*rows[:2], others[2]], []))
+    assert "20.0 → 10.0" in one and "An arrow" in one
 
 
 # ------------------------------------------------------------------------ heat map

@@ -254,6 +254,8 @@ LIST = "CONFIG = 'experiments/quickstart.py'\ndef get_hyper(hyper): return {}"
         (LIST.format("[1]"), "not a dict"),
         (LIST.format("[{'seed': 1}]"), "'config.seed': 1"),
         ("def get_hyper(hyper): return [{'config.seed': 1}]", "without a config"),
+        (LIST.format("[{'config': 3}]"), "without a config"),
+        (LIST.format("hyper.sweep('config.log_steps', [1, 2])"), "which train the same weights"),
         (LIST.format("[{'config': 'nothing.py:a'}]"), "nothing.py does not exist"),
         (LIST.format("[{'config': 'experiments/cifar10.py:x'}]"), "unknown word 'x'"),
         (LIST.format("[{'config.sed': 1}]"), "point quickstart: The config has no field 'sed'"),
@@ -543,6 +545,20 @@ def test_results_of_averaged_weights_are_collected_too(tmp_path):
         "a_ema.json": "a/results_ema.json",
         "b.json": "b/results.json",
     }
+
+
+def test_results_of_other_configs_are_not_replaced(stand_in, tmp_path):
+    points, ready, _ = stand_in
+    content = json.loads((ready / points[0].name / "results.json").read_text())
+    content |= dict.fromkeys(("name", "commit", "device", "weights_digest"), "x")
+    content |= {"schema": 1, "seed": 0, "data": {}, "seconds": 1.0, "mce_unnormalised": 25.0}
+    file = tmp_path / f"{points[0].name}.json"
+    file.write_text(json.dumps(content))
+    sweep.check_collected(points, str(tmp_path))
+    for field, value in (("epochs", 99.0), ("eval_split", "test[:7]")):
+        file.write_text(json.dumps(content | {"config": points[0].config | {field: value}}))
+        with pytest.raises(UserError, match=f"has results of another {field} in {file.name}"):
+            sweep.check_collected(points, str(tmp_path))
 
 
 @pytest.mark.slow

@@ -139,7 +139,7 @@ def _pairs(results: list[results_files.Result]) -> list[web_page.Picture]:
 
 
 def with_results(named: list[str]) -> list[str]:
-    """Removes folders without results, as in runs/*; returns the argument if all are such."""
+    """Removes folders without results, as in runs/*; returns the argument if all lack them."""
     empty = [
         path
         for path in named

@@ -149,7 +149,7 @@ def settings(result: results_files.Result) -> dict[str, Any]:
         flat = {k: v for k, v in flat.items() if not k.startswith(where)}
         text = json.dumps(files, sort_keys=True).encode()
         flat["corruption_source.files"] = hashlib.sha256(text).hexdigest()[:12]
-    if flat.get("init_weights"):
+    if flat.get("init_weights") and "training.init_weights" in flat:
         flat["init_weights"] = "trained"  # Every seed starts from other weights.
     unused = {"ada.microbatch"} if flat.get("ada.batch_norm") != "batch" else set()
     return {k: v for k, v in flat.items() if k not in _BOOKKEEPING | unused}

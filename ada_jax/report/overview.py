@@ -102,7 +102,7 @@ def short_labels(group: Group) -> list[str]:
 
 
 def _shared(words: Sequence[Sequence[str]]) -> int:
-    """The number of first words that all have, without each one's last; 0 if all are equal."""
+    """Number of leading words common to all, not counting any one's last; 0 if all are equal."""
     if all(w == words[0] for w in words):
         return 0
     columns = zip(*(w[:-1] for w in words), strict=False)
@@ -154,7 +154,7 @@ def _caption(shown: Sequence[Group]) -> str:
     """Explains the arrows and bars, if there are any, and says which images were evaluated."""
     rows = [row for group in shown for row in group.rows]
     parts = []
-    if any({"nominal", "ada"} <= {row.method for row in group.rows} for group in shown):
+    if any("ada" in {row.method for row in _like_nominal(group)} for group in shown):
         parts.append("An arrow leads from nominal training to AdA.")
     if any(row.spread for row in rows):
         parts.append("Bars are one standard deviation over seeds.")
@@ -169,12 +169,14 @@ def _caption(shown: Sequence[Group]) -> str:
 
 
 def _fact(group: Group) -> str:
-    """The mCE of nominal training and of the group's best row; '' without nominal training."""
-    best = min(group.rows, key=lambda row: row.values["mce"])
-    label = short_labels(group)[group.rows.index(best)]
-    nominal = _of_method(group, "nominal")
-    if nominal in (None, best):
+    """The mCE of nominal training and of the best row on the same images; '' without these."""
+    rows = _like_nominal(group)
+    if not rows:
         return ""
+    nominal, best = rows[0], min(rows, key=lambda row: row.values["mce"])
+    if nominal is best:
+        return ""
+    label = short_labels(group)[group.rows.index(best)]
     changes = {
         key: " → ".join(f"{row.values[key]:.1f}" for row in (nominal, best))
         for key in ("mce", "clean", "cbar")
@@ -188,9 +190,13 @@ def _fact(group: Group) -> str:
     )
 
 
-def _of_method(group: Group, method: str) -> grouping.Row | None:
-    """The group's first row that corresponds to this row of the paper."""
-    return next((row for row in group.rows if row.method == method), None)
+def _like_nominal(group: Group) -> list[grouping.Row]:
+    """Nominal training and the group's other rows that were evaluated on the same images."""
+    nominal = next((row for row in group.rows if row.method == "nominal"), None)
+    if nominal is None:
+        return []
+    others = [row for row in group.rows if row.measured_on == nominal.measured_on]
+    return [nominal, *(row for row in others if row is not nominal)]
 
 
 def document(shown: Sequence[Group]) -> str:
@@ -296,9 +302,9 @@ def _improvements(shown: Sequence[Group], axes: Axes) -> list[tuple[Group, np.nd
     """The groups with nominal training and AdA, with the points [2,2] of these."""
     found = []
     for group in shown:
-        both = [_of_method(group, method) for method in ("nominal", "ada")]
-        if all(both):
-            ends = [axes.at(row.values["clean"], row.values["mce"]) for row in both]
+        rows = _like_nominal(group)
+        if ada := [row for row in rows if row.method == "ada"]:
+            ends = [axes.at(row.values["clean"], row.values["mce"]) for row in (rows[0], ada[0])]
             found.append((group, np.array(ends)))
     return found
 

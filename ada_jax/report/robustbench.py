@@ -102,7 +102,7 @@ def write(folder: str, results: Sequence[Result]) -> list[str]:
       The files.
 
     Raises:
-      UserError: as `model_info`; or there are no results, or two of one name.
+      UserError: as `model_info`; or there are no results, two of one name, or several data sets.
     """
     names = [model_name(result) for result in results]
     for name in names:
@@ -111,6 +111,11 @@ def write(folder: str, results: Sequence[Result]) -> list[str]:
         raise UserError(
             f"--format=robustbench has the models {', '.join(names) or 'of no results'}: give "
             "results files or folders of runs, one of each name and seed."
+        )
+    if len(datasets := {result.fields["data"]["name"] for result in results}) > 1:
+        raise UserError(
+            f"--format=robustbench has results of {', '.join(sorted(datasets))}, and every "
+            "leaderboard is of one data set: write them to separate folders."
         )
     files = {f"{model_name(r)}.json": json.dumps(model_info(r), indent=2) + "\n" for r in results}
     files[TABLE] = table(results)

@@ -193,8 +193,8 @@ def validate_evaluation(config: ml_collections.ConfigDict) -> None:
     if unknown or not config.eval_sets:
         raise UserError(
             f"config.eval_sets (--sets) = {tuple(config.eval_sets)} is empty or has an unknown "
-            f"name: choose from {', '.join(evaluators.IMAGE_SETS)}; ada_jax.evaluate has "
-            f"{', '.join(evaluators.ATTACKS)} besides."
+            f"name: choose from {', '.join(evaluators.IMAGE_SETS)}; ada_jax.evaluate also accepts "
+            f"{', '.join(evaluators.ATTACKS)}."
         )
     if not 0 <= config.corruption_seed < 2**32:
         raise UserError(

@@ -4,8 +4,8 @@
     python -m ada_jax.sweep --sweep=experiments/sweeps/group.py:16
 
 A device of the preset attacks 64 examples, so 64 is one environment per device. The word after the
-colon is one of these numbers, usually the best of the first command; its seeds 1 and 2 are trained
-besides. The results of experiments/sweeps/table1.py:small,ada are those of one example.
+colon is one of these numbers, usually the best of the first command; its seeds 1 and 2 are then
+trained too. The results of experiments/sweeps/table1.py:small,ada are those of one example.
 """
 
 from typing import Any

@@ -5,8 +5,8 @@
 
 Words after the colon, separated by commas:
   a row     such as ada+augmix; without any row, all ten are trained.
-  random, linf_at, l2_at, advmix, ada+advmix, advmix+augmix
-            extra rows for comparison, see experiments/cifar10.py.
+  random, linf_at, ...
+            rows for comparison, listed in experiments/cifar10.py (COMPARISONS).
   small     the small preset; three seeds for nominal, augmix, ada and ada+augmix.
   seeds=N   the seeds 0 to N-1 for every row; by default only 0.
 """
