@@ -113,6 +113,8 @@ def export(source: str, out: str) -> str:
     _check_out(out, model)
     if paths.is_dir(source):
         source = os.path.join(source, "classifier.safetensors")
+        if not paths.exists(source):
+            raise UserError(f"{source} does not exist: train the run to its end first.")
     tree, metadata = weight_files.load_weights(source)
     if "corruption_net" in metadata:
         raise UserError(

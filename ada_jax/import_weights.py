@@ -19,6 +19,7 @@ import os
 import pathlib
 import pickle
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,7 +36,8 @@ from ada_jax.run import cli
 StateDict = dict[str, np.ndarray]
 _NETWORKS = ("edsr", *corruption_nets.names(), "classifier")
 # Under which training scripts save a state dict; RobustBench reads 'last'.
-_WRAPPERS = ("state_dict", "model", "net", "last")
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "last")
+_PREFIXES = ("module.", "model.", "_orig_mod.")
 _NORMALISATION = (("mu", "sigma"), ("normalize.mean", "normalize.std"))
 _SHIFT = {"sub_mean": -255.0, "add_mean": 255.0}  # EDSR's MeanShift layers: factors of the mean.
 
@@ -118,9 +120,11 @@ def from_torch(preset: str, state: StateDict) -> dict[str, dict[str, np.ndarray]
 
 
 def _without_prefix(state: StateDict) -> StateDict:
-    prefixes = {re.match(r"((module|model|_orig_mod)\.)*", name)[0] for name in state}
-    prefix = prefixes.pop() if len(prefixes) == 1 else ""
-    return {name.removeprefix(prefix): a for name, a in state.items()}
+    """Removes the components of `_PREFIXES` with which all names begin."""
+    while state and any(all(name.startswith(p) for name in state) for p in _PREFIXES):
+        logging.info("Ignoring the prefix %r of all names.", next(iter(state)).partition(".")[0])
+        state = {name.partition(".")[2]: array for name, array in state.items()}
+    return state
 
 
 def _float32(array: np.ndarray) -> np.ndarray:
@@ -246,10 +250,12 @@ def read_torch(path: str | os.PathLike[str]) -> StateDict:
         raise UserError(
             f"{path} is not a complete PyTorch file ({type(error).__name__}): download it again."
         ) from error
-    for key in _WRAPPERS:
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            logging.info("%s: reading the state dict under %r.", path, key)
-            loaded = loaded[key]
+    while isinstance(loaded, Mapping):
+        key = next((k for k in _WRAPPERS if isinstance(loaded.get(k), Mapping)), None)
+        if key is None:
+            break
+        logging.info("%s: reading the state dict under %r.", path, key)
+        loaded = loaded[key]
     if not isinstance(loaded, Mapping) or not all(
         isinstance(name, str) and torch.is_tensor(a) and a.layout == torch.strided
         for name, a in loaded.items()
@@ -341,10 +347,8 @@ def import_classifier(
       UserError: the file is missing, damaged, of another network or of other normalisation.
     """
     torch_layouts.layout(classifier)
-    read = read_torch(source)
-    state = _without_prefix(_without_normalisation(_without_prefix(read), mean, std))
-    if removed := len(next(iter(read), "")) - len(next(iter(state), "")):
-        logging.info("%s: ignoring the prefix %r of all names.", source, next(iter(read))[:removed])
+    state = _without_prefix(read_torch(source))
+    state = _without_prefix(_without_normalisation(state, mean, std))
     if unused := [name for name in state if name.startswith("sub_block1.")]:  # of TRADES
         logging.info("%s: ignoring sub_block1, which the network does not use.", source)
         state = {name: a for name, a in state.items() if name not in unused}
@@ -363,7 +367,7 @@ def import_classifier(
     count = sum(leaf.size for leaf in jax.tree.leaves(tree["params"]))
     return (
         f"{out}: {classifier} with {metadata['classes']} classes, {count:,} parameters; use it "
-        f"with --config.init_weights={out} --config.classifier={classifier} "
+        f"with --config.init_weights={shlex.quote(out)} --config.classifier={classifier} "
         f'--config.mean="{tuple(mean)}" --config.std="{tuple(std)}"'
     )
 

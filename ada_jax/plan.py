@@ -213,11 +213,14 @@ def plan_step(
       UserError: the topology or the batch size is invalid.
     """
     config_checks.validate_devices(config, cores_of(topology))
+    known, classes = _SIZES.get(config.dataset, _SIZES_OF_OTHERS)
     chip, devices = chip_of(topology), devices_of(topology)
     cores = len(devices)
     step = step_of(config, config.batch_size // cores)
     figures = {
         **_identity(config, topology, examples),
+        "data": f"{examples or known:,} examples of {config.image_size}x{config.image_size}, "
+        f"{classes} classes",
         "device": devices[0].device_kind,
         "cores": cores,
         "batch_per_core": config.batch_size // cores,
@@ -283,6 +286,7 @@ def table(figures: dict[str, Any]) -> str:
     f = figures
     rows = [
         ("topology", f"{f['topology']}, {f['cores']} cores of {f['device']}"),
+        *([("data, assumed", f["data"])] if "data" in f else []),  # Older files have none.
         ("batch", f"{f['batch_per_core']} examples a core"),
         ("useful flops", f"{f['useful_flops'] / 1e12:.3f} T a core"),
     ]
@@ -482,5 +486,9 @@ if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")  # Does not occupy a TPU on this machine.
     flags.DEFINE_multi_string("topology", [], "Topologies such as v5e:2x2, separated by commas.")
     flags.DEFINE_string("json", None, "File to which the figures are added.")
-    flags.DEFINE_integer("examples", None, "Training examples, for the length of a run.")
+    flags.DEFINE_integer(
+        "examples",
+        None,
+        "Training examples, for the length of a run; the data set's by default.",
+    )
     cli.run(_run)

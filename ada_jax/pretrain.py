@@ -283,11 +283,14 @@ def load_images(config: ml_collections.ConfigDict, split: str, *, size: int) -> 
         else:
             origin, members, images = tfds_sets.div2k_images(split, data_dir)
         side = 2 * size if split.startswith("train") else size
-        found = [tiles.cut(image, side=side, step=size, most=config.tiles) for image in images]
+        found = [np.zeros((0, side, side, 3), np.uint8)]
+        for image in images:
+            found.append(tiles.cut(image, side=side, step=size, most=config.tiles))
+            _check_memory(config.tiles, split, sum(cut.nbytes for cut in found))
         images = np.concatenate(found)
         labels = np.zeros(len(images), np.int32)
         dataset = core.from_arrays(images, labels, class_names=("photo",), name=config.dataset)
-        of_tiles = [m for m, cut in zip(members, found, strict=True) for _ in cut]
+        of_tiles = [m for m, cut in zip(members, found[1:], strict=True) for _ in cut]
         return dataclasses.replace(dataset, origin=origin, members=of_tiles)
     dataset = sources.load(config.dataset, split, data_dir=data_dir, image_size=config.image_size)
     if min(dataset.image_shape[:2]) < size:
@@ -297,6 +300,17 @@ def load_images(config: ml_collections.ConfigDict, split: str, *, size: int) -> 
             f"images of {dataset.name}, which are {height}x{width}: decrease it."
         )
     return dataset
+
+
+def _check_memory(most: int, split: str, size: int) -> None:
+    """Checks that this machine has twice the memory of `size` bytes of squares."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if 2 * size > memory:
+        raise UserError(
+            f"config.tiles={most} makes over {size / 2**30:.1f} GiB of squares of the split "
+            f"{split!r}, and this machine has {memory / 2**30:.1f} GiB of memory: decrease it, for "
+            f"example to {max(1, most // 32)}."
+        )
 
 
 # ------------------------------------------------------------------------ the config

@@ -847,9 +847,11 @@ def test_labels_are_renumbered_as_the_classifier_s_classes():
         core.renumbered(dataset, ("bird_owl", "cat", "dog"))
 
 
-def test_classes_without_names_count_by_number():
+def test_classes_without_names_count_by_number(caplog):
     dataset = numbered(9)  # '0', '1', '2'
-    named = core.renumbered(dataset, ("cat", "dog", "owl"))
+    with caplog.at_level("WARNING"):
+        named = core.renumbered(dataset, ("cat", "dog", "owl"))
+    assert "matched by number to the classifier's classes, 'cat', 'dog', 'owl'" in caplog.text
     assert named.class_names == ("cat", "dog", "owl")
     np.testing.assert_array_equal(named.source.labels, dataset.source.labels)
     assert core.renumbered(named, dataset.class_names).class_names == dataset.class_names
@@ -985,6 +987,37 @@ def test_npz_with_splits(tmp_path):
     assert test.source.images.dtype == np.float32 and test.num_classes == train.num_classes == 4
     np.testing.assert_allclose(test.source.images, PIXELS[:3] / 255, atol=1e-7)
     assert test.name == "set" and test.image_shape == (6, 5, 3)
+
+
+def test_an_npz_for_evaluation_may_lack_classes(tmp_path):
+    for labels, classes in ((LABELS[:3] * 0 + 2, 3), (np.array([0, 4, 4]), 5), ([0, 0, 0], 2)):
+        path = save(tmp_path / "set.npz", test_images=PIXELS[:3], test_labels=labels)
+        assert sources.load("npz", "test", data_dir=path).num_classes == classes
+
+
+def test_rounding_errors_of_pixels_are_clipped():
+    images = PIXELS.astype(np.float32) / np.float32(255)
+    images[0, 0, 0], images[1, 0, 0] = 1.0000001, -1e-7
+    found = core.from_arrays(images, LABELS).source.images
+    assert found.min() == 0 and found.max() == 1
+    np.testing.assert_allclose(found, images, atol=2e-7)
+
+
+def test_labels_of_every_floating_type(recwarn):
+    for dtype in (np.float16, np.float32, np.float64):
+        found = core.from_arrays(PIXELS, LABELS.astype(dtype))
+        np.testing.assert_array_equal(found.source.labels, LABELS)
+    with pytest.raises(UserError, match="labels from 2147483648 to 2147483648"):
+        core.from_arrays(PIXELS[:2], np.full(2, np.inf, np.float16))
+    assert not recwarn.list
+
+
+def test_evaluated_images_have_the_size_of_the_training_images():
+    large, small = (core.from_arrays(PIXELS[:, :n], LABELS) for n in (6, 4))
+    with pytest.raises(
+        UserError, match=r"'test' has images of shape \[4, 5, 3\] and .*\[6, 5, 3\]"
+    ):
+        core.check_held_out(large, small, "train", "test")
 
 
 def test_npz_divides_itself(tmp_path):

@@ -277,6 +277,13 @@ def test_photographs_in_both_slices_are_not_held_out(tmp_path, monkeypatch):
     assert set(train_set.members) == {0, 1} and set(eval_set.members) == {2}
 
 
+def test_tiles_beyond_the_memory_are_named(monkeypatch):
+    memory = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 500}
+    monkeypatch.setattr(pretrain.os, "sysconf", memory.get)
+    with pytest.raises(UserError, match=r"config\.tiles=64 makes over .* 'train', .* to 2\."):
+        pretrain.load_images(get_config(dataset="photos", tiles=64), "train", size=32)
+
+
 def test_patches_larger_than_the_images_are_refused(tmp_path):
     np.savez(tmp_path / "x.npz", images=np.full((20, 14, 14, 3), 9, np.uint8), labels=[0, 1] * 10)
     fields = {"dataset": "npz", "data_dir": str(tmp_path / "x.npz"), "patch": 15}

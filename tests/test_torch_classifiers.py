@@ -344,7 +344,7 @@ def test_wrapped_dicts_and_prefixes_are_read_and_said(tmp_path):
     done = run_here("import_weights", *words)
     assert done.returncode == 0, done.stderr
     assert "reading the state dict under 'state_dict'" in done.stderr
-    assert "ignoring the prefix 'module.' of all names" in done.stderr
+    assert "Ignoring the prefix 'module' of all names" in done.stderr
     assert "resnet20 with 10 classes, 269,722 parameters" in done.stdout
     metadata = weight_files.load_weights(out)[1]
     assert metadata["classifier"] == "resnet20" and metadata["std"] == list(STD)
@@ -363,6 +363,30 @@ def test_a_normalisation_in_the_file_must_be_the_one_given(tmp_path):
     with pytest.raises(UserError, match=r"The file's sigma is \[1.0, 1.0, 1.0\], and --std is"):
         import_weights.import_classifier(*arguments, MEAN, STD)
     import_weights.import_classifier(*arguments[:2], str(tmp_path / "2"), MEAN, (1.0, 1.0, 1.0))
+
+
+def test_a_prefix_of_all_names_is_ignored_also_with_others_below_it():
+    names = ("module.normalize.mean", "module.model.conv1.weight")
+    found = import_weights._without_prefix(dict.fromkeys(names, 0))
+    assert list(found) == ["normalize.mean", "model.conv1.weight"]
+    assert import_weights._without_prefix({"module._orig_mod.a": 1, "module._orig_mod.b": 2}) == {
+        "a": 1,
+        "b": 2,
+    }
+    assert import_weights._without_prefix({}) == {}
+
+
+def test_state_dicts_are_found_under_several_keys(tmp_path):
+    state = {"a": torch.ones(2)}
+    for i, content in enumerate(({"net": {"state_dict": state}}, {"model_state_dict": state})):
+        torch.save(content | {"epoch": 3}, tmp_path / f"{i}.pt")
+        assert list(import_weights.read_torch(tmp_path / f"{i}.pt")) == ["a"]
+
+
+def test_a_new_network_has_no_layout(monkeypatch):
+    monkeypatch.setitem(classifiers._NETWORKS, "vit4", classifiers._NETWORKS["resnet9"])
+    with pytest.raises(UserError, match="'vit4' cannot be converted: only preact_resnet20"):
+        torch_layouts.layout("vit4")
 
 
 def test_the_unused_stage_of_trades_is_ignored(tmp_path):
@@ -431,7 +455,7 @@ def test_bad_arguments_are_rejected_in_a_sentence(tmp_path):
     torch.save({}, source)
     for words, said in (
         (FLAGS, "--classifier=None is unknown: choose one of"),
-        (("--classifier=resnet50", *FLAGS), "'resnet50' has no PyTorch layout: choose"),
+        (("--classifier=resnet50", *FLAGS), "'resnet50' cannot be converted: only"),
         (("--classifier=alexnet", *FLAGS), "'alexnet' has no PyTorch layout: choose"),
         (("--classifier=resnet20",), "--mean= must be three numbers"),
         (("--classifier=resnet20", "--mean=0,0,0", "--std=1,1,0"), "--std=1,1,0 must be three"),
@@ -452,17 +476,20 @@ def test_what_cannot_be_exported_is_rejected_in_a_sentence(tmp_path):
     before = sorted(os.listdir(tmp_path))
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "model.py").touch()
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
     for words, said in (
         ((haiku,), "two arguments: RUN OUT"),
         ((haiku, tmp_path / "x.pth"), "does not end in .pt or .safetensors"),
-        ((haiku, tmp_path / "x.pt"), "'resnet50' has no PyTorch layout"),
+        ((haiku, tmp_path / "x.pt"), "'resnet50' cannot be converted: only"),
+        ((unfinished, tmp_path / "x.pt"), "train the run to its end first"),
         ((old, tmp_path / "x.pt"), "lacks the field 'classifier'"),
         ((code, tmp_path / "x.pt"), "classes='10 + 0 * print()' must be an integer"),
         ((tmp_path / "none", tmp_path / "x.pt"), "There is no weights file"),
         ((haiku, tmp_path / "taken" / "x.pt"), "model.py exists and is not overwritten"),
     ):
         assert_mistake(run_here("export_weights", *words), said)
-    assert sorted(os.listdir(tmp_path)) == [*before, "taken"]
+    assert sorted(os.listdir(tmp_path)) == [*before, "taken", "unfinished"]
 
 
 def test_the_definitions_are_in_the_package():

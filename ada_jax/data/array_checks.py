@@ -4,6 +4,7 @@ import numpy as np
 
 from ada_jax.errors import UserError
 
+_ROUNDING = 1e-6  # As `checks.as_images` allows.
 _FEW = 4  # Sets of at most this many images may be black.
 
 
@@ -35,12 +36,12 @@ def checked_images(images: np.ndarray, where: str) -> np.ndarray:
         )
     if images.dtype != np.uint8:
         low, high = images.min(), images.max()
-        if not (low >= 0 and high <= 1):  # Also true of NaN.
+        if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):  # Also true of NaN.
             raise UserError(
                 f"{where} has floating-point pixels from {low} to {high}: scale them to [0, 1], "
                 "without NaN."
             )
-        images = images.astype(np.float32)
+        images = images.astype(np.float32).clip(0, 1)
     check_brightness(images, where)
     return images
 
@@ -68,7 +69,8 @@ def checked_labels(labels: np.ndarray, where: str) -> np.ndarray:
         labels = labels[:, 0]
     floating = labels.ndim == 1 and np.issubdtype(labels.dtype, np.floating)
     if floating and np.array_equal(labels, np.rint(labels)):
-        labels = np.clip(labels, -(2**31), 2**31).astype(np.int64)  # Integers or infinity.
+        # Integers or infinity; float16 cannot represent the limits.
+        labels = np.clip(labels.astype(np.float64), -(2**31), 2**31).astype(np.int64)
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
         advice = ""
         if labels.ndim == 2:
@@ -86,9 +88,11 @@ def checked_labels(labels: np.ndarray, where: str) -> np.ndarray:
     return labels.astype(np.int32)
 
 
-def class_numbers(labels: np.ndarray, where: str) -> tuple[str, ...]:
-    """The class names '0', '1', ...; every class must have a label."""
+def class_numbers(labels: np.ndarray, where: str, *, trained: bool = True) -> tuple[str, ...]:
+    """The class names '0', '1', ... up to the largest label; of training sets, all must occur."""
     present = np.unique(labels)
+    if not trained and len(present):
+        return tuple(map(str, range(max(2, int(present[-1]) + 1))))
     if len(present) < 2 or present[-1] != len(present) - 1:
         first = int(present[0]) if len(present) else 0
         found = ", ".join(repr(str(label)) for label in present[:10])

@@ -161,7 +161,7 @@ def from_arrays(
         )
     if class_names is None:
         class_names = array_checks.class_numbers(labels, name)
-    elif len(labels) and labels.max() >= len(class_names):
+    elif labels.max() >= len(class_names):
         raise UserError(
             f"{name} has the label {labels.max()} and only {len(class_names)} classes: labels must "
             f"be in 0..{len(class_names) - 1}."
@@ -231,8 +231,8 @@ def renumbered(dataset: Dataset, class_names: Sequence[str]) -> Dataset:
 
     Args:
       dataset: images of some or all of the classes.
-      class_names: the classifier's K classes. If the names of either are '0', '1', ..., labels are
-        not changed, and there must be K classes.
+      class_names: the classifier's K classes. If one of both has the names '0', '1', ... and the
+        other has K others, labels are not changed and a warning is logged.
 
     Returns:
       The data set with labels in 0..K-1 and these class names.
@@ -242,6 +242,11 @@ def renumbered(dataset: Dataset, class_names: Sequence[str]) -> Dataset:
     """
     class_names, own = tuple(class_names), dataset.class_names
     if same_classes(own, class_names):
+        if own != class_names:
+            log_once(
+                f"{dataset.name} has the classes {quoted_some(own)}; they are matched by number to "
+                f"the classifier's classes, {quoted_some(class_names)}."
+            )
         return dataclasses.replace(dataset, class_names=class_names)
     if unknown := [name for name in own if name not in class_names]:
         raise UserError(
@@ -283,13 +288,19 @@ def _pixels(image: np.ndarray) -> bytes:
 def check_held_out(
     train_set: Dataset, eval_set: Dataset, train_split: str, eval_split: str
 ) -> None:
-    """Checks that an evaluation set has no training images.
+    """Checks that an evaluation set has no training images, and images of their size.
 
     A few images with equal pixels, such as duplicates in collected data, are only logged.
 
     Raises:
-      UserError: some are the same stored examples, or more than half have equal pixels.
+      UserError: some are the same stored examples, more than half have equal pixels, or the sizes
+        differ.
     """
+    if (one := train_set.image_shape) != (other := eval_set.image_shape):
+        raise UserError(
+            f"config.eval_split={eval_split!r} has images of shape {list(other)} and "
+            f"config.train_split={train_split!r} of {list(one)}: resize one of them."
+        )
     stored, equal = overlap(train_set, eval_set)
     if stored or 2 * equal > len(eval_set):
         raise UserError(

@@ -143,7 +143,9 @@ def _read_npz(archive: Any, path: pathlib.Path, split: str) -> core.Dataset:
     every_label = [
         array_checks.checked_labels(archive[key], where) for key in wanted if key.endswith("labels")
     ]
-    class_names = array_checks.class_numbers(np.concatenate(every_label), where)
+    class_names = array_checks.class_numbers(
+        np.concatenate(every_label), where, trained=splits != ["test"]
+    )
     images, labels = archive[prefixes[base] + "images"], archive[prefixes[base] + "labels"]
     # Checked before slicing, which could hide that there are more images than labels.
     whole = core.from_arrays(images, labels, class_names=class_names, name=where)

@@ -257,8 +257,8 @@ def corruption_errors(
     class_names = [str(i) for i in range(checks.num_classes(logits_fn, x))]
     clean = core.from_arrays(images, labels, class_names=class_names)
     checks.check_integers(1, batch_size=batch_size)
-    if not names or not len(clean):
-        raise UserError("There are no images or names is empty: give at least one of each.")
+    if not names:
+        raise UserError("names is empty: give at least one corruption.")
     config = {"dataset": "", "corruption_seed": seed, "corruption_table": table}
     corrupted, source = image_sets.on_the_fly(
         ml_collections.ConfigDict(config), clean, names, len(clean)

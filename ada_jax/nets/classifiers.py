@@ -183,7 +183,7 @@ def feature_shapes(
     if not found:
         raise UserError(
             "The classifier names no feature layers, which RLAT and PAT need: call `tap` on the "
-            "outputs of its stages in nets/classifiers.py, or choose another classifier."
+            "outputs of its stages in nets/residual_nets.py, or choose another classifier."
         )
     return found
 

@@ -267,24 +267,25 @@ def patch_forward(x: jax.Array, w: jax.Array, stride: int, padding: int) -> jax.
 
 
 def shifted_forward(x: jax.Array, w: jax.Array, stride: int, padding: int) -> jax.Array:
-    """The convolution by one matrix product per tap of the kernel, summed in float32."""
+    """The convolution by one matrix product per tap of the kernel, summed in float32 at least."""
     kh, kw, _, out = w.shape
-    taps = _taps(x, (kh, kw), stride, padding)
+    taps, dtype = _taps(x, (kh, kw), stride, padding), jnp.promote_types(x.dtype, jnp.float32)
     products = (
-        jnp.matmul(tap, w[i // kw, i % kw], preferred_element_type=jnp.float32)
+        jnp.matmul(tap, w[i // kw, i % kw], preferred_element_type=dtype)
         for i, tap in enumerate(taps)
     )
-    zero = jnp.zeros((*taps[0].shape[:3], out), jnp.float32)
+    zero = jnp.zeros((*taps[0].shape[:3], out), dtype)
     return sum(products, zero).astype(jnp.result_type(x, w))
 
 
 def shifted_gradients(
     x: jax.Array, w: jax.Array, dy: jax.Array, stride: int, padding: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The gradients (dx, dw) by two matrix products per tap, summed in float32."""
+    """The gradients (dx, dw) by two matrix products per tap, summed in float32 at least."""
     kh, kw = w.shape[:2]
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
     dw = [
-        jnp.einsum("ghwc,ghwo->co", tap, dy, preferred_element_type=jnp.float32)
+        jnp.einsum("ghwc,ghwo->co", tap, dy, preferred_element_type=dtype)
         for tap in _taps(x, (kh, kw), stride, padding)
     ]
     dw = jnp.stack(dw).reshape(w.shape).astype(w.dtype)

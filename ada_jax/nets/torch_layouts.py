@@ -22,6 +22,14 @@ _COUNTER = "num_batches_tracked"
 _SHAPE = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
 
 
+# Classifiers with a layout. Haiku's resnet50 pads differently; none is written for alexnet.
+_CONVERTIBLE = (
+    *("preact_resnet20", "resnet9", "preact_resnet18", "preact_resnet18_no_bn"),
+    *("preact_resnet18_v2", "preact_resnet50", "resnet20", "resnet56", "wide_resnet40_2"),
+    *("wide_resnet28_4", "wide_resnet28_10", "torchvision_resnet18", "torchvision_resnet50"),
+)
+
+
 class Layout(NamedTuple):
     """How PyTorch code names a network's layers.
 
@@ -51,9 +59,9 @@ def layout(classifier: str) -> Layout:
     TRADES), akamaster/pytorch_resnet_cifar10 (`resnet20`, `resnet56`) and torchvision. The layouts
     of `resnet9` and `preact_resnet20` are this project's own.
     """
-    if classifier not in _convertible():
+    if classifier not in _CONVERTIBLE:
         raise UserError(
-            f"{classifier!r} has no PyTorch layout: choose one of {', '.join(_convertible())}."
+            f"{classifier!r} cannot be converted: only {', '.join(_CONVERTIBLE)} have a layout."
         )
     kind, depth, rest = re.fullmatch(r"(\D+)(\d+)_?(\w*)", classifier).groups()
     layers = {"stem": "conv1", "stem_bn": "bn1", "logits": "linear"}
@@ -150,7 +158,7 @@ def from_torch(classifier: str, state_dict: StateDict) -> dict[str, dict[str, An
     """
     if difference := mismatch(classifier, state_dict):
         kind = re.match(r"\D+", classifier)[0]
-        alike = [name for name in _convertible() if re.match(r"\D+", name)[0] == kind]
+        alike = [name for name in _CONVERTIBLE if re.match(r"\D+", name)[0] == kind]
         fits = [name for name in alike if not mismatch(name, state_dict)]
         other = f"it fits {' and '.join(fits)}" if fits else "give the weights of this network"
         raise UserError(f"The file is not {classifier} ({difference}): {other}.")
@@ -187,11 +195,6 @@ def num_classes(classifier: str, state_dict: Mapping[str, np.ndarray]) -> int:
     """The number of outputs of a state dict's last layer; 10 where it is missing."""
     last = state_dict.get(f"{torch_name(classifier, 'logits')}.weight")
     return len(last) if np.ndim(last) == 2 and len(last) else 10
-
-
-def _convertible() -> list[str]:
-    others = ("alexnet", "alexnet_small", "resnet50")  # The padding of Haiku's differs.
-    return [name for name in classifiers.names() if name not in others]
 
 
 @functools.cache

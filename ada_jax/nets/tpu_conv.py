@@ -25,9 +25,10 @@ _OUTPUTS = 64  # Output channels of one step of the gradients.
 
 
 def fits(x: jax.Array, w: jax.Array, stride: int, padding: int) -> bool:
-    """Whether the kernels support a convolution: stride 1, 'same' padding, at most 5x5."""
+    """Whether the kernels support it: stride 1, 'same' padding, at most 5x5, at most 32 bits."""
     kh, kw = w.shape[:2]
-    return stride == 1 and kh == kw == 2 * padding + 1 <= 5 and x.size > 0
+    same = stride == 1 and kh == kw == 2 * padding + 1 <= 5
+    return same and x.size > 0 and x.dtype.itemsize <= 4
 
 
 class _Tiling(NamedTuple):

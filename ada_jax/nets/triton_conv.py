@@ -22,9 +22,9 @@ _STAGES = 3  # Blocks loaded ahead.
 
 
 def fits(x: jax.Array, w: jax.Array, stride: int, padding: int) -> bool:
-    """Whether the kernels support a convolution: stride 1 and 'same' padding."""
+    """Whether the kernels support a convolution: stride 1, 'same' padding, at most 32 bits."""
     kh, kw = w.shape[:2]
-    return stride == 1 and kh == kw == 2 * padding + 1
+    return x.dtype.itemsize <= 4 and stride == 1 and kh == kw == 2 * padding + 1
 
 
 def forward(x: jax.Array, w: jax.Array, padding: int, *, interpret: bool = False) -> jax.Array:

@@ -1,8 +1,8 @@
-"""What a program costs: the arithmetic it needs, and what a compiled one does and moves.
+"""What a program costs: the operations that it needs, and those and the traffic of a compiled one.
 
 XLA's own cost analysis takes a loop's body once, however often it runs, and counts what stays in a
 TPU's on-chip memory with what goes to HBM. The two counts here multiply a loop's body by its
-number of turns:
+number of iterations:
 
 * `useful_flops` walks a jaxpr: the multiplications and additions of the matrix products and
   convolutions that the wanted outputs need.
@@ -62,8 +62,8 @@ def useful_flops(jaxpr: core.ClosedJaxpr, platform: str = "tpu") -> float:
       platform: whose branch `lax.platform_dependent` takes.
 
     Returns:
-      Multiplications and additions; a loop counts as often as it turns, a `while` of unknown
-      length once, a condition as its most expensive branch.
+      Multiplications and additions; the body of a loop counts once per iteration, that of a `while`
+      of unknown length once, and a `cond` as its most expensive branch.
     """
     return _count(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars), platform)[0]
 
@@ -128,7 +128,7 @@ def _count_scan(eqn, wanted: list[bool], platform: str) -> tuple[float, list[boo
     carried = sum(_same_rank(eqn.outvars, body.jaxpr.outvars))
     consts = sum(_same_rank(eqn.invars, body.jaxpr.invars)) - carried
     wanted = list(wanted)
-    while True:  # A value carried along is wanted where the next turn needs it.
+    while True:  # A value carried along is wanted where the next iteration needs it.
         flops, needed = _count(body.jaxpr, wanted, platform)
         carry = needed[consts : consts + carried]
         if all(w or not n for w, n in zip(wanted[:carried], carry, strict=True)):
@@ -260,11 +260,11 @@ def _parse(text: str) -> tuple[str, dict[str, dict[str, _Instruction]]]:
     return entry, computations
 
 
-def _sum(costs: Iterable[Costs], turns: int = 1) -> Costs:
+def _sum(costs: Iterable[Costs], iterations: int = 1) -> Costs:
     flops, traffic = 0.0, collections.Counter()
     for c in costs:
-        flops += turns * c.flops
-        traffic.update({kind: turns * size for kind, size in c.traffic.items()})
+        flops += iterations * c.flops
+        traffic.update({kind: iterations * size for kind, size in c.traffic.items()})
     return Costs(flops, traffic)
 
 
@@ -273,8 +273,8 @@ def _cost(instruction: _Instruction, body, computations, cost) -> Costs:
     if instruction.op in _FREE or instruction.op.endswith(("-done", "-update")):
         return _sum([])
     if instruction.op == "while":
-        turns = _turns(computations[called["condition"]], computations)
-        return _sum([cost(called["body"])], turns)
+        iterations = _iterations(computations[called["condition"]], computations)
+        return _sum([cost(called["body"])], iterations)
     if instruction.op == "conditional":
         branches = map(cost, _called_branches(instruction.rest))
         return max(branches, key=lambda branch: (branch.flops, branch.hbm_bytes))
@@ -317,7 +317,7 @@ def _called_branches(rest: str) -> list[str]:
     return re.findall(r"[\w.\-]+", "".join(of_integers)) + of_boolean
 
 
-def _turns(condition: dict[str, _Instruction], computations) -> int:
+def _iterations(condition: dict[str, _Instruction], computations) -> int:
     """The one integer that the loop's counter is compared with, else 1."""
     called = [_called(i.rest).get("calls") for i in condition.values()]
     bodies = [condition, *(computations[name] for name in called if name)]
