@@ -221,6 +221,9 @@ def lowerings() -> Iterator[tuple[str, Callable[..., Any], Callable[..., Any]]]:
         if per_example.KERNELS.get(name, platform) == platform:
             yield name, *map(jax.vmap, without_bias(name))
     yield "lax.map", *map(mapped, without_bias("grouped"))
+    layout = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+    xla = jax.vmap(lambda x, w: jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", **layout))
+    yield "jax.vmap", xla, lambda x, w, dy: jax.vjp(xla, x, w)[1](dy)
     conv = jax.vmap(per_example.conv2d)
     yield "ada_jax.per_example", conv, lambda x, w, dy: jax.vjp(conv, x, w)[1](dy)
 
