@@ -456,7 +456,7 @@ def test_bad_arguments_are_rejected_in_a_sentence(tmp_path):
     for words, said in (
         (FLAGS, "--classifier=None is unknown: choose one of"),
         (("--classifier=resnet50", *FLAGS), "'resnet50' cannot be converted: only"),
-        (("--classifier=alexnet", *FLAGS), "'alexnet' has no PyTorch layout: choose"),
+        (("--classifier=alexnet", *FLAGS), "'alexnet' cannot be converted: only"),
         (("--classifier=resnet20",), "--mean= must be three numbers"),
         (("--classifier=resnet20", "--mean=0,0,0", "--std=1,1,0"), "--std=1,1,0 must be three"),
         (("--classifier=resnet20", *FLAGS, "--export"), "use python -m ada_jax.export_weights"),
