@@ -25,7 +25,7 @@ from ada_jax.augment import (
 )
 from ada_jax.data import batching
 from ada_jax.evaluation import scoring
-from ada_jax.nets import cae, classifiers, edsr
+from ada_jax.nets import cae, classifiers, edsr, per_example
 from ada_jax.run import logbook
 from experiments import pretrain_edsr
 from tests.conftest import run_here
@@ -217,3 +217,21 @@ def test_training_under_x64_is_the_same(tmp_path):
     assert done.returncode == 0, done.stderr
     one, other = ([r["loss"] for r in logbook.read(tmp_path / name)] for name in ("32", "64"))
     assert len(one) >= 3 and one == other
+
+
+@pytest.mark.parametrize("name", per_example.LOWERINGS)
+def test_every_lowering_of_a_float64_convolution_is_as_exact(name):
+    x, w, dy = (RNG.normal(size=size) for size in ((2, 9, 9, 5), (3, 3, 5, 7), (2, 9, 9, 7)))
+    layout = ("NHWC", "HWIO", "NHWC")
+    with x64():
+        forward, gradients = per_example.LOWERINGS[name]
+        y, vjp = jax.vjp(
+            lambda x, w: jax.lax.conv_general_dilated(
+                x, w, (1, 1), "SAME", dimension_numbers=layout
+            ),
+            *map(jnp.asarray, (x, w)),
+        )
+        found = forward(x, w, None, 1, 1), *gradients(x, w, dy, 1, 1)[:2]
+        for value, expected in zip(found, (y, *vjp(dy)), strict=True):
+            assert value.dtype == np.float64
+            np.testing.assert_allclose(value, expected, atol=1e-12)
