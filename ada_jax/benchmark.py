@@ -36,6 +36,7 @@ ROWS = ("peak", "conv", "inner", "step", "augment", "memory", "scaling")
 
 Timing = tuple[float, float]  # Least seconds per call, seconds to compile.
 Row = tuple[str, float, float, str, float]  # Title, flops, seconds, rate, seconds to compile.
+_AUGMIX_BATCH = 128
 
 
 class Scale(NamedTuple):
@@ -123,6 +124,20 @@ SCALES = {
         seconds=0.1,
     ),
 }
+
+
+def batches(scale: Scale, rows: str) -> list[int]:
+    """The batch sizes of some of the rows, which are split over the devices."""
+    match rows:
+        case "conv":
+            return [examples for examples, *_ in scale.conv]
+        case "inner":
+            return [batch for *_, batch in scale.inner]
+        case "step":
+            return [scale.batch or cifar10(words).batch_size for words in scale.words]
+        case "augment":
+            return [_AUGMIX_BATCH]
+    return []
 
 
 def time_calls(f: Callable[..., Any], *args: Any, seconds: float) -> Timing:
@@ -342,15 +357,14 @@ def first_step(config: Any, images: jax.Array) -> tuple[Any, ...]:
 
 def augment_rows(scale: Scale) -> Iterator[Row]:
     """AugMix of a batch, and DeepAugment's rendering."""
-    batch = 128
-    x = jax.random.uniform(jax.random.key(0), (batch, 32, 32, 3))
+    x = jax.random.uniform(jax.random.key(0), (_AUGMIX_BATCH, 32, 32, 3))
 
     def mix(x, seed):
         return augmix.augment_and_mix(jax.random.key(seed[0]), x)
 
     devices = np.arange(jax.local_device_count())
     seconds, compilation = time_calls(mix, x, devices, seconds=scale.seconds)
-    yield f"AugMix, batch {batch}", 0.0, seconds, f"{1e3 * seconds:.1f} ms", compilation
+    yield f"AugMix, batch {_AUGMIX_BATCH}", 0.0, seconds, f"{1e3 * seconds:.1f} ms", compilation
     images = np.random.default_rng(0).integers(0, 256, (scale.rendered, 32, 32, 3), np.uint8)
     for name, enlarge in (("edsr_small", 1), ("cae", 1), ("cae", 2)):
         theta = jax.tree.map(np.asarray, corruption_nets.make(name).theta)
@@ -462,12 +476,14 @@ def main(argv: list[str]) -> None:
     cli.set_up_devices(f.cpu_devices, "")
     scale = SCALES[f.scale or ("cpu" if jax.default_backend() == "cpu" else "accelerator")]
     scale = scale._replace(group=f.group)
-    smallest = min(batch for *_, batch in scale.inner)  # It divides all other batches.
-    if smallest % (devices := jax.local_device_count()):
-        raise UserError(
-            f"The {devices} devices do not divide the smallest batch of {smallest}: set "
-            "--cpu_devices or CUDA_VISIBLE_DEVICES so that they do."
-        )
+    devices = jax.local_device_count()
+    for name in f.rows:
+        for batch in batches(scale, name):
+            if batch % devices:
+                raise UserError(
+                    f"The {devices} devices do not divide a batch of {batch} of --rows={name}: set "
+                    "--cpu_devices or CUDA_VISIBLE_DEVICES so that they do."
+                )
     device = jax.devices()[0].device_kind
     print(f"{devices} devices ({device}), jax {jax.__version__}\n")
     timed = {

@@ -389,7 +389,12 @@ def _result(file: str, fields: dict[str, Any], required: Sequence[str], rounding
             raise UserError(
                 f"{file} has {name}={fields[name]!r}, which must be an object: evaluate again."
             )
-    return Result(file, fields, flatten(file, fields, rounding))
+    if not isinstance(fields["name"], str) or not isinstance(fields.get("seed", 0), int):
+        raise UserError(f"{file} has a name or seed of another type: evaluate again.")
+    try:
+        return Result(file, fields, flatten(file, fields, rounding))
+    except (AttributeError, TypeError) as error:
+        raise UserError(f"{file} has a value of a wrong type ({error}): evaluate again.") from error
 
 
 def flatten(file: str, fields: dict[str, Any], rounding: float = 0.005) -> dict[str, float]:

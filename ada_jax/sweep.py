@@ -46,6 +46,7 @@ from ada_jax.run import cli, config_checks, distributed, setup
 
 _TRAIN = ("-m", "ada_jax.train")
 _POLL_SECONDS = 0.2
+_DATA = {"data_dir", "deepaugment.dir", "eval_split"}  # Of the bookkeeping, what results depend on.
 
 Fields = dict[str, Any]  # such as {'config.seed': 1}
 
@@ -115,7 +116,7 @@ def read(sweep: str, overrides: Sequence[str] = ()) -> list[Point]:
 
     Raises:
       UserError: the file or the words are wrong, or a point has an unknown field, an invalid
-        value, or the name or the trained weights of another.
+        value, or the name of another.
     """
     base, found = _load(sweep)
     swept = {name for fields in found for name in fields}
@@ -138,21 +139,7 @@ def read(sweep: str, overrides: Sequence[str] = ()) -> list[Point]:
                 f"--sweep={sweep} has {count} points with the name {name}: remove all but one, "
                 "or let them differ in more than punctuation."
             )
-    trained: dict[str, str] = {}
-    for point in points:
-        config = json.dumps(_of_training(point.config), sort_keys=True)
-        if (first := trained.setdefault(config, point.name)) != point.name:
-            raise UserError(
-                f"--sweep={sweep} has the points {first} and {point.name}, which train the same "
-                "weights: remove one of them."
-            )
     return points
-
-
-def _of_training(config: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a config on which the trained weights depend."""
-    fields = results_files.comparable(config)
-    return {k: v for k, v in fields.items() if k not in results_files.BOOKKEEPING}
 
 
 def _load(sweep: str) -> tuple[str, list[Fields]]:
@@ -409,12 +396,12 @@ def _errors(results: dict[str, Any]) -> str:
 def show_report(files: Sequence[str]) -> None:
     """Prints tables 1 and 3 and the list of `python -m ada_jax.report FILES`."""
     results = [result for file in files for result in results_files.read(file)]
-    ours = grouping.rows(results)
-    made = (
-        paper_tables.table_1(ours, []),
-        paper_tables.table_3(ours, []),
-        paper_tables.table_list(results, []),
-    )
+    made = [paper_tables.table_list(results, [])]
+    try:
+        ours = grouping.rows(results)
+        made = [paper_tables.table_1(ours, []), paper_tables.table_3(ours, []), *made]
+    except UserError as error:  # Two points have trained the same.
+        logging.warning("Tables 1 and 3 are left out: %s", error)
     print("\n\n".join(map(tables.markdown, made)), flush=True)
 
 
@@ -428,10 +415,9 @@ def check_collected(points: Sequence[Point], folder: str) -> None:
         path = os.path.join(folder, f"{point.name}.json")
         if paths.exists(path):
             there = results_files.read(path)[0].fields.get("config") or {}
-            now, then = (
-                _of_training(c) | {"eval_split": c.get("eval_split")} for c in (point.config, there)
-            )
-            if differing := sorted(k for k in now | then if now.get(k) != then.get(k)):
+            now, then = map(results_files.comparable, (point.config, there))
+            compared = (now.keys() | then.keys()) - results_files.BOOKKEEPING | _DATA
+            if differing := sorted(k for k in compared if now.get(k) != then.get(k)):
                 raise UserError(
                     f"--collect={folder} has results of another {', '.join(differing)} in "
                     f"{point.name}.json: name another folder."

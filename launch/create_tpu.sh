@@ -75,6 +75,7 @@ while true; do
   case $state in
     FAILED | SUSPENDING | SUSPENDED | DELETING) exit 1 ;;
     MISSING) [ $((++absent)) -lt 3 ] || exit 1 ;; # A new request may take a moment to be listed.
+    *) absent=0 ;;
   esac
   sleep "$poll_seconds"
 done

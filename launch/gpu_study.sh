@@ -9,8 +9,8 @@
 #   launch/gpu_study.sh --minutes=10 --out=DIR --rehearsal    # tiny sizes, on a CPU
 #
 # The words after -- are flags of every training. When the time is up the script exits with status
-# 143, after Ctrl-C with 130, and the same command resumes. DIR has tests.log, benchmark.md, results/ROW.json after each
-# row, report.md and the runs' folders.
+# 143, after Ctrl-C with 130, and the same command resumes. DIR has tests.log, benchmark.md,
+# results/ROW.json after each row, report.md and the runs' folders.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 . "$(dirname "$0")/common.sh"
@@ -40,12 +40,20 @@ if [ -n "$rehearsal" ]; then
     --config.classifier=resnet9 "--config.ada.corruption_net=('edsr_small',)" ${flags[@]+"${flags[@]}"})
 fi
 
-trap 'exit 130' INT
-limited() { # Runs a command, and stops it by SIGTERM when the time is up. Ctrl-C reaches it too.
+running=''
+limited() { # Runs a command, and stops it by SIGTERM when the time is up.
   local left=$((end - SECONDS))
   [ $left -gt 0 ] || return 143
-  timeout --foreground --kill-after=60 --signal=TERM $left "$@"
+  timeout --kill-after=60 --signal=TERM $left "$@" &
+  running=$!
+  wait $running
 }
+stop() { # STATUS: stops the running command, waits for it, and exits.
+  [ -z "$running" ] || { kill -TERM "$running" && wait "$running"; } 2>/dev/null || true
+  exit "$1"
+}
+trap 'stop 130' INT
+trap 'stop 143' TERM
 
 status=0
 outcome() { # PART STATUS LOG: prints how a part of the study ended, and sets the exit status.

@@ -36,7 +36,7 @@ def test_rows_without_a_peer_and_unknown_rows_are_rejected():
 
 @pytest.mark.slow
 def test_devices_must_divide_the_batches():
-    command = [sys.executable, "-m", "ada_jax.benchmark", "--cpu_devices=3", "--rows=peak"]
+    command = [sys.executable, "-m", "ada_jax.benchmark", "--cpu_devices=3", "--rows=peak,step"]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert_mistake(done, "The 3 devices do not divide the smallest batch of 8")
+    assert_mistake(done, "The 3 devices do not divide a batch of 128 of --rows=step")
     assert done.stdout == ""

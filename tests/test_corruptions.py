@@ -40,7 +40,7 @@ from ada_jax.corruptions import (
 )
 from ada_jax.corruptions.functions import corrupt
 from ada_jax.corruptions.parameter_tables import EXTRA, NAMES
-from ada_jax.data import core, sources
+from ada_jax.data import core, npy_files, sources
 from ada_jax.errors import UserError
 from tests.conftest import assert_mistake, run_here
 
@@ -669,6 +669,18 @@ def test_only_imagenets_former_recipe_is_not_gone_on_with(tmp_path):
     write(tmp_path / "cifar", ["pixelate"])
     with pytest.raises(UserError, match="recipe is 1, not 2"):
         write(tmp_path / "imagenet", ["pixelate"], table="imagenet")
+
+
+def test_a_full_disk_is_named_and_an_unreadable_part_is_not_called_unwritable(tmp_path):
+    (tmp_path / "x.npy.partial").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"x\.npy\.partial cannot be written \(No space"):
+        npy_files.write_file(tmp_path / "x.npy", [bytes(100)])
+
+    def parts():
+        yield (tmp_path / "nothing").read_bytes()
+
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        npy_files.write_file(tmp_path / "y.npy", parts())
 
 
 def test_folders_that_are_not_ours(tmp_path):

@@ -202,6 +202,11 @@ def test_mistakes_are_told_before_images_are_read(fields, out, said, monkeypatch
         deepaugment.main(config(**fields), out)
 
 
+def test_a_folder_without_a_set_says_how_to_make_one(tmp_path):
+    with pytest.raises(UserError, match=r"no set .manifest.json is missing.* --out='.*/a set', or"):
+        rendered_set.read_manifest(tmp_path / "a set")
+
+
 @pytest.mark.slow
 def test_the_binary_draws_a_contact_sheet(tmp_path):
     flags = [

@@ -861,20 +861,24 @@ def test_a_gpu_study_says_what_failed_and_goes_on(study):
     assert len([call for call in calls if call[1] == "ada_jax.sweep"]) == 4
 
 
-def test_ctrl_c_ends_a_gpu_study(tmp_path, study):
-    python = tmp_path / "bin" / "python3"
-    python.write_text('#!/bin/sh\n[ "$1" != -c ] || exit 1\necho >"$STARTED"\nexec sleep 60\n')
-    started = tmp_path / "started"
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_lets_a_gpu_study_s_command_save_and_ends_it(tmp_path, study, number, status):
+    (tmp_path / "bin" / "python3").write_text(
+        "#!/bin/bash\n[ $1 != -c ] || exit 1\n"
+        "trap 'echo saved >>$CALLS; exit 143' TERM\necho started >>$CALLS\nsleep 60 &\nwait\n"
+    )
+    calls = tmp_path / "calls"
     running = subprocess.Popen(
         [LAUNCH / "gpu_study.sh", "--minutes=9", f"--out={tmp_path / 'out'}"],
-        env=os.environ
-        | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "STARTED": str(started)},
+        env=os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "CALLS": str(calls)},
         start_new_session=True,
     )
-    while not started.exists():
+    while not calls.exists():
         time.sleep(0.02)
-    os.killpg(running.pid, signal.SIGINT)  # As a terminal does.
-    assert running.wait(20) in (130, -signal.SIGINT)
+    # A terminal sends Ctrl-C to the whole group, a scheduler SIGTERM to the script.
+    (os.killpg if number == signal.SIGINT else os.kill)(running.pid, number)
+    assert running.wait(20) == status
+    assert calls.read_text().splitlines() == ["started", "saved"]
 
 
 def test_a_gpu_study_ends_where_its_time_is_up(study):

@@ -569,6 +569,10 @@ def test_a_report_has_tables_figures_and_a_page_that_asks_for_nothing(drawn):
         (lambda r: r.update(config=None), "config=None, which must be an object"),
         (lambda r: r.update(lp=3), "lp=3, which must be an object"),
         (lambda r: r.update(published=True), "no list of rows"),
+        (lambda r: r.update(name=3), "has a name or seed of another type"),
+        (lambda r: r.update(seed=[1]), "has a name or seed of another type"),
+        (lambda r: r.update(lp_accuracy={"l2": 3}), "has a value of a wrong type"),
+        (lambda r: r["clean"].update(wrong="x"), "has a value of a wrong type"),
     ],
 )
 def test_a_file_that_is_not_as_it_should_be_is_refused_by_name(tmp_path, change, said):

@@ -255,7 +255,6 @@ LIST = "CONFIG = 'experiments/quickstart.py'\ndef get_hyper(hyper): return {}"
         (LIST.format("[{'seed': 1}]"), "'config.seed': 1"),
         ("def get_hyper(hyper): return [{'config.seed': 1}]", "without a config"),
         (LIST.format("[{'config': 3}]"), "without a config"),
-        (LIST.format("hyper.sweep('config.log_steps', [1, 2])"), "which train the same weights"),
         (LIST.format("[{'config': 'nothing.py:a'}]"), "nothing.py does not exist"),
         (LIST.format("[{'config': 'experiments/cifar10.py:x'}]"), "unknown word 'x'"),
         (LIST.format("[{'config.sed': 1}]"), "point quickstart: The config has no field 'sed'"),
@@ -547,6 +546,17 @@ def test_results_of_averaged_weights_are_collected_too(tmp_path):
     }
 
 
+def test_points_that_train_the_same_are_listed(tmp_path, capsys, caplog):
+    counts = {"examples": 8, "wrong": 2, "error": 25.0}
+    for name in "ab":
+        content = dict.fromkeys(("commit", "device", "weights_digest"), name)
+        content |= {"schema": 1, "name": "x", "seed": 0, "step": 7, "seconds": 1.0, "clean": counts}
+        content |= {"config": {"method": "nominal", "log_steps": ord(name)}, "data": {"name": "y"}}
+        (tmp_path / name).write_text(json.dumps(content))
+    sweep.show_report([str(tmp_path / name) for name in "ab"])
+    assert capsys.readouterr().out.count("25.0") == 2 and "Tables 1 and 3 are left" in caplog.text
+
+
 def test_results_of_other_configs_are_not_replaced(stand_in, tmp_path):
     points, ready, _ = stand_in
     content = json.loads((ready / points[0].name / "results.json").read_text())
@@ -555,7 +565,8 @@ def test_results_of_other_configs_are_not_replaced(stand_in, tmp_path):
     file = tmp_path / f"{points[0].name}.json"
     file.write_text(json.dumps(content))
     sweep.check_collected(points, str(tmp_path))
-    for field, value in (("epochs", 99.0), ("eval_split", "test[:7]")):
+    others = ("epochs", 99.0), ("eval_split", "test[:7]"), ("data_dir", "elsewhere")
+    for field, value in others:
         file.write_text(json.dumps(content | {"config": points[0].config | {field: value}}))
         with pytest.raises(UserError, match=f"has results of another {field} in {file.name}"):
             sweep.check_collected(points, str(tmp_path))

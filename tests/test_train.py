@@ -981,6 +981,19 @@ def test_one_device_and_four_train_alike(tmp_path):
     assert np.linalg.norm(four - one) < 4e-4 * np.linalg.norm(one)
 
 
+def test_evaluated_images_have_the_size_of_the_training_images(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), np.uint8)
+    labels = np.arange(40) % 4
+    sets = {"train_images": images, "train_labels": labels, "test_labels": labels}
+    np.savez(tmp_path / "x.npz", **sets, test_images=images[:, ::-1, :12])
+    fields = {"dataset": "npz", "data_dir": str(tmp_path / "x.npz")}
+    said = (
+        r"'test' has images of shape \[16, 12, 3\] and config\.train_split='train' of \[16, 16, 3\]"
+    )
+    with pytest.raises(UserError, match=said):
+        setup.build(tiny(**fields, train_split="train", eval_split="test"))
+
+
 def test_evaluation_counts_every_example_once():
     config = tiny(eval_split="test[:37]")
     parts = setup.build(config)

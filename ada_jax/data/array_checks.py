@@ -5,6 +5,7 @@ import numpy as np
 from ada_jax.errors import UserError
 
 _ROUNDING = 1e-6  # As `checks.as_images` allows.
+_MOST_CLASSES = 100_000  # Larger labels of a set that may lack classes are a mistake.
 _FEW = 4  # Sets of at most this many images may be black.
 
 
@@ -41,7 +42,7 @@ def checked_images(images: np.ndarray, where: str) -> np.ndarray:
                 f"{where} has floating-point pixels from {low} to {high}: scale them to [0, 1], "
                 "without NaN."
             )
-        images = images.astype(np.float32).clip(0, 1)
+        images = np.clip(images, 0, 1, dtype=np.float32)
     check_brightness(images, where)
     return images
 
@@ -91,7 +92,7 @@ def checked_labels(labels: np.ndarray, where: str) -> np.ndarray:
 def class_numbers(labels: np.ndarray, where: str, *, trained: bool = True) -> tuple[str, ...]:
     """The class names '0', '1', ... up to the largest label; of training sets, all must occur."""
     present = np.unique(labels)
-    if not trained and len(present):
+    if not trained and len(present) and present[-1] < _MOST_CLASSES:
         return tuple(map(str, range(max(2, int(present[-1]) + 1))))
     if len(present) < 2 or present[-1] != len(present) - 1:
         first = int(present[0]) if len(present) else 0

@@ -288,19 +288,13 @@ def _pixels(image: np.ndarray) -> bytes:
 def check_held_out(
     train_set: Dataset, eval_set: Dataset, train_split: str, eval_split: str
 ) -> None:
-    """Checks that an evaluation set has no training images, and images of their size.
+    """Checks that an evaluation set has no training images.
 
     A few images with equal pixels, such as duplicates in collected data, are only logged.
 
     Raises:
-      UserError: some are the same stored examples, more than half have equal pixels, or the sizes
-        differ.
+      UserError: some are the same stored examples, or more than half have equal pixels.
     """
-    if (one := train_set.image_shape) != (other := eval_set.image_shape):
-        raise UserError(
-            f"config.eval_split={eval_split!r} has images of shape {list(other)} and "
-            f"config.train_split={train_split!r} of {list(one)}: resize one of them."
-        )
     stored, equal = overlap(train_set, eval_set)
     if stored or 2 * equal > len(eval_set):
         raise UserError(

@@ -4,7 +4,6 @@ A file is renamed to its final name when it is complete and on the disk. manifes
 set that a folder holds; no other set is written to it.
 """
 
-import contextlib
 import io
 import itertools
 import json
@@ -131,24 +130,16 @@ def write(
 def write_file(path: pathlib.Path, parts: Iterable[Any]) -> None:
     """Writes a file under a temporary name, and renames it when it is complete and on the disk."""
     partial = path.with_name(path.name + ".partial")
-    with _written(partial):
-        file = partial.open("wb")
-    with file:
-        for part in parts:  # May be read from other files, whose errors are not this one's.
-            with _written(partial):
+    try:
+        with partial.open("wb") as file:
+            for part in parts:
                 file.write(part)
-        with _written(partial):
             file.flush()
             os.fsync(file.fileno())
-    with _written(partial):
         partial.replace(path)
-
-
-@contextlib.contextmanager
-def _written(partial: pathlib.Path) -> Iterator[None]:
-    try:
-        yield
     except OSError as error:
+        if error.filename not in (None, os.fspath(partial)):  # Of a file that a part is read from.
+            raise
         raise UserError(
             f"{partial} cannot be written ({error.strerror}): fix that, or give another folder "
             "with --out, and run the same command again."

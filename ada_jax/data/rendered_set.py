@@ -256,8 +256,8 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
         found = f"a manifest.json that cannot be read ({error!r})"
     raise UserError(
         f"{where} has {found}: make one with python -m ada_jax.deepaugment "
-        f"--config=experiments/deepaugment.py --out={shlex.quote(folder)}, or give the folder of "
-        "a set."
+        f"--config=experiments/deepaugment.py --out={shlex.quote(str(folder))}, or give the "
+        "folder of a set."
     )
 
 

@@ -150,6 +150,11 @@ def build(config: ml_collections.ConfigDict) -> Parts:
     train_set = load(config.train_split, encoded=bool(config.crop_scale))
     eval_set = load(config.eval_split)
     core.check_held_out(train_set, eval_set, config.train_split, config.eval_split)
+    if (one := train_set.image_shape) != (other := eval_set.image_shape):
+        raise UserError(
+            f"config.eval_split={config.eval_split!r} has images of shape {list(other)} and "
+            f"config.train_split={config.train_split!r} of {list(one)}: resize one of them."
+        )
     if nets:
         names, enlarge = config.ada.corruption_net, config.ada.corruption_enlarge
         shape = train_set.image_shape
