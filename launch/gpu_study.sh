@@ -48,6 +48,7 @@ limited() { # Runs a command, and stops it by SIGTERM when the time is up.
   running=$!
   wait $running
 }
+# shellcheck disable=SC2329 # Traps call it.
 stop() { # STATUS: stops the running command, waits for it, and exits.
   [ -z "$running" ] || { kill -TERM "$running" && wait "$running"; } 2>/dev/null || true
   exit "$1"
