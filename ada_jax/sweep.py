@@ -46,7 +46,7 @@ from ada_jax.run import cli, config_checks, distributed, setup
 
 _TRAIN = ("-m", "ada_jax.train")
 _POLL_SECONDS = 0.2
-_DATA = {"data_dir", "deepaugment.dir", "eval_split"}  # Of the bookkeeping, what results depend on.
+_DATA = {"data_dir", "deepaugment.dir", "eval_split"}  # The data of a run, in its bookkeeping.
 
 Fields = dict[str, Any]  # such as {'config.seed': 1}
 
@@ -405,23 +405,38 @@ def show_report(files: Sequence[str]) -> None:
     print("\n\n".join(map(tables.markdown, made)), flush=True)
 
 
-def check_collected(points: Sequence[Point], folder: str) -> None:
-    """Checks that `collect` replaces no results of other configs.
+def check_collected(points: Sequence[Point], out: str, folder: str) -> None:
+    """Checks that `collect` replaces only results of the same configs by no fewer measurements.
+
+    Args:
+      points: points that may still have to run.
+      out: folder of their folders.
+      folder: the folder to copy to.
 
     Raises:
-      UserError: FOLDER/POINT.json has results of another config or split, or cannot be read.
+      UserError: FOLDER/POINT.json has results of another config, data or split, or measurements
+        that OUT/POINT lacks and the point does not make; or it cannot be read.
     """
     for point in points:
         path = os.path.join(folder, f"{point.name}.json")
-        if paths.exists(path):
-            there = results_files.read(path)[0].fields.get("config") or {}
-            now, then = map(results_files.comparable, (point.config, there))
-            compared = (now.keys() | then.keys()) - results_files.BOOKKEEPING | _DATA
-            if differing := sorted(k for k in compared if now.get(k) != then.get(k)):
-                raise UserError(
-                    f"--collect={folder} has results of another {', '.join(differing)} in "
-                    f"{point.name}.json: name another folder."
-                )
+        own = os.path.join(out, point.name, "results.json")
+        if not paths.exists(path) or (paths.exists(own) and paths.read(own) == paths.read(path)):
+            continue
+        there = results_files.read(path)[0].fields
+        now, then = map(results_files.comparable, (point.config, there.get("config") or {}))
+        compared = (now.keys() | then.keys()) - results_files.BOOKKEEPING | _DATA
+        differing = sorted(f"config.{k}" for k in compared if now.get(k) != then.get(k))
+        made = {*point.config["eval_sets"], *_measured(_progress(point, out)[0])}
+        if differing := differing or sorted(_measured(there) - made):
+            raise UserError(
+                f"--collect={folder} has other results of {', '.join(differing)} in "
+                f"{point.name}.json: name another folder."
+            )
+
+
+def _measured(results: dict[str, Any]) -> set[str]:
+    """The sets and attacks of --sets that results have."""
+    return {name for name, e in evaluators.EVALUATORS.items() if e.fields[-1] in results}
 
 
 def collect(points: Sequence[Point], out: str, folder: str) -> None:
@@ -450,7 +465,7 @@ def main(argv: list[str], overrides: Sequence[str] = ()) -> int | None:
     cli.make_folder("out", out)
     if f.collect:
         cli.make_folder("collect", f.collect)
-        check_collected(points, f.collect)
+        check_collected(points, out, f.collect)
     failed, stopped = run(points, out, f.jobs)
     done = [point for point in points if finished(point, out)]
     if f.collect:

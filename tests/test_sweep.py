@@ -557,19 +557,27 @@ def test_points_that_train_the_same_are_listed(tmp_path, capsys, caplog):
     assert capsys.readouterr().out.count("25.0") == 2 and "Tables 1 and 3 are left" in caplog.text
 
 
-def test_results_of_other_configs_are_not_replaced(stand_in, tmp_path):
-    points, ready, _ = stand_in
+def test_only_results_of_the_same_config_are_replaced(stand_in, tmp_path):
+    points, ready, out = stand_in
     content = json.loads((ready / points[0].name / "results.json").read_text())
     content |= dict.fromkeys(("name", "commit", "device", "weights_digest"), "x")
-    content |= {"schema": 1, "seed": 0, "data": {}, "seconds": 1.0, "mce_unnormalised": 25.0}
+    content |= {"schema": 1, "seed": 0, "data": {}, "seconds": 1.0}
     file = tmp_path / f"{points[0].name}.json"
     file.write_text(json.dumps(content))
-    sweep.check_collected(points, str(tmp_path))
-    others = ("epochs", 99.0), ("eval_split", "test[:7]"), ("data_dir", "elsewhere")
-    for field, value in others:
-        file.write_text(json.dumps(content | {"config": points[0].config | {field: value}}))
-        with pytest.raises(UserError, match=f"has results of another {field} in {file.name}"):
-            sweep.check_collected(points, str(tmp_path))
+    sweep.check_collected(points, out, str(tmp_path))
+    others = [
+        (f"config.{field}", {"config": points[0].config | {field: value}})
+        for field, value in (("epochs", 99.0), ("eval_split", "test[:7]"), ("data_dir", "x"))
+    ]
+    for field, change in (*others, ("lp", {"lp": {}, "lp_accuracy": {}})):
+        file.write_text(json.dumps(content | change))
+        with pytest.raises(UserError, match=f"has other results of {field} in {file.name}"):
+            sweep.check_collected(points, out, str(tmp_path))
+    # A copy of this sweep's own, such as of before a folder moved.
+    own = pathlib.Path(out) / points[0].name / "results.json"
+    own.parent.mkdir(parents=True)
+    own.write_text(file.read_text())
+    sweep.check_collected(points, out, str(tmp_path))
 
 
 @pytest.mark.slow
