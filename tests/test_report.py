@@ -389,10 +389,11 @@ def test_runs_that_were_measured_on_other_images_are_not_seeds(tmp_path):
     assert row.seeds == 2
     assert len(grouping.rows(read(tmp_path, of(0, "a", "x"), of(1, "b", "x")))) == 2
     measured = [
-        result(seed=seed, data=result()["data"] | {"fingerprint": digest})
+        result(seed=seed, data=result()["data"] | {"fingerprint": digest * 64})
         for seed, digest in enumerate("ab")
     ]
-    assert len(grouping.rows(read(tmp_path, *measured))) == 2
+    labels = [row.label for row in grouping.rows(read(tmp_path, *measured))]
+    assert labels == [f"cifar10_ada_small (data.fingerprint={12 * digest})" for digest in "ab"]
 
 
 def test_images_are_not_said_to_be_corrupted_before_they_are(tmp_path):

@@ -144,6 +144,8 @@ def settings(result: results_files.Result) -> dict[str, Any]:
         flat |= results_files.flat(compared.get(key), key)
     digests = results_files.flat(result.fields.get("training") or {}, "training")
     flat |= {name: str(digest)[:12] for name, digest in digests.items()}
+    if "data.fingerprint" in flat:
+        flat["data.fingerprint"] = str(flat["data.fingerprint"])[:12]
     if files := source.get("files"):
         where = ("corruption_source.folder", "corruption_source.files")
         flat = {k: v for k, v in flat.items() if not k.startswith(where)}
