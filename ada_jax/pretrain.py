@@ -283,14 +283,14 @@ def load_images(config: ml_collections.ConfigDict, split: str, *, size: int) -> 
         else:
             origin, members, images = tfds_sets.div2k_images(split, data_dir)
         side = 2 * size if split.startswith("train") else size
-        found = [np.zeros((0, side, side, 3), np.uint8)]
+        found = []
         for image in images:
             found.append(tiles.cut(image, side=side, step=size, most=config.tiles))
             _check_memory(config.tiles, split, sum(cut.nbytes for cut in found))
         images = np.concatenate(found)
         labels = np.zeros(len(images), np.int32)
         dataset = core.from_arrays(images, labels, class_names=("photo",), name=config.dataset)
-        of_tiles = [m for m, cut in zip(members, found[1:], strict=True) for _ in cut]
+        of_tiles = [m for m, cut in zip(members, found, strict=True) for _ in cut]
         return dataclasses.replace(dataset, origin=origin, members=of_tiles)
     dataset = sources.load(config.dataset, split, data_dir=data_dir, image_size=config.image_size)
     if min(dataset.image_shape[:2]) < size:

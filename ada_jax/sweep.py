@@ -406,7 +406,7 @@ def show_report(files: Sequence[str]) -> None:
 
 
 def check_collected(points: Sequence[Point], out: str, folder: str) -> None:
-    """Checks that `collect` replaces only results of the same configs by no fewer measurements.
+    """Checks that `collect` replaces no results of other configs and loses no measurements.
 
     Args:
       points: points that may still have to run.

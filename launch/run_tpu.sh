@@ -96,7 +96,7 @@ while true; do
     exit 2
   fi
   if [ $restarts -ge "$max_restarts" ]; then
-    echo "$name could not be created or was interrupted, after $restarts restarts; the same command resumes." >&2
+    echo "$name was interrupted or could not be created, also after $restarts restarts; the same command resumes." >&2
     exit 143
   fi
   restarts=$((restarts + 1))

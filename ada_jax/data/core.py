@@ -231,8 +231,8 @@ def renumbered(dataset: Dataset, class_names: Sequence[str]) -> Dataset:
 
     Args:
       dataset: images of some or all of the classes.
-      class_names: the classifier's K classes. If one of both has the names '0', '1', ... and the
-        other has K others, labels are not changed and a warning is logged.
+      class_names: the classifier's K classes. If only one of the two has names, and both have K
+        classes, labels are matched by number and a warning is logged.
 
     Returns:
       The data set with labels in 0..K-1 and these class names.

@@ -138,7 +138,7 @@ def write_file(path: pathlib.Path, parts: Iterable[Any]) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
-        if error.filename not in (None, os.fspath(partial)):  # Of a file that a part is read from.
+        if error.filename not in (None, os.fspath(partial)):  # An input could not be read.
             raise
         raise UserError(
             f"{partial} cannot be written ({error.strerror}): fix that, or give another folder "

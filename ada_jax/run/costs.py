@@ -1,4 +1,4 @@
-"""What a program costs: the operations that it needs, and those and the traffic of a compiled one.
+"""Costs of a program: the operations it needs, and those and the HBM traffic when compiled.
 
 XLA's own cost analysis takes a loop's body once, however often it runs, and counts what stays in a
 TPU's on-chip memory with what goes to HBM. The two counts here multiply a loop's body by its
