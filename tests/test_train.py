@@ -933,10 +933,12 @@ def test_leaves_must_match_in_each_network():
 @pytest.mark.slow
 @pytest.mark.usefixtures("small_networks")
 def test_advmix_alone_and_with_ada_trains():
-    alone = {"ada.choice": ("mixing",), "ada.leaves": "^block"}
+    alone = {"ada.choice": ("mixing",), "ada.leaves": "w$"}
     for changes in (alone, {"ada.choice": ("delta", "mixing")}):
         state, metrics = first_steps(tiny(**changes), steps=2)
-        assert int(state.step) == 2 and metrics["ada_loss_end"] > metrics["ada_loss_start"]
+        assert int(state.step) == 2
+        # Far above rounding errors: 0.0014 with the mixing weights alone.
+        assert metrics["ada_loss_end"] > metrics["ada_loss_start"] + 3e-4
         assert np.all(np.isfinite(list(metrics.values())))
 
 
