@@ -253,30 +253,30 @@ def maximise(
     loss_fn = checks.detached(loss_fn, x)
     radii = perturbation.radii(net.theta, nu)
     step = perturbation.STEP_RULES[step_rule]
-    free = _free_choice(choice, _of_groups(example_keys, group), net.theta, radii)
+    variable = _variable(choice, _of_groups(example_keys, group), net.theta, radii)
 
     def total_loss(chosen):
         # A sum, not a mean, makes an example's gradient independent of the batch size.
-        per_example = loss_fn(_render(net.apply, free.weights(chosen), x, example_keys))
+        per_example = loss_fn(_render(net.apply, variable.weights(chosen), x, example_keys))
         return per_example.sum(), per_example
 
     def ascend(i, carry):
         chosen, start = carry
         gradient, loss = jax.grad(total_loss, has_aux=True)(chosen)
         start = jnp.where(i == 0, loss, start)
-        chosen = perturbation.add(chosen, step(gradient, free.radii, step_scale))
-        return free.project(chosen), start
+        chosen = perturbation.add(chosen, step(gradient, variable.radii, step_scale))
+        return variable.project(chosen), start
 
     start = jnp.zeros_like(x, jnp.float32, shape=(len(x),))
-    chosen, start = lax.fori_loop(0, steps, ascend, (free.start, start))
-    delta = lax.stop_gradient(free.delta(chosen))
+    chosen, start = lax.fori_loop(0, steps, ascend, (variable.start, start))
+    delta = lax.stop_gradient(variable.delta(chosen))
     on_surface = perturbation.on_surface(delta, radii)
     if group > 1:
         on_surface = jnp.repeat(on_surface, group)
     return delta, {"loss_start": start, "on_surface": on_surface}
 
 
-class _FreeChoice(NamedTuple):
+class _Variable(NamedTuple):
     """What the ascent varies, a tree of [G,...].
 
     Attributes:
@@ -294,8 +294,8 @@ class _FreeChoice(NamedTuple):
     delta: Callable[[PyTree], PyTree]
 
 
-def _free_choice(choice: str, keys: jax.Array, theta: PyTree, radii: PyTree) -> _FreeChoice:
-    """The free choice of `maximise` for groups with these keys."""
+def _variable(choice: str, keys: jax.Array, theta: PyTree, radii: PyTree) -> _Variable:
+    """The optimisation variable of `maximise` for groups with these keys."""
     if choice == "mixing":
         return _mixing(keys, theta, radii)
 
@@ -307,10 +307,10 @@ def _free_choice(choice: str, keys: jax.Array, theta: PyTree, radii: PyTree) -> 
 
     # The loop carries theta + delta instead of delta, so that a step does not write both.
     start = perturbation.add(theta, perturbation.init(keys, theta, radii))
-    return _FreeChoice(start, radii, project, lambda weights: weights, delta)
+    return _Variable(start, radii, project, lambda weights: weights, delta)
 
 
-def _mixing(keys: jax.Array, theta: PyTree, radii: PyTree) -> _FreeChoice:
+def _mixing(keys: jax.Array, theta: PyTree, radii: PyTree) -> _Variable:
     """AdvMix: the mixing weights of random corruptions, see `maximise`."""
     delta_keys, weight_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
     mix = functools.partial(perturbation.mix, perturbation.init(delta_keys, theta, radii))
@@ -320,7 +320,7 @@ def _mixing(keys: jax.Array, theta: PyTree, radii: PyTree) -> _FreeChoice:
 
     start = perturbation.init_weights(weight_keys, theta)
     ones = jax.tree.map(jnp.ones_like, radii)
-    return _FreeChoice(start, ones, perturbation.clip, weights, mix)
+    return _Variable(start, ones, perturbation.clip, weights, mix)
 
 
 def render(net: CorruptionNet, delta: PyTree, x: jax.Array, example_keys: jax.Array) -> jax.Array:
@@ -369,16 +369,24 @@ def _check(net, x, ssim_threshold, microbatch, group) -> None:
         )
     if not jax.tree.leaves(net.theta):
         raise UserError("net.theta has no parameters to perturb: give a network that has some.")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(net.theta):
+        if not isinstance(leaf, jax.Array | np.ndarray | np.number | float | int):
+            name = jax.tree_util.keystr(path)
+            raise UserError(f"net.theta{name} is {leaf!r}: give arrays of floating-point numbers.")
     one = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
+    theta = jax.tree.map(lambda a: jax.ShapeDtypeStruct(np.shape(a), jnp.float32), net.theta)
     try:
         # A new function object, see `checks.num_classes`.
         apply = lambda *args: net.apply(*args)  # noqa: E731
-        rendered = jax.eval_shape(apply, net.theta, one, jax.random.key(0))
+        rendered = jax.eval_shape(apply, theta, one, jax.random.key(0))
         rendered = rendered.shape if jnp.issubdtype(rendered.dtype, jnp.floating) else rendered
     except UserError:
         raise
     except (TypeError, ValueError, AttributeError) as error:  # Wrong shapes or arguments.
-        rendered = first_line(error)
+        raise UserError(
+            f"net.apply fails for images {list(one.shape)} and float32 parameters: "
+            f"{first_line(error)}: use a network for images of this shape."
+        ) from error
     if rendered != one.shape:
         raise UserError(
             f"net.apply must preserve the image shape, floating-point {list(one.shape)}, but gives "

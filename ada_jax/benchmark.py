@@ -208,10 +208,7 @@ def conv_rows(scale: Scale) -> Iterator[Row]:
         dy = jnp.asarray(random(size=(examples, 1, pixels, pixels, outputs)), scale.dtype)
         flops = 2 * 9 * inputs * outputs * pixels**2 * examples
         title = f"{examples} x {pixels}x{pixels}, {inputs} to {outputs} channels"
-        aligned = inputs % 8 == outputs % 8 == 0
         for name, forward, gradients in lowerings():
-            if aligned and "by 8" in name:
-                continue  # Nothing to pad.
             seconds, compilation = time_calls(forward, x, w, seconds=scale.seconds)
             yield f"conv forward, {title}, {name}", flops, seconds, "", compilation
             seconds, compilation = time_calls(gradients, x, w, dy, seconds=scale.seconds)
@@ -450,9 +447,9 @@ class ConcurrentPrograms:
         self._threads = concurrent.futures.ThreadPoolExecutor(len(groups))
         self.seconds()
 
-    def seconds(self, least: float = 1.0) -> float:
+    def seconds(self) -> float:
         """Least seconds until all programs have ended."""
-        times, end = [], time.perf_counter() + least
+        times, end = [], time.perf_counter() + 1.0
         while time.perf_counter() < end or len(times) < 3:
             start = time.perf_counter()
             list(self._threads.map(lambda p: jax.block_until_ready(p()), self._programs))

@@ -1,4 +1,4 @@
-"""Input checks shared by AdA and the attacks."""
+"""Checks and conversions of arguments, shared by AdA, the attacks and the augmentations."""
 
 import functools
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def scalar(name: str, value: jax.Array | float, default: float) -> float:
       UserError: it is not one number.
     """
     found = concrete(value, default)
-    if found.shape or not np.issubdtype(found.dtype, np.number):
+    if np.shape(value) or not np.issubdtype(found.dtype, np.number):
         raise UserError(f"{name}={value!r} must be one number.")
     return float(found)
 

@@ -16,7 +16,8 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from ada_jax import results as results_files
-from ada_jax.data import rendered_set, sources
+from ada_jax.augment import rendered_set
+from ada_jax.data import sources
 from ada_jax.errors import require_extra
 from ada_jax.report import figures
 from ada_jax.run import cli, config_checks

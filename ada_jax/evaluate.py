@@ -86,7 +86,7 @@ def new_results(
     return json.loads(json.dumps(results))  # Tuples become lists, as in the file.
 
 
-# ------------------------------------------------------------------------ the binary
+# ------------------------------------------------------------------------ the command
 
 
 class _Subject(NamedTuple):
@@ -222,7 +222,7 @@ def _load(
 
 
 def _lock(out: str) -> Any:
-    """A run's results files are locked by its folder, as in training; another one by itself."""
+    """The lock file: that of the folder for a run's own results files, else one beside the file."""
     path = paths.at(out)
     of_run = path.name in ("results.json", "results_ema.json")
     return locks.of_folder(path.parent) if of_run else locks.of_file(path)
@@ -251,9 +251,7 @@ def _start(
     if count := _trained_on(config, workdir, subject.metadata, clean):
         results["trained_on"] = count
         logging.warning("%d of these %d images were trained on.", count, len(clean))
-    return results_files.with_earlier(
-        results, out, recognises=functools.partial(core.recognises, clean)
-    )
+    return results_files.with_earlier(results, out)
 
 
 def _attack(

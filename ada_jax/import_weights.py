@@ -296,7 +296,7 @@ def _torch() -> Any:
     return torch
 
 
-# ------------------------------------------------------------------------ the binary
+# ------------------------------------------------------------------------ the command
 
 
 def import_file(network: str, source: str, out: str) -> str:

@@ -29,7 +29,10 @@ def per_example(key: jax.Array, count: int) -> jax.Array:
     if key.ndim > _dimensions(key) + 1:
         raise UserError(f"The keys have shape {list(key.shape)}: give one key, or one per image.")
     if len(key) != count:
-        raise UserError(f"There are {len(key)} keys for {count} images: give 1 or {count}.")
+        raise UserError(
+            f"There are {len(key)} keys for {count} images: give one key, without a batch axis, or "
+            f"{count}."
+        )
     return key
 
 
@@ -48,8 +51,8 @@ def of_batch(key: jax.Array, x: jax.Array) -> jax.Array:
     """
     if is_single(key):
         index, parts = sharding.shard_index(x, key)
-        everyone = jax.random.split(key, parts * len(x))
-        return lax.dynamic_slice_in_dim(everyone, index * len(x), len(x))
+        all_keys = jax.random.split(key, parts * len(x))
+        return lax.dynamic_slice_in_dim(all_keys, index * len(x), len(x))
     return sharding.varying(per_example(key, len(x)), x)
 
 

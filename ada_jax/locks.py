@@ -1,4 +1,4 @@
-"""The lock of all commands that write to a folder or a file.
+"""Locks that keep two commands from writing to the same folder or file.
 
 The kernel locks a file beside the output and releases it when its holder ends, even if it is
 killed. File systems without locks, as on some clusters, and buckets are not locked.

@@ -185,10 +185,10 @@ def read_json(path: AnyPath) -> Any:
       ValueError: it is not JSON, or holds NaN or infinity.
     """
 
-    def refuse(constant: str) -> None:
+    def reject(constant: str) -> None:
         raise ValueError(f"it has {constant}, which is not JSON")
 
-    return json.loads(read(path), parse_constant=refuse)
+    return json.loads(read(path), parse_constant=reject)
 
 
 @contextlib.contextmanager
@@ -221,7 +221,7 @@ def check_name(field: str, name: str) -> None:
     """Raises UserError if the value of a field cannot name a file or a folder."""
     if name in ("", ".", "..") or "/" in name or "\0" in name:
         raise UserError(
-            f"{field}={name!r} cannot name a file or a folder: use one word, as 'cifar10_ada'."
+            f"{field}={name!r} cannot name a file or a folder: use one word, such as 'cifar10_ada'."
         )
 
 

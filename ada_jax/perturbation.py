@@ -152,9 +152,9 @@ def project(delta: PyTree, radii: PyTree) -> PyTree:
     )
 
 
-def on_surface(delta: PyTree, radii: PyTree, tolerance: float = 1e-3) -> jax.Array:
+def on_surface(delta: PyTree, radii: PyTree) -> jax.Array:
     """Share of the leaves with a positive radius that lie on their ball's surface [B]."""
-    at = jax.tree.map(lambda n, r: (r > 0) & (n >= (1 - tolerance) * r), norms(delta), radii)
+    at = jax.tree.map(lambda n, r: (r > 0) & (n >= (1 - 1e-3) * r), norms(delta), radii)
     balls = sum(jnp.float32(r > 0) for r in jax.tree.leaves(radii))
     return jnp.stack(jax.tree.leaves(at)).sum(0) / jnp.maximum(balls, 1)
 

@@ -206,7 +206,7 @@ def plan_step(
 
     Returns:
       The figures of one core in flops, bytes and seconds. If the step does not fit in memory,
-      'fits' is False, 'refusal' has the compiler's message, and there are no figures of the
+      'fits' is False, 'compiler_error' has its message, and there are no figures of the
       program.
 
     Raises:
@@ -233,7 +233,7 @@ def plan_step(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return figures | {"fits": False, "refusal": _reason(error)}
+        return figures | {"fits": False, "compiler_error": _reason(error)}
     figures["compile_seconds"] = time.monotonic() - started
     return figures | {"fits": True} | program_figures(compiled, chip)
 
@@ -241,11 +241,11 @@ def plan_step(
 def _identity(
     config: ml_collections.ConfigDict, topology: str, examples: int | None
 ) -> dict[str, Any]:
-    knobs = json.dumps(config.to_dict(), sort_keys=True)
+    fields = json.dumps(config.to_dict(), sort_keys=True)
     installed = filter(importlib.util.find_spec, ("jax", "libtpu"))
     return {
         "config": config.name,
-        "config_sha256": hashlib.sha256(knobs.encode()).hexdigest(),
+        "config_sha256": hashlib.sha256(fields.encode()).hexdigest(),
         "topology": topology,
         "steps": steps_of(config, examples),
         "versions": {name: importlib.metadata.version(name) for name in installed},
@@ -286,7 +286,7 @@ def table(figures: dict[str, Any]) -> str:
     f = figures
     rows = [
         ("topology", f"{f['topology']}, {f['cores']} cores of {f['device']}"),
-        *([("data, assumed", f["data"])] if "data" in f else []),  # Older files have none.
+        ("data, assumed", f["data"]),
         ("batch", f"{f['batch_per_core']} examples a core"),
         ("useful flops", f"{f['useful_flops'] / 1e12:.3f} T a core"),
     ]
@@ -296,7 +296,10 @@ def table(figures: dict[str, Any]) -> str:
         rows += [
             ("compiled flops", f"{f['compiled_flops'] / 1e12:.3f} T a core"),
             ("HBM traffic", f"{f['hbm_traffic'] / 1e9:.1f} GB a core"),
-            *_traffic_rows(f),
+            *[
+                (f"  {name}", f"{f[f'hbm_traffic_{kind}'] / 1e9:.1f} GB")
+                for kind, name in costs.KINDS.items()
+            ],
             ("XLA's count, loops once", once),
             ("HBM for arguments", _gib(f["hbm_arguments"])),
             ("HBM for temporaries", _gib(f["hbm_temporary"])),
@@ -350,16 +353,6 @@ def comparison(results: Sequence[dict[str, Any]]) -> tables.Table:
     return tables.Table("Plans", head, groups)
 
 
-def _traffic_rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
-    """The traffic of each kind; files of older versions have none."""
-    sizes = {kind: figures.get(f"hbm_traffic_{kind}") for kind in costs.KINDS}
-    return [
-        (f"  {name}", f"{sizes[kind] / 1e9:.1f} GB")
-        for kind, name in costs.KINDS.items()
-        if sizes[kind] is not None
-    ]
-
-
 def _gib(size: float) -> str:
     return f"{size / GIB:.2f} GiB"
 
@@ -379,7 +372,7 @@ def steps_of(config: ml_collections.ConfigDict, examples: int | None = None) -> 
     return config.train_steps or round(config.epochs * examples / config.batch_size)
 
 
-def refusal(config: ml_collections.ConfigDict, figures: dict[str, Any]) -> str:
+def too_large(config: ml_collections.ConfigDict, figures: dict[str, Any]) -> str:
     """The error message for a step that does not fit."""
     local = figures["batch_per_core"]
     smaller = "decrease config.batch_size"
@@ -387,11 +380,11 @@ def refusal(config: ml_collections.ConfigDict, figures: dict[str, Any]) -> str:
         smaller = "set config.ada.microbatch, for example to 1"
     return (
         f"{figures['config']} does not fit on {figures['topology']} with {local} examples a core "
-        f"({figures['refusal']}): {smaller}, or use more cores."
+        f"({figures['compiler_error']}): {smaller}, or use more cores."
     )
 
 
-# ------------------------------------------------------------------------ the binary
+# ------------------------------------------------------------------------ the command
 
 
 def main(
@@ -438,7 +431,7 @@ def main(
         planned.append(figures)
         print("\n" + table(figures), flush=True)
         if not figures["fits"]:
-            print(f"error: {refusal(config, figures)}", file=sys.stderr, flush=True)
+            print(f"error: {too_large(config, figures)}", file=sys.stderr, flush=True)
     if len(results) > 1:
         print("\n" + tables.markdown(comparison(results)))
     return None if all(f["fits"] for f in planned) else 1

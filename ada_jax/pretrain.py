@@ -187,7 +187,7 @@ def initial_state(
 
     Args:
       net: the network.
-      optimizer: its optimizer.
+      optimizer: its optimiser.
       key: PRNG key.
     """
     theta = net.init(key)
@@ -421,7 +421,6 @@ def run(parts: Parts, workdir: str) -> int | None:
         initial_state(parts.net, parts.optimizer, key),
         config=parts.config.to_dict(),
         expect=identity(parts.config) | {"training data": parts.train_set.fingerprint},
-        former={"training data": core.sampled_fingerprint(parts.train_set)},
     )
     if trained.status:
         return trained.status

@@ -30,12 +30,11 @@ A results file is JSON, one object:
 import json
 import os
 import statistics
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import tqdm
-from absl import logging
 
 from ada_jax import paths
 from ada_jax.corruptions import parameter_tables
@@ -58,13 +57,13 @@ METHODS = ("ada", "pgd", "pat", "rlat")
 
 
 def comparable(config: dict[str, Any]) -> dict[str, Any]:
-    """A flattened config, without switched-off fields that older configs lack or no method uses.
+    """The flattened config without fields that have no effect, such as those of other methods.
 
     Args:
       config: of nested dicts, with tuples or, from JSON, lists.
 
     Returns:
-      As {'seed': 0, 'ada.nu': 0.02}.
+      A dict such as {'seed': 0, 'ada.nu': 0.02}.
     """
     fields = flat(config)
     off = set() if fields.get("crop_scale") else {"crop_scale", "crop_ratio"}
@@ -105,11 +104,7 @@ Results = dict[str, Any]
 
 
 def with_earlier(
-    results: Results,
-    path: str | os.PathLike[str],
-    *,
-    replace: bool = False,
-    recognises: Callable[[str | None], bool] = lambda fingerprint: False,
+    results: Results, path: str | os.PathLike[str], *, replace: bool = False
 ) -> Results:
     """Adds the measurements of an earlier results file of the same weights and data, if any.
 
@@ -117,7 +112,6 @@ def with_earlier(
       results: of `evaluate.new_results`.
       path: the file, which need not exist.
       replace: ignore a file of other weights.
-      recognises: whether a fingerprint in the format of an older version is of the same images.
 
     Returns:
       The results; what the earlier file says of the run itself is kept.
@@ -132,21 +126,12 @@ def with_earlier(
         if replace and before["weights_digest"] != results["weights_digest"]:
             return results
         flatten(os.fspath(path), before)
-        data, seconds = before["data"], float(before["seconds"])
-        former = data.get("fingerprint")
+        seconds = float(before["seconds"])
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"The results file {path} cannot be read ({error}): rename it, or name another with "
             "--out."
         ) from error
-    if recognises(former):
-        if former != results["data"]["fingerprint"]:
-            logging.warning(
-                "%s is of an older version, whose fingerprint covers 256 examples: rename it to "
-                "measure again if the others may have changed.",
-                path,
-            )
-        data["fingerprint"] = results["data"]["fingerprint"]
     _check_same(results, before, path)
     if files := results.get("corruption_source", {}).get("files"):
         source = before.get("corruption_source", {})

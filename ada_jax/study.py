@@ -1,7 +1,8 @@
 """The paper's two studies of the corruption networks, each as a JSON file and a figure.
 
-python -m ada_jax.study ssim          how far perturbations reach, random or AdA's (figure 1b)
-python -m ada_jax.study reconstruct   how well perturbations imitate each corruption (figure 3)
+python -m ada_jax.study ssim          SSIM under random perturbations or AdA's (figure 1b)
+python -m ada_jax.study reconstruct   SSIM between corrupted images and their best reconstruction
+                                      (figure 3)
 """
 
 import functools
@@ -268,7 +269,7 @@ def reconstruct_table(results: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-# ------------------------------------------------------------------------ the binary
+# ------------------------------------------------------------------------ the command
 
 
 def load_images(
@@ -328,9 +329,7 @@ def read_results(path: str, settings: dict[str, Any]) -> dict[str, Any]:
         raise UserError(
             f"{path} cannot be read ({error!r}): name another --out or rename that file."
         ) from error
-    # Older files lack the digest of the images.
-    now = json.loads(json.dumps(settings))
-    if before not in (now, {k: v for k, v in now.items() if k != "images"}):
+    if before != json.loads(json.dumps(settings)):
         raise UserError(f"{path} is of other settings: name another --out or rename that file.")
     return results
 

@@ -147,7 +147,7 @@ def _load(sweep: str) -> tuple[str, list[Fields]]:
     path, _, words = paths.experiment(sweep).partition(":")
     if not (os.path.isfile(path) and path.endswith(".py")):
         raise UserError(
-            f"--sweep={path} is not a Python file: name one, as experiments/sweeps/table1.py."
+            f"--sweep={path} is not a Python file: name one, such as experiments/sweeps/table1.py."
         )
     spec = importlib.util.spec_from_file_location("sweep", path)
     module = importlib.util.module_from_spec(spec)
@@ -390,7 +390,7 @@ def _errors(results: dict[str, Any]) -> str:
     return text if mce is None else f"{text}, mCE {mce:.2f}%"
 
 
-# ------------------------------------------------------------------------ the binary
+# ------------------------------------------------------------------------ the command
 
 
 def show_report(files: Sequence[str]) -> None:
@@ -481,7 +481,9 @@ def main(argv: list[str], overrides: Sequence[str] = ()) -> int | None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("sweep", None, "File with get_hyper(), as experiments/sweeps/table1.py.")
+    flags.DEFINE_string(
+        "sweep", None, "File with get_hyper(), such as experiments/sweeps/table1.py."
+    )
     flags.DEFINE_string(
         "out", "", "Folder of the runs' folders; runs/NAME, the file's, by default."
     )

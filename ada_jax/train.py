@@ -1,4 +1,4 @@
-"""Trains a classifier with AdA.
+"""Trains a classifier, with AdA or without.
 
 python -m ada_jax.train --config=experiments/cifar10.py [--workdir=DIR] [--config.FIELD=VALUE]
 """
@@ -16,7 +16,7 @@ from absl import logging
 
 from ada_jax import ada, checks, evaluate, training
 from ada_jax import results as results_files
-from ada_jax.data import batching, core
+from ada_jax.data import batching
 from ada_jax.evaluation import scoring
 from ada_jax.nets import corruption_nets, weight_files
 from ada_jax.report import figures
@@ -64,7 +64,6 @@ def run(parts: setup.Parts, workdir: str) -> int | None:
         state,
         config=config.to_dict(),
         expect=expect,
-        former={"training data": core.sampled_fingerprint(parts.train_set)},
         extra={"about": about},
     )
     if trained.status:
@@ -219,7 +218,8 @@ def write_results(
         source=parts.sets.source,
     )
     results |= {"seconds": seconds, "training": about["training"]}
-    results = _with_earlier(results, path, parts)
+    earlier = results_files.with_earlier(results, path, replace=True)
+    results = earlier | {"config": results["config"]}
     variables = replicate((state.params, state.net_state))
     results = scoring.complete(
         results, path, parts.eval_step, variables, parts.sets.datasets, config.eval_batch_size
@@ -246,15 +246,6 @@ def attack_rows(name: str, attacked: dict[str, float], picture: str) -> list[tup
     if "ssim" in attacked:
         rows.append(("mean SSIM of its images", f"{attacked['ssim']:.3f}"))
     return [*rows, ("picture", picture)]
-
-
-def _with_earlier(
-    results: results_files.Results, path: str, parts: setup.Parts
-) -> results_files.Results:
-    """Adds what an earlier results file of the same weights has; the config is this command's."""
-    config = {"config": results["config"]}
-    recognises = functools.partial(core.recognises, parts.eval_set)
-    return results_files.with_earlier(results, path, replace=True, recognises=recognises) | config
 
 
 def show_attack(
@@ -302,8 +293,8 @@ def show_attack(
         return images, metrics.get("ssim_after"), logits_fn(x), logits_fn(images)
 
     images, similarity, clean_logits, logits = attack(jax.random.key(config.seed), x, y)
-    for verdicts, what in ((clean_logits, "clean images"), (logits, "images of AdA's attack")):
-        checks.check_finite(int(checks.not_finite(verdicts).sum()), len(x), what)
+    for found, what in ((clean_logits, "clean images"), (logits, "images of AdA's attack")):
+        checks.check_finite(int(checks.not_finite(found).sum()), len(x), what)
     if jax.process_index() == 0:
         figures.adversarial_rows(
             path,
@@ -311,8 +302,8 @@ def show_attack(
             augmented=np.asarray(images),
             similarity=None if similarity is None else np.asarray(similarity),
             label=np.asarray(y),
-            clean_verdict=np.argmax(clean_logits, -1),
-            augmented_verdict=np.argmax(logits, -1),
+            clean_prediction=np.argmax(clean_logits, -1),
+            augmented_prediction=np.argmax(logits, -1),
             class_names=parts.eval_set.class_names,
         )
     error = float(100 * jnp.mean(jnp.argmax(logits, -1) != y))

@@ -1,4 +1,6 @@
-"""The update step: crop and flip, AdA or another attack, AugMix, classifier update, metrics."""
+"""The update step: crop and flip, TrivialAugment, AdA or another attack, AugMix, noise, classifier
+update with mixup.
+"""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -311,13 +313,6 @@ def make_views(
     return jnp.concatenate([clean if config.augmix.clean_view else x, view(2), view(3)])
 
 
-def augmix_settings(settings: ml_collections.ConfigDict) -> dict[str, Any]:
-    """The arguments of `augmix.augment_and_mix` from config.augmix."""
-    ops = augmix.OPS + (augmix.EXTRA_OPS if settings.extra_ops else ())
-    names = ("severity", "width", "depth", "alpha")
-    return {name: settings[name] for name in names} | {"ops": ops}
-
-
 def with_average(state: TrainState) -> TrainState:
     """The state before the first step, with its own weights as averages."""
     return state._replace(ema=(state.params, state.net_state))
@@ -338,38 +333,11 @@ def moved_average(state: TrainState, decay: float) -> tuple[hk.Params, hk.State]
     return jax.tree.map(moved, state.ema, (state.params, state.net_state))
 
 
-def mixup_levels(settings: ml_collections.ConfigDict) -> dict[str, float]:
-    """The levels of `mixup.noisy` from config.mixup."""
-    return {name: settings[name] for name in ("additive", "multiplicative", "sparsity")}
-
-
-def trivial_ops(settings: ml_collections.ConfigDict) -> tuple[str, ...]:
-    """The operations of config.trivial_augment."""
-    extra = () if settings.extra_ops else augmix.EXTRA_OPS
-    return tuple(op for op in trivial_augment.OPS if op not in extra)
-
-
-def noise_settings(settings: ml_collections.ConfigDict) -> dict[str, Any]:
-    """The arguments of `norm_noise.add_noise` from config.noise."""
-    return {name: settings[name] for name in ("norms", "radii", "share")}
-
-
 def average(tree: Any) -> Any:
     """Mean over all devices; integers (batch norm's step counts) are equal on all of them."""
     return jax.tree.map(
         lambda a: jax.lax.pmean(a, AXIS) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree
     )
-
-
-def attack_settings(settings: ml_collections.ConfigDict) -> dict[str, Any]:
-    """The arguments of `ada.adversarial_augment` from config.ada."""
-    names = ("nu", "steps", "step_rule", "step_scale", "ssim_threshold", "root_rule")
-    return {name: settings[name] for name in names}
-
-
-def pat_settings(settings: ml_collections.ConfigDict) -> dict[str, Any]:
-    """The arguments of `attacks.fast_lpa` from config.pat, without the bound."""
-    return {name: settings[name] for name in ("steps", "step_size", "penalty", "noise")}
 
 
 def attack_metrics(method: str, attacked: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -417,3 +385,40 @@ def initial_state(
         key, images, is_training=True
     )
     return TrainState(jnp.zeros((), jnp.int32), params, net_state, optimizer.init(params))
+
+
+# ------------------------------------------------------------------- arguments from the config
+
+
+def attack_settings(settings: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The arguments of `ada.adversarial_augment` from config.ada."""
+    names = ("nu", "steps", "step_rule", "step_scale", "ssim_threshold", "root_rule")
+    return {name: settings[name] for name in names}
+
+
+def pat_settings(settings: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The arguments of `attacks.fast_lpa` from config.pat, without the bound."""
+    return {name: settings[name] for name in ("steps", "step_size", "penalty", "noise")}
+
+
+def augmix_settings(settings: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The arguments of `augmix.augment_and_mix` from config.augmix."""
+    ops = augmix.OPS + (augmix.EXTRA_OPS if settings.extra_ops else ())
+    names = ("severity", "width", "depth", "alpha")
+    return {name: settings[name] for name in names} | {"ops": ops}
+
+
+def trivial_ops(settings: ml_collections.ConfigDict) -> tuple[str, ...]:
+    """The operations of config.trivial_augment."""
+    extra = () if settings.extra_ops else augmix.EXTRA_OPS
+    return tuple(op for op in trivial_augment.OPS if op not in extra)
+
+
+def noise_settings(settings: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The arguments of `norm_noise.add_noise` from config.noise."""
+    return {name: settings[name] for name in ("norms", "radii", "share")}
+
+
+def mixup_levels(settings: ml_collections.ConfigDict) -> dict[str, float]:
+    """The levels of `mixup.noisy` from config.mixup."""
+    return {name: settings[name] for name in ("additive", "multiplicative", "sparsity")}

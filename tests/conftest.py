@@ -22,7 +22,7 @@ import jax
 import numpy as np
 import pytest
 from absl import flags
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
 
 from ada_jax.nets import classifiers, corruption_nets, edsr, residual_nets, weight_files
 from ada_jax.run import cli
@@ -129,6 +129,44 @@ def photograph(number: int, size: tuple[int, int] | None = None) -> bytes:
     with io.BytesIO() as file:
         coarse.resize((width, height), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
         return file.getvalue()
+
+
+def pillow(name: str, image: np.ndarray, amount: float = 0) -> np.ndarray:
+    """An operation of AugMix or TrivialAugment in Pillow, whose units the amount has."""
+    source, bilinear = Image.fromarray(image), Image.Resampling.BILINEAR
+
+    def transform(*matrix):
+        return source.transform(source.size, Image.Transform.AFFINE, matrix, resample=bilinear)
+
+    out = {
+        "identity": lambda: source,
+        "autocontrast": lambda: ImageOps.autocontrast(source),
+        "equalize": lambda: ImageOps.equalize(source),
+        "posterize": lambda: ImageOps.posterize(source, amount),
+        "rotate": lambda: source.rotate(amount, resample=bilinear),
+        "solarize": lambda: ImageOps.solarize(source, amount),
+        "shear_x": lambda: transform(1, amount, 0, 0, 1, 0),
+        "shear_y": lambda: transform(1, 0, 0, amount, 1, 0),
+        "translate_x": lambda: transform(1, 0, amount, 0, 1, 0),
+        "translate_y": lambda: transform(1, 0, 0, 0, 1, amount),
+        "color": lambda: ImageEnhance.Color(source).enhance(amount),
+        "contrast": lambda: ImageEnhance.Contrast(source).enhance(amount),
+        "brightness": lambda: ImageEnhance.Brightness(source).enhance(amount),
+        "sharpness": lambda: ImageEnhance.Sharpness(source).enhance(amount),
+    }[name]()
+    return np.asarray(out)
+
+
+def exact_distances(x: np.ndarray, y: np.ndarray, weights: np.ndarray, norm: str) -> np.ndarray:
+    """To the nearest boundary of (x - 0.5) @ weights: logit gaps over gradients' dual norms."""
+    classes = np.arange(weights.shape[1])
+    logits = (np.float64(x).reshape(len(x), -1) - 0.5) @ weights
+    order = 1 if norm == "linf" else 2
+    dual = np.linalg.norm(weights[:, None] - weights[..., None], ord=order, axis=0)[y]
+    gaps = np.take_along_axis(logits, y[:, None], 1) - logits
+    with np.errstate(invalid="ignore"):
+        distances = np.where(classes == y[:, None], np.inf, gaps / dual)
+    return np.maximum(distances.min(1), 0)
 
 
 @pytest.fixture(scope="session")

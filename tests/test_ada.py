@@ -73,8 +73,8 @@ def loss_of(y: jax.Array):
 
 @jax.jit
 def jitted_augment(key, x, y, nu, ssim_threshold):
-    knobs = {"nu": nu, "ssim_threshold": ssim_threshold, "steps": 3}
-    return ada.adversarial_augment(key, x, y, logits_fn=LOGITS_FN, net=NET, **knobs)
+    options = {"nu": nu, "ssim_threshold": ssim_threshold, "steps": 3}
+    return ada.adversarial_augment(key, x, y, logits_fn=LOGITS_FN, net=NET, **options)
 
 
 def augment(seed: int, x, y, nu: float = NU, ssim_threshold: float = 0.3):
@@ -83,13 +83,13 @@ def augment(seed: int, x, y, nu: float = NU, ssim_threshold: float = 0.3):
 
 
 @functools.partial(jax.jit, static_argnames=("steps", "step_rule", "group", "leaves", "choice"))
-def jitted_attack(example_keys, x, y, nu, leaves="", **knobs):
+def jitted_attack(example_keys, x, y, nu, leaves="", **options):
     net = ada.restricted(NET, leaves)
-    return ada.maximise(example_keys, x, loss_of(y), net, nu=nu, **knobs)
+    return ada.maximise(example_keys, x, loss_of(y), net, nu=nu, **options)
 
 
-def attack(seed: int, x, y, nu: float = NU, steps: int = 3, **knobs):
-    return jitted_attack(example_keys(seed), x, y, nu, steps=steps, **knobs)
+def attack(seed: int, x, y, nu: float = NU, steps: int = 3, **options):
+    return jitted_attack(example_keys(seed), x, y, nu, steps=steps, **options)
 
 
 render = jax.jit(functools.partial(ada.render, NET))
@@ -148,8 +148,8 @@ def test_the_start_is_a_random_point_of_the_ball():
 
 def test_no_steps_leave_the_random_start():
     x, y = batch(5)
-    knobs = {"logits_fn": LOGITS_FN, "net": NET, "nu": NU, "ssim_threshold": -1.0}
-    images, metrics = ada.adversarial_augment(example_keys(5), x, y, steps=0, **knobs)
+    options = {"logits_fn": LOGITS_FN, "net": NET, "nu": NU, "ssim_threshold": -1.0}
+    images, metrics = ada.adversarial_augment(example_keys(5), x, y, steps=0, **options)
     start = render(random_delta(example_keys(5)), x, example_keys(5))
     np.testing.assert_allclose(images, start, atol=1e-6)
     np.testing.assert_array_equal(metrics["loss_start"], metrics["loss_end"])
@@ -194,17 +194,19 @@ def test_a_threshold_of_minus_one_switches_the_line_search_off():
 
 
 @pytest.mark.parametrize(
-    "knobs", [{"group": 2}, {"choice": "mixing"}, {"step_scale": 0.1}, {"step_rule": "l2"}], ids=str
+    "options",
+    [{"group": 2}, {"choice": "mixing"}, {"step_scale": 0.1}, {"step_rule": "l2"}],
+    ids=str,
 )
-def test_each_option_reaches_the_maximisation(knobs):
+def test_each_option_reaches_the_maximisation(options):
     x, y = batch()
     augmented = functools.partial(
         ada.adversarial_augment,
         **{"logits_fn": LOGITS_FN, "net": NET, "nu": NU, "steps": 3, "ssim_threshold": -1.0},
-        **knobs,
+        **options,
     )
     images, _ = jax.jit(augmented)(example_keys(0), x, y)
-    delta, _ = attack(0, x, y, **knobs)
+    delta, _ = attack(0, x, y, **options)
     np.testing.assert_allclose(images, render(delta, x, example_keys(0)), atol=1e-5)
     default, _ = attack(0, x, y)
     assert np.abs(images - render(default, x, example_keys(0))).max() > 1e-4
@@ -244,8 +246,9 @@ def test_a_stochastic_networks_noise_is_the_same_at_every_step_and_in_the_result
     noise = lambda key: jax.random.key_data(key)[1] % 100 / 500  # noqa: E731
     net = CorruptionNet(lambda t, x, key: AFFINE.apply(t, x, key) + noise(key), AFFINE.theta)
     (x, y), keys = batch(), example_keys(0)
-    knobs = {"net": net, "nu": 0.1, "steps": 3, "group": group}
-    delta, metrics = jax.jit(functools.partial(ada.maximise, loss_fn=loss_of(y), **knobs))(keys, x)
+    options = {"net": net, "nu": 0.1, "steps": 3, "group": group}
+    maximise = functools.partial(ada.maximise, loss_fn=loss_of(y), **options)
+    delta, metrics = jax.jit(maximise)(keys, x)
     images = jax.jit(functools.partial(ada.render, net))(delta, x, keys)
     for i in range(BATCH):
         first = i - i % group
@@ -323,10 +326,10 @@ def test_only_the_leaves_that_match_are_perturbed():
 
 def test_a_pattern_that_matches_all_leaves_changes_nothing():
     programs = [
-        jax.jit(functools.partial(augment_affinely, LOGITS_FN, net=NET, **knobs))
+        jax.jit(functools.partial(augment_affinely, LOGITS_FN, net=NET, **options))
         .lower(jax.random.key(0), *batch())
         .as_text()
-        for knobs in ({}, {"leaves": ""}, {"leaves": ".*"}, {"choice": "delta"})
+        for options in ({}, {"leaves": ""}, {"leaves": ".*"}, {"choice": "delta"})
     ]
     assert len(set(programs)) == 1
 
@@ -370,8 +373,8 @@ def test_mixing_interpolates_every_leaf_and_exceeds_a_random_mixing(seed):
 
 
 def test_mixed_leaves_are_those_that_match_whatever_the_microbatch():
-    arguments, knobs = (example_keys(0), *batch()), {"choice": "mixing", "leaves": "b$"}
-    augment = functools.partial(augment_affinely, LOGITS_FN, net=NET_WITHOUT_BLOCKS, **knobs)
+    arguments, options = (example_keys(0), *batch()), {"choice": "mixing", "leaves": "b$"}
+    augment = functools.partial(augment_affinely, LOGITS_FN, net=NET_WITHOUT_BLOCKS, **options)
     whole, split = (
         jax.jit(lambda *a, nu, n=n: augment(*a, nu=nu, microbatch=n)) for n in (None, 2)
     )
@@ -393,9 +396,9 @@ def test_no_gradient_flows_through_the_result():
         return losses.cross_entropy(classify(params, images), y).mean()
 
     def whole_step(params, x, theta):
-        knobs = {"net": net._replace(theta=theta), "nu": NU, "steps": 2, "microbatch": 2}
+        options = {"net": net._replace(theta=theta), "nu": NU, "steps": 2, "microbatch": 2}
         logits_fn = functools.partial(classify, params)
-        images, metrics = ada.adversarial_augment(key, x, y, logits_fn=logits_fn, **knobs)
+        images, metrics = ada.adversarial_augment(key, x, y, logits_fn=logits_fn, **options)
         return loss(params, images) + sum(m.sum() for m in metrics.values()), images
 
     gradients, images = jax.jit(jax.grad(whole_step, (0, 1, 2), has_aux=True))(params, x, net.theta)
@@ -404,9 +407,9 @@ def test_no_gradient_flows_through_the_result():
     chex.assert_trees_all_equal(of_the_rest, jax.tree.map(jnp.zeros_like, of_the_rest))
 
 
-def augment_affinely(logits_fn, key, x, y, **knobs):
-    knobs = {"net": AFFINE, "nu": NU, "steps": 2} | knobs
-    return ada.adversarial_augment(key, x, y, logits_fn=logits_fn, **knobs)
+def augment_affinely(logits_fn, key, x, y, **options):
+    options = {"net": AFFINE, "nu": NU, "steps": 2} | options
+    return ada.adversarial_augment(key, x, y, logits_fn=logits_fn, **options)
 
 
 class Module(NamedTuple):
@@ -435,7 +438,7 @@ def test_it_takes_a_flax_like_closure_under_jit_and_an_equinox_like_module_under
 
 
 @pytest.mark.parametrize(
-    ("knobs", "message"),
+    ("options", "message"),
     [
         ({"nu": -0.1}, "nu=-0.1"),
         ({"nu": float("nan")}, "nu=nan"),
@@ -457,9 +460,9 @@ def test_it_takes_a_flax_like_closure_under_jit_and_an_equinox_like_module_under
     ],
     ids=str,
 )
-def test_a_knob_out_of_range_is_named(knobs, message):
+def test_an_option_out_of_range_is_named(options, message):
     with pytest.raises(UserError, match=message):
-        augment_affinely(LOGITS_FN, jax.random.key(0), *batch(), **knobs)
+        augment_affinely(LOGITS_FN, jax.random.key(0), *batch(), **options)
 
 
 @pytest.mark.parametrize(
@@ -485,9 +488,9 @@ def test_invalid_labels_are_rejected(bad):
         augment_affinely(LOGITS_FN, jax.random.key(0), x, bad(y))
 
 
-def test_images_and_knobs_closed_over_inside_a_jit_are_looked_at_too():
+def test_images_and_options_closed_over_inside_a_jit_are_looked_at_too():
     x, y = batch()
-    augment = lambda x, **knobs: augment_affinely(LOGITS_FN, jax.random.key(0), x, y, **knobs)  # noqa: E731
+    augment = lambda x, **options: augment_affinely(LOGITS_FN, jax.random.key(0), x, y, **options)  # noqa: E731
     good = jax.jit(lambda: augment(x, nu=jnp.float32(0.01))[0])()
     assert good.shape == x.shape
     bright = 2 + x
@@ -514,7 +517,7 @@ def test_a_name_is_no_corruption_network():
 def test_a_network_that_makes_no_such_images_is_refused(apply):
     x, y = batch()
     net = CorruptionNet(apply, {"w": jnp.ones(3)})
-    with pytest.raises(UserError, match=r"image shape, floating-point \[1, \d+, \d+, 3\], but"):
+    with pytest.raises(UserError, match=r"net\.apply .* \[1, \d+, \d+, 3\]"):
         ada.adversarial_augment(jax.random.key(0), x, y, logits_fn=LOGITS_FN, net=net)
 
 
@@ -525,8 +528,26 @@ def test_a_network_for_other_channels_is_refused(name, enlarge):
     x, y = batch()
     net, logits_fn = corruption_nets.make(name, enlarge=enlarge), lambda x: x.reshape(len(x), -1)
     for images in (x[..., :1], x.transpose(0, 3, 1, 2)):
-        with pytest.raises(UserError, match="must preserve the image shape"):
+        with pytest.raises(UserError, match="use a network for images of this shape"):
             ada.adversarial_augment(jax.random.key(0), images, y, logits_fn=logits_fn, net=net)
+
+
+def test_parameters_of_other_types_become_float32():
+    x, y = batch()
+    attack = functools.partial(ada.adversarial_augment, jax.random.key(0), x, y, steps=1)
+    half = jax.tree.map(jnp.bfloat16, NET.theta)
+    rounded = jax.tree.map(jnp.float32, half)
+    (images, _), (expected, _) = (
+        attack(logits_fn=LOGITS_FN, net=NET._replace(theta=theta)) for theta in (half, rounded)
+    )
+    np.testing.assert_array_equal(images, expected)
+
+
+def test_a_parameter_that_is_no_array_is_named():
+    x, y = batch()
+    net = NET._replace(theta={"w": jnp.ones(3), "activation": jax.nn.relu})
+    with pytest.raises(UserError, match=r"net\.theta\['activation'\] is .*: give arrays"):
+        ada.adversarial_augment(jax.random.key(0), x, y, logits_fn=LOGITS_FN, net=net)
 
 
 def test_the_error_of_a_network_that_fails_is_named():
@@ -535,7 +556,7 @@ def test_the_error_of_a_network_that_fails_is_named():
 
     x, y = batch()
     net = NET._replace(apply=apply)
-    with pytest.raises(UserError, match="but gives ValueError: use a network"):
+    with pytest.raises(UserError, match=r"parameters: ValueError: use a network"):
         ada.adversarial_augment(jax.random.key(0), x, y, logits_fn=LOGITS_FN, net=net)
 
 
@@ -573,9 +594,9 @@ def test_a_network_without_parameters_cannot_be_perturbed():
 @functools.cache
 def compiled(examples: int, microbatch: int | None, group: int = 1):
     """Two steps on examples that have a key each."""
-    knobs = {"net": NET_WITHOUT_BLOCKS, "nu": NU, "steps": 2}
-    knobs |= {"microbatch": microbatch, "group": group}
-    program = functools.partial(ada.adversarial_augment, logits_fn=LOGITS_FN, **knobs)
+    options = {"net": NET_WITHOUT_BLOCKS, "nu": NU, "steps": 2}
+    options |= {"microbatch": microbatch, "group": group}
+    program = functools.partial(ada.adversarial_augment, logits_fn=LOGITS_FN, **options)
     return jax.jit(program).lower(example_keys(0, examples), *batch(n=examples)).compile()
 
 

@@ -337,7 +337,8 @@ def test_square_in_linf_moves_pixels_to_the_ends_of_their_range():
         ({"microbatch": 0}, "microbatch=0"),
         ({"y": batch()[1] + 10}, "Labels from .* do not fit"),
         ({"y": batch()[1][:-1]}, "must be one integer for each"),
-        ({"mask": np.ones(3, bool)}, r"mask has the shape \[3\]: give one bool for each of the"),
+        ({"mask": np.ones(3, bool)}, r"mask is bool\[3\]: give one bool for each of the"),
+        ({"mask": np.ones(len(batch()[1]), np.uint8)}, r"mask is uint8\[\d+\]: give one bool"),
     ],
     ids=str,
 )
@@ -349,7 +350,7 @@ def test_what_no_attack_can_work_with_is_named(attack, changed, message):
 
 
 @pytest.mark.parametrize(
-    ("attack", "knobs"),
+    ("attack", "options"),
     [
         (attacks.pgd, {"step_size": -0.003}),
         (attacks.pgd, {"step_size": float("nan")}),
@@ -360,8 +361,8 @@ def test_what_no_attack_can_work_with_is_named(attack, changed, message):
         (attacks.square, {"p_init": 1.5}),
     ],
 )
-def test_a_number_out_of_range_does_not_weaken_an_attack_unnoticed(attack, knobs):
+def test_a_number_out_of_range_does_not_weaken_an_attack_unnoticed(attack, options):
     x, y = batch()
-    ((name, value),) = knobs.items()
+    ((name, value),) = options.items()
     with pytest.raises(UserError, match=f"{name}={value} must be"):
-        attack(jax.random.key(0), classify, x, y, 0.1, **knobs)
+        attack(jax.random.key(0), classify, x, y, 0.1, **options)

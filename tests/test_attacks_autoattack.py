@@ -15,6 +15,7 @@ from ada_jax import attacks
 from ada_jax.attacks import geometry
 from ada_jax.attacks.autoattack import _Runner, _within
 from ada_jax.errors import UserError
+from tests.conftest import exact_distances
 
 COUNT, SIZE, CLASSES = 30, 5, 5
 PIXELS = SIZE * SIZE * 3
@@ -38,21 +39,14 @@ def examples() -> tuple[np.ndarray, np.ndarray]:
     return x, y
 
 
-def exact_distances(norm: str) -> np.ndarray:
-    """To the nearest boundary: the smallest logit gap over the gradient's dual norm."""
-    x, y = examples()
-    logits = (np.float64(x).reshape(COUNT, -1) - 0.5) @ WEIGHTS
-    rows, order = np.arange(COUNT)[:, None], 1 if norm == "linf" else 2
-    dual = np.linalg.norm(WEIGHTS[:, None] - WEIGHTS[..., None], ord=order, axis=0)[y]
-    gaps = logits[rows, y[:, None]] - logits
-    with np.errstate(invalid="ignore"):
-        distances = np.where(np.arange(CLASSES) == y[:, None], np.inf, gaps / dual)
-    return np.maximum(distances.min(1), 0)
+@functools.cache
+def distances_of(norm: str) -> np.ndarray:
+    return exact_distances(*examples(), WEIGHTS, norm)
 
 
 def epsilon_of(norm: str) -> float:
     """In the middle between two examples' distances, so that rounding decides nothing."""
-    distances = np.sort(exact_distances(norm))
+    distances = np.sort(distances_of(norm))
     return float(distances[COUNT // 2 - 1 : COUNT // 2 + 1].mean())
 
 
@@ -63,12 +57,12 @@ def attacked(norm: str) -> attacks.Report:
     )
 
 
-def quick(logits_fn=linear, names=("apgd-ce", "square"), seed: int = 0, **knobs) -> attacks.Report:
+def quick(logits_fn=linear, names=("apgd-ce", "square"), seed=0, **options) -> attacks.Report:
     x, y = examples()
-    knobs = {"x": x, "y": y, "epsilon": 0.015, "batch_size": 12} | knobs
+    options = {"x": x, "y": y, "epsilon": 0.015, "batch_size": 12} | options
     constants = {name: QUICK[name] for name in names if name in QUICK}
     return attacks.autoattack(
-        jax.random.key(seed), logits_fn, attacks=names, constants=constants, **knobs
+        jax.random.key(seed), logits_fn, attacks=names, constants=constants, **options
     )
 
 
@@ -90,7 +84,7 @@ each_norm = pytest.mark.parametrize("norm", ["linf", pytest.param("l2", marks=py
 @each_norm
 def test_it_finds_the_exact_robust_accuracy_of_a_linear_classifier(norm):
     report = attacked(norm)
-    np.testing.assert_array_equal(report.robust, exact_distances(norm) > epsilon_of(norm))
+    np.testing.assert_array_equal(report.robust, distances_of(norm) > epsilon_of(norm))
     assert report.robust_accuracy == report.robust.mean()
     assert report.clean_accuracy == (COUNT - 3) / COUNT
     assert report.name == "AutoAttack"
@@ -130,7 +124,7 @@ def test_accounts(norm):
 def test_multitargeted_finds_the_same_with_its_restarts_side_by_side():
     epsilon = epsilon_of("linf")
     report = quick(names=("multitargeted",), epsilon=epsilon)
-    np.testing.assert_array_equal(report.robust, exact_distances("linf") > epsilon)
+    np.testing.assert_array_equal(report.robust, distances_of("linf") > epsilon)
     (account,) = report.accounts
     # Runs of all targets and restarts, of 40 steps and a look at the end.
     full = (CLASSES - 1) * 3 * 41
@@ -162,8 +156,8 @@ def test_microbatches_are_well_filled(count, microbatch):
 @pytest.mark.parametrize("key", [jax.random.key(0, impl="rbg"), np.array([0, 0], np.uint32)])
 def test_it_takes_every_kind_of_key(key):
     x, y = examples()
-    knobs = {"attacks": ["apgd-ce"], "constants": {"apgd-ce": QUICK["apgd-ce"]}}
-    report = attacks.autoattack(key, linear, x, y, 0.015, **knobs)
+    options = {"attacks": ["apgd-ce"], "constants": {"apgd-ce": QUICK["apgd-ce"]}}
+    report = attacks.autoattack(key, linear, x, y, 0.015, **options)
     assert report.robust_accuracy < report.clean_accuracy
 
 
@@ -230,7 +224,7 @@ def test_every_loss_breaks_what_is_clearly_breakable(loss):
     """A descended, swapped or shifted loss does not."""
     x, y = examples()
     epsilon = epsilon_of("linf")
-    near, far = (exact_distances("linf") < 0.9 * epsilon), exact_distances("linf") > 1.001 * epsilon
+    near, far = (distances_of("linf") < 0.9 * epsilon), distances_of("linf") > 1.001 * epsilon
     run = lambda *arrays: attacks.pgd(  # noqa: E731
         jax.random.key(0), linear, *arrays, epsilon, loss=loss, steps=20
     )[1]["broken"]
@@ -240,7 +234,7 @@ def test_every_loss_breaks_what_is_clearly_breakable(loss):
 
 def test_apgd_with_the_dlr_loss_breaks_what_is_clearly_breakable():
     report = quick(names=("apgd-dlr",), epsilon=epsilon_of("linf"))
-    near = exact_distances("linf") < 0.9 * epsilon_of("linf")
+    near = distances_of("linf") < 0.9 * epsilon_of("linf")
     assert not (report.robust & near).any()
 
 
@@ -258,6 +252,20 @@ def test_a_random_classifier_is_warned_about():
     rng = np.random.default_rng(0)
     noisy = lambda x: linear(x) + rng.normal(size=CLASSES)  # noqa: E731
     assert any("is random" in w for w in quick(noisy, names=("square",)).warnings)
+    fewer = lambda x: noisy(x).at[:, -1].set(-jnp.inf)  # noqa: E731
+    x, y = examples()
+    report = quick(fewer, names=("square",), x=x[y < CLASSES - 1], y=y[y < CLASSES - 1])
+    assert any("is random" in w for w in report.warnings)
+
+
+def test_classes_of_infinitely_low_logits_do_not_count_for_the_targeted_loss():
+    """DLR divides by a difference that is infinite with fewer than four finite logits."""
+    x, y = examples()
+    few = {"x": x[y < 3], "y": y[y < 3], "names": ("apgd-t",)}
+    three = quick(lambda x: linear(x)[:, :3], **few)
+    masked = quick(lambda x: linear(x).at[:, 3:].set(-jnp.inf), **few)
+    assert any("has 3" in w for w in masked.warnings)
+    assert masked.robust_accuracy == three.robust_accuracy < 1
 
 
 def test_nothing_is_warned_about_otherwise():
@@ -316,7 +324,7 @@ def test_the_ball_s_tolerance_grows_with_its_radius():
 
 
 @pytest.mark.parametrize(
-    ("knobs", "message"),
+    ("options", "message"),
     [
         ({"x": X * 255}, "Pixels from .* must be in"),
         ({"x": X[0]}, r"shape \[5, 5, 3\]"),
@@ -329,6 +337,7 @@ def test_the_ball_s_tolerance_grows_with_its_radius():
         ({"names": ("apgd",)}, "The attack 'apgd' is unknown: choose from apgd-ce, apgd-t"),
         ({"names": ()}, "at least one attack"),
         ({"logits_fn": lambda x: jax.nn.softmax(linear(x))}, "returns probabilities"),
+        ({"logits_fn": lambda x: jax.nn.softmax(jnp.bfloat16(linear(x)))}, "returns probabilities"),
         ({"logits_fn": lambda x: linear(x) * jnp.nan}, "returns NaN or infinity"),
         (
             {"logits_fn": lambda x: linear(x)[:, :2], "y": Y % 2, "names": ("apgd-dlr",)},
@@ -336,6 +345,6 @@ def test_the_ball_s_tolerance_grows_with_its_radius():
         ),
     ],
 )
-def test_bad_input_is_one_sentence(knobs, message):
+def test_bad_input_is_one_sentence(options, message):
     with pytest.raises(UserError, match=message):
-        quick(**knobs)
+        quick(**options)

@@ -70,10 +70,10 @@ def test_what_it_does_not_replace():
     x = np.float32(rng.normal(size=(2, 8, 8, 4)))
     w = np.float32(rng.normal(size=(3, 3, 4, 4)))
     numbers = ("NHWC", "HWIO", "NHWC")
-    for knobs in ({"lhs_dilation": (2, 2)}, {"rhs_dilation": (2, 1)}, {"feature_group_count": 2}):
-        kernel = w[:, :, :2] if "feature_group_count" in knobs else w
-        convolve = lambda x, kernel=kernel, knobs=knobs: lax.conv_general_dilated(  # noqa: E731
-            x, kernel, (1, 1), [(1, 1)] * 2, dimension_numbers=numbers, **knobs
+    for options in ({"lhs_dilation": (2, 2)}, {"rhs_dilation": (2, 1)}, {"feature_group_count": 2}):
+        kernel = w[:, :, :2] if "feature_group_count" in options else w
+        convolve = lambda x, kernel=kernel, options=options: lax.conv_general_dilated(  # noqa: E731
+            x, kernel, (1, 1), [(1, 1)] * 2, dimension_numbers=numbers, **options
         )
         assert "custom_vjp" not in assert_equal(convolve, x)
 

@@ -84,18 +84,24 @@ def in_jax():
 
 
 class InTorch(torch.nn.Module):
-    """The same network; PyTorch has channels first."""
+    """A network of convolutions and a linear layer of `features`; PyTorch has channels first."""
 
-    def __init__(self):
+    def __init__(self, params, strides, padding, features):
         super().__init__()
         copy = lambda a: torch.tensor(np.array(a))  # noqa: E731
-        self.layers = [(copy(w), copy(b)) for w, b in trained()]
+        self.layers = [(copy(w), copy(b)) for w, b in params]
+        self.strides, self.padding, self.features = strides, padding, features
 
     def forward(self, x):
-        for w, b in self.layers[:2]:
-            x = torch.relu(torch.nn.functional.conv2d(x, w.permute(3, 2, 0, 1), b, stride=2))
-        w, b = self.layers[2]
-        return x.permute(0, 2, 3, 1).flatten(1) @ w + b
+        for (w, b), stride in zip(self.layers[:-1], self.strides, strict=True):
+            w = w.permute(3, 2, 0, 1)
+            x = torch.relu(torch.nn.functional.conv2d(x, w, b, stride, self.padding))
+        w, b = self.layers[-1]
+        return self.features(x) @ w + b
+
+
+def in_torch() -> InTorch:
+    return InTorch(trained(), (2, 2), 0, lambda x: x.permute(0, 2, 3, 1).flatten(1))
 
 
 def for_torch() -> tuple["torch.Tensor", "torch.Tensor"]:
@@ -105,7 +111,7 @@ def for_torch() -> tuple["torch.Tensor", "torch.Tensor"]:
 
 def test_both_are_the_same_network():
     ours = in_jax()(digits()[0][:COUNT])
-    theirs = InTorch()(for_torch()[0]).detach().numpy()
+    theirs = in_torch()(for_torch()[0]).detach().numpy()
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
@@ -118,7 +124,7 @@ def test_robust_accuracy_is_at_most_half_a_point_above(norm, epsilon):
 
     x, y = (a[:COUNT] for a in digits())
     ours = attacks.autoattack(jax.random.key(0), in_jax(), x, y, epsilon, norm=norm)
-    model, (x, y) = InTorch(), for_torch()
+    model, (x, y) = in_torch(), for_torch()
     peer = AutoAttack(model, norm=NORMS[norm], eps=epsilon, version="standard", seed=0)
     started = time.monotonic()
     images, _ = peer.run_standard_evaluation(x, y, batch_size=COUNT)
@@ -137,7 +143,7 @@ def test_fabs_distances_are_within_two_percent_on_average(norm):
     x, y = (jnp.asarray(a[:64]) for a in digits())
     attack = functools.partial(attacks.fab, norm=norm, stop_when_broken=False, search_steps=0)
     _, info = jax.jit(lambda key: attack(key, in_jax(), x, y, 0.1))(jax.random.key(0))
-    peer = FABAttack_PT(InTorch(), norm=NORMS[norm], n_restarts=1, eps=0.1, device="cpu")
+    peer = FABAttack_PT(in_torch(), norm=NORMS[norm], n_restarts=1, eps=0.1, device="cpu")
     peer.targeted = True
     # It stops after the first target that ends within eps: a radius of 0 makes it go on.
     x_torch, y_torch = (a[:64] for a in for_torch())
@@ -219,20 +225,9 @@ def trained_three() -> list[tuple[jax.Array, jax.Array]]:
     return train(convolve, shapes, x, y, steps=400, batch=64)
 
 
-class ThreeInTorch(torch.nn.Module):
-    """The same network; PyTorch has channels first."""
-
-    def __init__(self):
-        super().__init__()
-        copy = lambda a: torch.tensor(np.array(a))  # noqa: E731
-        self.layers = [(copy(w), copy(b)) for w, b in trained_three()]
-
-    def forward(self, x):
-        for (w, b), (_, stride) in zip(self.layers[:-1], LAYERS, strict=True):
-            w = w.permute(3, 2, 0, 1)
-            x = torch.relu(torch.nn.functional.conv2d(x, w, b, stride=stride, padding=1))
-        w, b = self.layers[-1]
-        return x.mean((2, 3)) @ w + b
+def three_in_torch() -> InTorch:
+    strides = [stride for _, stride in LAYERS]
+    return InTorch(trained_three(), strides, 1, lambda x: x.mean((2, 3)))
 
 
 def timed(peer) -> dict[str, float]:
@@ -258,7 +253,7 @@ def test_the_same_images_stay_robust(norm):
     from pyautoattack import AutoAttack
 
     x, y = (a[:100] for a in grey_digits())
-    net, model = functools.partial(three_convolutions, trained_three()), ThreeInTorch()
+    net, model = functools.partial(three_convolutions, trained_three()), three_in_torch()
     started = time.monotonic()
     ours = attacks.autoattack(jax.random.key(0), net, x, y, RADII[norm], norm=norm)
     total = time.monotonic() - started

@@ -95,10 +95,10 @@ def test_any_callable_will_do(logits_fn):
 CONSTANTS = {"apgd-ce": {"steps": 3}, "square": {"queries": 3}}
 
 
-def audit(logits_fn: Any, epsilon: float = 1e-3, **knobs: Any) -> attacks.Report:
+def audit(logits_fn: Any, epsilon: float = 1e-3, **options: Any) -> attacks.Report:
     x, y = map(np.asarray, batch())
-    knobs = {"attacks": tuple(CONSTANTS), "constants": CONSTANTS} | knobs
-    return attacks.autoattack(jax.random.key(0), logits_fn, x, y, epsilon, **knobs)
+    options = {"attacks": tuple(CONSTANTS), "constants": CONSTANTS} | options
+    return attacks.autoattack(jax.random.key(0), logits_fn, x, y, epsilon, **options)
 
 
 def test_autoattack_sees_what_has_changed_in_place():

@@ -481,16 +481,6 @@ def test_another_configuration_is_refused(workdir, expect, says):
     assert "another --workdir" in str(error.value)
 
 
-def test_what_an_older_version_wrote_for_the_same_is_accepted(workdir):
-    now = EXPECT | {"theta_digest": "new"}
-    with opened(workdir) as checkpoints:
-        for former in ({}, {"theta_digest": "ab"}, {"batch_size": 64}):
-            with pytest.raises(UserError, match='theta_digest = "abc"'):
-                checkpoints.restore(make_state(0), now, former)
-        assert checkpoints.restore(make_state(0), now, {"theta_digest": "abc"})
-        assert checkpoints.latest_extra()["expect"] == EXPECT
-
-
 @pytest.mark.parametrize(
     "like, says",
     [

@@ -12,12 +12,17 @@ IMAGES = jnp.full((2, 4, 4, 3), 0.5)
 
 
 @pytest.mark.parametrize("value", ["0.02", None, [0.1, 0.2], jnp.ones(1)])
-def test_a_knob_is_one_number(value):
+def test_an_option_is_one_number(value):
     with pytest.raises(UserError, match=r"nu=.* must be one number"):
         checks.scalar("nu", value, 0.0)
 
 
-def test_a_traced_knob_is_taken_as_it_is():
+def test_a_traced_option_is_one_number():
+    with pytest.raises(UserError, match=r"nu=.* must be one number"):
+        jax.jit(lambda nu: checks.scalar("nu", nu, 0.0))(jnp.ones(2))
+
+
+def test_a_traced_option_is_taken_as_it_is():
     assert checks.scalar("nu", np.float32(0.5), 0.0) == 0.5
     jax.jit(lambda nu: jnp.float32(checks.scalar("nu", nu, 7.0)))(0.5)
 

@@ -773,25 +773,20 @@ def changed(dataset, change):
     return dataclasses.replace(dataset, source=core.ArraySource(images, labels))
 
 
-def others_labels(_, labels):
-    looked_at = np.linspace(0, len(labels) - 1, 256).astype(int)
-    others = np.setdiff1d(np.arange(len(labels)), looked_at)
-    labels[others] = (labels[others] + 1) % 3
+def one_label(_, labels):
+    labels[1] = (labels[1] + 1) % 3
 
 
 def one_pixel(images, _):
     images[1, 0, 0, 0] += 1
 
 
-@pytest.mark.parametrize("change", [others_labels, one_pixel])
+@pytest.mark.parametrize("change", [one_label, one_pixel])
 def test_every_label_and_pixel_is_part_of_a_fingerprint(change):
     dataset = numbered(2000)
     other = changed(dataset, change)
-    assert core.sampled_fingerprint(other) == core.sampled_fingerprint(dataset)
     assert other.fingerprint != dataset.fingerprint
     assert changed(dataset, lambda *_: None).fingerprint == dataset.fingerprint
-    assert core.recognises(other, core.sampled_fingerprint(dataset))  # Of an older version.
-    assert not core.recognises(other, dataset.fingerprint)
     renamed = dataclasses.replace(dataset, class_names=("a", "b", "c"))
     assert renamed.fingerprint != dataset.fingerprint
 

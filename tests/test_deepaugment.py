@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from ada_jax import deepaugment
-from ada_jax.augment import rendering
-from ada_jax.data import core, rendered_set, sources
+from ada_jax.augment import rendered_set, rendering
+from ada_jax.data import core, sources
 from ada_jax.errors import UserError
 from ada_jax.nets import corruption_nets
 from ada_jax.run import cli
@@ -107,17 +107,6 @@ def test_a_set_in_the_home_folder_is_opened(tmp_path, monkeypatch):
     assert len(rendered_set.open_set("~/set", DATASET, 1).copies) == len(config().nets)
 
 
-def test_a_set_of_an_older_version_is_opened_and_grows(tmp_path):
-    rendered_set.write_set(DATASET, tmp_path, config())
-    path = tmp_path / "manifest.json"
-    manifest = json.loads(path.read_text())
-    assert manifest["data_sha256"] == DATASET.fingerprint
-    path.write_text(json.dumps(manifest | {"data_sha256": core.sampled_fingerprint(DATASET)}))
-    before = rendered_set.open_set(tmp_path, DATASET, 1).digest
-    assert rendered_set.write_set(DATASET, tmp_path, config(copies=2))
-    assert rendered_set.open_set(tmp_path, DATASET, 2).digest == before
-
-
 def test_sets_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(UserError, match="no set"):
         rendered_set.open_set(tmp_path / "none", DATASET, 1)
@@ -127,6 +116,8 @@ def test_sets_that_do_not_fit_are_refused(tmp_path):
     reversed_set = core.from_arrays(IMAGES[::-1], np.arange(9) % 3)
     with pytest.raises(UserError, match="made from 9 other images"):
         rendered_set.open_set(tmp_path, reversed_set, 1)
+    with pytest.raises(UserError, match="has a set whose data_sha256"):
+        rendered_set.write_set(reversed_set, tmp_path, config())
     for changes in ({"seed": 1}, {"quirks": True}, {"group": 4}, {"shard_images": 8}):
         with pytest.raises(UserError, match="has a set whose"):
             rendered_set.write_set(DATASET, tmp_path, config(**changes))

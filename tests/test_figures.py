@@ -14,14 +14,15 @@ NAMES = ("$5_to_$10", r"a\$b$c", r"\frac", "$$", os.fsdecode(b"caf\xe9"), "a\nb"
 
 def draw(path: pathlib.Path, name: str) -> bytes:
     zeros = np.zeros((1, 4, 4, 3))
-    verdicts = dict.fromkeys(("label", "clean_verdict", "augmented_verdict"), np.zeros(1, int))
+    classes = ("label", "clean_prediction", "augmented_prediction")
+    predictions = dict.fromkeys(classes, np.zeros(1, int))
     figures.adversarial_rows(
         str(path),
         clean=zeros,
         augmented=zeros,
         similarity=np.zeros(1),
         class_names=[name],
-        **verdicts,
+        **predictions,
     )
     return path.read_bytes()
 

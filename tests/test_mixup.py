@@ -115,3 +115,10 @@ def test_mistakes_are_told():
             mixup.noisy(KEYS[0], jnp.ones((2, 2)), **{field: value})
     with pytest.raises(UserError, match="views=2 does not divide the 3 features"):
         mixup.noisy(KEYS[0], jnp.ones((3, 2)), views=2)
+    pixels = jnp.ones((2, 2), jnp.uint8)
+    for change in (
+        lambda: mixup.mix(pixels, np.arange(2), 0.3),
+        lambda: mixup.noisy(KEYS[0], pixels),
+    ):
+        with pytest.raises(UserError, match="type uint8 cannot be mixed: convert"):
+            change()

@@ -19,12 +19,12 @@ SIZES = {
 }
 
 
-def noise_of(norm: str, radius: float, count: int = 1000, shape=(8, 9, 3), **knobs) -> np.ndarray:
+def noise_of(norm: str, radius: float, count: int = 1000, shape=(8, 9, 3), **options) -> np.ndarray:
     """The noise of grey images."""
     x = jnp.full((count, *shape), 0.5)
     f = jax.jit(
         lambda key: norm_noise.add_noise(
-            key, x, norms=(norm,), radii={norm: radius}, share=1.0, **knobs
+            key, x, norms=(norm,), radii={norm: radius}, share=1.0, **options
         )
     )
     return np.asarray(f(KEY), np.float64) - 0.5

@@ -14,6 +14,7 @@ from ada_jax.errors import NotFiniteError, UserError
 from ada_jax.evaluation import scoring, worst_case
 from ada_jax.report import figures
 from ada_jax.run import loop
+from tests.conftest import exact_distances
 
 KEY = jax.random.key(0)
 X = np.float32(np.random.default_rng(0).uniform(0.3, 0.7, (12, 5, 5, 3)))
@@ -33,9 +34,9 @@ def labels(classes: int) -> np.ndarray:
 Y = labels(3)
 
 
-def augmented(x=X, logits_fn=linear, **knobs):
-    knobs = {"steps": 1, "ssim_threshold": -1} | knobs
-    return adversarial_augment(KEY, x, Y, logits_fn=logits_fn, net=NET, **knobs)
+def augmented(x=X, logits_fn=linear, **options):
+    options = {"steps": 1, "ssim_threshold": -1} | options
+    return adversarial_augment(KEY, x, Y, logits_fn=logits_fn, net=NET, **options)
 
 
 GRADIENT_ATTACKS = {
@@ -108,23 +109,10 @@ def test_integer_logits_are_enough_without_gradients():
 # ------------------------------------------------------------------------ two and three classes
 
 
-def exact_distances(classes: int, norm: str) -> np.ndarray:
-    """To the nearest boundary of the linear classifier: logit gaps over gradients' dual norms."""
-    y = labels(classes)
-    logits = (np.float64(X).reshape(len(X), -1) - 0.5) @ WEIGHTS[:, :classes]
-    distances = np.full((len(X), classes), np.inf)
-    for i, label in enumerate(y):
-        for other in set(range(classes)) - {label}:
-            w = WEIGHTS[:, other] - WEIGHTS[:, label]
-            dual = np.abs(w).sum() if norm == "linf" else np.linalg.norm(w)
-            distances[i, other] = (logits[i, label] - logits[i, other]) / dual
-    return distances.min(1)
-
-
 @pytest.mark.parametrize(("classes", "norm"), [(2, "l2"), (3, "linf")])
 def test_targeted_attacks_with_few_classes_find_the_exact_robust_accuracy(classes, norm):
     few = functools.partial(linear, classes=classes)
-    distances = exact_distances(classes, norm)
+    distances = exact_distances(X, labels(classes), WEIGHTS[:, :classes], norm)
     epsilon = np.sort(distances)[5:7].mean()
     for attack in ("apgd-t", "fab-t", "multitargeted"):
         report = attacks.autoattack(
@@ -187,7 +175,7 @@ def test_small_images_have_an_error_under_ada(monkeypatch):
 
 
 def test_small_images_are_drawn_without_an_ssim(tmp_path):
-    one = {"label": Y[:2], "clean_verdict": Y[:2], "augmented_verdict": Y[:2]}
+    one = {"label": Y[:2], "clean_prediction": Y[:2], "augmented_prediction": Y[:2]}
     figures.adversarial_rows(
         tmp_path / "a.png", clean=X[:2], augmented=X[:2], similarity=None,
         class_names=["a", "b", "c"], **one,

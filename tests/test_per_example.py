@@ -249,12 +249,12 @@ def test_every_lowering_is_as_exact_as_its_type(channels, size, k, stride, paddi
     out = (size + 2 * padding - k) // stride + 1
     dy = random(3, 1, out, out, outputs, seed=2)
     x, w, b, dy = (a.astype(kind) for a in (x, w, b, dy))
-    knobs = {"stride": stride, "padding": padding}
+    options = {"stride": stride, "padding": padding}
 
     @jax.jit
     def found(x, w, b, dy):
         if name == "chosen":
-            conv = jax.vmap(lambda x, w, b: per_example.conv2d(x, w, b, **knobs))
+            conv = jax.vmap(lambda x, w, b: per_example.conv2d(x, w, b, **options))
             y, transpose = jax.vjp(conv, x, w, b)
             return y, *transpose(dy)
         forward, gradients = per_example.LOWERINGS[name]

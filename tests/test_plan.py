@@ -86,6 +86,8 @@ def test_a_step_that_does_not_fit_is_told_with_both_sizes_and_exit_status_1(monk
 FIGURES = {
     "cores": 8, "device": "TPU v3", "batch_per_core": 2, "useful_flops": 2e12, "fits": True,
     "compiled_flops": 2e12, "hbm_traffic": 1e9, "xla_flops": 1e12, "xla_bytes": 1e9,
+    "data": "50,000 examples of 32x32, 10 classes", "hbm_traffic_kernels": 4e8,
+    "hbm_traffic_products": 3e8, "hbm_traffic_copies": 2e8, "hbm_traffic_others": 1e8,
     "hbm_arguments": 2**29, "hbm_temporary": 2**30, "hbm_code": 2**29, "hbm_total": 2**31,
     "hbm_available": 2**33, "hbm_share": 0.25, "flops_seconds": 0.03, "traffic_seconds": 0.36,
     "floor_seconds": 0.36, "compile_seconds": 1.0,

@@ -54,17 +54,17 @@ def net() -> ada_jax.CorruptionNet:
     return ada_jax.CorruptionNet(render, {"w": w, "b": jnp.ones(5)})
 
 
-def augment(key, weights, x, y, **knobs):
+def augment(key, weights, x, y, **options):
     logits_fn = functools.partial(classify, weights)
-    return ada_jax.adversarial_augment(key, x, y, logits_fn=logits_fn, net=net(), **knobs)
+    return ada_jax.adversarial_augment(key, x, y, logits_fn=logits_fn, net=net(), **options)
 
 
-def mix(key, weights, x, y, **knobs):
-    return augmix.augment_and_mix(key, x, **knobs)
+def mix(key, weights, x, y, **options):
+    return augmix.augment_and_mix(key, x, **options)
 
 
-def attack(function, key, weights, x, y, epsilon=0.02, **knobs):
-    return function(key, functools.partial(classify, weights), x, y, epsilon, **knobs)
+def attack(function, key, weights, x, y, epsilon=0.02, **options):
+    return function(key, functools.partial(classify, weights), x, y, epsilon, **options)
 
 
 def gradients(layer, key, weights, x, y):

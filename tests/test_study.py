@@ -112,12 +112,8 @@ def test_results_of_other_settings_are_not_taken_up(tmp_path):
     assert study.read_results(str(path), {"seed": 1}) == {"a": {}}
     with pytest.raises(UserError, match="other settings"):
         study.read_results(str(path), {"seed": 2})
-    now = {"seed": 1, "images": "a"}
-    assert study.read_results(str(path), now)  # Of an older version.
-    path.write_text(json.dumps({"settings": now, "results": {"a": {}}}))
-    assert study.read_results(str(path), now)
     with pytest.raises(UserError, match="other settings"):
-        study.read_results(str(path), now | {"images": "b"})
+        study.read_results(str(path), {"seed": 1, "images": "a"})
 
 
 def test_figures_are_drawn(tmp_path):

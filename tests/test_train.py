@@ -24,11 +24,12 @@ from ml_collections import ConfigDict
 
 from ada_jax import ada, paths, sharding, train, training
 from ada_jax import results as results_files
-from ada_jax.data import batching, core, rendered_set, sources
+from ada_jax.augment import rendered_set
+from ada_jax.data import batching, sources
 from ada_jax.errors import UserError
 from ada_jax.evaluation import scoring
 from ada_jax.nets import classifiers, weight_files
-from ada_jax.run import checkpoint, config_checks, distributed, logbook, loop, setup
+from ada_jax.run import config_checks, distributed, logbook, loop, setup
 from experiments import cifar10, finetune, imagenet, quickstart
 from experiments import deepaugment as deepaugment_config
 from tests.conftest import assert_mistake, photograph, run_here, shared_folder
@@ -779,18 +780,10 @@ def test_runs_that_differ_in_seed_alone_have_one_recipe(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("small_networks")
-def test_a_run_of_an_older_version_goes_on_and_gets_the_fingerprint_of_now(tmp_path, monkeypatch):
+def test_the_weights_of_a_run_are_described_and_kept_without_its_checkpoints(tmp_path):
     config = tiny(method="nominal", epochs=0.25)
-    with monkeypatch.context() as older:
-        older.setattr(core.Dataset, "fingerprint", property(core.sampled_fingerprint))
-        older.setattr(train, "finish", lambda *_: None)
-        assert train.main(config, str(tmp_path)) is None
-    train_set = sources.load("mnist5k", config.train_split)
-    checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
-    old = core.sampled_fingerprint(train_set)
-    assert checkpoints.latest_extra()["expect"]["training data"] == old
-    checkpoints.close()
     assert train.main(config, str(tmp_path)) is None
+    train_set = sources.load("mnist5k", config.train_split)
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["training"] == {"data": train_set.fingerprint}
     about = scoring.metadata(tmp_path)
@@ -809,7 +802,7 @@ def test_a_run_of_an_older_version_goes_on_and_gets_the_fingerprint_of_now(tmp_p
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("small_networks")
-def test_a_run_does_not_go_on_with_other_labels_where_256_examples_agree(tmp_path):
+def test_a_run_does_not_go_on_with_one_other_label(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (400, 32, 32, 3), np.uint8)
     config = tiny(method="nominal", epochs=0.05, dataset="npz", data_dir=str(tmp_path / "x.npz"))
     config.update(train_split="train", eval_split="test")
@@ -817,11 +810,8 @@ def test_a_run_does_not_go_on_with_other_labels_where_256_examples_agree(tmp_pat
     arrays = {"train_images": images, "test_images": images[:20] ^ 1, "test_labels": labels[:20]}
     np.savez(config.data_dir, train_labels=labels, **arrays)
     assert train.main(config, str(tmp_path / "run")) is None
-    before = sources.load("npz", "train", data_dir=config.data_dir)
     labels[2] = 3
     np.savez(config.data_dir, train_labels=labels, **arrays)
-    after = sources.load("npz", "train", data_dir=config.data_dir)
-    assert core.sampled_fingerprint(after) == core.sampled_fingerprint(before)
     with pytest.raises(UserError, match="training data"):
         train.main(config, str(tmp_path / "run"))
 

@@ -27,10 +27,10 @@ def logits_fn():
     return functools.partial(scoring.apply_classifier, classifier(), *variables(side=32))
 
 
-def report_of(calls, key, logits_fn, x, y, epsilon, *, norm, attacks, state_dir, **knobs):
+def report_of(calls, key, logits_fn, x, y, epsilon, *, norm, attacks, state_dir, **options):
     """What an attack that breaks every other example would say."""
     calls.append((norm, epsilon, len(x), state_dir))
-    assert knobs["programs"] == {} and knobs["batch_size"] == 8
+    assert options["programs"] == {} and options["batch_size"] == 8
     robust = np.arange(len(x)) % 2 == 0
     accounts = [Account(name, 6, 0, 0.75, 10, 10, 1.0) for name in attacks]
     return Report(

@@ -55,12 +55,12 @@ def x64() -> Iterator[None]:
         jax.config.update("jax_enable_x64", False)
 
 
-def augment(x: Any, y: Any, number: Callable, **knobs: Any) -> Any:
+def augment(x: Any, y: Any, number: Callable, **options: Any) -> Any:
     theta = jax.tree.map(lambda a: np.asarray(a, x.dtype), NET.init(jax.random.key(1)))
     net = ada.CorruptionNet(NET.apply, theta)
-    knobs = {"nu": number(0.5), "step_scale": number(0.3), "ssim_threshold": number(0.6)} | knobs
+    numbers = {"nu": number(0.5), "step_scale": number(0.3), "ssim_threshold": number(0.6)}
     return ada.adversarial_augment(
-        jax.random.key(0), x, y, logits_fn=classify, net=net, steps=2, **knobs
+        jax.random.key(0), x, y, logits_fn=classify, net=net, steps=2, **numbers | options
     )
 
 
@@ -77,9 +77,9 @@ def augmentations(x: Any, y: Any, number: Callable) -> Any:
     return noisy, trivial_augment.trivial_augment(key, x)
 
 
-def attack(x: Any, y: Any, number: Callable, *, f: Callable, norm: str, **knobs: Any) -> Any:
+def attack(x: Any, y: Any, number: Callable, *, f: Callable, norm: str, **options: Any) -> Any:
     epsilon = number(0.02 if norm == "linf" else 0.15)
-    return f(jax.random.key(0), classify, x, y, epsilon, norm=norm, microbatch=3, **knobs)
+    return f(jax.random.key(0), classify, x, y, epsilon, norm=norm, microbatch=3, **options)
 
 
 def autoattack(x: Any, y: Any, number: Callable) -> Any:

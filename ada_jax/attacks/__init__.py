@@ -1,5 +1,8 @@
 """Adversarial attacks in l-infinity and l2 balls, AutoAttack, and attacks bounded by LPIPS.
 
+Imports no other sub-package. `training` uses `pgd`, `fast_lpa` and `rlat`; `evaluation` uses
+`autoattack`, `lpa` and `ppgd`.
+
 Every call traces `logits_fn` again, so that it attacks the classifier in its current state.
 (Arrays that an already jitted `logits_fn` closes over may be those of its first trace.) Outside
 `jax.jit` each call compiles, too. To compile once, pass `programs` to `autoattack`, and wrap the

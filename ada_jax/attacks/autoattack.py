@@ -42,7 +42,7 @@ _ATTACKS: dict[str, Callable] = {
     "multitargeted": multitargeted,
 }
 ATTACKS = tuple(_ATTACKS)
-# Rounding errors may put an image this far outside of a ball of radius 0, and as much more per 1.
+# Images may lie _TOLERANCE * (1 + epsilon) outside the ball, because of rounding errors.
 _TOLERANCE = 1e-6
 
 Arrays = dict[str, np.ndarray]
@@ -158,7 +158,7 @@ def autoattack(
     runner = _Runner(logits_fn, norm, min(batch_size, len(x)), microbatch or usual, programs)
     logits = runner.logits(x)
     warnings = _check_classifier(logits_fn, x, logits, attacks)
-    if "apgd-t" in attacks and logits.shape[-1] < 4:
+    if "apgd-t" in attacks and _finite_classes(logits) < 4:
         margins, own = {"loss": "margin-targeted"}, constants.get("apgd-t", {})
         constants = constants | {"apgd-t": margins | own}
     _check_constants(constants, attacks, norm, logits_fn, (runner.most, *x.shape[1:]))
@@ -182,7 +182,7 @@ def autoattack(
             images[broken], robust[broken], broken_by[broken] = result["images"], False, attack
             totals += result["totals"]
             zero_gradients += int(result["zero_gradients"])
-            not_finite += int(result.get("not_finite", 0))  # Missing in folders of older versions.
+            not_finite += int(result["not_finite"])
         account = _account(attack, remaining, robust, totals)
         accounts.append(account)
         warnings += _warn_about(account, accounts[:-1], clean_accuracy, zero_gradients, not_finite)
@@ -222,7 +222,7 @@ class _Runner:
         self._programs = {} if programs is None else programs
 
     def well_filled(self, examples: int) -> int:
-        """The microbatch for so many examples: as many groups as the largest needs, but equal."""
+        """The smallest microbatch, a multiple of 4, that needs no more groups than the largest."""
         of_device = max(-(-min(examples, self.batch_size) // jax.local_device_count()), 1)
         groups = -(-of_device // self.most)
         return min(-(-of_device // (4 * groups)) * 4, self.most)
@@ -415,7 +415,7 @@ def _check_classifier(
     logits_fn: LogitsFn, x: np.ndarray, logits: np.ndarray, attacks: Sequence[str]
 ) -> list[str]:
     """Raises UserError for classifiers that cannot be attacked; returns warnings about others."""
-    classes, found = logits.shape[-1], []
+    classes, found = _finite_classes(logits), []
     checks.check_finite(int(checks.not_finite(logits).sum()), len(x), "clean images")
     if "apgd-dlr" in attacks and classes < 3:
         raise UserError(
@@ -427,12 +427,13 @@ def _check_classifier(
             f"The targeted DLR loss needs at least 4 classes and the classifier has {classes}: "
             "apgd-t maximises the targets' margins instead, unlike the published AutoAttack."
         )
-    sums_to_one = np.all(np.abs(logits.sum(-1) - 1) < 1e-5)
+    sums_to_one = np.all(np.abs(logits.sum(-1) - 1) < 0.01)  # Also of bfloat16.
     if logits.min() >= 0 and logits.max() <= 1 and sums_to_one:
         raise UserError("The classifier returns probabilities: make it return logits.")
     # Traced twice, because randomness may also be drawn at tracing.
     few = jnp.asarray(x[:32])
     first, second = (np.float32(jax.jit(lambda a: logits_fn(a))(few)) for _ in range(2))
+    first, second = (np.where(a == -np.inf, 0, a) for a in (first, second))
     scale = np.linalg.norm(first, axis=-1) + 1e-10
     if np.any(np.linalg.norm(first - second, axis=-1) > 1e-4 * scale):
         found.append(
@@ -441,6 +442,11 @@ def _check_classifier(
     for sentence in found:
         logging.warning("%s", sentence)
     return found
+
+
+def _finite_classes(logits: np.ndarray) -> int:
+    """The number of classes that an image has at least; a logit of -inf excludes its class."""
+    return int(np.isfinite(logits).sum(-1).min())
 
 
 # ------------------------------------------------------------------------ finished batches on disk

@@ -1,8 +1,8 @@
 """Loops and checks shared by the attacks. Examples that are no longer attacked cost nothing.
 
 An attack has a `state` (a NamedTuple of arrays [B, ...] with a field `active`) and constant
-`examples` (a dict of arrays [B, ...]). Its step needs neither masks nor batch sizes: `on_active`
-passes it only the active examples, one microbatch at a time.
+`examples` (a dict of arrays [B, ...]). `iterate` applies a step to the active examples only,
+one microbatch at a time, so a step needs neither masks nor batch sizes.
 """
 
 import functools
@@ -172,35 +172,42 @@ def attack(function: Callable, gradients: bool = True) -> Callable:
     """Decorates an attack: checks its arguments, and lets images be split over explicit mesh axes.
 
     Images, logits and epsilon become float32 and labels int32. UserError is raised for a microbatch
-    out of range, for a mask of another shape than the labels, for images, labels or an epsilon out
+    out of range, for a mask that is not bool [B], for images, labels or an epsilon out
     of range that are not traced, and, if the attack needs gradients, for logits that have none.
     Traced images that are out of range, or whose label is, become NaN and count as broken.
     """
 
     @functools.wraps(function)
-    def on_mesh(key, logits_fn, x, y, epsilon, **knobs):
-        check(epsilon, knobs.get("norm", "linf"))
-        if (microbatch := knobs.get("microbatch")) is not None:
+    def on_mesh(key, logits_fn, x, y, epsilon, **options):
+        check(epsilon, options.get("norm", "linf"))
+        if (microbatch := options.get("microbatch")) is not None:
             checks.check_integers(1, microbatch=microbatch)
         x, y = checks.as_images(jnp.asarray(x)), jnp.asarray(y)
         classes = checks.check_labels(y, x, logits_fn, microbatch)
-        if (mask := knobs.get("mask")) is not None and np.shape(mask) != y.shape:
-            raise UserError(
-                f"mask has the shape {list(np.shape(mask))}: give one bool for each of the "
-                f"{len(x)} images."
-            )
+        if (mask := options.get("mask")) is not None:
+            options["mask"] = _checked_mask(mask, len(x))
         spec = checks.microbatch_spec(x, microbatch)
         logits_fn = checks.float32_logits(logits_fn, spec, gradients=gradients)
         x, y = checks.nan_if_invalid(x, y, classes), y.astype(jnp.int32)
-        knobs["epsilon"] = checks.float32(epsilon)
-        arrays = {name: a for name, a in knobs.items() if isinstance(a, jax.Array)}
+        options["epsilon"] = checks.float32(epsilon)
+        arrays = {name: a for name, a in options.items() if isinstance(a, jax.Array)}
 
         def run(logits_fn, x, key, y, arrays):
-            return function(key, logits_fn, x, y, **knobs | arrays)
+            return function(key, logits_fn, x, y, **options | arrays)
 
         return sharding.on_mesh(run, logits_fn, x)(x, key, y, arrays)
 
     return on_mesh
+
+
+def _checked_mask(mask: Any, count: int) -> jax.Array | np.ndarray:
+    """The mask as an array; raises UserError unless it is bool [count]."""
+    mask = mask if isinstance(mask, jax.Array) else np.asarray(mask)
+    if mask.shape != (count,) or mask.dtype != bool:
+        raise UserError(
+            f"mask is {mask.dtype}{list(mask.shape)}: give one bool for each of the {count} images."
+        )
+    return mask
 
 
 def prepare(

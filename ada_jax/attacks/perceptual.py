@@ -1,8 +1,7 @@
 """Attacks that are bounded by LPIPS: Fast-LPA, LPA and PPGD.
 
 All three take a `model`, images -> logits and features, such as `ada_jax.perceptual.model_of`
-returns. To
-bound a classifier by another network, pass `lambda x: (logits_fn(x), features_fn(x))`.
+returns. To bound a classifier by another network, pass `lambda x: (logits_fn(x), features_fn(x))`.
 
 Source: Laidlaw, Singla and Feizi, "Perceptual adversarial robustness: defense against unseen threat
 models" (2021), algorithms 1 to 3, with the constants of its code.
@@ -165,7 +164,7 @@ def ppgd(
     *,
     steps: int = 40,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Perceptual projected gradient ascent, of evaluation.
+    """Perceptual projected gradient ascent, for evaluation.
 
     Every step increases the margin as much as is possible, to first order, while the features move
     by 2 bound / steps, and is followed by a projection as in `lpa`. The direction solves a linear

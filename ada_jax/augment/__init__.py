@@ -1,1 +1,5 @@
-"""Augmentation of training images: crops, AugMix, and the distorted networks of DeepAugment."""
+"""Augmentation of training images.
+
+`training` applies `cropping` and `trivial_augment` before the attack, and `augmix` and `norm_noise`
+after it; `mixup` acts in the classifier. `ada_jax.deepaugment` renders images before training.
+"""

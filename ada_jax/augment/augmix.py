@@ -369,13 +369,7 @@ _PLAIN = {
 
 def check(severity: float, width: int, depth: int, alpha: float, ops: Sequence[str]) -> None:
     """Raises UserError for the first argument of `augment_and_mix` that is out of range."""
-    known = (*OPS, *EXTRA_OPS)
-    if unknown := [name for name in ops if name not in known]:
-        raise UserError(
-            f"ops has the unknown operation {unknown[0]!r}: choose from {', '.join(known)}."
-        )
-    if not ops:
-        raise UserError("ops is empty: name at least one operation.")
+    check_ops(ops, (*OPS, *EXTRA_OPS))
     checks.check_integers(1, width=width)
     checks.check_integers(-1, depth=depth)
     if not 0.1 <= severity <= 10:
@@ -384,3 +378,13 @@ def check(severity: float, width: int, depth: int, alpha: float, ops: Sequence[s
         raise UserError("depth=0 must be at least 1, or -1 to draw it at random.")
     if not 0 < alpha < np.inf:
         raise UserError(f"alpha={alpha} must be positive and finite (AugMix uses 1).")
+
+
+def check_ops(ops: Sequence[str], known: Sequence[str]) -> None:
+    """Raises UserError unless `ops` are some of the known operations."""
+    if unknown := [name for name in ops if name not in known]:
+        raise UserError(
+            f"ops has the unknown operation {unknown[0]!r}: choose from {', '.join(known)}."
+        )
+    if not ops:
+        raise UserError("ops is empty: name at least one operation.")

@@ -1,10 +1,12 @@
 """Mixup of inputs or features, with noise (Lim et al., 2022; NoisyMix, Erichson et al., 2022).
 
-partner, share = mixup.pair(pair_key, len(labels))
-change = lambda h: mixup.noisy(noise_key, mixup.mix(h, partner, share))
-perturbations = mixup.at_one_layer(layer_key, ("input", "stage1", "stage2"), change)
-logits, state = classifier.apply(..., perturbations=perturbations)
-loss = mixup.cross_entropy(logits, labels, partner, share)
+For example:
+
+    partner, share = mixup.pair(pair_key, len(labels))
+    change = lambda h: mixup.noisy(noise_key, mixup.mix(h, partner, share))
+    perturbations = mixup.at_one_layer(layer_key, ("input", "stage1", "stage2"), change)
+    logits, state = classifier.apply(..., perturbations=perturbations)
+    loss = mixup.cross_entropy(logits, labels, partner, share)
 """
 
 import functools
@@ -50,13 +52,17 @@ def mix(x: jax.Array, partner: jax.Array, share: jax.Array) -> jax.Array:
       x: images or features [B,...] or, of V views of the batch one after the other, [VB,...]. The
         views of an example have the same partner.
       partner: indices [B].
-      share: of an example itself, a float32 scalar array.
+      share: of an example itself, a number in [0,1].
 
     Returns:
       share * x + (1 - share) * the partners, of the type of x.
+
+    Raises:
+      UserError: x is not of a floating type.
     """
+    _check_floating(x)
     views = x.reshape(-1, len(partner), *x.shape[1:])
-    share = share.astype(x.dtype)
+    share = jnp.asarray(share, x.dtype)
     return (share * views + (1 - share) * views[:, partner]).reshape(x.shape)
 
 
@@ -97,6 +103,7 @@ def noisy(
     "Noisy feature mixup" (2022), have additive 0.4, multiplicative 0.2 and sparsity 0.
     """
     check_levels(additive, multiplicative, sparsity)
+    _check_floating(features)
     if len(features) % views:
         raise UserError(f"views={views} does not divide the {len(features)} features: correct it.")
     if additive == multiplicative == 0:
@@ -167,8 +174,14 @@ def cross_entropy(
     Raises:
       UserError: as `losses.cross_entropy`.
     """
+    labels = jnp.asarray(labels)
     own, other = (losses.cross_entropy(logits, y, smoothing) for y in (labels, labels[partner]))
     return share * own + (1 - share) * other
+
+
+def _check_floating(x: jax.Array) -> None:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise UserError(f"Images of type {x.dtype} cannot be mixed: convert them to float32.")
 
 
 def check_levels(additive: float, multiplicative: float, sparsity: float) -> None:

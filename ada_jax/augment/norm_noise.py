@@ -35,8 +35,8 @@ def add_noise(
     and its bound (linf). For images of 32x32x3, 0.065 and 0.09 are an l1 norm of 200 and an l2 norm
     of 5.0. Clipping to [0,1] makes the noise smaller.
 
-    The noise resembles the test corruptions Gaussian, shot and impulse noise. The batch may be
-    split over several devices, as for `ada_jax.adversarial_augment`.
+    'l2' is in effect the test corruption Gaussian noise and 'l0' impulse noise; all resemble shot
+    noise. The batch may be split over several devices, as for `ada_jax.adversarial_augment`.
 
     Args:
       key: random key, or one per example [B].

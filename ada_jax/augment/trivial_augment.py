@@ -47,7 +47,7 @@ def trivial_augment(key: jax.Array, x: jax.Array, *, ops: Sequence[str] = OPS) -
         raise UserError(
             f"Images of shape {list(x.shape)} must have three channels for TrivialAugment."
         )
-    check(ops)
+    augmix.check_ops(ops, OPS)
     augment = functools.partial(_augment, ops=tuple(ops))
     return sharding.on_mesh(augment, None, x)(x, keys.of_batch(key, x))
 
@@ -90,13 +90,3 @@ def amount(
             factors = 0.01 + np.arange(MAGNITUDES) * ((2.0 - 0.01) / steps)
             return jnp.asarray(factors, jnp.float32)[magnitude]
     return 0.0
-
-
-def check(ops: Sequence[str]) -> None:
-    """Raises UserError unless `ops` are names of operations."""
-    if unknown := [name for name in ops if name not in OPS]:
-        raise UserError(
-            f"ops has the unknown operation {unknown[0]!r}: choose from {', '.join(OPS)}."
-        )
-    if not ops:
-        raise UserError("ops is empty: name at least one operation.")

@@ -65,7 +65,9 @@ if __name__ == "__main__":
     flags.DEFINE_integer("image_size", 32, "Side in pixels of a folder's or ImageNet's images.")
     flags.DEFINE_string("out", None, "Output folder.")
     flags.DEFINE_list(
-        "names", list(parameter_tables.NAMES + parameter_tables.EXTRA), "Corruptions."
+        "names",
+        list(parameter_tables.NAMES + parameter_tables.EXTRA),
+        "Corruptions; by default the 15 and the 4 extra ones. C-bar's are given by name.",
     )
     flags.DEFINE_list("severities", [str(s) for s in parameter_tables.SEVERITIES], "Severities.")
     flags.DEFINE_integer("seed", 0, "Random seed.")

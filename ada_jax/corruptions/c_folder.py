@@ -120,12 +120,8 @@ def _blocks(dataset: core.Dataset) -> Iterator[tuple[np.ndarray, np.ndarray, np.
     size = max(1, _BLOCK_PIXELS // (height * width))
     for batch in batching.eval_batches(dataset, batch_size=min(size, len(dataset))):
         real = batch["mask"] > 0
-        yield as_uint8(batch["image"][real]), batch["index"][real], batch["label"][real]
-
-
-def as_uint8(images: np.ndarray) -> np.ndarray:
-    """Converts images, uint8 or float32 in [0, 1], to uint8."""
-    return images if images.dtype == np.uint8 else np.rint(255 * images).astype(np.uint8)
+        images = batching.to_uint8(batch["image"][real])
+        yield images, batch["index"][real], batch["label"][real]
 
 
 def _manifest(

@@ -17,7 +17,7 @@ from ada_jax.errors import UserError
 
 
 def snow(x: np.ndarray, c: tuple[float, ...], draws: Draws) -> np.ndarray:
-    """Images [B,H,W,3] with motion-blurred flakes, whitened; c holds the severity's parameters."""
+    """Whitens the images [B,H,W,3] and adds motion-blurred flakes; c holds the parameters."""
     mean, spread, zoom, threshold, radius, sigma, kept = c
     flakes = filters.zoom(mean + spread * draws.normal(1, *x.shape[1:3]), zoom)
     flakes = np.where(flakes < threshold, 0, 255 * np.clip(flakes, 0, 1)).astype(np.uint8)
@@ -28,7 +28,7 @@ def snow(x: np.ndarray, c: tuple[float, ...], draws: Draws) -> np.ndarray:
 
 
 def frost(x: np.ndarray, c: tuple[float, float, float], draws: Draws) -> np.ndarray:
-    """Images [B,H,W,3] blended with crops of photographs of frost."""
+    """Blends the images [B,H,W,3] with crops of photographs of frost."""
     image_share, frost_share, scale = c
     h, w = x.shape[1:3]
     textures = _frost_textures(scale, h, w)
@@ -89,7 +89,7 @@ def frost_files() -> list[pathlib.Path]:
 
 
 def fog(x: np.ndarray, c: tuple[float, float], draws: Draws) -> np.ndarray:
-    """Images [B,H,W,3] blended with plasma noise."""
+    """Blends the images [B,H,W,3] with plasma noise."""
     amount, decay = c
     h, w = x.shape[1:3]
     size = 2 ** math.ceil(math.log2(max(h, w)))
@@ -125,7 +125,7 @@ def _plasma(u: np.ndarray, decay: float) -> np.ndarray:
 
 
 def spatter(x: np.ndarray, c: tuple[Any, ...], draws: Draws) -> np.ndarray:
-    """Images [B,H,W,3] with drops of water or mud."""
+    """Adds drops of water or mud to the images [B,H,W,3]."""
     mean, spread, sigma, threshold, strength, kind = c
     liquid = filters.gaussian_blur(mean + spread * draws.normal(*x.shape[1:3]), sigma)
     if kind == "water":

@@ -1,1 +1,1 @@
-"""Data sets, and batches of them."""
+"""Data sets, and batches of them. Imports no other sub-package."""

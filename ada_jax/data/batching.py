@@ -243,3 +243,8 @@ def to_float(x: chex.Array) -> jax.Array:
         return jnp.asarray(x, jnp.float32) / 255
     chex.assert_type(x, jnp.float32)
     return jnp.asarray(x)
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """Converts float32 pixels in [0, 1] to uint8 in 0..255; uint8 pixels are not changed."""
+    return images if images.dtype == np.uint8 else np.rint(255 * images).astype(np.uint8)

@@ -170,20 +170,6 @@ def from_arrays(
     return Dataset(source, len(class_names), tuple(class_names), images.shape[1:], name)
 
 
-def sampled_fingerprint(dataset: Dataset) -> str:
-    """The digest of 256 examples that older versions used instead of `Dataset.fingerprint`."""
-    digest = hashlib.sha256(repr((len(dataset), dataset.class_names)).encode())
-    for i in _spread(len(dataset)):
-        image, label = dataset.source[int(i)]
-        digest.update(np.ascontiguousarray(image).tobytes() + str(int(label)).encode())
-    return digest.hexdigest()
-
-
-def recognises(dataset: Dataset, fingerprint: str | None) -> bool:
-    """Whether a stored fingerprint, of this or an older version, matches a data set."""
-    return fingerprint == dataset.fingerprint or fingerprint == sampled_fingerprint(dataset)
-
-
 def _spread(size: int) -> np.ndarray:
     return np.unique(np.linspace(0, size - 1, 256).astype(int))
 
@@ -318,7 +304,7 @@ def format_counts(kinds: collections.Counter[str]) -> str:
 
 @functools.cache
 def log_once(sentence: str) -> None:
-    """Logs a sentence once per process, although several splits of a folder are loaded."""
+    """Logs a warning once per process, even if several splits of a folder are loaded."""
     logging.warning("%s", sentence)
 
 

@@ -11,8 +11,7 @@ import os
 import pathlib
 import shutil
 import tokenize
-import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -35,17 +34,12 @@ def check_folder(out: pathlib.Path) -> None:
         )
 
 
-def check_manifest(
-    out: pathlib.Path,
-    manifest: dict[str, Any],
-    legacy: Mapping[str, Any] = types.MappingProxyType({}),
-) -> None:
+def check_manifest(out: pathlib.Path, manifest: dict[str, Any]) -> None:
     """Writes the manifest to a new folder, or checks that it matches that of an old one.
 
     Args:
       out: the folder.
       manifest: that of the set to write.
-      legacy: values of older versions for some fields, which are accepted too.
 
     Raises:
       UserError: the folder holds another set.
@@ -62,8 +56,7 @@ def check_manifest(
             f"{path} cannot be read ({error}): give another folder with --out, or rename this one."
         ) from error
     for field in manifest:
-        accepted = manifest[field], legacy.get(field, manifest[field])
-        if field != "data" and before.get(field) not in accepted:
+        if field != "data" and before.get(field) != manifest[field]:
             raise UserError(
                 f"--out={out} has a set whose {field} is {before.get(field)}, not "
                 f"{manifest[field]}: give another folder."

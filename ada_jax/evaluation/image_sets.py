@@ -81,7 +81,7 @@ class _Corrupted:
         images = functions.corrupt(
             self.name,
             self.severity,
-            c_folder.as_uint8(batch["image"]),
+            batching.to_uint8(batch["image"]),
             self.seed,
             indices=indices,
             table=self.table,

@@ -8,21 +8,20 @@ import jax
 import numpy as np
 from absl import logging
 
-from ada_jax import attacks, checks, keys, sharding
-from ada_jax.attacks import loops
-from ada_jax.attacks import perceptual as perceptual_attacks
+from ada_jax import checks, keys, sharding
+from ada_jax.attacks import loops, perceptual
 from ada_jax.errors import UserError, renamed
 from ada_jax.evaluation import scoring, worst_case
 from ada_jax.nets import weight_files
 
-_ATTACKS = {"lpa": attacks.lpa, "ppgd": attacks.ppgd}
+_ATTACKS = {"lpa": perceptual.lpa, "ppgd": perceptual.ppgd}
 
 
 def check(options: worst_case.Options, image_shape: Sequence[int]) -> None:
     """Checks the options of `measure`; raises UserError that names the flag of `evaluate`."""
     del image_shape
     try:
-        perceptual_attacks.check(options.lpips_bound)
+        perceptual.check(options.lpips_bound)
     except UserError as error:
         raise renamed(error, {"bound": "--lpips_bound"}) from error
     if options.lpips_weights:

@@ -20,7 +20,6 @@ from ada_jax import ada, attacks, checks, keys, losses, perturbation, sharding, 
 from ada_jax import results as results_files
 from ada_jax.attacks import loops
 from ada_jax.attacks.loops import LogitsFn
-from ada_jax.corruptions import c_folder
 from ada_jax.data import batching, core
 from ada_jax.errors import UserError
 from ada_jax.nets import corruption_nets
@@ -60,7 +59,7 @@ class Options(NamedTuple):
 def first_examples(dataset: core.Dataset, count: int) -> tuple[np.ndarray, np.ndarray]:
     """The first images [N,H,W,3], float32 in [0,1], and labels [N]; all for a count of 0."""
     batch = batching.gather(dataset, np.arange(min(count or len(dataset), len(dataset))))
-    return np.float32(c_folder.as_uint8(batch["image"])) / 255, batch["label"]
+    return np.float32(batching.to_uint8(batch["image"])) / 255, batch["label"]
 
 
 def pixel_balls(
@@ -250,7 +249,7 @@ def under_ada(
     return fields
 
 
-def _verdict(logits_fn: LogitsFn, images: jax.Array, y: jax.Array) -> dict[str, jax.Array]:
+def _outcome(logits_fn: LogitsFn, images: jax.Array, y: jax.Array) -> dict[str, jax.Array]:
     logits = logits_fn(images)
     return {
         "wrong": loops.misclassified(logits, y),
@@ -273,12 +272,12 @@ def _per_example(
         def once(i, found):
             example_keys = jax.vmap(lambda key: jax.random.fold_in(key, i))(key)
             images, metrics = augment(example_keys, x, y, **settings)
-            verdict = _verdict(logits_fn, images, y)
-            new = {name: jnp.maximum(found[name], value) for name, value in verdict.items()}
+            outcome = _outcome(logits_fn, images, y)
+            new = {name: jnp.maximum(found[name], value) for name, value in outcome.items()}
             return new | ({"ssim": metrics["ssim_after"]} if ssim.fits(x) else {})
 
         similarity = {"ssim": jnp.ones(len(x), jnp.float32)} if ssim.fits(x) else {}
-        return jax.lax.fori_loop(0, options.restarts, once, _verdict(logits_fn, x, y) | similarity)
+        return jax.lax.fori_loop(0, options.restarts, once, _outcome(logits_fn, x, y) | similarity)
 
     mapped = jax.pmap(attack, sharding.AXIS, in_axes=(0, 0, 0, None))
     return functools.partial(sharding.in_batches, mapped, examples, options.batch_size)
@@ -293,8 +292,8 @@ def _shared(
     """
 
     def render(delta, key, x):
-        everyone = jax.tree.map(lambda d: jnp.broadcast_to(d, (len(x), *d.shape[1:])), delta)
-        return ada.render(net, everyone, x, key)
+        deltas = jax.tree.map(lambda d: jnp.broadcast_to(d, (len(x), *d.shape[1:])), delta)
+        return ada.render(net, deltas, x, key)
 
     def gradient(key, x, y, real, delta):
         def total_loss(delta):
@@ -305,9 +304,9 @@ def _shared(
     def judge(key, x, y, delta):
         images = render(delta, key, x)
         if not ssim.fits(x):
-            return _verdict(logits_fn, images, y)
+            return _outcome(logits_fn, images, y)
         images, _ = ssim.line_search(x, images)
-        return _verdict(logits_fn, images, y) | {"ssim": ssim.ssim(x, images)}
+        return _outcome(logits_fn, images, y) | {"ssim": ssim.ssim(x, images)}
 
     @jax.jit
     def start(key, nu):

@@ -276,7 +276,8 @@ def _quarters(x: jax.Array) -> jax.Array:
 # Functions of normalised images [B, H, W, C] that return the features [B, H', W', C'] to pool.
 _preact = residual_nets.preact_resnet
 _preact18 = functools.partial(_preact, widths=(64, 128, 256, 512), depths=(2, 2, 2, 2))
-_basic, _basic_v2 = residual_nets.preact_basic, residual_nets.preact_basic_v2
+_basic = residual_nets.preact_basic
+_basic_v2 = functools.partial(_basic, v2=True)
 _NETWORKS: dict[str, Callable[[jax.Array, NormRelu, Tap], jax.Array]] = {
     "preact_resnet20": functools.partial(
         _preact, block=_basic, widths=(16, 32, 64), depths=(3, 3, 3)

@@ -472,25 +472,6 @@ def _mirror(dw: jax.Array) -> jax.Array:
 # ------------------------------------------------------- lowerings by platform
 
 
-def channels_by_8(lowering: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps a lowering to pad all channels to multiples of 8, for tensor cores."""
-
-    def filled(x, w, *rest):
-        (*dy, stride, padding), (inputs, outputs) = rest, w.shape[2:]
-        x, w = _fill(x, -inputs % 8), _fill(w, -inputs % 8, -outputs % 8)
-        out = lowering(x, w, *(_fill(a, -outputs % 8) for a in dy), stride, padding)
-        if not dy:
-            return out[..., :outputs]
-        return out[0][..., :inputs], out[1][..., :inputs, :outputs]
-
-    return filled
-
-
-def _fill(a: jax.Array, *channels: int) -> jax.Array:
-    """Pads the last axes with these numbers of zeros."""
-    return jnp.pad(a, [(0, 0)] * (a.ndim - len(channels)) + [(0, n) for n in channels])
-
-
 def with_bias(
     forward: Callable[..., Any], gradients: Callable[..., Any]
 ) -> tuple[Callable, Callable]:
@@ -511,12 +492,8 @@ LOWERINGS = {
     "grouped": (plain_forward, plain_gradients),
     "patches": (patch_forward, patch_gradients),
     "shifted": (shifted_forward, shifted_gradients),
+    "triton": (triton_forward, triton_gradients),
 }
-LOWERINGS |= {
-    f"{name}, channels by 8": (channels_by_8(forward), channels_by_8(gradients))
-    for name, (forward, gradients) in LOWERINGS.items()
-}
-LOWERINGS["triton"] = (triton_forward, triton_gradients)
 LOWERINGS = {name: with_bias(*pair) for name, pair in LOWERINGS.items()}
 LOWERINGS["mosaic"] = (mosaic_forward, mosaic_gradients)
 # The platform of a lowering's kernels, which a CPU interprets.

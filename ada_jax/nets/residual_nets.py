@@ -3,6 +3,7 @@
 They compute what the PyTorch code that `torch_layouts` names computes, padding included.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -77,24 +78,19 @@ def _stages(
 # ------------------------------------------------------------------------ pre-activation
 
 
-def preact_basic(x: jax.Array, width: int, stride: int, norm_relu: NormRelu) -> jax.Array:
-    """Two convolutions; the shortcut projects the input, as in Wong et al.'s code."""
-    h = norm_relu(x, "bn1")
-    h = Conv(width, 3, stride, name="conv1")(h)
-    h = Conv(width, 3, name="conv2")(norm_relu(h, "bn2"))
-    if stride == 1 and x.shape[-1] == width:
-        return h + x
-    return h + Conv(width, 1, stride, name="shortcut")(x)
+def preact_basic(
+    x: jax.Array, width: int, stride: int, norm_relu: NormRelu, *, v2: bool = False
+) -> jax.Array:
+    """Two convolutions; the shortcut projects the input, as in Wong et al.'s code.
 
-
-def preact_basic_v2(x: jax.Array, width: int, stride: int, norm_relu: NormRelu) -> jax.Array:
-    """Two convolutions; the shortcut projects the pre-activated input, as in WideResNet."""
+    With `v2` it projects the pre-activated input, as in WideResNet.
+    """
     pre = norm_relu(x, "bn1")
     h = Conv(width, 3, stride, name="conv1")(pre)
     h = Conv(width, 3, name="conv2")(norm_relu(h, "bn2"))
     if stride == 1 and x.shape[-1] == width:
         return h + x
-    return h + Conv(width, 1, stride, name="shortcut")(pre)
+    return h + Conv(width, 1, stride, name="shortcut")(pre if v2 else x)
 
 
 def preact_bottleneck(x: jax.Array, width: int, stride: int, norm_relu: NormRelu) -> jax.Array:
@@ -130,9 +126,8 @@ def wide_resnet(
 ) -> jax.Array:
     """A WideResNet of Zagoruyko and Komodakis (2016), without dropout."""
     widths, depths = (16 * factor, 32 * factor, 64 * factor), ((depth - 4) // 6,) * 3
-    return preact_resnet(
-        x, norm_relu, tap, block=preact_basic_v2, widths=widths, depths=depths, stem=16
-    )
+    block = functools.partial(preact_basic, v2=True)
+    return preact_resnet(x, norm_relu, tap, block=block, widths=widths, depths=depths, stem=16)
 
 
 # ------------------------------------------------------------------------ post-activation

@@ -123,7 +123,7 @@ def load_weights(
     if foreign and like is not None:
         fields = {}
     else:
-        _check_sealed(path, flat, fields)
+        _check_digests(path, flat, fields)
     given = {name: value for name, value in fields.items() if name not in _OWN_METADATA}
     if like is not None:
         wanted = {name: shape(leaf) for name, leaf in named(like).items()}
@@ -158,7 +158,7 @@ def _is_foreign(fields: Mapping[str, Any]) -> bool:
     return without_digest and not isinstance(fields.get("format"), int)
 
 
-def _check_sealed(path: str, flat: Mapping[str, np.ndarray], fields: Mapping[str, Any]) -> None:
+def _check_digests(path: str, flat: Mapping[str, np.ndarray], fields: Mapping[str, Any]) -> None:
     """Checks that `save_weights` wrote a file and that its content matches its digests."""
     if fields.get("format") != FORMAT:
         raise UserError(
@@ -167,10 +167,9 @@ def _check_sealed(path: str, flat: Mapping[str, np.ndarray], fields: Mapping[str
             "ada_jax.nets.weight_files.save_weights, or use a network trained elsewhere in your "
             "own training loop, with ada_jax.adversarial_augment."
         )
-    sealed = {name: value for name, value in fields.items() if name != "metadata_digest"}
-    if fields.get("metadata_digest") != json_digest(sealed) or fields.get("digest") != state_digest(
-        flat
-    ):
+    covered = {name: value for name, value in fields.items() if name != "metadata_digest"}
+    digests = {"metadata_digest": json_digest(covered), "digest": state_digest(flat)}
+    if any(fields.get(name) != digest for name, digest in digests.items()):
         raise UserError(
             f"The weights file {path} is damaged (its content does not match its sha256): "
             "copy it or save it again."
@@ -188,7 +187,7 @@ def named(tree: Tree) -> dict[str, Any]:
         keys = [jax.tree_util.keystr((key,), simple=True) for key in path]
         name = _SEPARATOR.join(keys)
         # '__metadata__' is safetensors' entry for its metadata.
-        if not keys or not all(map(_survives, keys)) or name in named or name == "__metadata__":
+        if not keys or not all(map(_is_storable, keys)) or name in named or name == "__metadata__":
             raise UserError(
                 f"An array of the tree cannot be stored under the name '{name}': use non-empty, "
                 f"distinct keys that neither hold '{_SEPARATOR}' nor start or end with '/'."
@@ -197,7 +196,7 @@ def named(tree: Tree) -> dict[str, Any]:
     return named
 
 
-def _survives(key: str) -> bool:
+def _is_storable(key: str) -> bool:
     return bool(key) and _SEPARATOR not in key and key == key.strip("/")
 
 

@@ -1,1 +1,1 @@
-"""Tables, figures and a page out of results files."""
+"""Tables, figures and a web page from results files. Does not import JAX."""

@@ -16,8 +16,8 @@ def adversarial_rows(
     augmented: np.ndarray,
     similarity: np.ndarray | None,
     label: np.ndarray,
-    clean_verdict: np.ndarray,
-    augmented_verdict: np.ndarray,
+    clean_prediction: np.ndarray,
+    augmented_prediction: np.ndarray,
     class_names: Sequence[str],
     columns: int = 10,
 ) -> None:
@@ -29,8 +29,8 @@ def adversarial_rows(
       augmented: as clean.
       similarity: SSIM [B]; None for images smaller than its window.
       label: true classes [B].
-      clean_verdict: predicted classes of the clean images [B]; wrong ones are printed red.
-      augmented_verdict: predicted classes of the augmented images [B].
+      clean_prediction: predicted classes of the clean images [B]; wrong ones are printed red.
+      augmented_prediction: predicted classes of the augmented images [B].
       class_names: names of the classes.
       columns: maximum number of columns.
     """
@@ -43,11 +43,11 @@ def adversarial_rows(
     for i in range(count):
         rows = (clean[i], augmented[i], difference[i])
         titles = (
-            _plain(class_names[clean_verdict[i]]),
-            _plain(class_names[augmented_verdict[i]]),
+            _plain(class_names[clean_prediction[i]]),
+            _plain(class_names[augmented_prediction[i]]),
             "" if similarity is None else f"SSIM {similarity[i]:.2f}",
         )
-        wrong = (clean_verdict[i] != label[i], augmented_verdict[i] != label[i], False)
+        wrong = (clean_prediction[i] != label[i], augmented_prediction[i] != label[i], False)
         for axis, image, title, red in zip(axes[:, i], rows, titles, wrong, strict=True):
             axis.imshow(np.clip(image, 0, 1), interpolation="nearest", vmin=0, vmax=1)
             axis.set_title(title, fontsize=9, color="crimson" if red else "black")

@@ -14,7 +14,7 @@ from ada_jax.errors import UserError
 # 'data' and 'corruption_source'.
 _BOOKKEEPING = results_files.BOOKKEEPING | {"seed"}
 
-# What none of the paper's rows has, in the comparable config when it is switched on.
+# Fields that are in the comparable config when switched on, and that none of the paper's rows uses.
 _NOT_THE_PAPERS = {
     *("trivial_augment.use", "noise.share", "mixup.alpha", "label_smoothing"),
     *("augmix.clean_view", "augmix.label_views", "ada.every", "ada.group", "ada.leaves"),
@@ -190,8 +190,8 @@ def paper_row(result: results_files.Result) -> str:
         return fields["name"]
     config = fields["config"]
     attack = config.get("ada", {})
-    # Nor has the paper fine-tuning, random perturbations, AdvMix, averaged weights or AugMix's
-    # consistency loss in these tables.
+    # The paper's tables do not have fine-tuning, random perturbations, AdvMix, averaged weights or
+    # AugMix's consistency loss either.
     other = config.get("init_weights") or attack.get("steps") == 0
     other = other or fields["name"].endswith("_ema")
     other = other or "mixing" in attack.get("choice", ())
@@ -220,7 +220,7 @@ def comparable(result: results_files.Result) -> bool:
 
 
 def scale(result: results_files.Result) -> str:
-    """Describes the network and the duration of training, as 'resnet9, 12 epochs'."""
+    """Describes the network and the duration of training, such as 'resnet9, 12 epochs'."""
     if result.published:
         known = "1" in result.fields["tables"]
         return f"paper: {_PAPER_NETWORK}, {_OTHER_EPOCHS:g} epochs" if known else "paper: others"

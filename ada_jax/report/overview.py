@@ -216,7 +216,7 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _ticks(ends: tuple[float, float], most: int) -> list[float]:
-    """Round values between the ends, at most so many."""
+    """Round values between the ends, which are at most `most` steps apart."""
     steps = [m * 10.0**e for e in range(-3, 3) for m in (1, 2, 5)]
     step = next(s for s in steps if (ends[1] - ends[0]) / s <= most)
     return [step * i for i in range(math.ceil(ends[0] / step), math.floor(ends[1] / step) + 1)]

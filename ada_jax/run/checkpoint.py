@@ -8,7 +8,6 @@ leaves whole checkpoints only. An array is stored under its keys joined by '//',
 import contextlib
 import json
 import os
-import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -101,17 +100,13 @@ class Checkpoints:
             self.wait()
 
     def restore(
-        self,
-        like_state: weight_files.Tree,
-        expect: Mapping[str, Any],
-        former: Mapping[str, Any] = types.MappingProxyType({}),
+        self, like_state: weight_files.Tree, expect: Mapping[str, Any]
     ) -> tuple[weight_files.Tree, dict[str, Any], int] | None:
         """Reads the newest checkpoint.
 
         Args:
           like_state: pytree of arrays or `jax.ShapeDtypeStruct` with the wanted shapes and dtypes.
           expect: JSON values that must equal `extra['expect']` of the checkpoint.
-          former: values that older versions wrote for some of them, which count as equal.
 
         Returns:
           The state, numpy arrays bitwise equal to those saved, `extra` and the step; None without
@@ -124,7 +119,7 @@ class Checkpoints:
         if step is None:
             return None
         folder, meta = self._folder / str(step), self._read_meta(step)
-        _check_expect(folder, meta["extra"].get("expect", {}), expect, former)
+        _check_expect(folder, meta["extra"].get("expect", {}), expect)
         named = weight_files.named(like_state)
         wanted = {name: weight_files.spec(leaf) for name, leaf in named.items()}
         if difference := weight_files.first_difference(meta["tree"], wanted):
@@ -247,12 +242,10 @@ class Checkpoints:
             return {**self._manager.restore(step, args=items)["state"], **empty}
 
 
-def _check_expect(
-    folder: Any, stored: Mapping[str, Any], expect: Mapping[str, Any], former: Mapping[str, Any]
-) -> None:
+def _check_expect(folder: Any, stored: Mapping[str, Any], expect: Mapping[str, Any]) -> None:
     now = json.loads(json.dumps(dict(expect)))
     for field in dict.fromkeys([*now, *stored]):
-        if stored.get(field) not in (now.get(field), former.get(field, now.get(field))):
+        if stored.get(field) != now.get(field):
             raise UserError(
                 f"The checkpoint {folder} was written with {field} = "
                 f"{json.dumps(stored.get(field))}, but this run has {field} = "

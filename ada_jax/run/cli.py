@@ -33,8 +33,8 @@ def run(
     config_flag = config_flags.DEFINE_config_file(
         "config",
         None,
-        "FILE or FILE:WORDS, a file with get_config(), as experiments/cifar10.py:ada. Outside a "
-        "clone, experiments/ means the files in the package.",
+        "FILE or FILE:WORDS, a file with get_config(), such as experiments/cifar10.py:ada. Outside "
+        "a clone, experiments/ means the files in the package.",
     )
     workdir = flags.DEFINE_string(
         "workdir",

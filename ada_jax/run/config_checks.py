@@ -49,7 +49,7 @@ RULES = (
     (*POSITIVE, ("learning_rate", "pgd.step_scale", "pat.gradient_clip", "rlat.epsilon")),
     (
         lambda value: len({*value} & {*ada.CHOICES}) == len(value) > 0,
-        f"must name one or both of {', '.join(ada.CHOICES)}, as ('delta',)",
+        f"must name one or both of {', '.join(ada.CHOICES)}, such as ('delta',)",
         ("ada.choice",),
     ),
     (
@@ -59,7 +59,7 @@ RULES = (
     ),
     (
         lambda value: len({*value}) == len(value) > 0,
-        "must name layers, each once, as ('input', 'stage1')",
+        "must name layers, each once, such as ('input', 'stage1')",
         ("mixup.layers",),
     ),
     (*SIDE, ("image_size",)),
@@ -217,18 +217,18 @@ def _check_crops(config: ml_collections.ConfigDict) -> None:
     scale, ratio = tuple(config.crop_scale), tuple(config.crop_ratio)
     if scale and not (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1):
         raise UserError(
-            f"config.crop_scale={scale} must be two shares of the area in (0, 1], as (0.08, 1.0), "
-            "or () for no random resized crops."
+            f"config.crop_scale={scale} must be two shares of the area in (0, 1], such as (0.08, "
+            "1.0), or () for no random resized crops."
         )
     if not (len(ratio) == 2 and 0 < ratio[0] <= ratio[1] < math.inf):
         raise UserError(
-            f"config.crop_ratio={ratio} must be two positive ratios in increasing order, as "
-            "(0.75, 1.3333)."
+            f"config.crop_ratio={ratio} must be two positive ratios in increasing order, such "
+            "as (0.75, 1.3333)."
         )
     if scale and config.dataset not in sources.PHOTOGRAPHS:
         raise UserError(
-            f"config.crop_scale={scale} needs photographs of any size, as one of "
-            f"{', '.join(sources.PHOTOGRAPHS)} has, and config.dataset={config.dataset!r} has "
+            f"config.crop_scale={scale} needs photographs of any size (one of "
+            f"{', '.join(sources.PHOTOGRAPHS)}), and config.dataset={config.dataset!r} has "
             "images of one size: set config.crop_scale='()' and config.pad."
         )
     if scale and config.deepaugment.copies:

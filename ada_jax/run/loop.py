@@ -40,7 +40,7 @@ class Evaluation(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What a binary gives to the loop.
+    """What a command passes to the training loop.
 
     Attributes:
       update_step: `update_step(state, batch) -> (state, metrics)`; may donate the state.
@@ -92,7 +92,6 @@ def run(
     *,
     config: Mapping[str, Any],
     expect: Mapping[str, Any],
-    former: Mapping[str, Any],
     extra: Mapping[str, Any] | None = None,
 ) -> Trained:
     """Trains, or resumes training, until the last step, SIGTERM or Ctrl-C.
@@ -103,7 +102,6 @@ def run(
       state: the state before the first step, on the host.
       config: written to config.json.
       expect: values that a checkpoint must have been written with.
-      former: values of older versions that count as equal, see `Checkpoints.restore`.
       extra: JSON values to save in every checkpoint.
 
     Raises:
@@ -112,7 +110,7 @@ def run(
     """
     checkpoints = checkpoint.Checkpoints(workdir, keep=task.keep_checkpoints)
     saved = {"pending": [], "seconds": 0.0}
-    if restored := checkpoints.restore(state, expect, former):
+    if restored := checkpoints.restore(state, expect):
         state, saved_extra, step = restored
         saved |= saved_extra
         logging.info("Going on from step %d of %s.", step, workdir)
@@ -198,7 +196,7 @@ def _paused(progress: logbook.Progress, state: State) -> Iterator[None]:
 
 
 def is_due(step: int, interval: float) -> bool:
-    """Whether a step completes an interval of so many steps; never for 0."""
+    """Whether `step` completes an interval of `interval` steps; False for an interval of 0."""
     rounding = 1e-9  # 110 / (1.1 * 100) is less than 1.
     return interval > 0 and int(step / interval + rounding) > int((step - 1) / interval + rounding)
 

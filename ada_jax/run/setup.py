@@ -15,7 +15,8 @@ from absl import logging
 
 from ada_jax import ada, paths, training
 from ada_jax import results as results_files
-from ada_jax.data import core, rendered_set, sources
+from ada_jax.augment import rendered_set
+from ada_jax.data import core, sources
 from ada_jax.errors import UserError, require_extra
 from ada_jax.evaluation import evaluators, scoring
 from ada_jax.nets import classifiers, corruption_nets, weight_files

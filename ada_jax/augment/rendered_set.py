@@ -17,7 +17,6 @@ import tqdm
 
 from ada_jax import locks, paths
 from ada_jax.augment import rendering
-from ada_jax.corruptions import c_folder
 from ada_jax.data import batching, core, npy_files
 from ada_jax.errors import UserError
 from ada_jax.nets import corruption_nets, weight_files
@@ -51,8 +50,7 @@ def write_set(
     corruption_nets.check_sizes("config.nets", config.nets, config.enlarge, dataset.image_shape)
     with locks.hold(f"--out={out}", locks.of_folder(out), wait=True):
         npy_files.check_folder(out)
-        legacy = {"data_sha256": core.sampled_fingerprint(dataset)}
-        npy_files.check_manifest(out, _manifest(dataset, nets, config), legacy)
+        npy_files.check_manifest(out, _manifest(dataset, nets, config))
     shards = _shards(dataset, tuple(nets), range(config.copies), config.shard_images)
     missing = [s for s in shards if not npy_files.is_complete(out / s.file, s.shape)]
     npy_files.check_space(out, sum(math.prod(s.shape) for s in missing))
@@ -113,7 +111,7 @@ class Images:
         return len(self.dataset)
 
     def __getitem__(self, positions: np.ndarray) -> np.ndarray:
-        return c_folder.as_uint8(batching.gather(self.dataset, positions)["image"])
+        return batching.to_uint8(batching.gather(self.dataset, positions)["image"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +205,7 @@ def open_set(folder: str | os.PathLike[str], dataset: core.Dataset, copies: int)
     """
     where = f"config.deepaugment.dir={os.fspath(folder)!r}"
     manifest, folder = read_manifest(folder), paths.local(where, folder)
-    if not core.recognises(dataset, manifest["data_sha256"]):
+    if dataset.fingerprint != manifest["data_sha256"]:
         raise UserError(
             f"{where} was made from {manifest['images']} other images ({manifest['data']}) than "
             f"the {len(dataset)} of config.train_split: make a set of these with "
