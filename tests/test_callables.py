@@ -198,6 +198,27 @@ def test_flax_modules():
         np.testing.assert_allclose(audit(logits_fn).images, expected.images, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_a_flax_model_in_training_mode_is_merged_as_a_copy():
+    nnx = pytest.importorskip("flax.nnx")
+
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.norm = nnx.BatchNorm(PIXELS, rngs=rngs)
+            self.linear = nnx.Linear(PIXELS, CLASSES, rngs=rngs)
+
+        def __call__(self, x):
+            return self.linear(self.norm(x.reshape(len(x), -1)))
+
+    model = Model(nnx.Rngs(0))
+    model.train()
+    graphdef, state = nnx.split(model)
+    logits_fn = lambda x: nnx.merge(graphdef, state, copy=True)(x)  # noqa: E731
+    images, _ = nnx.jit(lambda: run("pgd", logits_fn))()
+    assert np.all(np.isfinite(images))
+    assert np.all(model.norm.mean[...] == 0)  # The statistics before any update.
+
+
 def test_equinox_modules():
     equinox = pytest.importorskip("equinox")
 
