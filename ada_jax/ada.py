@@ -370,23 +370,24 @@ def _check(net, x, ssim_threshold, microbatch, group) -> None:
     if not jax.tree.leaves(net.theta):
         raise UserError("net.theta has no parameters to perturb: give a network that has some.")
     for path, leaf in jax.tree_util.tree_leaves_with_path(net.theta):
-        if not isinstance(leaf, jax.Array | np.ndarray | np.number | float | int):
-            name = jax.tree_util.keystr(path)
-            raise UserError(f"net.theta{name} is {leaf!r}: give arrays of floating-point numbers.")
+        if not _is_real(leaf):
+            name, kind = jax.tree_util.keystr(path), getattr(leaf, "dtype", type(leaf).__name__)
+            raise UserError(f"net.theta{name} is of type {kind}: give arrays of real numbers.")
     one = jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
     theta = jax.tree.map(lambda a: jax.ShapeDtypeStruct(np.shape(a), jnp.float32), net.theta)
     try:
         # A new function object, see `checks.num_classes`.
         apply = lambda *args: net.apply(*args)  # noqa: E731
         rendered = jax.eval_shape(apply, theta, one, jax.random.key(0))
-        rendered = rendered.shape if jnp.issubdtype(rendered.dtype, jnp.floating) else rendered
     except UserError:
         raise
     except (TypeError, ValueError, AttributeError) as error:  # Wrong shapes or arguments.
         raise UserError(
             f"net.apply fails for images {list(one.shape)} and float32 parameters: "
-            f"{first_line(error)}: use a network for images of this shape."
+            f"{first_line(error)}: correct it, or use a network for images of this shape."
         ) from error
+    if hasattr(rendered, "dtype") and jnp.issubdtype(rendered.dtype, jnp.floating):
+        rendered = rendered.shape
     if rendered != one.shape:
         raise UserError(
             f"net.apply must preserve the image shape, floating-point {list(one.shape)}, but gives "
@@ -404,6 +405,15 @@ def _check(net, x, ssim_threshold, microbatch, group) -> None:
             f"group={group} does not divide the {microbatch or len(x)} examples that are attacked "
             "at a time: use a divisor."
         )
+
+
+def _is_real(leaf: Any) -> bool:
+    if isinstance(leaf, bool | int | float):
+        return True
+    kinds = jnp.floating, jnp.integer, jnp.bool_
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic) and any(
+        jnp.issubdtype(leaf.dtype, kind) for kind in kinds
+    )
 
 
 def check_size(ssim_threshold: jax.Array | float, x: jax.Array | jax.ShapeDtypeStruct) -> None:

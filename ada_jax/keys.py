@@ -30,8 +30,8 @@ def per_example(key: jax.Array, count: int) -> jax.Array:
         raise UserError(f"The keys have shape {list(key.shape)}: give one key, or one per image.")
     if len(key) != count:
         raise UserError(
-            f"There are {len(key)} keys for {count} images: give one key, without a batch axis, or "
-            f"{count}."
+            f"The batch of keys has {len(key)} for {count} images: give one key, without a batch "
+            f"axis, or {count}."
         )
     return key
 

@@ -126,6 +126,9 @@ def with_earlier(
         if replace and before["weights_digest"] != results["weights_digest"]:
             return results
         flatten(os.fspath(path), before)
+        source = before.get("corruption_source", {})
+        for part in (before.get("config") or {}, source, source.get("files", {})):
+            dict.items(part)  # TypeError unless it is a dict.
         seconds = float(before["seconds"])
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(

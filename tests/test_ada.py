@@ -505,19 +505,19 @@ def test_a_name_is_no_corruption_network():
 
 
 @pytest.mark.parametrize(
-    "apply",
+    ("apply", "message"),
     [
-        lambda theta, x, key: x @ jnp.ones((5, 3)),
-        lambda theta, x, key: x.mean(-1, keepdims=True),
-        lambda theta, x, key: x[0],
-        lambda theta, x, key: (x, theta),
-        lambda theta, x: x,
+        (lambda theta, x, key: x @ jnp.ones((5, 3)), "fails for images"),
+        (lambda theta, x, key: x.mean(-1, keepdims=True), "must preserve the image shape"),
+        (lambda theta, x, key: x[0], "must preserve the image shape"),
+        (lambda theta, x, key: (x, theta), "must preserve the image shape"),
+        (lambda theta, x: x, "fails for images"),
     ],
 )
-def test_a_network_that_makes_no_such_images_is_refused(apply):
+def test_a_network_that_makes_no_such_images_is_refused(apply, message):
     x, y = batch()
     net = CorruptionNet(apply, {"w": jnp.ones(3)})
-    with pytest.raises(UserError, match=r"net\.apply .* \[1, \d+, \d+, 3\]"):
+    with pytest.raises(UserError, match=rf"net\.apply {message}.* \[1, \d+, \d+, 3\]"):
         ada.adversarial_augment(jax.random.key(0), x, y, logits_fn=LOGITS_FN, net=net)
 
 
@@ -543,10 +543,15 @@ def test_parameters_of_other_types_become_float32():
     np.testing.assert_array_equal(images, expected)
 
 
-def test_a_parameter_that_is_no_array_is_named():
+@pytest.mark.parametrize(
+    "leaf",
+    [jax.nn.relu, np.ones(3, complex), np.array([1.0, None]), np.array(["a"]), jax.random.key(0)],
+    ids=["function", "complex", "object", "text", "key"],
+)
+def test_a_parameter_that_is_no_real_array_is_named(leaf):
     x, y = batch()
-    net = NET._replace(theta={"w": jnp.ones(3), "activation": jax.nn.relu})
-    with pytest.raises(UserError, match=r"net\.theta\['activation'\] is .*: give arrays"):
+    net = NET._replace(theta={"w": jnp.ones(3), "other": leaf})
+    with pytest.raises(UserError, match=r"net\.theta\['other'\] is of type .*: give arrays"):
         ada.adversarial_augment(jax.random.key(0), x, y, logits_fn=LOGITS_FN, net=net)
 
 
@@ -556,7 +561,7 @@ def test_the_error_of_a_network_that_fails_is_named():
 
     x, y = batch()
     net = NET._replace(apply=apply)
-    with pytest.raises(UserError, match=r"parameters: ValueError: use a network"):
+    with pytest.raises(UserError, match=r"parameters: ValueError: correct it"):
         ada.adversarial_augment(jax.random.key(0), x, y, logits_fn=LOGITS_FN, net=net)
 
 

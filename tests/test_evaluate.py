@@ -505,6 +505,8 @@ def earlier(**changes) -> dict:
         (json.dumps(earlier(corruptions=[])), "cannot be read"),
         (json.dumps(earlier())[:-9], "cannot be read"),
         ("[1]", "cannot be read"),
+        (json.dumps(earlier(config=["small"])), "cannot be read"),
+        (json.dumps(earlier(corruption_source={"files": "fog"})), "cannot be read"),
     ],
 )
 def test_a_results_file_that_does_not_fit_is_refused(tmp_path, text, said):

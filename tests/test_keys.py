@@ -35,9 +35,9 @@ def test_what_is_no_key_is_refused(key):
 
 
 def test_keys_are_one_or_as_many_as_examples():
-    with pytest.raises(UserError, match="3 keys for 4 images"):
+    with pytest.raises(UserError, match="has 3 for 4 images"):
         keys.per_example(jax.random.split(jax.random.key(0), 3), 4)
-    with pytest.raises(UserError, match="1 keys for 4 images: give one key, without a batch axis"):
+    with pytest.raises(UserError, match="has 1 for 4 images: give one key, without a batch axis"):
         keys.per_example(jax.random.split(jax.random.key(0), 1), 4)
     for make in (jax.random.key, jax.random.PRNGKey):
         with pytest.raises(UserError, match="give one key, or one per image"):

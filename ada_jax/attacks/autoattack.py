@@ -417,6 +417,8 @@ def _check_classifier(
     """Raises UserError for classifiers that cannot be attacked; returns warnings about others."""
     classes, found = _finite_classes(logits), []
     checks.check_finite(int(checks.not_finite(logits).sum()), len(x), "clean images")
+    if classes < 2:
+        raise UserError("Some images have one finite logit: give at least two classes finite ones.")
     if "apgd-dlr" in attacks and classes < 3:
         raise UserError(
             f"The DLR loss needs at least 3 classes and the classifier has {classes}: remove "

@@ -60,7 +60,7 @@ def mix(x: jax.Array, partner: jax.Array, share: jax.Array) -> jax.Array:
     Raises:
       UserError: x is not of a floating type.
     """
-    _check_floating(x)
+    x = _floating(x)
     views = x.reshape(-1, len(partner), *x.shape[1:])
     share = jnp.asarray(share, x.dtype)
     return (share * views + (1 - share) * views[:, partner]).reshape(x.shape)
@@ -103,7 +103,7 @@ def noisy(
     "Noisy feature mixup" (2022), have additive 0.4, multiplicative 0.2 and sparsity 0.
     """
     check_levels(additive, multiplicative, sparsity)
-    _check_floating(features)
+    features = _floating(features)
     if len(features) % views:
         raise UserError(f"views={views} does not divide the {len(features)} features: correct it.")
     if additive == multiplicative == 0:
@@ -179,9 +179,12 @@ def cross_entropy(
     return share * own + (1 - share) * other
 
 
-def _check_floating(x: jax.Array) -> None:
+def _floating(x: jax.Array) -> jax.Array:
+    """The images or features as an array; raises UserError if they are integers."""
+    x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise UserError(f"Images of type {x.dtype} cannot be mixed: convert them to float32.")
+    return x
 
 
 def check_levels(additive: float, multiplicative: float, sparsity: float) -> None:
