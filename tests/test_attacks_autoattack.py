@@ -338,6 +338,10 @@ def test_the_ball_s_tolerance_grows_with_its_radius():
         ({"names": ()}, "at least one attack"),
         ({"logits_fn": lambda x: jax.nn.softmax(linear(x))}, "returns probabilities"),
         ({"logits_fn": lambda x: jax.nn.softmax(jnp.bfloat16(linear(x)))}, "returns probabilities"),
+        (
+            {"logits_fn": lambda x: linear(x).at[:, 1:].set(-jnp.inf), "y": 0 * Y},
+            "one finite logit: two classes or more",
+        ),
         ({"logits_fn": lambda x: linear(x) * jnp.nan}, "returns NaN or infinity"),
         (
             {"logits_fn": lambda x: linear(x)[:, :2], "y": Y % 2, "names": ("apgd-dlr",)},

@@ -418,7 +418,7 @@ def _check_classifier(
     classes, found = _finite_classes(logits), []
     checks.check_finite(int(checks.not_finite(logits).sum()), len(x), "clean images")
     if classes < 2:
-        raise UserError("Some images have one finite logit: give at least two classes finite ones.")
+        raise UserError("An image has one finite logit: two classes or more must have finite ones.")
     if "apgd-dlr" in attacks and classes < 3:
         raise UserError(
             f"The DLR loss needs at least 3 classes and the classifier has {classes}: remove "
