@@ -141,8 +141,9 @@ def test_fabs_distances_are_within_two_percent_on_average(norm):
     from pyautoattack.fab_pt import FABAttack_PT
 
     x, y = (jnp.asarray(a[:64]) for a in digits())
+    classify = in_jax()  # Trained here, not while `jax.jit` traces.
     attack = functools.partial(attacks.fab, norm=norm, stop_when_broken=False, search_steps=0)
-    _, info = jax.jit(lambda key: attack(key, in_jax(), x, y, 0.1))(jax.random.key(0))
+    _, info = jax.jit(lambda key: attack(key, classify, x, y, 0.1))(jax.random.key(0))
     peer = FABAttack_PT(in_torch(), norm=NORMS[norm], n_restarts=1, eps=0.1, device="cpu")
     peer.targeted = True
     # It stops after the first target that ends within eps: a radius of 0 makes it go on.
